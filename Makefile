@@ -1,0 +1,43 @@
+# Everything a newcomer needs: `make demo` and `make test`. Both install on first use and start at once afterwards.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The CPU build of torch lives on an index of its own; it is used where there is no NVIDIA GPU and the index answers.
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || $(PYTHON) bench/torch_index.py)
+SOURCES := $(wildcard csrc/*/*) setup.py constraints.txt
+
+.PHONY: install demo test test-all test-gpu check format clean
+install: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "make: cannot create a virtual environment: install the python3-venv package of your system." >&2; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
+	$(BIN)/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/torchrun --standalone --nproc-per-node 3 -m hetis generate --plan 1+2 --demo
+
+test: install
+	$(BIN)/python -m pytest
+
+test-all: install
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/*.so

@@ -1,0 +1,37 @@
+// Instruction sets of the dense operations: chosen once at run time, compiled side by side in one file.
+//
+// HETIS_TARGET_BEGIN(...) ... HETIS_TARGET_END compiles what stands between for one instruction set, so that no file needs
+// flags of its own. Templates and inline functions that intrinsics are inlined into must stand between them; standard
+// headers must not (the linker might keep their AVX-512 copy for everybody).
+#pragma once
+
+#if defined(__x86_64__)
+#define HETIS_X86 1
+#else
+#define HETIS_X86 0
+#endif
+
+#define HETIS_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define HETIS_TARGET_BEGIN(features) \
+  HETIS_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define HETIS_TARGET_END _Pragma("clang attribute pop")
+#else
+#define HETIS_TARGET_BEGIN(features) _Pragma("GCC push_options") HETIS_PRAGMA(GCC target(features))
+#define HETIS_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+#define HETIS_AVX2 "avx2,fma,f16c"
+#define HETIS_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#define HETIS_AVX512_BF16 "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+
+#define HETIS_INLINE inline __attribute__((always_inline))
+
+namespace hetis {
+
+enum class Isa { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+// What this processor has, or less if `limit_dense_isa` asked for less.
+Isa dense_isa();
+
+}  // namespace hetis

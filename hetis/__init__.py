@@ -1,0 +1,27 @@
+"""hetis: LLM serving over fleets of unlike devices, split by attention head."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hetis.core.outputs import CompletionOutput, RequestOutput
+    from hetis.core.sampling_params import SamplingParams
+    from hetis.server.llm import LLM
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "hetis.server.llm",
+    "SamplingParams": "hetis.core.sampling_params",
+    "RequestOutput": "hetis.core.outputs",
+    "CompletionOutput": "hetis.core.outputs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: the driver and the ranks load only what they need."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hetis' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

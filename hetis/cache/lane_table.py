@@ -1,0 +1,245 @@
+"""Host half of the cache: which pages hold which lane, for every pool of the fleet.
+
+The lanes of a sequence all have the same length, so they grow together: one new page per lane, or none. Row `slot * G +
+group` of a pool's page table belongs to a lane; with the home of a lane that lives elsewhere it belongs to the lane's
+staging pages, for as long as its prompt is computed.
+
+Letters: U lanes of one sequence in one pool, K pages, W pages of a lane.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from hetis.cache.allocator import PageAllocator
+from hetis.core.messages import PageDelta
+from hetis.core.placement import FleetView, Placement, PoolId, Shortage, pages_for
+from hetis.core.plan import Plan
+
+Int32 = NDArray[np.int32]
+
+
+class PoolLanes:
+    """Lanes of one sequence in one pool and their pages."""
+
+    def __init__(self, pool: PoolId, rows: list[int]) -> None:
+        self.pool = pool
+        self.num_lanes = len(rows)
+        self.row_U = np.asarray(rows, dtype=np.int32)
+        self.blocks: list[Int32] = []  # [U, K] each, in the order of the tokens
+
+    @property
+    def pages(self) -> Int32:
+        """[U, W]"""
+        return np.concatenate([np.empty((self.num_lanes, 0), dtype=np.int32), *self.blocks], axis=1)
+
+
+class SequenceLanes:
+    """All lanes of one sequence."""
+
+    def __init__(self, owned: list[PoolLanes], staging: list[PoolLanes]) -> None:
+        self.owned = owned
+        self.staging = staging  # on the homes of lanes that live elsewhere, until the end of prefill
+        self.num_pages = 0  # of each lane
+        self.num_tokens = 0
+
+    @property
+    def parts(self) -> list[PoolLanes]:
+        return self.owned + self.staging
+
+
+class RankUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Pages of one rank, summed over its pools, and the lanes that live there."""
+
+    pages_used: int
+    pages_total: int
+    pages_peak: int  # sum of its pools' peaks
+    num_lanes: int
+    lanes_peak: int  # sum of its pools' peaks
+
+
+class CacheManager:
+    """The one owner of the truth about pages. Ranks learn of it by `take_deltas`."""
+
+    def __init__(
+        self, plan: Plan, num_groups: int, num_pages: Mapping[int, int], page_size: int, max_num_seqs: int
+    ) -> None:
+        """`num_pages`: of each pool of a rank. `page_size`: tokens per page."""
+        self._plan, self._num_groups, self._page_size, self._max_num_seqs = plan, num_groups, page_size, max_num_seqs
+        self._homes = [[stage.home(group).rank for group in range(num_groups)] for stage in plan.stages]
+        self._pools = {pool: PageAllocator(num_pages[pool.rank]) for pool in pools_of(plan)}
+        self._sequences: dict[int, SequenceLanes] = {}  # by slot
+        self._num_lanes = dict.fromkeys(self._pools, 0)  # that live there
+        self._lanes_peak = dict.fromkeys(self._pools, 0)
+        self._unseen: list[tuple[PoolLanes, int, Int32]] = []  # lanes, their first new page index, the pages [U, K]
+
+    # --- growing and shrinking ----------------------------------------------------------------------------------------
+
+    def admit(self, slot: int, placement: Placement, prefill_len: int) -> Shortage | None:
+        """Gives a new sequence its lanes and the pages of its first `prefill_len` tokens, staging included.
+
+        All or nothing: with a `Shortage` the slot stays empty.
+        """
+        assert 0 <= slot < self._max_num_seqs, f"slot {slot} of {self._max_num_seqs}"
+        assert slot not in self._sequences, f"slot {slot} is taken"
+        lanes = self._lanes(slot, placement)
+        shortage = self._grow(lanes, prefill_len)
+        if shortage is None:
+            self._sequences[slot] = lanes
+            for part in lanes.owned:
+                self._num_lanes[part.pool] += part.num_lanes
+                self._lanes_peak[part.pool] = max(self._lanes_peak[part.pool], self._num_lanes[part.pool])
+        return shortage
+
+    def reserve(self, slot: int, num_tokens: int) -> Shortage | None:
+        """Makes all lanes of a sequence hold `num_tokens` tokens. All or nothing."""
+        lanes = self._sequences[slot]
+        if num_tokens > lanes.num_pages * self._page_size:
+            return self._grow(lanes, num_tokens)
+        lanes.num_tokens = num_tokens
+        return None
+
+    def end_prefill(self, slot: int) -> None:
+        """The prompt is computed and wherever it belongs: staging ends."""
+        lanes = self._sequences[slot]
+        self._free(lanes.staging)
+        lanes.staging = []
+
+    def release(self, slot: int) -> None:
+        """Frees all pages of a sequence, and the slot."""
+        lanes = self._sequences.pop(slot)
+        for part in lanes.owned:
+            self._num_lanes[part.pool] -= part.num_lanes
+        self._free(lanes.parts)
+
+    def take_deltas(self) -> list[PageDelta]:
+        """New entries of page tables since the last call; those freed again meanwhile are left out."""
+        entries = defaultdict(list)
+        for part, first, page_UK in self._unseen:
+            entry_UK3 = np.empty((*page_UK.shape, 3), dtype=np.int32)
+            entry_UK3[..., 0] = part.row_U[:, None]
+            entry_UK3[..., 1] = np.arange(first, first + page_UK.shape[1])
+            entry_UK3[..., 2] = page_UK
+            entries[part.pool].append(entry_UK3.tobytes())
+        self._unseen.clear()
+        return [
+            PageDelta(rank=pool.rank, stage=pool.stage, entries=b"".join(entries[pool])) for pool in sorted(entries)
+        ]
+
+    def _lanes(self, slot: int, placement: Placement) -> SequenceLanes:
+        owned: dict[PoolId, list[int]] = defaultdict(list)
+        staging: dict[PoolId, list[int]] = defaultdict(list)
+        workers = {worker.rank for worker in self._plan.workers}
+        for stage, (owners, homes) in enumerate(zip(placement.owners, self._homes, strict=True)):
+            for group, (owner, home) in enumerate(zip(owners, homes, strict=True)):
+                row = slot * self._num_groups + group
+                owned[PoolId(owner, stage)].append(row)
+                if owner != home:
+                    assert owner in workers, f"group {group} of stage {stage} cannot live on rank {owner}"
+                    staging[PoolId(home, stage)].append(row)
+        return SequenceLanes(*([PoolLanes(pool, rows) for pool, rows in part.items()] for part in (owned, staging)))
+
+    def _grow(self, lanes: SequenceLanes, num_tokens: int) -> Shortage | None:
+        count = pages_for(num_tokens, self._page_size) - lanes.num_pages
+        needed: Counter[PoolId] = Counter()
+        for part in lanes.parts:
+            needed[part.pool] += part.num_lanes * count
+        missing = {pool: pages - self.free_pages(pool) for pool, pages in needed.items()}
+        missing = {pool: pages for pool, pages in missing.items() if pages > 0}
+        if missing:
+            return Shortage(missing)
+        for part in lanes.parts:
+            page_UK = self._pools[part.pool].take(part.num_lanes * count).reshape(part.num_lanes, count)
+            part.blocks.append(page_UK)
+            self._unseen.append((part, lanes.num_pages, page_UK))
+        lanes.num_pages += count
+        lanes.num_tokens = num_tokens
+        return None
+
+    def _free(self, parts: list[PoolLanes]) -> None:
+        for part in parts:
+            self._pools[part.pool].give(part.pages)
+        if self._unseen:
+            self._unseen = [entry for entry in self._unseen if entry[0] not in parts]
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def free_pages(self, pool: PoolId) -> int:
+        return self._pools[pool].num_free
+
+    def is_in(self, slot: int, pools: Collection[PoolId]) -> bool:
+        """Whether the sequence has pages in one of `pools`."""
+        return any(part.pool in pools for part in self._sequences[slot].parts)
+
+    def view(self) -> FleetView:
+        """What a dispatcher needs to know. Each lane that lives in a pool is promised one more page there."""
+        held_tokens = dict.fromkeys(self._pools, 0)
+        for lanes in self._sequences.values():
+            for part in lanes.owned:
+                held_tokens[part.pool] += part.num_lanes * lanes.num_tokens
+        return FleetView(
+            plan=self._plan,
+            page_size=self._page_size,
+            free_pages={pool: pages.num_free - self._num_lanes[pool] for pool, pages in self._pools.items()},
+            held_lanes=dict(self._num_lanes),
+            held_tokens=held_tokens,
+        )
+
+    def usage(self) -> dict[int, RankUsage]:
+        """By rank."""
+        return {member.rank: self._usage(member.rank) for member in self._plan.members()}
+
+    def _usage(self, rank: int) -> RankUsage:
+        own = [pool for pool in self._pools if pool.rank == rank]
+        return RankUsage(
+            pages_used=sum(self._pools[pool].num_used for pool in own),
+            pages_total=sum(self._pools[pool].num_pages for pool in own),
+            pages_peak=sum(self._pools[pool].peak for pool in own),
+            num_lanes=sum(self._num_lanes[pool] for pool in own),
+            lanes_peak=sum(self._lanes_peak[pool] for pool in own),
+        )
+
+    def check_integrity(self) -> None:
+        """AssertionError unless every page is free or in exactly one lane, and every lane is as long as it must be."""
+        pages: dict[PoolId, list[Int32]] = {pool: [free.free_pages] for pool, free in self._pools.items()}
+        for slot, lanes in self._sequences.items():
+            self._check_lanes(slot, lanes)
+            for part in lanes.parts:
+                pages[part.pool].append(part.pages.ravel())
+        for pool, parts in pages.items():
+            found, expected = np.sort(np.concatenate(parts)), np.arange(self._pools[pool].num_pages)
+            assert np.array_equal(found, expected), f"pages of {pool} are lost or owned twice"
+        held: Counter[PoolId] = Counter()
+        for lanes in self._sequences.values():
+            held.update({part.pool: part.num_lanes for part in lanes.owned})
+        assert held == Counter(self._num_lanes), "lanes are miscounted"
+        known = {id(part) for lanes in self._sequences.values() for part in lanes.parts}
+        assert all(id(part) in known for part, _, _ in self._unseen), "a page of a freed lane is still to be announced"
+
+    def _check_lanes(self, slot: int, lanes: SequenceLanes) -> None:
+        assert lanes.num_pages >= pages_for(lanes.num_tokens, self._page_size), f"slot {slot} is short of pages"
+        assert all(part.pages.shape == (part.num_lanes, lanes.num_pages) for part in lanes.parts), (
+            f"lanes of slot {slot} differ in length"
+        )
+        first = slot * self._num_groups
+        every_lane = [
+            (stage, row) for stage in range(len(self._homes)) for row in range(first, first + self._num_groups)
+        ]
+        assert sorted(_stages_and_rows(lanes.owned)) == every_lane, f"slot {slot} misses a lane or has one twice"
+        for stage, row in _stages_and_rows(lanes.staging):
+            home = PoolId(self._homes[stage][row - first], stage)
+            at_home = any(part.pool == home and row in part.row_U for part in lanes.owned)
+            assert not at_home, f"slot {slot} stages a lane that lives at home"
+
+
+def pools_of(plan: Plan) -> list[PoolId]:
+    """One pool per primary, and one per worker and stage."""
+    primaries = [PoolId(primary.rank, s) for s, stage in enumerate(plan.stages) for primary in stage.primaries]
+    return primaries + [PoolId(worker.rank, stage) for worker in plan.workers for stage in range(len(plan.stages))]
+
+
+def _stages_and_rows(parts: Iterable[PoolLanes]) -> list[tuple[int, int]]:
+    return [(part.pool.stage, int(row)) for part in parts for row in part.row_U]

@@ -1,0 +1,109 @@
+"""The groups that one primary belongs to: its stage, and its neighbours in the stages before and after.
+
+Attention workers belong to none, so they may come and go. Nothing here is a global default group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from hetis.comm.collectives import Alone, GroupTensorParallel, Pipeline, StagedTensorParallel, TensorParallel
+from hetis.comm.links import choose_link, open_link
+from hetis.comm.links.base import Link
+from hetis.comm.process_groups import lost_peer, make_process_group
+from hetis.comm.rendezvous import Rendezvous
+from hetis.comm.shared_reduce import open_shared
+from hetis.core.fleet import DeviceInfo
+from hetis.core.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    tensor_parallel: TensorParallel
+    pipeline: Pipeline
+
+    def close(self) -> None:
+        self.tensor_parallel.close()
+        self.pipeline.close()
+
+
+def init_groups(
+    plan: Plan,
+    fleet: Sequence[DeviceInfo],
+    rank: int,
+    rendezvous: Rendezvous,
+    device: torch.device,
+    *,
+    max_tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    timeout: timedelta,
+) -> Groups:
+    """Joins the groups of primary `rank`; every primary of the plan must call it. `fleet`: every rank's device.
+
+    `max_tokens` of a step, `hidden_size` and `dtype` size the messages between stages. `timeout`: for the others to
+    come, and for single operations of gloo and NCCL. TimeoutError or ConnectionError, naming who is missing.
+    """
+    infos = {info.rank: info for info in fleet}
+    stage, index = plan.position_of(rank)
+    members = [infos[primary.rank] for primary in plan.stages[stage].primaries]
+    tensor_parallel = _join_stage(f"stage/{stage}", members, index, rendezvous, device, timeout)
+
+    def open_between(sender: int, receiver: int) -> Link:
+        num_bytes = max_tokens * hidden_size * dtype.itemsize
+        is_sender = rank == sender
+        return open_link(
+            choose_link(infos[sender], infos[receiver]),
+            rendezvous,
+            primary=infos[sender],
+            worker=infos[receiver],
+            is_primary=is_sender,
+            device=device,
+            max_send_bytes=num_bytes if is_sender else 0,
+            max_recv_bytes=0 if is_sender else num_bytes,
+            timeout=timeout.total_seconds(),
+        )
+
+    previous, following = None, []
+    for sender, receiver in handovers(plan):  # one order for all: nobody waits crosswise
+        if rank == receiver:
+            previous = open_between(sender, receiver)
+        elif rank == sender:
+            following.append(open_between(sender, receiver))
+    return Groups(tensor_parallel, Pipeline(previous, following, hidden_size, dtype, device))
+
+
+def handovers(plan: Plan) -> list[tuple[int, int]]:
+    """(sender, receiver) ranks between stages: every rank receives from one rank of the stage before."""
+    pairs: list[tuple[int, int]] = []
+    for before, after in zip(plan.stages, plan.stages[1:], strict=False):
+        senders = before.primaries
+        pairs += [(senders[j % len(senders)].rank, receiver.rank) for j, receiver in enumerate(after.primaries)]
+    return pairs
+
+
+def _join_stage(
+    name: str,
+    members: Sequence[DeviceInfo],
+    index: int,
+    rendezvous: Rendezvous,
+    device: torch.device,
+    timeout: timedelta,
+) -> TensorParallel:
+    """NCCL if every member has a GPU to itself; else over CPU memory, shared where all are on one host."""
+    if len(members) == 1:
+        return Alone()
+    ranks = [member.rank for member in members]
+    gpus = {(member.host, member.device) for member in members if member.device.startswith("cuda")}
+    if len(gpus) < len(members) and len({member.host for member in members}) == 1:
+        shared = open_shared(rendezvous, name, ranks, index, timeout.total_seconds())
+        return StagedTensorParallel(shared, device) if device.type == "cuda" else shared
+    transport = device if len(gpus) == len(members) else torch.device("cpu")
+    with lost_peer(f"ranks {ranks}"):
+        group = make_process_group(
+            rendezvous.store, name, index, len(members), transport, timeout, members[index].address
+        )
+    joined = GroupTensorParallel(group, ranks)
+    return StagedTensorParallel(joined, device) if transport != device else joined

@@ -1,0 +1,101 @@
+"""Link between two threads of one process, for tests and for roles that share a process."""
+
+import threading
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from hetis.comm.links.base import NUM_SLOTS, Link, check_agreement, check_size
+from hetis.comm.rendezvous import Rendezvous
+
+
+class _Channel:
+    """One direction: free slots and sent messages."""
+
+    def __init__(self, max_bytes: int, device: torch.device) -> None:
+        self.max_bytes = max_bytes
+        self.changed = threading.Condition()
+        self.free = deque(torch.empty(max_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS))
+        self.sent: deque[tuple[Tensor, int]] = deque()
+        self.is_closed = False
+
+
+class LocalLink(Link):
+    kind = "local"
+
+    def __init__(self, outgoing: _Channel, incoming: _Channel, peer_rank: int) -> None:
+        self._out, self._in, self._peer_rank = outgoing, incoming, peer_rank
+        self._pending_bytes = 0
+
+    def send_buffer(self, num_bytes: int) -> Tensor:
+        check_size(num_bytes, self._out.max_bytes)
+        self._wait(self._out, self._out.free)
+        self._pending_bytes = num_bytes
+        return self._out.free[0][:num_bytes]
+
+    def send(self) -> None:
+        with self._out.changed:
+            self._out.sent.append((self._out.free.popleft(), self._pending_bytes))
+            self._out.changed.notify_all()
+        self.bytes_sent += self._pending_bytes
+
+    def recv(self, num_bytes: int) -> Tensor:
+        check_size(num_bytes, self._in.max_bytes)
+        self._wait(self._in, self._in.sent)
+        slot, sent_bytes = self._in.sent[0]
+        check_agreement(num_bytes, sent_bytes)
+        self.bytes_received += num_bytes
+        return slot[:num_bytes]
+
+    def release(self) -> None:
+        with self._in.changed:
+            self._in.free.append(self._in.sent.popleft()[0])
+            self._in.changed.notify_all()
+
+    def close(self) -> None:
+        for channel in (self._out, self._in):
+            with channel.changed:
+                channel.is_closed = True
+                channel.changed.notify_all()
+
+    def _wait(self, channel: _Channel, queue: "deque[Tensor] | deque[tuple[Tensor, int]]") -> None:
+        with channel.changed:
+            channel.changed.wait_for(lambda: bool(queue) or channel.is_closed)
+            if not queue:
+                raise ConnectionError(f"rank {self._peer_rank} closed its link.")
+
+
+def local_pair(
+    max_to_worker_bytes: int,
+    max_to_primary_bytes: int,
+    device: torch.device | str = "cpu",
+    ranks: tuple[int, int] = (0, 1),
+) -> tuple[LocalLink, LocalLink]:
+    """(primary's end, worker's end)."""
+    to_worker = _Channel(max_to_worker_bytes, torch.device(device))
+    to_primary = _Channel(max_to_primary_bytes, torch.device(device))
+    return LocalLink(to_worker, to_primary, ranks[1]), LocalLink(to_primary, to_worker, ranks[0])
+
+
+_offered: dict[str, LocalLink] = {}  # workers' ends that nobody has fetched yet
+
+
+def open_local(
+    rendezvous: Rendezvous,
+    key: str,
+    *,
+    ranks: tuple[int, int],
+    is_primary: bool,
+    limits: tuple[int, int],
+    device: torch.device,
+    timeout: float,
+) -> LocalLink:
+    """Opens this rank's end; both are in this process. `ranks`: (primary, worker); `limits`: bytes to either."""
+    if is_primary:
+        primary_end, worker_end = local_pair(*limits, device, ranks)
+        name = f"{key}/{id(primary_end)}"
+        _offered[name] = worker_end
+        rendezvous.set(f"{key}/local", name.encode())
+        return primary_end
+    return _offered.pop(rendezvous.get(f"{key}/local", timeout).decode())

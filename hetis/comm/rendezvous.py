@@ -1,0 +1,98 @@
+"""Where ranks leave each other small notes at start: addresses, process ids, descriptors."""
+
+import os
+import time
+from datetime import timedelta
+from typing import Any, Protocol
+
+from torch.distributed import HashStore, PrefixStore, TCPStore
+
+DEFAULT_TIMEOUT = 300.0  # seconds
+_LONGEST_PAUSE = (
+    0.02  # seconds between looks: the store's own wait is deaf to signals, locks out other threads and warns
+)
+
+
+class Rendezvous(Protocol):
+    """Notes by key, written once, seen by all ranks of one run."""
+
+    @property
+    def store(self) -> Any:
+        """The torch.distributed store underneath, for process groups."""
+
+    def set(self, key: str, value: bytes) -> None:
+        """Leaves a note."""
+
+    def get(self, key: str, timeout: float | None = None) -> bytes:
+        """The note at `key`; waits for it up to `timeout` seconds, then TimeoutError naming the key."""
+
+
+class StoreRendezvous:
+    """Over any torch.distributed store."""
+
+    def __init__(self, store: Any, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """`timeout`: seconds that `get` waits unless told otherwise."""
+        self.store = store
+        self._timeout = timeout
+
+    @classmethod
+    def from_environment(cls, timeout: float = DEFAULT_TIMEOUT) -> "StoreRendezvous":
+        """The store at MASTER_ADDR:MASTER_PORT, with a key space of this run and restart.
+
+        torchrun's agent hosts it (TORCHELASTIC_USE_AGENT_STORE=True) and every rank is a client; without that, rank 0
+        hosts. ValueError if a variable is missing.
+        """
+        address, port, rank = (_environment(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+        agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+        try:
+            store = TCPStore(
+                address,
+                int(port),
+                is_master=not agent_hosts and rank == "0",
+                timeout=timedelta(seconds=timeout),
+                wait_for_workers=False,
+            )
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"the rendezvous store at {address}:{port} cannot be reached: {_first_line(error)}"
+            ) from None
+        run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return cls(PrefixStore(f"hetis/{run}/{restart}", store), timeout)
+
+    def set(self, key: str, value: bytes) -> None:
+        self.store.set(key, value)
+
+    def get(self, key: str, timeout: float | None = None) -> bytes:
+        limit = self._timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        pause = 0.001
+        try:
+            while not self.store.check([key]):
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"nobody left {key!r} at the rendezvous within {limit:g} s.")
+                time.sleep(pause)
+                pause = min(1.5 * pause, _LONGEST_PAUSE)
+            return bytes(self.store.get(key))
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"the rendezvous store was lost while waiting for {key!r}: {_first_line(error)}"
+            ) from None
+
+
+class LocalRendezvous(StoreRendezvous):
+    """Between threads of one process, for tests."""
+
+    def __init__(self, timeout: float = 10.0) -> None:
+        super().__init__(HashStore(), timeout)
+
+
+def _environment(name: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        raise ValueError(f"{name} is not set: start ranks with torchrun or `hetis`.")
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,68 @@
+"""One frozen configuration, as the user gave it; "auto" values are resolved once, at start, into `Setup`."""
+
+from typing import Literal
+
+import msgspec
+
+from hetis.core.model_spec import ModelSpec
+from hetis.core.plan import Plan
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Names are vLLM's where the meaning is the same."""
+
+    model: str | None = None  # directory or hub id; None: the small model in the package
+    revision: str | None = None
+    plan: str = "1+0"  # "P+A" or the path of a plan file
+    device: str = "auto"  # "cpu", "cuda", "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    max_model_len: int | None = None  # None: what the model and the memory allow
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 32  # tokens per page; measured in bench/bench_cpu_attention.py
+    kv_cache_memory: int | dict[int, int] | None = None  # bytes per rank, or by rank; None: from free memory
+    seed: int = 0
+    enforce_eager: bool = False  # plain torch linears: for debugging
+    max_logprobs: int = 20  # -1: no limit
+    logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs"
+    dispatch: str = "proportional"
+    step_timeout: float = 60.0  # seconds without a sign of life before a rank counts as dead
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ValueError(f"max_model_len is {self.max_model_len}: it must be at least 1, or left out.")
+        if self.step_timeout <= 0:
+            raise ValueError(f"step_timeout is {self.step_timeout}: it must be a positive number of seconds.")
+        if self.max_logprobs < -1:
+            raise ValueError(f"max_logprobs is {self.max_logprobs}: it must be -1 (no limit) or at least 0.")
+
+
+class DriverArgs(msgspec.Struct, frozen=True, kw_only=True):
+    """What rank 0 hands to the driver it starts."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    plan: Plan
+    eos_token_ids: list[int]
+    run_directory: str  # private directory for unix sockets
+    address: str | None  # address to bind for ranks on other hosts; None: unix sockets only
+    announce: bool  # print the verdict of a failure (under torchrun nobody else does)
+
+
+class Joining(msgspec.Struct, frozen=True, kw_only=True):
+    """What every rank must know to join: where the driver listens and which device is whose ("auto": the rank's choice)."""
+
+    endpoints: "Endpoints"
+    devices: list[str]  # by rank
+
+
+class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the driver listens."""
+
+    ranks: str
+    health: str
+    front: str

@@ -1,0 +1,213 @@
+"""Everything that crosses a process border, as tagged msgspec structs (msgpack; never pickle).
+
+Integer arrays travel as `bytes`, little-endian int32 unless said otherwise.
+"""
+
+import msgspec
+
+from hetis.core.fleet import DeviceInfo, RankStats
+from hetis.core.model_spec import ModelSpec
+from hetis.core.plan import Plan
+from hetis.core.sampled import TokenLogprobs
+from hetis.core.sampling_params import SamplingParams
+
+
+class Message(msgspec.Struct, tag=True, kw_only=True):
+    """Base of all messages: the tag is the class name."""
+
+
+# --- rank -> driver ---------------------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    info: DeviceInfo
+
+
+class Ready(Message):
+    rank: int
+    load_seconds: float
+
+
+class StepResult(Message):
+    """From the sampling rank (tensor-parallel index 0 of the last stage): one token for every row that samples."""
+
+    step: int
+    tokens: bytes
+    invalid: list[int] = []  # indices among sampled rows whose logits were not finite
+    logprobs: list[TokenLogprobs | None] = []  # per sampled row, empty when nobody asked
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # row index -> its positions in this step
+
+
+class Stats(Message):
+    stats: RankStats
+
+
+class Failure(Message):
+    """A rank's last word."""
+
+    rank: int
+    reason: str
+    traceback: str = ""
+    is_consequence: bool = False  # a lost connection: somebody else died first
+
+
+class Heartbeat(Message):
+    rank: int
+    step: int  # the last step it finished
+
+
+# --- driver -> rank ---------------------------------------------------------------------------------------------------
+
+
+class Setup(Message):
+    """All a rank needs to build its part. The same message goes to every rank."""
+
+    spec: ModelSpec
+    plan: Plan
+    fleet: list[DeviceInfo]
+    model: str | None  # directory or hub id; None: the model in the package
+    revision: str | None
+    load_format: str
+    dtype: str
+    block_size: int  # S
+    num_pages: dict[int, int]  # rank -> P of each of its pools
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    seed: int
+    enforce_eager: bool
+    eos_token_ids: list[int]
+    logprobs_mode: str
+    step_timeout: float
+
+
+class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
+    slot: int
+    owners: bytes  # int32 [num_stages, G]
+    prompt_len: int
+    prefill_len: int
+    seed: int
+    params: SamplingParams
+
+
+class PageDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """New entries for the page table of one pool: int32 [n, 3] of (lane row, page index, page id).
+
+    The lane row of a sequence's head group is `slot * G + group` on every rank; a lane that lives elsewhere but is still
+    in prefill uses the same row of its home's table for its staging pages.
+    """
+
+    rank: int
+    stage: int
+    entries: bytes
+
+
+class StepCommand(Message):
+    """One step, the same bytes for every rank. Rows are in batch order, decode rows first."""
+
+    step: int
+    released: list[int]
+    admitted: list[NewSequence]
+    pages: list[PageDelta]
+    slots: bytes  # [R]
+    starts: bytes  # [R] position of the first new token
+    counts: bytes  # [R] number of new tokens
+    num_decode: int
+    tokens: bytes  # [T] ids of the new tokens
+    sampled: bytes  # indices of rows that draw a token
+    prompt_logprobs: list[int] = []  # indices of rows whose prompt positions are to be scored
+    prompt_targets: bytes = b""  # for those rows' new tokens in turn: the token that follows; -1: it is not in the prompt
+
+
+class StatsQuery(Message):
+    """Answered with `Stats`."""
+
+
+class Shutdown(Message):
+    """End in good order."""
+
+
+class Abort(Message):
+    """Something died: end now. `culprits` are pids on `host` to be killed by their neighbours."""
+
+    reason: str
+    host: str = ""
+    culprits: list[int] = []
+
+
+class Pong(Message):
+    """Answer to a heartbeat: the driver is alive."""
+
+
+# --- front end <-> driver ---------------------------------------------------------------------------------------------
+
+
+class Attach(Message):
+    """A front end is there; answered with `EngineReady` as soon as the fleet is up."""
+
+
+class AddRequest(Message):
+    """One sequence (a request with n > 1 is sent as n of these)."""
+
+    id: str
+    token_ids: list[int]
+    params: SamplingParams
+
+
+class AbortRequest(Message):
+    id: str
+
+
+class FleetQuery(Message):
+    """Answered with `FleetStats`."""
+
+
+class EngineReady(Message):
+    max_model_len: int
+    vocab_size: int
+    ledger: str  # the memory table, printable
+    eos_token_ids: list[int]
+
+
+class TokenOutput(msgspec.Struct, kw_only=True):
+    """New tokens of one sequence."""
+
+    id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    num_preemptions: int = 0
+
+
+class Outputs(Message):
+    outputs: list[TokenOutput]
+
+
+class MemberStats(msgspec.Struct, kw_only=True):
+    """One line of the fleet table."""
+
+    rank: int
+    role: str
+    device: str
+    heads: int  # query heads held now, over all sequences, summed over stages
+    heads_peak: int
+    pages_used: int
+    pages_total: int
+    pages_peak: int
+    attention_seconds: float
+    attention_share: float  # of all attention time in the fleet
+    bytes_sent: dict[str, int]
+    bytes_received: dict[str, int]
+
+
+class FleetStats(Message):
+    members: list[MemberStats]
+    num_steps: int
+    num_preemptions: int
+
+
+class EngineDead(Message):
+    reason: str

@@ -1,0 +1,306 @@
+"""Who does what: which rank holds which layers, head groups, MLP columns and vocabulary rows, on which device.
+
+Spans are half-open `[start, stop)`. A plan comes from `P+A` (`split_evenly`) or from a JSON file (`load_plan`); both
+end as the same `Plan`. Nothing here must divide anything: 8 groups over two ranks as 5+3 is fine.
+
+A plan file has counts where `Plan` has spans; whatever it leaves out is split evenly over those who left it out:
+
+    {"stages": [{"layers": 3, "primaries": [{"rank": 0, "device": "cpu", "head_groups": 5, "mlp_columns": 700,
+                                             "vocab_rows": 500, "kv_memory": "2GiB"}, ...]}, ...],
+     "attention": [{"rank": 2, "device": "cpu", "kv_memory": "1GiB"}]}
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import msgspec
+
+from hetis.core.model_spec import ModelSpec
+from hetis.core.sizes import parse_bytes
+
+Span = tuple[int, int]
+Devices = str | Sequence[str] | Callable[[int], str]  # one name for all ranks, a name per rank, or rank -> name
+KvMemory = int | str | Mapping[int, int | str] | None  # of every rank, by rank, or None: decided from free memory
+
+_SPLIT = re.compile(r"(\d+)\+(\d+)")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+class Primary(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor-parallel rank of one stage."""
+
+    rank: int
+    device: str
+    groups: Span
+    mlp_columns: Span
+    vocab_rows: Span  # of the embedding in the first stage and of the LM head in the last one
+    kv_memory: int | None = None  # bytes; None: decided from the device's free memory
+
+    @property
+    def num_groups(self) -> int:
+        return self.groups[1] - self.groups[0]
+
+    @property
+    def num_mlp_columns(self) -> int:
+        return self.mlp_columns[1] - self.mlp_columns[0]
+
+    @property
+    def num_vocab_rows(self) -> int:
+        return self.vocab_rows[1] - self.vocab_rows[0]
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    layers: Span
+    primaries: tuple[Primary, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return self.layers[1] - self.layers[0]
+
+    def home(self, group: int) -> Primary:
+        """The primary that computes q, k and v of `group`."""
+        return next(p for p in self.primaries if p.groups[0] <= group < p.groups[1])
+
+
+class AttentionWorker(msgspec.Struct, frozen=True, kw_only=True):
+    rank: int
+    device: str
+    kv_memory: int | None = None
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    stages: tuple[Stage, ...]
+    workers: tuple[AttentionWorker, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        return sum(len(stage.primaries) for stage in self.stages) + len(self.workers)
+
+    def device_of(self, rank: int) -> str:
+        return next(m.device for m in self.members() if m.rank == rank)
+
+    def role_of(self, rank: int) -> str:
+        return "attention worker" if any(w.rank == rank for w in self.workers) else "primary"
+
+    def members(self) -> list[Primary | AttentionWorker]:
+        """All ranks of the plan in rank order."""
+        primaries = [p for stage in self.stages for p in stage.primaries]
+        return sorted([*primaries, *self.workers], key=lambda member: member.rank)
+
+    def position_of(self, rank: int) -> tuple[int, int]:
+        """(stage index, tensor-parallel index) of a primary."""
+        return next(
+            (s, t) for s, stage in enumerate(self.stages) for t, p in enumerate(stage.primaries) if p.rank == rank
+        )
+
+    def is_first(self, stage_index: int) -> bool:
+        return stage_index == 0
+
+    def is_last(self, stage_index: int) -> bool:
+        return stage_index == len(self.stages) - 1
+
+
+def resolve_plan(
+    text_or_path: str,
+    spec: ModelSpec,
+    device: Devices = "auto",
+    kv_memory: KvMemory = None,
+    world_size: int | None = None,
+) -> Plan:
+    """The plan named by `P+A` or by the path of a plan file, for `spec`.
+
+    `device` and `kv_memory` (bytes or "2GiB", for every rank or by rank) apply to ranks for which the file names none.
+    Raises ValueError with the numbers when the plan does not fit the model or `world_size`.
+    """
+    if Path(text_or_path).suffix == ".json" or Path(text_or_path).is_file():
+        plan = load_plan(Path(text_or_path), spec, device, kv_memory)
+    else:
+        plan = split_evenly(text_or_path, spec, device, kv_memory)
+    if world_size is not None and plan.world_size != world_size:
+        raise ValueError(
+            f"plan {text_or_path!r} has {plan.world_size} ranks, but the world size is {world_size}; start "
+            f"{plan.world_size} processes."
+        )
+    return plan
+
+
+def split_evenly(plan: str, spec: ModelSpec, devices: Devices = "auto", kv_memory: KvMemory = None) -> Plan:
+    """`P+A`: one stage of P tensor-parallel primaries (ranks 0 .. P-1) and A attention workers, all shares even.
+
+    Raises ValueError for text that is not P+A, for P = 0 and for more primaries than the model has head groups.
+    """
+    match = _SPLIT.fullmatch(plan.strip())
+    if match is None:
+        raise ValueError(f"plan {plan!r} is neither P+A (as 1+2) nor the path of an existing plan file.")
+    num_primaries, num_workers = int(match[1]), int(match[2])
+    if num_primaries < 1:
+        raise ValueError(f"plan {plan!r} has no primary; at least one rank must hold weights, as in 1+{num_workers}.")
+    if num_primaries > spec.num_head_groups:
+        raise ValueError(
+            f"plan {plan!r} has {num_primaries} primaries but the model has {spec.num_head_groups} head groups; use at "
+            f"most {spec.num_head_groups} primaries, or pipeline stages in a plan file."
+        )
+    shares = [
+        spans(even_split(total, num_primaries))
+        for total in (spec.num_head_groups, spec.intermediate_size, spec.vocab_size)
+    ]
+    primaries = tuple(
+        Primary(
+            rank=rank,
+            device=device_name(devices, rank),
+            groups=groups,
+            mlp_columns=columns,
+            vocab_rows=rows,
+            kv_memory=kv_memory_of(kv_memory, rank),
+        )
+        for rank, (groups, columns, rows) in enumerate(zip(*shares, strict=True))
+    )
+    workers = tuple(
+        AttentionWorker(rank=rank, device=device_name(devices, rank), kv_memory=kv_memory_of(kv_memory, rank))
+        for rank in range(num_primaries, num_primaries + num_workers)
+    )
+    return Plan(stages=(Stage(layers=(0, spec.num_layers), primaries=primaries),), workers=workers)
+
+
+class _Member(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    rank: int | None = None
+    device: str | None = None
+    kv_memory: int | str | None = None
+
+
+class _Primary(_Member, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    head_groups: int | None = None
+    mlp_columns: int | None = None
+    vocab_rows: int | None = None
+
+
+class _Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    primaries: list[_Primary]
+    layers: int | None = None
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    stages: list[_Stage]
+    attention: list[_Member] = []
+
+
+def load_plan(path: Path | str, spec: ModelSpec, devices: Devices = "auto", kv_memory: KvMemory = None) -> Plan:
+    """The plan in a JSON file (format above), completed and checked against the model.
+
+    Raises ValueError, naming the file and the numbers, for a file that cannot be read, unknown or misspelt fields,
+    counts that do not add up to the model's, shares below one, and ranks that are not 0 .. world size - 1.
+    """
+    try:
+        file = msgspec.json.decode(Path(path).read_bytes(), type=_File)
+    except OSError as error:
+        raise ValueError(f"plan file {path} cannot be read ({error.strerror}).") from error
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"plan file {path} is not a plan: {error}.") from error
+    try:
+        return _build(file, spec, devices, kv_memory)
+    except ValueError as error:
+        raise ValueError(f"plan file {path}: {error}") from error
+
+
+def _build(file: _File, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:
+    if not file.stages:
+        raise ValueError("there is no stage; give at least one stage with one primary.")
+    layers = spans(_complete([stage.layers for stage in file.stages], spec.num_layers, "layers", "the stages"))
+    ranks = iter(_ranks([*(p for stage in file.stages for p in stage.primaries), *file.attention]))
+
+    def place(member: _Member) -> tuple[int, str, int | None]:
+        rank = next(ranks)
+        device = device_name(devices if member.device in (None, "auto") else str(member.device), rank)
+        return rank, device, kv_memory_of(kv_memory if member.kv_memory is None else member.kv_memory, rank)
+
+    stages = []
+    for index, (span, stage) in enumerate(zip(layers, file.stages, strict=True)):
+        if not stage.primaries:
+            raise ValueError(f"stage {index} has no primary; give at least one.")
+        groups, columns, rows = _shares(index, stage, spec)
+        primaries = []
+        for member, g, c, r in zip(stage.primaries, groups, columns, rows, strict=True):
+            rank, device, memory = place(member)
+            primaries.append(Primary(rank=rank, device=device, groups=g, mlp_columns=c, vocab_rows=r, kv_memory=memory))
+        stages.append(Stage(layers=span, primaries=tuple(primaries)))
+    workers = []
+    for worker in file.attention:
+        rank, device, memory = place(worker)
+        workers.append(AttentionWorker(rank=rank, device=device, kv_memory=memory))
+    return Plan(stages=tuple(stages), workers=tuple(workers))
+
+
+def _shares(index: int, stage: _Stage, spec: ModelSpec) -> list[list[tuple[int, int]]]:
+    """Spans of head groups, MLP columns and vocabulary rows of a stage's primaries."""
+    where = f"the primaries of stage {index}"
+    wanted = (
+        ([p.head_groups for p in stage.primaries], spec.num_head_groups, "head_groups"),
+        ([p.mlp_columns for p in stage.primaries], spec.intermediate_size, "mlp_columns"),
+        ([p.vocab_rows for p in stage.primaries], spec.vocab_size, "vocab_rows"),
+    )
+    return [spans(_complete(counts, total, name, where)) for counts, total, name in wanted]
+
+
+def _complete(counts: Sequence[int | None], total: int, name: str, where: str) -> list[int]:
+    """Fill the gaps in `counts` evenly, so that the sum is `total` and every share is at least one."""
+    given = [count for count in counts if count is not None]
+    if any(count < 1 for count in given):
+        raise ValueError(f"{name} of {where} are {_show(counts)}; every share must be at least 1.")
+    rest, open_places = total - sum(given), len(counts) - len(given)
+    if open_places == 0 and rest != 0:
+        raise ValueError(f"{name} of {where} are {_show(counts)}, together {sum(given)}, but the model has {total}.")
+    if rest < open_places:
+        raise ValueError(
+            f"{name} of {where} are {_show(counts)}: {max(rest, 0)} of the model's {total} are left for {open_places} "
+            f"more, and every share must be at least 1."
+        )
+    fill = iter(even_split(rest, open_places) if open_places else [])
+    return [next(fill) if count is None else count for count in counts]
+
+
+def _show(counts: Sequence[int | None]) -> str:
+    return " + ".join("?" if count is None else str(count) for count in counts)
+
+
+def _ranks(members: Sequence[_Member]) -> list[int]:
+    """The rank of every member; those without one take the free ranks in order."""
+    given = [member.rank for member in members if member.rank is not None]
+    if len(set(given)) != len(given) or any(not 0 <= rank < len(members) for rank in given):
+        raise ValueError(
+            f"the ranks given are {given}; each of the {len(members)} members needs its own, 0 to {len(members) - 1}."
+        )
+    free = iter(rank for rank in range(len(members)) if rank not in given)
+    return [next(free) if member.rank is None else member.rank for member in members]
+
+
+def even_split(total: int, parts: int) -> list[int]:
+    """`parts` counts with the sum `total` that differ by at most one, larger ones first."""
+    return [total // parts + (index < total % parts) for index in range(parts)]
+
+
+def spans(counts: Iterable[int]) -> list[Span]:
+    """Counts laid end to end from 0."""
+    return list(pairwise(accumulate(counts, initial=0)))
+
+
+def device_name(devices: Devices, rank: int) -> str:
+    """The checked device of `rank`. Raises ValueError for a name that no rank can have."""
+    if isinstance(devices, str):
+        name = devices
+    elif callable(devices):
+        name = devices(rank)
+    elif rank < len(devices):
+        name = devices[rank]
+    else:
+        raise ValueError(f"{len(devices)} devices are given, but the plan has a rank {rank}; give one device per rank.")
+    if not _DEVICE.fullmatch(name):
+        raise ValueError(f"device {name!r} of rank {rank} is unknown; use cpu, cuda, cuda:N or auto.")
+    return name
+
+
+def kv_memory_of(kv_memory: KvMemory, rank: int) -> int | None:
+    """Bytes for KV pages on `rank`. Raises ValueError for a size that is not understood."""
+    size = kv_memory.get(rank) if isinstance(kv_memory, Mapping) else kv_memory
+    return None if size is None else parse_bytes(size)

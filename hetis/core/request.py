@@ -1,0 +1,39 @@
+"""A sequence on its way through the engine: host-side state, owned by the driver."""
+
+import msgspec
+
+from hetis.core.sampling_params import SamplingParams
+
+
+class Sequence(msgspec.Struct, kw_only=True, eq=False):
+    """One generation stream. A request with n > 1 is n sequences.
+
+    `token_ids` holds prompt and output. `num_computed` tokens have K and V in the cache. Up to `prefill_len` tokens are
+    prefill, computed in chunks on the primaries; every later token is decode. A preempted sequence starts over:
+    `num_computed = 0` and `prefill_len = len(token_ids)`.
+    """
+
+    id: str
+    token_ids: list[int]
+    prompt_len: int
+    params: SamplingParams
+    max_tokens: int  # resolved: params.max_tokens cut to what the context allows
+    seed: int  # resolved: params.seed or derived from the engine's seed
+    stop_ids: frozenset[int]  # end-of-sequence ids (unless ignore_eos) and params.stop_token_ids
+    arrival: int  # order of arrival
+    # set by the scheduler
+    slot: int = -1  # -1: waiting
+    prefill_len: int = 0
+    num_computed: int = 0
+    in_flight: bool = False
+    num_preemptions: int = 0
+    finish_reason: str | None = None  # "stop", "length", "abort", "error"
+    stop_reason: int | str | None = None
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_computed < self.prefill_len

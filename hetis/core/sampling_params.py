@@ -1,0 +1,208 @@
+"""How to continue a prompt: the request parameters that clients know from vLLM, with its names, defaults and limits."""
+
+from collections.abc import Iterable
+from math import inf
+from numbers import Integral, Real
+from sys import float_info
+from typing import Any, NamedTuple
+
+import msgspec
+
+GREEDY_BELOW = 1e-5  # temperatures below mean: take the best token
+LOWEST_TEMPERATURE = 0.01  # other temperatures are raised to this, so that logits divided by it stay finite
+MAX_SEQUENCES = 16_384
+MAX_STOP_STRINGS = 4
+BIAS_LIMIT = 100.0
+_INT64_MAX = 2**63 - 1
+
+
+class _Limit(NamedTuple):
+    """The values a number may take: integers unless `real`; `low` itself is excluded when `is_open`."""
+
+    low: float
+    high: float
+    allowed: str  # for the error
+    real: bool = False
+    is_open: bool = False
+    optional: bool = False
+
+
+_LIMITS = {
+    "n": _Limit(1, MAX_SEQUENCES, f"an integer from 1 to {MAX_SEQUENCES}"),
+    "temperature": _Limit(0, 2, "a number from 0 (greedy) to 2", real=True),
+    "top_p": _Limit(0, 1, "a number above 0 and at most 1", real=True, is_open=True),
+    "top_k": _Limit(-1, _INT64_MAX, "an integer of 1 or more, or 0 or -1 (off)"),
+    "min_p": _Limit(0, 1, "a number from 0 to 1", real=True),
+    "presence_penalty": _Limit(-2, 2, "a number from -2 to 2", real=True),
+    "frequency_penalty": _Limit(-2, 2, "a number from -2 to 2", real=True),
+    "repetition_penalty": _Limit(0, float_info.max, "a finite number above 0", real=True, is_open=True),
+    "seed": _Limit(-(2**63), _INT64_MAX, "a 64-bit integer, or -1 or None (not fixed)", optional=True),
+    "max_tokens": _Limit(1, _INT64_MAX, "an integer of 1 or more, or None (fill the context)", optional=True),
+    "min_tokens": _Limit(0, _INT64_MAX, "an integer from 0 to max_tokens"),
+    "logprobs": _Limit(-1, _INT64_MAX, "an integer of 0 or more, -1 (whole vocabulary) or None", optional=True),
+    "prompt_logprobs": _Limit(-1, _INT64_MAX, "an integer of 0 or more, -1 (whole vocabulary) or None", optional=True),
+}
+_SWITCHES = (
+    "ignore_eos",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "detokenize",
+)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Parameters of one request; ValueError when one is out of range, naming it, its value and what is allowed.
+
+    Forgiving on input, one form afterwards: `stop` and `stop_token_ids` also take lists or None (and `stop` a single
+    string), `top_k=-1` becomes 0, `seed=-1` becomes None, temperatures between greedy and 0.01 become 0.01, and biases
+    are clamped to +-100.
+    """
+
+    n: int = 1  # sequences per prompt
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0  # keep tokens of at least this share of the best token's probability
+    presence_penalty: float = 0.0  # subtracted once from tokens that are in the output
+    frequency_penalty: float = 0.0  # subtracted for every time a token is in the output
+    repetition_penalty: float = 1.0  # divides (negative logits: multiplies) tokens in prompt or output
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: int | None = 16  # None: fill the context
+    min_tokens: int = 0  # no end before that many tokens
+    ignore_eos: bool = False
+    logprobs: int | None = None  # this many best tokens beside the chosen one; -1: the whole vocabulary
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        for field, limit in _LIMITS.items():
+            self._set(field, _number(field, getattr(self, field), limit))
+        for field in _SWITCHES:
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(_refusal(field, getattr(self, field), "True or False"))
+        self._set("stop", _stop_strings(self.stop))
+        self._set("stop_token_ids", _token_ids(self.stop_token_ids))
+        self._set("logit_bias", _biases(self.logit_bias))
+        if self.top_k == -1:
+            self._set("top_k", 0)
+        if self.seed == -1:
+            self._set("seed", None)
+        if GREEDY_BELOW <= self.temperature < LOWEST_TEMPERATURE:
+            self._set("temperature", LOWEST_TEMPERATURE)
+        self._check_pairs()
+
+    def _set(self, field: str, value: Any) -> None:
+        msgspec.structs.force_setattr(self, field, value)
+
+    def _check_pairs(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            allowed = f"an integer from 0 to max_tokens, which is {self.max_tokens}"
+            raise ValueError(_refusal("min_tokens", self.min_tokens, allowed))
+        if self.is_greedy and self.n > 1:
+            raise ValueError(_refusal("n", self.n, "1 when temperature is 0, as all sequences would be the same"))
+        if self.stop and not self.detokenize:
+            raise ValueError(_refusal("stop", list(self.stop), "empty when detokenize is False"))
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    def for_completion(self, index: int) -> "SamplingParams":
+        """Parameters of the `index`-th of the n sequences: its own seed, and only the first scores the prompt."""
+        if self.n == 1:
+            return self
+        seed = self.seed
+        if seed is not None:  # away from -1, which means none, and within 64 bits
+            seed = (seed + (index if seed >= 0 else -index) + 2**63) % 2**64 - 2**63
+        scored = self.prompt_logprobs if index == 0 else None
+        return msgspec.structs.replace(self, n=1, seed=seed, prompt_logprobs=scored)
+
+    def validate_for(self, vocab_size: int, max_logprobs: int = 20) -> None:
+        """Checks what needs the model: token ids inside the vocabulary; logprobs <= `max_logprobs` (-1: no limit)."""
+        for field, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+            outside = [token for token in ids if not 0 <= token < vocab_size]
+            if outside:
+                allowed = f"made of token ids from 0 to {vocab_size - 1}, the model's vocabulary"
+                raise ValueError(_refusal(field, outside[0], allowed))
+        for field, wanted in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if wanted is None or max_logprobs == -1:
+                continue
+            if (vocab_size if wanted == -1 else wanted) > max_logprobs:
+                raise ValueError(_refusal(field, wanted, f"at most {max_logprobs}; raise max_logprobs to allow more"))
+
+
+def _refusal(field: str, value: object, allowed: str) -> str:
+    return f"{field} is {value!r}, but must be {allowed}."
+
+
+def _number(field: str, value: Any, limit: _Limit) -> float | None:
+    if value is None and limit.optional:
+        return None
+    kind = Real if limit.real else Integral
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if not is_number or not limit.low <= value <= limit.high or (limit.is_open and value == limit.low):  # NaN fails too
+        raise ValueError(_refusal(field, value, limit.allowed))
+    return float(value) if limit.real else int(value)
+
+
+def _is_token_id(token: Any) -> bool:
+    return isinstance(token, Integral) and not isinstance(token, bool) and 0 <= int(token) < 2**31
+
+
+def _stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else _items("stop", stop, "a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise ValueError(_refusal("stop", list(strings), f"at most {MAX_STOP_STRINGS} strings"))
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ValueError(_refusal("stop", string, "made of strings that are not empty"))
+    return strings
+
+
+def _token_ids(ids: Iterable[int] | None) -> tuple[int, ...]:
+    items = _items("stop_token_ids", ids, "a list of token ids")
+    for token in items:
+        if not _is_token_id(token):
+            raise ValueError(_refusal("stop_token_ids", token, "made of token ids, integers of 0 or more"))
+    return tuple(dict.fromkeys(int(token) for token in items))
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and -inf <= value <= inf  # not NaN
+
+
+def _biases(biases: Any) -> dict[int, float]:
+    """Keys may be decimal strings, as in JSON."""
+    if biases is None:
+        return {}
+    if not isinstance(biases, dict):
+        raise ValueError(_refusal("logit_bias", biases, "a mapping of token ids to numbers"))
+    clamped = {}
+    for key, bias in biases.items():
+        token = int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else key
+        if not _is_token_id(token):
+            raise ValueError(_refusal("logit_bias", key, "keyed by token ids, integers of 0 or more"))
+        if not _is_number(bias):
+            raise ValueError(_refusal(f"logit_bias[{token}]", bias, "a number (beyond +-100 it is clamped)"))
+        clamped[int(token)] = float(min(max(bias, -BIAS_LIMIT), BIAS_LIMIT))
+    return clamped
+
+
+def _items(field: str, value: Any, allowed: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ValueError(_refusal(field, value, allowed))
+    return tuple(value)

@@ -1,0 +1,38 @@
+"""Sizes in bytes, as people write and read them."""
+
+import re
+from decimal import Decimal
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{letter: 1024**power for power, letter in enumerate("kmgt", start=1)},
+    **{letter + "ib": 1024**power for power, letter in enumerate("kmgt", start=1)},
+    **{letter + "b": 1000**power for power, letter in enumerate("kmgt", start=1)},
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of "2GiB", "512M", "1.5 GB" or a plain number. K, M, G, T and KiB .. TiB are powers of 1024; GB is 10^9.
+
+    Raises ValueError for anything else, for negative numbers and for less than one byte.
+    """
+    if isinstance(text, bool) or not isinstance(text, int | str):
+        raise ValueError(f"size {text!r} is neither a number nor text; write for example 2GiB.")
+    match = _SIZE.fullmatch(str(text))
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"size {text!r} is not understood; write for example 2GiB, 512MiB or a number of bytes.")
+    size = int(Decimal(match[1]) * _UNITS[match[2].lower()])
+    if size < 1:
+        raise ValueError(f"size {text!r} is less than one byte; write for example 2GiB.")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """Short form with a binary unit: "1.50 GiB", "512 B"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"

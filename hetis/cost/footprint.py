@@ -1,0 +1,108 @@
+"""How many bytes each rank needs for weights, activations and one KV page. Pure functions of plan and model.
+
+T tokens of a step, H hidden size, G head groups of a primary, M query heads per group, D head_dim, F MLP columns of a
+primary, V vocabulary rows of a primary, S tokens per page.
+"""
+
+from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
+from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
+
+SCORED_ROWS = 128  # rows whose logits exist at once when prompts are scored
+LOGIT_COPIES = 3  # float32 copies of the logits that sampling makes: scaled, sorted, cumulated
+
+
+def weight_bytes(spec: ModelSpec, plan: Plan, stage_index: int, tp_index: int, dtype: str) -> int:
+    """What one primary's weights take: exactly the tensors that `models.loader.load_weights` keeps."""
+    stage = plan.stages[stage_index]
+    primary = stage.primaries[tp_index]
+    values = stage.num_layers * _layer_weights(spec, primary, tp_index)
+    table = primary.num_vocab_rows * spec.hidden_size
+    is_first, is_last = plan.is_first(stage_index), plan.is_last(stage_index)
+    if is_first:
+        values += table
+        if spec.learned_position_offset is not None and tp_index == 0:
+            values += (spec.max_position + spec.learned_position_offset) * spec.hidden_size
+    if is_last:
+        values += spec.hidden_size * _norm_vectors(spec)
+        values += 0 if spec.tied_embeddings and is_first else table
+    return values * DTYPE_BYTES[dtype]
+
+
+def activation_bytes(
+    spec: ModelSpec,
+    plan: Plan,
+    stage_index: int,
+    tp_index: int,
+    dtype: str,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    max_position: int,
+) -> int:
+    """Buffers of one primary: the decoder's workspace, its rope table, and logits where the stage is the last one.
+
+    Workspace per token: 3 H + G (M + 2) D + G M D + F, and another F (or 2 F) before the activation.
+    """
+    primary = plan.stages[stage_index].primaries[tp_index]
+    heads = primary.num_groups * (spec.rows_per_group + spec.queries_per_group)
+    columns = primary.num_mlp_columns * (3 if spec.gated else 1)
+    total = max_num_batched_tokens * (3 * spec.hidden_size + heads * spec.head_dim + columns) * DTYPE_BYTES[dtype]
+    if spec.rope is not None:
+        total += max_position * spec.rope.rotary_dim * DTYPE_BYTES["float32"]
+    if plan.is_last(stage_index):
+        rows = max(max_num_seqs, SCORED_ROWS)
+        total += rows * primary.num_vocab_rows * DTYPE_BYTES[dtype]
+        if tp_index == 0:  # samples
+            total += rows * spec.vocab_size * DTYPE_BYTES["float32"] * LOGIT_COPIES
+    return total
+
+
+def page_bytes(spec: ModelSpec, stage: Stage, block_size: int, dtype: str) -> int:
+    """One page: K and V of `block_size` tokens of one lane, for all layers of the stage."""
+    return block_size * spec.kv_bytes_per_token(stage.num_layers, dtype)
+
+
+def page_bytes_of(spec: ModelSpec, plan: Plan, member: Primary | AttentionWorker, block_size: int, dtype: str) -> int:
+    """One page in every pool of a rank: its stage's for a primary, all stages' for a worker."""
+    if isinstance(member, Primary):
+        return page_bytes(spec, plan.stages[plan.position_of(member.rank)[0]], block_size, dtype)
+    return sum(page_bytes(spec, stage, block_size, dtype) for stage in plan.stages)
+
+
+def fixed_bytes(
+    spec: ModelSpec,
+    plan: Plan,
+    member: Primary | AttentionWorker,
+    dtype: str,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int | None = None,
+) -> tuple[int, int]:
+    """(weights, activations) of a rank. A worker's activations: q, k, v, out and lse of all lanes of all sequences."""
+    if isinstance(member, Primary):
+        where = plan.position_of(member.rank)
+        positions = min(max_model_len or spec.max_position, spec.max_position)
+        return weight_bytes(spec, plan, *where, dtype), activation_bytes(
+            spec, plan, *where, dtype, max_num_batched_tokens, max_num_seqs, positions
+        )
+    per_lane = (spec.rows_per_group + spec.queries_per_group) * spec.head_dim * DTYPE_BYTES[dtype]
+    per_lane += spec.queries_per_group * DTYPE_BYTES["float32"]
+    return 0, max_num_seqs * spec.num_head_groups * per_lane
+
+
+def _layer_weights(spec: ModelSpec, primary: Primary, tp_index: int) -> int:
+    """Values in one layer of one primary."""
+    hidden, head_dim = spec.hidden_size, spec.head_dim
+    qkv_rows = primary.num_groups * spec.rows_per_group * head_dim
+    output_columns = primary.num_groups * spec.queries_per_group * head_dim
+    mlp_rows = primary.num_mlp_columns * spec.gate_factor
+    matrices = hidden * (qkv_rows + output_columns + mlp_rows + primary.num_mlp_columns)
+    vectors = 2 * hidden * _norm_vectors(spec) + (2 * head_dim if spec.qk_norm else 0)
+    vectors += qkv_rows if spec.qkv_bias else 0
+    vectors += mlp_rows if spec.mlp_bias else 0
+    if tp_index == 0:
+        vectors += hidden * (spec.output_bias + spec.mlp_bias)
+    return matrices + vectors
+
+
+def _norm_vectors(spec: ModelSpec) -> int:
+    return 2 if spec.norm == "layer" else 1

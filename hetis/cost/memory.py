@@ -1,0 +1,217 @@
+"""The memory ledger: what every rank's memory is used for, and what contexts that allows. Pure functions of data.
+
+Sizes are bytes unless their name says otherwise.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from hetis.core.fleet import DeviceInfo
+from hetis.core.model_spec import ModelSpec
+from hetis.core.plan import AttentionWorker, Plan, Primary
+from hetis.core.sizes import format_bytes
+from hetis.cost.footprint import fixed_bytes, page_bytes_of
+
+GPU_SHARE = 0.9  # of free memory that hetis takes when no KV memory is given: the rest is for kernels' own needs
+CPU_SHARE = 0.5  # a host has other things to do, and its page cache holds the checkpoint
+
+
+class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank. A worker has one pool per stage, each of `pages` pages; a primary has one."""
+
+    rank: int
+    role: str
+    device: str
+    free: int  # before anything is loaded; ranks that share a device see the same bytes
+    weights: int
+    activations: int
+    kv: int
+    page_bytes: int  # of one page in every pool of the rank
+    pages: int
+    tokens: int  # whole sequences' tokens whose lanes of this rank fit: all groups on a worker, its own on a primary
+
+
+class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
+    """What fits where. `str()` gives the table."""
+
+    rows: tuple[LedgerRow, ...]  # in rank order
+    largest_context: int  # tokens of the longest sequence that can run alone
+    total_tokens: int  # of many sequences together, over the whole fleet
+
+    @property
+    def num_pages(self) -> dict[int, int]:
+        """Rank -> pages of each of its pools."""
+        return {row.rank: row.pages for row in self.rows}
+
+    def __str__(self) -> str:
+        cells = [["rank", "role", "device", "free", "weights", "activations", "KV", "pages", "tokens"]]
+        for row in self.rows:
+            sizes = [format_bytes(size) for size in (row.free, row.weights, row.activations, row.kv)]
+            cells.append([str(row.rank), row.role, row.device, *sizes, str(row.pages), str(row.tokens)])
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column < 3 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in cells
+        ]
+        lines.append(f"largest context {self.largest_context} tokens; room for {self.total_tokens} tokens in all")
+        return "\n".join(lines)
+
+
+def plan_memory(
+    spec: ModelSpec,
+    plan: Plan,
+    fleet: Sequence[DeviceInfo],
+    *,
+    dtype: str,
+    block_size: int,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int | None = None,
+) -> MemoryLedger:
+    """The ledger of a fleet. Ranks without `kv_memory` share what is left on their device, up to what could be used.
+
+    Raises ValueError, with the numbers, when weights, activations and KV memory do not fit a device, when KV memory
+    gives less than one page per lane, and when a context of `max_model_len` tokens cannot be held.
+    """
+    infos = {info.rank: info for info in fleet}
+    fixed = {
+        member.rank: fixed_bytes(spec, plan, member, dtype, max_num_batched_tokens, max_num_seqs, max_model_len)
+        for member in plan.members()
+    }
+    page = {member.rank: page_bytes_of(spec, plan, member, block_size, dtype) for member in plan.members()}
+    useful = {
+        member.rank: page[member.rank]
+        * max_num_seqs
+        * _num_lanes(spec, member)
+        * pages_of(min(max_model_len or spec.max_position, spec.max_position), block_size)
+        for member in plan.members()
+    }
+    kv = _divide(plan, infos, {rank: sum(both) for rank, both in fixed.items()}, useful)
+    num_pages = {rank: kv[rank] // page[rank] for rank in kv}
+    _check_pages(plan, infos, kv, page, num_pages)
+    context = min(largest_context(plan, num_pages, block_size), spec.max_position)
+    if max_model_len is not None and max_model_len > context:
+        raise ValueError(_too_long(plan, num_pages, block_size, max_model_len, context, spec.max_position))
+    rows = tuple(
+        LedgerRow(
+            rank=member.rank,
+            role=plan.role_of(member.rank),
+            device=infos[member.rank].device,
+            free=infos[member.rank].free_memory,
+            weights=fixed[member.rank][0],
+            activations=fixed[member.rank][1],
+            kv=num_pages[member.rank] * page[member.rank],
+            page_bytes=page[member.rank],
+            pages=num_pages[member.rank],
+            tokens=num_pages[member.rank] // _num_lanes(spec, member) * block_size,
+        )
+        for member in plan.members()
+    )
+    total = total_tokens(spec, plan, num_pages, block_size)
+    return MemoryLedger(rows=rows, largest_context=context, total_tokens=total)
+
+
+def pages_of(num_tokens: int, block_size: int) -> int:
+    """Pages of one lane of `num_tokens` tokens."""
+    return -(-num_tokens // block_size)
+
+
+def largest_context(plan: Plan, num_pages: Mapping[int, int], block_size: int) -> int:
+    """The longest sequence, in tokens, for which a placement exists in the empty fleet.
+
+    While a sequence is in prefill (and, after a preemption, that is all of it) each home primary holds the pages of all
+    its head groups, wherever the lanes live: staging. So for each stage and primary, groups * pages(n) <= its pages.
+    Then the lanes may live there too, on those same pages. Attention workers let more sequences run, not longer ones.
+    """
+    return min(
+        num_pages[primary.rank] // primary.num_groups * block_size
+        for stage in plan.stages
+        for primary in stage.primaries
+    )
+
+
+def total_tokens(spec: ModelSpec, plan: Plan, num_pages: Mapping[int, int], block_size: int) -> int:
+    """Tokens of all sequences together that the fleet holds: the least over the stages, pages being free to place."""
+    on_workers = sum(num_pages[worker.rank] for worker in plan.workers)
+    return min(
+        (sum(num_pages[primary.rank] for primary in stage.primaries) + on_workers) // spec.num_head_groups * block_size
+        for stage in plan.stages
+    )
+
+
+def _num_lanes(spec: ModelSpec, member: Primary | AttentionWorker) -> int:
+    """Lanes of one sequence (per stage) that may need pages of a rank."""
+    return member.num_groups if isinstance(member, Primary) else spec.num_head_groups
+
+
+def _divide(
+    plan: Plan, infos: Mapping[int, DeviceInfo], fixed: Mapping[int, int], useful: Mapping[int, int]
+) -> dict[int, int]:
+    """KV memory of every rank. Ranks of one host and device draw on the same free memory."""
+    shared: dict[tuple[str, str], list[Primary | AttentionWorker]] = defaultdict(list)
+    for member in plan.members():
+        info = infos[member.rank]
+        shared[info.host, info.device].append(member)
+    kv: dict[int, int] = {}
+    for (_, device), members in shared.items():
+        free = min(infos[member.rank].free_memory for member in members)
+        needed = sum(fixed[member.rank] for member in members)
+        given = {member.rank: member.kv_memory for member in members if member.kv_memory is not None}
+        others = [member.rank for member in members if member.rank not in given]
+        share = (CPU_SHARE if device == "cpu" else GPU_SHARE) if others else 1.0
+        left = int(free * share) - needed - sum(given.values())
+        if left < 0:
+            raise ValueError(_does_not_fit(device, members, needed, sum(given.values()), free, share))
+        kv |= given | {rank: min(left // len(others), useful[rank]) for rank in others}
+    return kv
+
+
+def _does_not_fit(
+    device: str, members: Sequence[Primary | AttentionWorker], needed: int, given: int, free: int, share: float
+) -> str:
+    ranks = ", ".join(str(member.rank) for member in members)
+    return (
+        f"{'ranks' if len(members) > 1 else 'rank'} {ranks} on {device}: {format_bytes(needed)} of weights and "
+        f"activations and {format_bytes(given)} of KV memory do not fit into {share:.0%} of {format_bytes(free)} free "
+        f"memory; give layers, head groups or columns to other ranks, or lower kv_memory or max_num_batched_tokens."
+    )
+
+
+def _check_pages(
+    plan: Plan,
+    infos: Mapping[int, DeviceInfo],
+    kv: Mapping[int, int],
+    page: Mapping[int, int],
+    num_pages: Mapping[int, int],
+) -> None:
+    """One page for every lane that a primary is home of, and one page at all on a worker."""
+    for member in plan.members():
+        rank = member.rank
+        least = member.num_groups if isinstance(member, Primary) else 1
+        if num_pages[rank] < least:
+            raise ValueError(
+                f"rank {rank} on {infos[rank].device} has {format_bytes(kv[rank])} for KV, which is {num_pages[rank]} "
+                f"pages of {format_bytes(page[rank])}, but needs at least {least}, one per head group that it is home "
+                f"of; give it {format_bytes(least * page[rank])} or more, or lower the block size."
+            )
+
+
+def _too_long(
+    plan: Plan, num_pages: Mapping[int, int], block_size: int, wanted: int, context: int, max_position: int
+) -> str:
+    if wanted > max_position:
+        return f"max_model_len is {wanted}, but the model has {max_position} positions; lower max_model_len."
+    tightest = min(
+        (primary for stage in plan.stages for primary in stage.primaries),
+        key=lambda primary: num_pages[primary.rank] // primary.num_groups,
+    )
+    return (
+        f"max_model_len is {wanted}, but the largest context is {context}: rank {tightest.rank} has "
+        f"{num_pages[tightest.rank]} pages of {block_size} tokens for {tightest.num_groups} head groups; give it more "
+        f"KV memory or lower max_model_len."
+    )

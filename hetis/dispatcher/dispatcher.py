@@ -1,0 +1,112 @@
+"""The first rule of placement: lanes in proportion to free pages. Better ones stand beside it, behind `Dispatcher`."""
+
+from collections.abc import Mapping
+
+from hetis.core.placement import Dispatcher, FleetView, Placement, PoolId, Shortage, pages_for
+from hetis.core.plan import Plan, Primary
+from hetis.core.request import Sequence
+
+
+class ProportionalDispatcher:
+    """Spreads the head groups of each home primary over that primary and all attention workers by their free pages.
+
+    Largest remainder, ties to the primary, then to the lower rank. In a stage, for a home with G head groups, and a
+    sequence whose lanes take `now` pages each and `later` pages after some growth (x_i: lanes on pool i, 0 the home):
+
+        minimise    sum_i (x_i - G * free_i / sum free)^2
+        subject to  sum_i x_i = G
+                    G * now + x_0 * (later - now) <= free_0     (staging or lane: the home holds the whole prompt)
+                    x_i * later <= free_i                       for workers i
+    """
+
+    def assign(self, sequences: list[Sequence], view: FleetView) -> list[Placement | None]:
+        free_pages = dict(view.free_pages)
+        return [self._place(sequence, view, free_pages) for sequence in sequences]
+
+    def _place(self, sequence: Sequence, view: FleetView, free_pages: dict[PoolId, int]) -> Placement | None:
+        """Takes what it places out of `free_pages`."""
+        now, later = pages_per_lane(sequence, view.page_size)
+        left = dict(free_pages)
+        owners: list[tuple[int, ...]] = []
+        for stage in range(len(view.plan.stages)):
+            ranks: list[int] = []
+            for primary in view.plan.stages[stage].primaries:
+                placed = _place_groups(view.plan, stage, primary, now, later, left)
+                if placed is None:
+                    return None
+                ranks += placed
+            owners.append(tuple(ranks))
+        free_pages.update(left)
+        return Placement(owners=tuple(owners))
+
+
+def _place_groups(
+    plan: Plan, stage: int, primary: Primary, now: int, later: int, left: dict[PoolId, int]
+) -> list[int] | None:
+    """Owners of the head groups of one home, taken out of `left`; None when they do not fit."""
+    pools = [PoolId(rank, stage) for rank in (primary.rank, *(worker.rank for worker in plan.workers))]
+    home, prompt, growth = pools[0], primary.num_groups * now, later - now
+    spare = left[home] - prompt
+    if spare < 0:
+        return None
+    capacities = [left[pool] // later for pool in pools]
+    capacities[0] = spare // growth if growth else primary.num_groups
+    counts = spread(primary.num_groups, [left[pool] for pool in pools], capacities)
+    if counts is None:
+        return None
+    left[home] -= prompt + counts[0] * growth
+    for pool, count in zip(pools[1:], counts[1:], strict=True):
+        left[pool] -= count * later
+    return [pool.rank for pool, count in zip(pools, counts, strict=True) for _ in range(count)]
+
+
+def spread(num_lanes: int, weights: list[int], capacities: list[int]) -> list[int] | None:
+    """Lanes per place in proportion to `weights`, at most `capacities`; None when they do not fit.
+
+    One lane after the other goes where most is missing, ties to the first place. Without limits that is the rule of
+    largest remainders; with them it still minimises the squared distance to the exact shares, which is convex and
+    separable. Integers throughout, so that every machine decides the same. Negative weights and capacities count as 0.
+    """
+    if sum(max(0, capacity) for capacity in capacities) < num_lanes:
+        return None
+    weights = [max(0, weight) for weight in weights]
+    total = sum(weights)
+    counts = [0] * len(weights)
+    for _ in range(num_lanes):
+        open_places = [i for i, count in enumerate(counts) if count < capacities[i]]
+        place = max(open_places, key=lambda i: num_lanes * weights[i] - counts[i] * total)
+        counts[place] += 1
+    return counts
+
+
+def pages_per_lane(sequence: Sequence, page_size: int) -> tuple[int, int]:
+    """(now, later): pages of a lane for all known tokens, and with one more if the sequence can ever grow into it.
+
+    The last token of a sequence is never computed, so it needs no place in the cache.
+    """
+    num_tokens = len(sequence.token_ids)
+    longest = sequence.prompt_len + sequence.max_tokens - 1
+    return pages_for(num_tokens, page_size), pages_for(min(num_tokens + page_size, longest), page_size)
+
+
+def shortage_when_empty(num_tokens: int, plan: Plan, num_pages: Mapping[int, int], page_size: int) -> Shortage | None:
+    """What is missing for a sequence of `num_tokens` tokens even if it had the fleet for itself; None if it fits.
+
+    Workers do not help: each home holds the whole prompt of all its head groups, as lanes or as staging (see
+    `cost.memory.largest_context`).
+    """
+    pages = pages_for(num_tokens, page_size)
+    missing = {
+        PoolId(primary.rank, stage): primary.num_groups * pages - num_pages[primary.rank]
+        for stage in range(len(plan.stages))
+        for primary in plan.stages[stage].primaries
+    }
+    missing = {pool: count for pool, count in missing.items() if count > 0}
+    return Shortage(missing) if missing else None
+
+
+def make_dispatcher(name: str) -> Dispatcher:
+    """The rule called `name`. Raises ValueError for a name that is not known."""
+    if name != "proportional":
+        raise ValueError(f"dispatch {name!r} is unknown; use proportional.")
+    return ProportionalDispatcher()

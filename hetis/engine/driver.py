@@ -1,0 +1,227 @@
+"""The driver process: carries messages between front ends, the engine and the ranks, and watches over all of them.
+
+Started by rank 0 with `DriverArgs` as one JSON line on standard input; answers with `Joining` on standard output. The end
+of standard input means: shut down in order.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from hetis.comm import supervision
+from hetis.comm.control import ControlServer
+from hetis.core import messages as m
+from hetis.core.config import DriverArgs, Joining
+from hetis.core.fleet import DeviceInfo, RankStats
+from hetis.engine.engine import Engine
+from hetis.engine.setup import make_setup
+from hetis.engine.watch import FleetFailed, Watch
+
+POLL_MILLISECONDS = 200
+
+
+class Driver:
+    """One job, from the first `Hello` to `Shutdown`."""
+
+    def __init__(self, args: DriverArgs, server: ControlServer) -> None:
+        self._args, self._server = args, server
+        self._ranks = [member.rank for member in args.plan.members()]
+        self._watch = Watch(args.plan, args.config.step_timeout)
+        self._fronts: set[bytes] = set()
+        self._waiting_for_stats: set[bytes] = set()
+        self._stats: dict[int, RankStats] = {}
+        self._ready: m.EngineReady | None = None
+        self._engine: Engine | None = None
+        self._hellos: dict[int, DeviceInfo] = {}
+        self._num_ready = 0
+        self._ending = False
+        self._parent = os.getppid()
+
+    def run(self) -> None:
+        """Serves until shutdown; FleetFailed when the fleet cannot go on."""
+        self._server.poller.register(sys.stdin.fileno())
+        while not self._ending:
+            events = dict(self._server.poller.poll(POLL_MILLISECONDS))
+            if sys.stdin.fileno() in events:
+                self._on_end_of_input()
+            self._read_health()
+            self._read_ranks()
+            self._read_fronts()
+            for fd in events:
+                if isinstance(fd, int) and fd in self._watch.pid_fds:
+                    self._server.poller.unregister(fd)
+                    self._watch.on_death(fd)
+            self._watch.check()
+            self._step()
+        self._broadcast(m.Shutdown())
+
+    def _on_end_of_input(self) -> None:
+        """Rank 0 closed our input: shut down. If it did so by dying, the watch finds out how."""
+        self._server.poller.unregister(sys.stdin.fileno())
+        if os.getppid() == self._parent:
+            self._ending = True
+        else:
+            self._watch.on_parent_death()
+
+    # --- the fleet ----------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        if self._engine is None:
+            return
+        while (command := self._engine.step()) is not None:
+            self._watch.on_step(command.step)
+            self._broadcast(command)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        assert self._engine is not None
+        outputs = self._engine.take_outputs()
+        if outputs:
+            for front in self._fronts:
+                self._server.send("front", front, m.Outputs(outputs=outputs))
+
+    def _read_ranks(self) -> None:
+        while (received := self._server.receive("ranks")) is not None:
+            _, message = received
+            match message:
+                case m.StepResult():
+                    assert self._engine is not None
+                    self._watch.on_result(message.step)
+                    self._engine.on_result(message)
+                case m.Hello():
+                    self._on_hello(message.info)
+                case m.Ready():
+                    self._on_ready()
+                case m.Stats():
+                    self._on_stats(message.stats)
+
+    def _on_hello(self, info: DeviceInfo) -> None:
+        self._hellos[info.rank] = info
+        fd = self._watch.on_hello(info)
+        if fd is not None:
+            self._server.poller.register(fd)
+        if len(self._hellos) < len(self._ranks):
+            return
+        setup, ledger = make_setup(self._args, [self._hellos[rank] for rank in self._ranks])
+        self._watch.plan = setup.plan
+        self._engine = Engine(self._args.config, setup)
+        self._ready = m.EngineReady(
+            max_model_len=setup.max_model_len,
+            vocab_size=setup.spec.vocab_size,
+            ledger=ledger,
+            eos_token_ids=setup.eos_token_ids,
+        )
+        self._broadcast(setup)
+
+    def _on_ready(self) -> None:
+        self._num_ready += 1
+        if self._num_ready == len(self._ranks):
+            for front in self._fronts:
+                self._greet(front)
+
+    def _greet(self, front: bytes) -> None:
+        assert self._ready is not None
+        self._server.hide()
+        self._server.send("front", front, self._ready)
+
+    def _read_health(self) -> None:
+        while (received := self._server.receive("health")) is not None:
+            identity, message = received
+            if isinstance(message, m.Heartbeat):
+                self._watch.on_heartbeat(message.rank, message.step)
+                self._server.send("health", identity, m.Pong())
+            elif isinstance(message, m.Failure):
+                self._watch.on_failure(message)
+
+    def _broadcast(self, message: m.Message) -> None:
+        payload = msgspec.msgpack.encode(message)
+        for rank in self._hellos:
+            self._server.send("ranks", str(rank).encode(), payload)
+
+    # --- front ends ---------------------------------------------------------------------------------------------------
+
+    def _read_fronts(self) -> None:
+        while (received := self._server.receive("front")) is not None:
+            front, message = received
+            match message:
+                case m.Attach():
+                    self._fronts.add(front)
+                    if self._num_ready == len(self._ranks):
+                        self._greet(front)
+                case m.AddRequest():
+                    assert self._engine is not None
+                    self._engine.add(message)
+                case m.AbortRequest():
+                    assert self._engine is not None
+                    self._engine.abort(message.id)
+                case m.FleetQuery():
+                    self._waiting_for_stats.add(front)
+                    self._broadcast(m.StatsQuery())
+                case m.Shutdown():
+                    self._ending = True
+
+    def _on_stats(self, stats: RankStats) -> None:
+        self._stats[stats.rank] = stats
+        if len(self._stats) < len(self._ranks):
+            return
+        assert self._engine is not None
+        answer = self._engine.fleet_stats(self._stats)
+        for front in self._waiting_for_stats:
+            self._server.send("front", front, answer)
+        self._waiting_for_stats.clear()
+        self._stats = {}
+
+    def fail(self, failure: FleetFailed) -> None:
+        """Tells everybody, and has stopped processes killed by their neighbours."""
+        for front in self._fronts:
+            self._server.send("front", front, m.EngineDead(reason=str(failure)))
+        for host, pids in failure.culprits.items():
+            if host == supervision.host_id():
+                supervision.kill(pids)
+        hosts = failure.culprits or {"": []}
+        for host, pids in hosts.items():
+            abort = msgspec.msgpack.encode(m.Abort(reason=str(failure), host=host, culprits=pids))
+            for rank in self._ranks:
+                self._server.send("health", str(rank).encode(), abort)
+        if self._args.announce:
+            print(f"hetis: {failure}", file=sys.stderr, flush=True)
+            shutil.rmtree(self._args.run_directory, ignore_errors=True)
+        else:
+            Path(self._args.run_directory, "verdict").write_text(str(failure))
+
+
+def main() -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides what Ctrl-C means
+    signal.signal(signal.SIGTERM, lambda *_: None)  # from the kernel when rank 0 dies: the watch says so and ends us
+    supervision.die_with_parent(signal.SIGTERM)
+    args = msgspec.json.decode(sys.stdin.buffer.readline(), type=DriverArgs)
+    server = ControlServer(args.run_directory, args.address)
+    joining = Joining(endpoints=server.endpoints, devices=[member.device for member in args.plan.members()])
+    sys.stdout.buffer.write(msgspec.json.encode(joining) + b"\n")
+    sys.stdout.flush()
+    driver = Driver(args, server)
+    code = 0
+    try:
+        driver.run()
+    except FleetFailed as failure:
+        driver.fail(failure)
+        code = 1
+    except ValueError as error:  # a plan that does not fit, found when the devices were known
+        driver.fail(FleetFailed(str(error), {}))
+        code = 1
+    except Exception as error:
+        traceback.print_exc()
+        driver.fail(FleetFailed(f"the driver failed: {type(error).__name__}: {error}", {}))
+        code = 1
+    server.close()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The engine: requests in, steps out, tokens back. No sockets here; `driver.py` carries the messages."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from hetis.cache.lane_table import CacheManager
+from hetis.core.batch import Batch, Row
+from hetis.core.config import EngineConfig
+from hetis.core.fleet import RankStats
+from hetis.core.messages import (
+    AddRequest,
+    FleetStats,
+    MemberStats,
+    NewSequence,
+    Setup,
+    StepCommand,
+    StepResult,
+    TokenOutput,
+)
+from hetis.core.placement import Placement
+from hetis.core.request import Sequence
+from hetis.core.sampled import TokenLogprobs
+from hetis.dispatcher.dispatcher import make_dispatcher, shortage_when_empty
+from hetis.scheduler.scheduler import Scheduler
+
+_MIX = 0x9E3779B97F4A7C15  # odd, for spreading request numbers over seeds
+
+
+def _int32(values: Iterable[int]) -> bytes:
+    return np.fromiter(values, dtype=np.int32).tobytes()
+
+
+class Engine:
+    """All requests of one fleet, from `add` until their last token, and the steps in flight."""
+
+    def __init__(self, config: EngineConfig, setup: Setup) -> None:
+        spec, plan = setup.spec, setup.plan
+        self._setup = setup
+        self.cache = CacheManager(
+            plan, spec.num_head_groups, setup.num_pages, setup.block_size, setup.max_num_seqs
+        )
+        self.scheduler = Scheduler(
+            self.cache,
+            make_dispatcher(config.dispatch),
+            max_num_seqs=setup.max_num_seqs,
+            max_num_batched_tokens=setup.max_num_batched_tokens,
+            max_model_len=setup.max_model_len,
+            num_stages=len(plan.stages),
+        )
+        self._in_flight: dict[int, Batch] = {}
+        self._num_steps = 0
+        self._num_arrivals = 0
+        self._outputs: list[TokenOutput] = []
+        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}  # by sequence, until its first token
+        self._heads_peak = {member.rank: 0 for member in plan.members()}
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that have been sent and not come back."""
+        return len(self._in_flight)
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def add(self, request: AddRequest) -> None:
+        """Queues a sequence; one that can never run is answered at once with the reason."""
+        params, arrival = request.params, self._num_arrivals
+        self._num_arrivals += 1
+        stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._setup.eos_token_ids))
+        sequence = Sequence(
+            id=request.id,
+            token_ids=list(request.token_ids),
+            prompt_len=len(request.token_ids),
+            params=params,
+            max_tokens=params.max_tokens or self._setup.max_model_len,
+            seed=params.seed if params.seed is not None else (self._setup.seed + arrival * _MIX) % (1 << 63),
+            stop_ids=frozenset(stop_ids),
+            arrival=arrival,
+        )
+        shortage = shortage_when_empty(
+            len(request.token_ids) + 1, self._setup.plan, self._setup.num_pages, self._setup.block_size
+        )
+        try:
+            if shortage is not None:
+                raise ValueError(
+                    f"a prompt of {sequence.prompt_len} tokens can never run on this fleet: {shortage}; "
+                    "give these ranks more KV memory."
+                )
+            self.scheduler.add(sequence)
+        except ValueError as error:
+            self._outputs.append(TokenOutput(id=request.id, token_ids=[], finish_reason="error", error=str(error)))
+
+    def abort(self, sequence_id: str) -> None:
+        if self.scheduler.abort(sequence_id) is not None:
+            self._prompt_logprobs.pop(sequence_id, None)
+            self._outputs.append(TokenOutput(id=sequence_id, token_ids=[], finish_reason="abort"))
+
+    def take_outputs(self) -> list[TokenOutput]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepCommand | None:
+        """The next step for the whole fleet, or None when nothing can start now."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return None
+        command = self._command(batch)
+        self._in_flight[command.step] = batch
+        self._num_steps += 1
+        return command
+
+    def on_result(self, result: StepResult) -> None:
+        """The tokens of a step: appended, streamed, and pages freed where a sequence ended."""
+        batch = self._in_flight.pop(result.step)
+        self._keep_prompt_logprobs(batch, result)
+        invalid = set(result.invalid)
+        tokens = np.frombuffer(result.tokens, dtype=np.int32).tolist()
+        for index, new in enumerate(self.scheduler.on_tokens(batch, tokens, invalid)):
+            self._outputs.append(self._output(new.sequence, new.token, result.logprobs[index : index + 1], index in invalid))
+
+    def _output(
+        self, sequence: Sequence, token: int | None, logprobs: list[TokenLogprobs | None], invalid: bool
+    ) -> TokenOutput:
+        return TokenOutput(
+            id=sequence.id,
+            token_ids=[] if token is None else [token],
+            logprobs=logprobs or None,
+            prompt_logprobs=self._prompt_logprobs.pop(sequence.id, None),
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+            error="the model produced logits that are not finite" if invalid else None,
+        )
+
+    def _command(self, batch: Batch) -> StepCommand:
+        rows = batch.rows
+        if batch.admitted:
+            for rank, usage in self.cache.usage().items():
+                self._heads_peak[rank] = max(self._heads_peak[rank], usage.num_lanes)
+        scored = [index for index, row in enumerate(rows) if _is_scored(row)]
+        return StepCommand(
+            step=self._num_steps,
+            released=batch.released,
+            admitted=[_new_sequence(sequence, placement) for sequence, placement in batch.admitted],
+            pages=self.cache.take_deltas(),
+            slots=_int32(row.sequence.slot for row in rows),
+            starts=_int32(row.start for row in rows),
+            counts=_int32(row.count for row in rows),
+            num_decode=batch.num_decode,
+            tokens=b"".join(_int32(row.sequence.token_ids[row.start : row.start + row.count]) for row in rows),
+            sampled=_int32(index for index, row in enumerate(rows) if row.samples),
+            prompt_logprobs=scored,
+            prompt_targets=b"".join(_int32(_targets(rows[index])) for index in scored),
+        )
+
+    def _keep_prompt_logprobs(self, batch: Batch, result: StepResult) -> None:
+        for index, found in result.prompt_logprobs.items():
+            self._prompt_logprobs.setdefault(batch.rows[index].sequence.id, []).extend(found)
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def fleet_stats(self, stats: Mapping[int, RankStats]) -> FleetStats:
+        """The fleet's table, from the cache and what the ranks counted."""
+        queries = self._setup.spec.queries_per_group
+        total = sum(counted.attention_seconds for counted in stats.values()) or 1.0
+        members = [
+            MemberStats(
+                rank=member.rank,
+                role=self._setup.plan.role_of(member.rank),
+                device=member.device,
+                heads=usage.num_lanes * queries,
+                heads_peak=self._heads_peak[member.rank] * queries,
+                pages_used=usage.pages_used,
+                pages_total=usage.pages_total,
+                pages_peak=usage.pages_peak,
+                attention_seconds=stats[member.rank].attention_seconds,
+                attention_share=stats[member.rank].attention_seconds / total,
+                bytes_sent=stats[member.rank].bytes_sent,
+                bytes_received=stats[member.rank].bytes_received,
+            )
+            for member in self._setup.plan.members()
+            for usage in [self.cache.usage()[member.rank]]
+        ]
+        return FleetStats(
+            members=members, num_steps=self._num_steps, num_preemptions=self.scheduler.num_preemptions
+        )
+
+
+def _new_sequence(sequence: Sequence, placement: Placement) -> NewSequence:
+    return NewSequence(
+        slot=sequence.slot,
+        owners=_int32(owner for stage in placement.owners for owner in stage),
+        prompt_len=sequence.prompt_len,
+        prefill_len=sequence.prefill_len,
+        seed=sequence.seed,
+        params=sequence.params,
+    )
+
+
+def _is_scored(row: Row) -> bool:
+    """Whether prompt logprobs are wanted of the row; after a preemption they have been delivered."""
+    sequence = row.sequence
+    return sequence.params.prompt_logprobs is not None and sequence.num_output == 0 and row.start < sequence.prompt_len
+
+
+def _targets(row: Row) -> list[int]:
+    """For each new token the one that follows it in the prompt, -1 after the last."""
+    sequence = row.sequence
+    following = sequence.token_ids[row.start + 1 : min(row.start + row.count + 1, sequence.prompt_len)]
+    return following + [-1] * (row.count - len(following))

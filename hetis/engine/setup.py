@@ -1,0 +1,65 @@
+"""From what the user asked for and what the ranks report to one `Setup` for all."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from hetis.core.config import DriverArgs
+from hetis.core.fleet import DeviceInfo
+from hetis.core.messages import Setup
+from hetis.core.plan import Plan
+from hetis.cost.memory import plan_memory
+
+
+def make_setup(args: DriverArgs, fleet: Sequence[DeviceInfo]) -> tuple[Setup, str]:
+    """The setup and the memory ledger as text. `fleet`: in rank order.
+
+    Raises ValueError with the numbers when the plan does not fit the memory.
+    """
+    config, spec = args.config, args.spec
+    plan = with_devices(args.plan, fleet)
+    dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    ledger = plan_memory(
+        spec,
+        plan,
+        fleet,
+        dtype=dtype,
+        block_size=config.block_size,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+    )
+    setup = Setup(
+        spec=spec,
+        plan=plan,
+        fleet=list(fleet),
+        model=config.model,
+        revision=config.revision,
+        load_format=config.load_format,
+        dtype=dtype,
+        block_size=config.block_size,
+        num_pages=ledger.num_pages,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len or ledger.largest_context,
+        seed=config.seed,
+        enforce_eager=config.enforce_eager,
+        eos_token_ids=args.eos_token_ids,
+        logprobs_mode=config.logprobs_mode,
+        step_timeout=config.step_timeout,
+    )
+    return setup, str(ledger)
+
+
+def with_devices(plan: Plan, fleet: Sequence[DeviceInfo]) -> Plan:
+    """The plan with the devices that the ranks really took ("auto" and "cuda" leave the choice to them)."""
+    taken = {info.rank: info.device for info in fleet}
+    stages = tuple(
+        msgspec.structs.replace(
+            stage,
+            primaries=tuple(msgspec.structs.replace(p, device=taken[p.rank]) for p in stage.primaries),
+        )
+        for stage in plan.stages
+    )
+    workers = tuple(msgspec.structs.replace(w, device=taken[w.rank]) for w in plan.workers)
+    return Plan(stages=stages, workers=workers)

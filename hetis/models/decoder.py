@@ -1,0 +1,161 @@
+"""The decoder of one stage and one tensor-parallel shard: mathematics only.
+
+Attention and reduction come from outside. T tokens, H hidden size, G head groups of this shard, M query heads per
+group, D head_dim, F MLP columns of this shard, V vocabulary rows of this shard, N rows whose logits are wanted.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hetis.core.model_spec import ModelSpec
+from hetis.models.layers import LayerWeights, StageWeights, activate, add_and_normalise, normalise, rope_table
+from hetis_kernels import gated_activation, qk_norm_rope
+from hetis_kernels.linear import linear, use_plain
+
+
+class Attention(Protocol):
+    """Causal attention of the step's tokens over their sequences. `layer` counts from 0 inside the stage."""
+
+    def attend(self, layer: int, qkv_TGHD: Tensor, out_TGMD: Tensor) -> None: ...
+
+
+class Reduce(Protocol):
+    """Sum over the tensor-parallel ranks of the stage, in place; does nothing for one rank."""
+
+    def all_reduce(self, x: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Buffers of the layer loop, allocated once; `of(T)` gives views for one step."""
+
+    hidden_TH: Tensor
+    normed_TH: Tensor
+    delta_TH: Tensor  # what attention or the MLP adds to the residual stream
+    qkv_TGHD: Tensor
+    attended_TGMD: Tensor
+    gate_up_TF: Tensor
+    active_TF: Tensor
+
+    @classmethod
+    def allocate(cls, spec: ModelSpec, weights: StageWeights, max_tokens: int) -> "Workspace":
+        """Room for steps of at most `max_tokens` tokens, on the device and in the dtype of the weights."""
+        groups, columns = weights.primary.num_groups, weights.primary.num_mlp_columns
+        like = weights.layers[0].attention_norm.weight
+
+        def buffer(*shape: int) -> Tensor:
+            return torch.empty(max_tokens, *shape, dtype=like.dtype, device=like.device)
+
+        gate_up_TF = buffer(spec.gate_factor * columns)
+        return cls(
+            hidden_TH=buffer(spec.hidden_size),
+            normed_TH=buffer(spec.hidden_size),
+            delta_TH=buffer(spec.hidden_size),
+            qkv_TGHD=buffer(groups, spec.rows_per_group, spec.head_dim),
+            attended_TGMD=buffer(groups, spec.queries_per_group, spec.head_dim),
+            gate_up_TF=gate_up_TF,
+            active_TF=buffer(columns) if spec.gated else gate_up_TF,
+        )
+
+    def of(self, num_tokens: int) -> "Workspace":
+        """The same buffers, cut to the step's tokens."""
+        return Workspace(*(getattr(self, field.name)[:num_tokens] for field in fields(self)))
+
+
+class Decoder:
+    """One stage's layers (and embedding, final norm and LM head where the stage has them) for one shard.
+
+    `reduce` sums over the stage's tensor-parallel ranks. `max_tokens` bounds the tokens of a step, `max_position`
+    (default: the model's) the positions that occur. `enforce_eager`: plain torch linears in this process.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: StageWeights,
+        reduce: Reduce,
+        *,
+        max_tokens: int,
+        device: torch.device,
+        max_position: int | None = None,
+        enforce_eager: bool = False,
+    ) -> None:
+        self._spec, self._weights, self._reduce = spec, weights, reduce
+        self._workspace = Workspace.allocate(spec, weights, max_tokens)
+        self._cos_sin_PR = rope_table(spec.rope, max_position or spec.max_position, device) if spec.rope else None
+        use_plain(enforce_eager)
+
+    def embed(self, token_T: Tensor, position_T: Tensor) -> Tensor:
+        """Hidden states [T, H] of tokens (int64 [T]) at `position_T` (int64 [T]); first stage only.
+
+        The vocabulary is sharded: a rank gives zero for the tokens of others, and the sum over ranks is the embedding.
+        The result is a buffer of the decoder, valid until the next call.
+        """
+        embedding_VH = self._weights.embedding
+        assert embedding_VH is not None, "only the first stage embeds"
+        hidden_TH = self._workspace.hidden_TH[: token_T.shape[0]]
+        first, stop = self._weights.primary.vocab_rows
+        if stop - first == self._spec.vocab_size:
+            torch.index_select(embedding_VH, 0, token_T, out=hidden_TH)
+        else:
+            local_T = token_T - first
+            torch.index_select(embedding_VH, 0, local_T.clamp(0, stop - first - 1), out=hidden_TH)
+            hidden_TH.masked_fill_(((local_T < 0) | (local_T >= stop - first))[:, None], 0.0)
+        if self._weights.positions is not None:
+            hidden_TH += self._weights.positions[position_T + (self._spec.learned_position_offset or 0)]
+        self._reduce.all_reduce(hidden_TH)
+        return hidden_TH
+
+    def forward(self, hidden_TH: Tensor, position_T: Tensor, attention: Attention) -> Tensor:
+        """The residual stream [T, H] after all layers of the stage, computed in place in `hidden_TH`."""
+        w = self._workspace.of(hidden_TH.shape[0])
+        for index, layer in enumerate(self._weights.layers):
+            if index == 0:
+                normalise(hidden_TH, layer.attention_norm, self._spec, w.normed_TH)
+            else:
+                add_and_normalise(w.delta_TH, hidden_TH, layer.attention_norm, self._spec, w.normed_TH)
+            self._attention(index, layer, w, position_T, attention)
+            add_and_normalise(w.delta_TH, hidden_TH, layer.mlp_norm, self._spec, w.normed_TH)
+            self._mlp(layer, w)
+        return hidden_TH.add_(w.delta_TH)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [N, V] of this shard's vocabulary rows, in the dtype of the weights; last stage only."""
+        weights = self._weights
+        assert weights.final_norm is not None, "only the last stage has logits"
+        assert weights.head is not None, "only the last stage has logits"
+        normed_NH = torch.empty_like(hidden_NH)
+        normalise(hidden_NH, weights.final_norm, self._spec, normed_NH)
+        return linear(normed_NH, weights.head)
+
+    def _attention(
+        self, index: int, layer: LayerWeights, w: Workspace, position_T: Tensor, attention: Attention
+    ) -> None:
+        """delta = sum over ranks of attention(normed) @ output."""
+        linear(w.normed_TH, layer.qkv, w.qkv_TGHD.flatten(1))
+        if self._cos_sin_PR is not None or layer.query_norm is not None:
+            qk_norm_rope(
+                w.qkv_TGHD,
+                self._spec.queries_per_group,
+                layer.query_norm,
+                layer.key_norm,
+                self._spec.norm_epsilon,
+                self._cos_sin_PR,
+                position_T,
+            )
+        attention.attend(index, w.qkv_TGHD, w.attended_TGMD)
+        linear(w.attended_TGMD.flatten(1), layer.output, w.delta_TH)
+        self._reduce.all_reduce(w.delta_TH)
+
+    def _mlp(self, layer: LayerWeights, w: Workspace) -> None:
+        """delta = sum over ranks of activation(normed @ gate_up) @ down."""
+        linear(w.normed_TH, layer.gate_up, w.gate_up_TF)
+        if self._spec.gated:
+            gated_activation(w.gate_up_TF, self._spec.activation, w.active_TF)
+        else:
+            activate(w.gate_up_TF, self._spec.activation)
+        linear(w.active_TF, layer.down, w.delta_TH)
+        self._reduce.all_reduce(w.delta_TH)

@@ -1,0 +1,57 @@
+"""Find the directory of a model: the packaged one, a local directory, or a snapshot from the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+PACKAGED = Path(__file__).parent.parent / "assets" / "tiny"
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # config, generation config, tokenizer, chat template, index
+_WEIGHT_FILES = ["*.safetensors"]
+_NOT_OURS = ["*/*", "consolidated*"]  # other formats beside the checkpoint
+
+
+def resolve_model(model: str | None, revision: str | None = None, weights: bool = True) -> Path:
+    """The directory with config.json (and tokenizer, and, if `weights`, safetensors) of `model`.
+
+    None: the small model inside the package. An existing directory: itself. Else a hub id, downloaded or taken from the
+    hub cache; never pickles, never code. Raises ValueError when there is no such model or it cannot be reached.
+    """
+    if model is None:
+        return PACKAGED
+    directory = Path(model).expanduser()
+    if model and directory.is_dir():
+        return directory
+    if directory.is_file():
+        raise ValueError(f"model {model!r} is a file; give the directory of a Hugging Face checkpoint.")
+    if not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise ValueError(f"model {model!r} is neither an existing directory nor a hub id such as Qwen/Qwen3-0.6B.")
+    return _download(model, revision, weights)
+
+
+def _download(model: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    where = f"model {model!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=_CONFIG_FILES + (_WEIGHT_FILES if weights else []),
+                ignore_patterns=_NOT_OURS,
+            )
+        )
+    except hub.GatedRepoError as error:
+        raise ValueError(f"{where} is gated; accept its terms on the hub and set HF_TOKEN.") from error
+    except hub.RepositoryNotFoundError as error:
+        raise ValueError(f"{where} is neither a directory nor a model on the hub; correct the name.") from error
+    except hub.RevisionNotFoundError as error:
+        raise ValueError(f"{where} does not exist on the hub; correct the revision.") from error
+    except Exception as error:  # no network, proxies, disk: the hub client raises errors of several libraries
+        reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise ValueError(
+            f"{where} is not a directory and cannot be fetched from the hub ({reason}); check the network or give a "
+            f"directory."
+        ) from error

@@ -1,0 +1,232 @@
+"""Weights of one stage and shard, read slice by slice into their final, fused form.
+
+A rank reads only what it keeps; peak host memory is what it keeps plus the largest single tensor. G head groups of this
+shard, M query heads per group, D head_dim, H hidden size, F MLP columns of this shard.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hetis.core.model_spec import ModelSpec
+from hetis.core.plan import Plan
+from hetis.models.checkpoint import Checkpoint, DummyWeights, Shapes, WeightSource
+from hetis.models.families import FAMILIES, TensorNames
+from hetis.models.layers import LayerWeights, Norm, StageWeights
+from hetis_kernels.linear import PackedLinear, pack_linear
+
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+
+
+def load_weights(
+    spec: ModelSpec,
+    plan: Plan,
+    stage_index: int,
+    tp_index: int,
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: LoadFormat = "auto",
+    seed: int = 0,
+    show_progress: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> StageWeights:
+    """The share of one primary, converted to `dtype` on `device`.
+
+    "auto" and "safetensors" read `directory`; "dummy" makes random weights from `seed`, the same whatever the plan.
+    `show_progress`: a bar on stderr; `on_progress(done, total)` is called after every layer. Raises ValueError, one
+    sentence with file, tensor and remedy, for checkpoints that are missing, incomplete, damaged or of another model.
+    """
+    names = FAMILIES[spec.family].names
+    expected = expected_tensors(spec, names)
+    source: WeightSource
+    if load_format == "dummy":
+        source = DummyWeights(expected, dtype, seed)
+    else:
+        tied_names = (f"{names.embedding}.weight", f"{names.head}.weight") if spec.tied_embeddings else None
+        source = Checkpoint(directory, expected, tied_names)
+    shard = _Shard(spec, plan, stage_index, tp_index, names, source, dtype, device)
+    with _progress_bar(show_progress, "loading weights") as bar:
+        return shard.load(on_progress or bar)
+
+
+def expected_tensors(spec: ModelSpec, names: TensorNames) -> Shapes:
+    """Name and shape of every tensor of the whole model, as a checkpoint holds them."""
+    hidden, columns = spec.hidden_size, spec.intermediate_size
+    query_rows, key_rows = spec.num_query_heads * spec.head_dim, spec.num_head_groups * spec.head_dim
+    shapes: Shapes = {f"{names.embedding}.weight": (spec.vocab_size, hidden)}
+    if spec.learned_position_offset is not None:
+        shapes[f"{names.positions}.weight"] = (spec.max_position + spec.learned_position_offset, hidden)
+    if not spec.tied_embeddings:
+        shapes[f"{names.head}.weight"] = (spec.vocab_size, hidden)
+
+    def linear(name: str, outputs: int, inputs: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            shapes[f"{name}.bias"] = (outputs,)
+
+    def norm(name: str, width: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (width,)
+        if bias:
+            shapes[f"{name}.bias"] = (width,)
+
+    norm(names.final_norm, hidden, spec.norm == "layer")
+    for index in range(spec.num_layers):
+        prefix = names.layer.format(layer=index)
+        norm(prefix + names.attention_norm, hidden, spec.norm == "layer")
+        norm(prefix + names.mlp_norm, hidden, spec.norm == "layer")
+        linear(prefix + names.query, query_rows, hidden, spec.qkv_bias)
+        linear(prefix + names.key, key_rows, hidden, spec.qkv_bias)
+        linear(prefix + names.value, key_rows, hidden, spec.qkv_bias)
+        linear(prefix + names.output, hidden, query_rows, spec.output_bias)
+        if spec.qk_norm:
+            norm(prefix + names.query_norm, spec.head_dim, False)
+            norm(prefix + names.key_norm, spec.head_dim, False)
+        if spec.gated:
+            linear(prefix + names.gate, columns, hidden, spec.mlp_bias)
+        linear(prefix + names.up, columns, hidden, spec.mlp_bias)
+        linear(prefix + names.down, hidden, columns, spec.mlp_bias)
+    return shapes
+
+
+class _Shard:
+    """Reads one primary's share from a source."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: Plan,
+        stage_index: int,
+        tp_index: int,
+        names: TensorNames,
+        source: WeightSource,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._spec, self._names, self._source = spec, names, source
+        self._stage, self._tp_index = plan.stages[stage_index], tp_index
+        self._primary = self._stage.primaries[tp_index]
+        self._is_first, self._is_last = plan.is_first(stage_index), plan.is_last(stage_index)
+        self._dtype, self._device = dtype, device
+
+    def load(self, on_progress: Callable[[int, int], None]) -> StageWeights:
+        first, stop = self._stage.layers
+        layers = []
+        for index in range(first, stop):
+            layers.append(self._layer(self._names.layer.format(layer=index)))
+            on_progress(index + 1 - first, stop - first)
+        embedding = self._embedding() if self._is_first else None
+        return StageWeights(
+            stage=self._stage,
+            tp_index=self._tp_index,
+            layers=tuple(layers),
+            embedding=embedding,
+            positions=self._positions() if self._is_first and self._tp_index == 0 else None,
+            final_norm=self._norm(self._names.final_norm) if self._is_last else None,
+            head=self._head(embedding) if self._is_last else None,
+        )
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        spec, names = self._spec, self._names
+        return LayerWeights(
+            attention_norm=self._norm(prefix + names.attention_norm),
+            qkv=self._qkv(prefix),
+            query_norm=self._whole(prefix + names.query_norm + ".weight") if spec.qk_norm else None,
+            key_norm=self._whole(prefix + names.key_norm + ".weight") if spec.qk_norm else None,
+            output=self._row_parallel(prefix + names.output, self._query_rows(), spec.output_bias),
+            mlp_norm=self._norm(prefix + names.mlp_norm),
+            gate_up=self._gate_up(prefix),
+            down=self._row_parallel(prefix + names.down, self._primary.mlp_columns, spec.mlp_bias),
+        )
+
+    def _qkv(self, prefix: str) -> PackedLinear:
+        """Query, key and value rows interleaved per head group: [G, M + 2, D, H]."""
+        spec, names = self._spec, self._names
+        queries, head_dim = spec.queries_per_group, spec.head_dim
+        parts = (
+            (names.query, slice(0, queries), self._query_rows()),
+            (names.key, slice(queries, queries + 1), self._key_rows()),
+            (names.value, slice(queries + 1, queries + 2), self._key_rows()),
+        )
+        weight_GHDK = self._empty(self._primary.num_groups, spec.rows_per_group, head_dim, spec.hidden_size)
+        bias_GHD = self._empty(self._primary.num_groups, spec.rows_per_group, head_dim) if spec.qkv_bias else None
+        for name, heads, rows in parts:
+            self._source.fill(weight_GHDK[:, heads], f"{prefix}{name}.weight", rows)
+            if bias_GHD is not None:
+                self._source.fill(bias_GHD[:, heads], f"{prefix}{name}.bias", rows)
+        return pack_linear(weight_GHDK.flatten(0, 2), None if bias_GHD is None else bias_GHD.flatten())
+
+    def _gate_up(self, prefix: str) -> PackedLinear:
+        """Gate rows, then up rows: [2F, H]; up rows alone without a gate."""
+        spec, names, columns = self._spec, self._names, self._primary.mlp_columns
+        parts = (names.gate, names.up) if spec.gated else (names.up,)
+        weight_PFK = self._empty(len(parts), self._primary.num_mlp_columns, spec.hidden_size)
+        bias_PF = self._empty(len(parts), self._primary.num_mlp_columns) if spec.mlp_bias else None
+        for index, name in enumerate(parts):
+            self._source.fill(weight_PFK[index], f"{prefix}{name}.weight", columns)
+            if bias_PF is not None:
+                self._source.fill(bias_PF[index], f"{prefix}{name}.bias", columns)
+        return pack_linear(weight_PFK.flatten(0, 1), None if bias_PF is None else bias_PF.flatten())
+
+    def _row_parallel(self, name: str, columns: tuple[int, int], has_bias: bool) -> PackedLinear:
+        """All rows, this shard's columns. The sum over ranks must hold the bias once: index 0 adds it."""
+        weight_HF = self._empty(self._spec.hidden_size, columns[1] - columns[0])
+        self._source.fill(weight_HF, f"{name}.weight", columns=columns)
+        return pack_linear(weight_HF, self._whole(f"{name}.bias") if has_bias and self._tp_index == 0 else None)
+
+    def _embedding(self) -> Tensor:
+        return self._vocabulary(self._names.embedding)
+
+    def _head(self, embedding_VH: Tensor | None) -> PackedLinear:
+        """The LM head's rows; a tied one shares the embedding's memory where this rank holds both."""
+        if not self._spec.tied_embeddings:
+            return pack_linear(self._vocabulary(self._names.head))
+        return pack_linear(embedding_VH if embedding_VH is not None else self._embedding())
+
+    def _vocabulary(self, name: str) -> Tensor:
+        table_VH = self._empty(self._primary.num_vocab_rows, self._spec.hidden_size)
+        self._source.fill(table_VH, f"{name}.weight", self._primary.vocab_rows)
+        return table_VH
+
+    def _positions(self) -> Tensor | None:
+        if self._spec.learned_position_offset is None:
+            return None
+        return self._whole(f"{self._names.positions}.weight")
+
+    def _norm(self, name: str) -> Norm:
+        return Norm(self._whole(f"{name}.weight"), self._whole(f"{name}.bias") if self._spec.norm == "layer" else None)
+
+    def _whole(self, name: str) -> Tensor:
+        target = self._empty(*self._source.shape(name))
+        self._source.fill(target, name)
+        return target
+
+    def _query_rows(self) -> tuple[int, int]:
+        first, stop = self._key_rows()
+        return first * self._spec.queries_per_group, stop * self._spec.queries_per_group
+
+    def _key_rows(self) -> tuple[int, int]:
+        first, stop = self._primary.groups
+        return first * self._spec.head_dim, stop * self._spec.head_dim
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+
+@contextmanager
+def _progress_bar(show: bool, title: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total) that moves a bar on stderr; silent where stderr is not a terminal."""
+    if not show:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

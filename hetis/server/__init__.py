@@ -1,0 +1,1 @@
+"""Level 6: what users touch: `LLM`, the command line, and the starting of processes."""

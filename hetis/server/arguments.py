@@ -1,0 +1,76 @@
+"""Command-line options that more than one command has, and what becomes of them."""
+
+import argparse
+
+from hetis.core.config import EngineConfig
+from hetis.core.sampling_params import SamplingParams
+from hetis.core.sizes import parse_bytes
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `EngineConfig`, with vLLM's names where the meaning is the same."""
+    default = EngineConfig()
+    group = parser.add_argument_group("engine")
+    add = group.add_argument
+    add("model", nargs="?", help="directory or hub id; left out: the small model in the package")
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--tokenizer", help="directory or hub id of the tokenizer, if it is not the model's")
+    add("--plan", default=default.plan, help="P+A (primaries + attention workers) or a plan file (JSON)")
+    add("--device", default=default.device, help="device of every rank: cpu, cuda or auto; a plan file may say otherwise")
+    add("--dtype", default=default.dtype, choices=("auto", "float32", "bfloat16", "float16"), help="auto: the checkpoint's")
+    add("--load-format", default=default.load_format, choices=("auto", "safetensors", "dummy"), help="dummy: random weights")
+    add("--max-model-len", type=int, help="longest sequence; left out: what the model and the memory allow")
+    add("--max-num-seqs", type=int, default=default.max_num_seqs, help="sequences running at once")
+    add("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens, help="tokens in one step")
+    add("--block-size", type=int, default=default.block_size, help="tokens per cache page")
+    add("--kv-cache-memory", type=_memory, help="cache per rank, like 2GiB, or by rank, like 0=1GiB,1=4GiB")
+    add("--seed", type=int, default=default.seed, help="seed of requests that bring none, and of dummy weights")
+    add("--enforce-eager", action="store_true", help="plain torch linears, for debugging")
+    add("--max-logprobs", type=int, default=default.max_logprobs, help="most logprobs a request may ask for; -1: no limit")
+    add("--step-timeout", type=float, default=default.step_timeout, help="seconds after which a silent rank counts as dead")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    default = SamplingParams()
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    add("--max-tokens", type=int, default=max_tokens, help="new tokens per prompt")
+    add("--temperature", type=float, default=default.temperature, help="0: the most likely token")
+    add("--top-p", type=float, default=default.top_p)
+    add("--top-k", type=int, default=default.top_k, help="0: all")
+    add("--min-p", type=float, default=default.min_p)
+    add("--repetition-penalty", type=float, default=default.repetition_penalty)
+    add("--sampling-seed", type=int, help="seed of the requests")
+    add("--ignore-eos", action="store_true")
+
+
+def engine_arguments(options: argparse.Namespace) -> dict[str, object]:
+    """Keyword arguments of `LLM`, from parsed options."""
+    names = (
+        "model", "revision", "tokenizer", "plan", "device", "dtype", "load_format", "max_model_len", "max_num_seqs",
+        "max_num_batched_tokens", "block_size", "kv_cache_memory", "seed", "enforce_eager", "max_logprobs", "step_timeout",
+    )  # fmt: skip
+    return {name: getattr(options, name) for name in names}
+
+
+def sampling_params(options: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.sampling_seed,
+        ignore_eos=options.ignore_eos,
+    )
+
+
+def _memory(text: str) -> int | dict[int, int]:
+    try:
+        if "=" not in text:
+            return parse_bytes(text)
+        pairs = (part.split("=", 1) for part in text.split(","))
+        return {int(rank): parse_bytes(size) for rank, size in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

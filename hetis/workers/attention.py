@@ -1,0 +1,129 @@
+"""An attention worker: no weights, only cache. One thread per pipeline stage serves the primaries of that stage.
+
+A worker obeys the same StepCommands as the primaries, so it knows which lanes each message carries. Within a stage,
+primaries are served in tensor-parallel order, layer by layer; stages are independent, so that micro-batches of
+different stages never wait for each other here.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from hetis_kernels import kv_append, paged_decode
+
+from hetis.comm.links.base import Link
+from hetis.core.fleet import RankStats
+from hetis.core.messages import Setup, StepCommand
+from hetis.core.plan import Primary, Stage
+from hetis.workers.build import make_pool, wire_format
+from hetis.workers.step_input import StepPlanner, WorkerInput
+
+
+class StageServer:
+    """Serves the primaries of one stage."""
+
+    def __init__(
+        self, setup: Setup, rank: int, stage_index: int, links: dict[int, Link], device: torch.device
+    ) -> None:
+        """`links`: by primary rank."""
+        stage: Stage = setup.plan.stages[stage_index]
+        self._links = [(primary, links[primary.rank]) for primary in stage.primaries]
+        self._wire = wire_format(setup)
+        self._scale = setup.spec.attention_scale
+        first, stop = stage.layers
+        self._windows = setup.spec.windows[first:stop]
+        self.pool = make_pool(setup, rank, stage_index, device)
+        self._planner = StepPlanner(
+            rank, stage_index, setup.spec.num_head_groups, setup.max_num_seqs, self.pool, device
+        )
+        self.attention_seconds = 0.0
+
+    def run_step(self, command: StepCommand) -> None:
+        self._planner.apply(command)
+        served: list[tuple[Link, WorkerInput]] = []
+        for primary, link in self._links:
+            step = self._plan(command, primary)
+            if len(step.lanes) or len(step.prefill_append):
+                served.append((link, step))
+        for layer in range(len(self._windows)) if served else ():
+            for link, step in served:
+                self._serve(layer, link, step)
+
+    def _plan(self, command: StepCommand, primary: Primary) -> WorkerInput:
+        return self._planner.worker_input(command, primary.groups)
+
+    def _serve(self, layer: int, link: Link, step: WorkerInput) -> None:
+        """One message of one layer: keep the new K and V, attend, answer."""
+        wire, pages_2PSD = self._wire, self.pool.pages_L2PSD[layer]
+        num_decode, num_prefill, M, D = len(step.lanes), len(step.prefill_append), wire.num_queries, wire.head_dim
+        message = link.recv(wire.request_bytes(num_decode, num_prefill))
+        begin = perf_counter()
+        qkv_UF, kv_AF = wire.request_views(message, num_decode, num_prefill)
+        if num_prefill:
+            kv_A2D = kv_AF.view(num_prefill, 2, D)
+            prompt = step.prefill_append
+            kv_append(kv_A2D[:, 0], kv_A2D[:, 1], pages_2PSD, prompt.row_A, prompt.slot_A)
+        if num_decode:
+            qkv_UHD = qkv_UF.view(num_decode, M + 2, D)
+            kv_append(qkv_UHD[:, M], qkv_UHD[:, M + 1], pages_2PSD, step.append.row_A, step.append.slot_A)
+            reply = link.send_buffer(wire.reply_bytes(num_decode))
+            out_UMD, lse2_UM = wire.reply_views(reply, num_decode)
+            lanes = step.lanes
+            paged_decode(
+                qkv_UHD[:, :M], pages_2PSD, self.pool.table_BW, lanes.lane_U, lanes.row_U, lanes.length_U,
+                self._scale, self._windows[layer], out_UMD, lse2_UM,
+            )  # fmt: skip
+            link.send()
+        link.release()
+        self.attention_seconds += perf_counter() - begin
+
+
+class AttentionRank:
+    """All stages of one worker."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        rank: int,
+        links: dict[int, Link],
+        device: torch.device,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        """`on_failure` is called from the thread of a stage that failed; it ends the process."""
+        self._rank, self._links, self._on_failure = rank, links, on_failure
+        stages = range(len(setup.plan.stages))
+        self._servers = [StageServer(setup, rank, stage, links, device) for stage in stages]
+        self._queues: list[queue.SimpleQueue[StepCommand]] = []
+        if len(self._servers) > 1:
+            self._queues = [queue.SimpleQueue() for _ in stages]
+            for server, commands in zip(self._servers, self._queues, strict=True):
+                threading.Thread(target=self._serve, args=(server, commands), daemon=True).start()
+
+    def run_step(self, command: StepCommand) -> None:
+        """Serves the step, or hands it to the stages' threads where there are several."""
+        if not self._queues:
+            self._servers[0].run_step(command)
+        for commands in self._queues:
+            commands.put(command)
+
+    def stats(self) -> RankStats:
+        return RankStats(
+            rank=self._rank,
+            attention_seconds=sum(server.attention_seconds for server in self._servers),
+            bytes_sent={f"{self._rank}->{peer}": link.bytes_sent for peer, link in self._links.items()},
+            bytes_received={f"{peer}->{self._rank}": link.bytes_received for peer, link in self._links.items()},
+        )
+
+    def _serve(self, server: StageServer, commands: "queue.SimpleQueue[StepCommand]") -> None:
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP teams are per thread
+        try:
+            while True:
+                server.run_step(commands.get())
+        except BaseException as error:
+            self._on_failure(error)
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()

@@ -1,0 +1,107 @@
+"""From `Setup` to the parts of a rank: element type, pools, links, index of its device."""
+
+import os
+import platform
+
+import torch
+
+from hetis.cache.pool import PagePool
+from hetis.comm.links import choose_link, open_link
+from hetis.comm.links.base import Link
+from hetis.comm.rendezvous import Rendezvous
+from hetis.comm.supervision import host_id
+from hetis.core.fleet import DeviceInfo
+from hetis.core.messages import Setup
+from hetis.core.placement import PoolId
+from hetis.core.plan import Primary
+from hetis.workers.wire import WireFormat
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def wire_format(setup: Setup) -> WireFormat:
+    spec = setup.spec
+    return WireFormat(spec.queries_per_group, spec.head_dim, TORCH_DTYPES[setup.dtype])
+
+
+def make_pool(setup: Setup, rank: int, stage: int, device: torch.device) -> PagePool:
+    """The pages of `rank` for the layers of `stage`."""
+    return PagePool(
+        PoolId(rank, stage),
+        num_layers=setup.plan.stages[stage].num_layers,
+        num_pages=setup.num_pages[rank],
+        page_size=setup.block_size,
+        head_dim=setup.spec.head_dim,
+        num_rows=setup.max_num_seqs * setup.spec.num_head_groups,
+        max_model_len=setup.max_model_len,
+        dtype=TORCH_DTYPES[setup.dtype],
+        device=device,
+    )
+
+
+def message_limits(setup: Setup, primary: Primary) -> tuple[int, int]:
+    """Largest (request, reply) in bytes on a link of `primary`."""
+    wire, groups = wire_format(setup), primary.groups[1] - primary.groups[0]
+    lanes = min(setup.max_num_seqs, setup.max_num_batched_tokens) * groups
+    return wire.request_bytes(lanes, setup.max_num_batched_tokens * groups), wire.reply_bytes(lanes)
+
+
+def open_links(setup: Setup, rank: int, device: torch.device, rendezvous: Rendezvous) -> dict[int, Link]:
+    """This rank's links by peer rank, opened in one global order so that no two ranks wait for each other crosswise."""
+    fleet = {info.rank: info for info in setup.fleet}
+    links: dict[int, Link] = {}
+    for stage in setup.plan.stages:
+        for primary in stage.primaries:
+            request, reply = message_limits(setup, primary)
+            for worker in setup.plan.workers:
+                if rank not in (primary.rank, worker.rank):
+                    continue
+                is_primary = rank == primary.rank
+                links[worker.rank if is_primary else primary.rank] = open_link(
+                    choose_link(fleet[primary.rank], fleet[worker.rank]),
+                    rendezvous,
+                    primary=fleet[primary.rank],
+                    worker=fleet[worker.rank],
+                    is_primary=is_primary,
+                    device=device,
+                    max_send_bytes=request if is_primary else reply,
+                    max_recv_bytes=reply if is_primary else request,
+                    timeout=setup.step_timeout,
+                )
+    return links
+
+
+def describe_device(rank: int, device: torch.device, address: str) -> DeviceInfo:
+    """What this rank tells the driver about itself."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        name = torch.cuda.get_device_name(device)
+    else:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        free, total, name = memory.available, memory.total, _cpu_name()
+    return DeviceInfo(
+        rank=rank,
+        device=str(device),
+        name=name,
+        host=host_id(),
+        address=address,
+        pid=os.getpid(),
+        num_threads=torch.get_num_threads(),
+        total_memory=total,
+        free_memory=free,
+    )
+
+
+def share_of_cores(ranks_on_host: int) -> int:
+    """Threads for one rank's operators: its share of the cores this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks_on_host))
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "CPU"

@@ -1,0 +1,163 @@
+"""A primary: the weights of its shard, and one step after another.
+
+A step on a primary:  embed or receive, layers (with split attention), then hand on, or logits and sample.
+"""
+
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetis.comm.collectives import Pipeline, TensorParallel
+from hetis.comm.links.base import Link
+from hetis.core.fleet import RankStats
+from hetis.core.messages import Setup, StepCommand, StepResult
+from hetis.core.sampled import TokenLogprobs
+from hetis.models.decoder import Decoder
+from hetis.workers.build import TORCH_DTYPES, make_pool, wire_format
+from hetis.workers.sampler import Sampler
+from hetis.workers.split_attention import SplitAttention
+from hetis.workers.step_input import StepPlanner, StepRows
+
+PROMPT_LOGIT_ROWS = 128  # prompt positions scored at once, which bounds the memory of their logits
+
+
+class PrimaryRank:
+    """One tensor-parallel rank of one stage."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        rank: int,
+        decoder: Decoder,
+        links: dict[int, Link],
+        tensor_parallel: TensorParallel,
+        pipeline: Pipeline,
+        device: torch.device,
+    ) -> None:
+        self.rank, self._setup, self._links = rank, setup, links
+        self._decoder, self._tensor_parallel, self._pipeline = decoder, tensor_parallel, pipeline
+        self._stage_index, tp_index = setup.plan.position_of(rank)
+        stage = setup.plan.stages[self._stage_index]
+        self._primary = stage.primaries[tp_index]
+        self._is_first, self._is_last = self._stage_index == 0, self._stage_index == len(setup.plan.stages) - 1
+        self._widths = [p.vocab_rows[1] - p.vocab_rows[0] for p in stage.primaries]
+        self._workers = [worker.rank for worker in setup.plan.workers]
+        pool = make_pool(setup, rank, self._stage_index, device)
+        self._planner = StepPlanner(
+            rank, self._stage_index, setup.spec.num_head_groups, setup.max_num_seqs, pool, device
+        )
+        first, stop = self._primary.groups
+        self._attention = SplitAttention(
+            pool,
+            links,
+            wire_format(setup),
+            setup.spec.windows[stage.layers[0] : stage.layers[1]],
+            setup.spec.attention_scale,
+            setup.max_num_batched_tokens * (stop - first),
+            device,
+        )
+        self._sampler: Sampler | None = None
+        if self._is_last and tp_index == 0:
+            self._sampler = Sampler(
+                setup.max_num_seqs,
+                setup.spec.vocab_size,
+                eos_token_ids=setup.eos_token_ids,
+                logprobs_mode=setup.logprobs_mode,
+                device=device,
+            )
+        self._steps, self._step_seconds = 0, 0.0
+
+    @torch.inference_mode()
+    def run_step(self, command: StepCommand) -> StepResult | None:
+        """One step; the sampling rank returns its tokens."""
+        begin = perf_counter()
+        self._planner.apply(command)
+        self._update_sampler(command)
+        step = self._planner.primary_input(command, self._primary.groups, self._workers)
+        self._attention.begin(step)
+        if self._is_first:
+            hidden_TH = self._decoder.embed(step.token_T, step.position_T)
+        else:
+            hidden_TH = self._pipeline.recv(step.num_tokens)
+        hidden_TH = self._decoder.forward(hidden_TH, step.position_T, self._attention)
+        result = None
+        if self._is_last:
+            result = self._finish(command, hidden_TH)
+        else:
+            self._pipeline.send(hidden_TH)
+        self._steps += 1
+        self._step_seconds += perf_counter() - begin
+        return result
+
+    def _finish(self, command: StepCommand, hidden_TH: Tensor) -> StepResult | None:
+        """Logits of the rows that draw a token (and of prompts to be scored), on the sampling rank the tokens."""
+        rows = StepRows.of(command)
+        stops_R = np.cumsum(rows.counts_R)
+        sampled = np.frombuffer(command.sampled, dtype=np.int32)
+        scored = self._score_prompts(command, rows, stops_R, hidden_TH)
+        if len(sampled) == 0:
+            return StepResult(step=command.step, tokens=b"", prompt_logprobs=scored) if self._sampler else None
+        logits_RV = self._logits(hidden_TH, stops_R[sampled] - 1)
+        if self._sampler is None:
+            return None
+        assert logits_RV is not None
+        drawn = self._sampler.sample(logits_RV, rows.slots_R[sampled], (rows.starts_R + rows.counts_R)[sampled])
+        return StepResult(
+            step=command.step,
+            tokens=drawn.token_R.astype(np.int32).tobytes(),
+            invalid=drawn.invalid_rows(),
+            logprobs=drawn.logprobs,
+            prompt_logprobs=scored,
+        )
+
+    def _logits(self, hidden_TH: Tensor, index: np.ndarray) -> Tensor | None:
+        """Logits [len(index), V] of some tokens, on tensor-parallel index 0; None elsewhere."""
+        rows = torch.from_numpy(index.astype(np.int64)).to(hidden_TH.device)
+        local = self._decoder.logits(hidden_TH[rows])
+        return self._tensor_parallel.gather_columns(local, self._widths)
+
+    def _score_prompts(
+        self, command: StepCommand, rows: StepRows, stops_R: np.ndarray, hidden_TH: Tensor
+    ) -> dict[int, list[TokenLogprobs]]:
+        scored: dict[int, list[TokenLogprobs]] = {}
+        targets = np.frombuffer(command.prompt_targets, dtype=np.int32)
+        begin = 0
+        for row in command.prompt_logprobs:
+            count = int(rows.counts_R[row])
+            target, begin = targets[begin : begin + count], begin + count
+            target = target[target >= 0]
+            first = int(stops_R[row]) - count
+            found: list[TokenLogprobs] = []
+            for block in range(0, len(target), PROMPT_LOGIT_ROWS):
+                wanted = target[block : block + PROMPT_LOGIT_ROWS]
+                logits = self._logits(hidden_TH, np.arange(first + block, first + block + len(wanted)))
+                if self._sampler is not None and logits is not None:
+                    found += self._sampler.score_prompt(logits, wanted, int(rows.slots_R[row]))
+            scored[row] = found
+        return scored
+
+    def _update_sampler(self, command: StepCommand) -> None:
+        if self._sampler is None:
+            return
+        for slot in command.released:
+            self._sampler.remove(slot)
+        for new in command.admitted:
+            self._sampler.add(new.slot, new.params, new.prompt_len, new.seed)
+        slots, positions = StepRows.of(command).tokens_of(0)
+        self._sampler.observe(slots, np.frombuffer(command.tokens, dtype=np.int32), positions)
+
+    def stats(self) -> RankStats:
+        return RankStats(
+            rank=self.rank,
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+            attention_seconds=self._attention.local_seconds,
+            bytes_sent={f"{self.rank}->{peer}": link.bytes_sent for peer, link in self._links.items()},
+            bytes_received={f"{peer}->{self.rank}": link.bytes_received for peer, link in self._links.items()},
+        )
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()

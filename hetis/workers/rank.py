@@ -1,0 +1,163 @@
+"""The life of one rank: join the driver, build what `Setup` says, obey until `Shutdown`."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from time import perf_counter
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+
+from hetis.comm import supervision
+from hetis.comm.control import ControlClient, Heart
+from hetis.comm.groups import init_groups
+from hetis.comm.rendezvous import Rendezvous
+from hetis.core import messages as m
+from hetis.core.config import Joining
+from hetis.models.decoder import Decoder
+from hetis.models.hub import resolve_model
+from hetis.models.loader import load_weights
+from hetis.workers.attention import AttentionRank
+from hetis.workers.build import TORCH_DTYPES, describe_device, open_links, share_of_cores
+from hetis.workers.primary import PrimaryRank
+
+JOIN_SECONDS = 300.0  # until all ranks have joined; loading has no limit, a rank that loads is alive
+
+
+def run_rank(rank: int, local_rank: int, ranks_on_host: int, address: str, rendezvous: Rendezvous) -> None:
+    """Runs this process as `rank`; returns after `Shutdown`.
+
+    Any error ends the process with code 1, after its traceback and a `Failure` to the driver. `address`: where other
+    hosts reach this one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a rank may sit in C++ for long: end at once, the launcher reports
+    supervision.die_with_parent()
+    joining = msgspec.json.decode(rendezvous.get("joining"), type=Joining)
+    control = ControlClient(joining.endpoints.ranks, str(rank), "rank")
+    device_name = choose_device(joining.devices[rank], local_rank)
+
+    heart = Heart(joining.endpoints.health, rank, lambda reason: print(f"hetis: rank {rank}: {reason}", file=sys.stderr))
+    heart.start()
+
+    def fail(error: BaseException) -> NoReturn:
+        _report(heart, rank, device_name, error)
+
+    try:
+        device = prepare_device(device_name, ranks_on_host)
+        control.send(m.Hello(info=describe_device(rank, device, address)))
+        setup = control.receive(JOIN_SECONDS)
+        if isinstance(setup, m.Setup):
+            heart.timeout = setup.step_timeout
+            begin = perf_counter()
+            member = build_member(setup, rank, device, rendezvous, fail)
+            control.send(m.Ready(rank=rank, load_seconds=perf_counter() - begin))
+            obey(control, heart, member)
+            member.close()
+        elif setup is None:
+            raise TimeoutError(f"the driver sent no setup within {JOIN_SECONDS:.0f} s")
+    except Exception as error:
+        fail(error)
+    heart.stop()
+    control.close()
+
+
+def choose_device(wanted: str, local_rank: int) -> str:
+    """"auto": this rank's GPU where there is one, else the CPU; "cuda": this rank's GPU."""
+    if wanted == "auto":
+        return f"cuda:{local_rank}" if local_rank < torch.cuda.device_count() else "cpu"
+    return f"cuda:{local_rank}" if wanted == "cuda" else wanted
+
+
+def prepare_device(device_name: str, ranks_on_host: int) -> torch.device:
+    """The rank's device, made current; ValueError if it is not there."""
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise ValueError(f"device {device_name} does not exist here ({found} CUDA devices): correct the plan.")
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(share_of_cores(ranks_on_host))
+    torch.set_grad_enabled(False)
+    return device
+
+
+def build_member(
+    setup: m.Setup,
+    rank: int,
+    device: torch.device,
+    rendezvous: Rendezvous,
+    on_failure: Callable[[BaseException], Any],
+) -> PrimaryRank | AttentionRank:
+    """The executor of this rank: weights and groups for a primary, links for both."""
+    if setup.plan.role_of(rank) == "attention worker":
+        return AttentionRank(setup, rank, open_links(setup, rank, device, rendezvous), device, on_failure)
+    stage, tp_index = setup.plan.position_of(rank)
+    groups = init_groups(
+        setup.plan,
+        setup.fleet,
+        rank,
+        rendezvous,
+        device,
+        max_tokens=setup.max_num_batched_tokens,
+        hidden_size=setup.spec.hidden_size,
+        dtype=TORCH_DTYPES[setup.dtype],
+        timeout=timedelta(seconds=setup.step_timeout),
+    )
+    weights = load_weights(
+        setup.spec,
+        setup.plan,
+        stage,
+        tp_index,
+        resolve_model(setup.model, setup.revision, weights=setup.load_format != "dummy"),
+        TORCH_DTYPES[setup.dtype],
+        device,
+        load_format=setup.load_format,
+        seed=setup.seed,
+        show_progress=rank == 0,
+    )
+    decoder = Decoder(
+        setup.spec,
+        weights,
+        groups.tensor_parallel,
+        max_tokens=setup.max_num_batched_tokens,
+        max_position=setup.max_model_len,
+        device=device,
+        enforce_eager=setup.enforce_eager,
+    )
+    links = open_links(setup, rank, device, rendezvous)
+    return PrimaryRank(setup, rank, decoder, links, groups.tensor_parallel, groups.pipeline, device)
+
+
+def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRank) -> None:
+    """Commands in order until `Shutdown`."""
+    while True:
+        command = control.receive()
+        if isinstance(command, m.StepCommand):
+            result = member.run_step(command)
+            heart.step = command.step
+            if result is not None:
+                control.send(result)
+        elif isinstance(command, m.StatsQuery):
+            control.send(m.Stats(stats=member.stats()))
+        elif isinstance(command, m.Shutdown):
+            return
+
+
+def _report(heart: Heart, rank: int, device_name: str, error: BaseException) -> NoReturn:
+    """Says why this rank dies, to the terminal and to the driver, and ends the process. Any thread may call it."""
+    text = "".join(traceback.format_exception(error))
+    print(f"hetis: rank {rank} on {device_name} failed:\n{text}", file=sys.stderr, flush=True)
+    heart.report(
+        m.Failure(
+            rank=rank,
+            reason=f"{type(error).__name__}: {error}",
+            traceback=text,
+            is_consequence=isinstance(error, ConnectionError),
+        )
+    )
+    os._exit(1)

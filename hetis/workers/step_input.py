@@ -1,0 +1,216 @@
+"""From a StepCommand to index tensors: all host work of a step happens here, once, so that a layer only launches.
+
+Order of lanes. Decode lanes run over batch rows, then head groups; prefill entries over tokens, then head groups. Both
+ends of a link build the same lists from the same command, so that a message needs no header.
+Row of a (token, group) in the flattened QKV of one primary: `token * G_local + (group - first_group)`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hetis.cache.pool import PagePool
+from hetis.core.messages import StepCommand
+from hetis.core.plan import Span
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of a step as arrays (host)."""
+
+    slots_R: Ints
+    starts_R: Ints
+    counts_R: Ints
+    num_decode: int
+
+    @classmethod
+    def of(cls, command: StepCommand) -> "StepRows":
+        slots, starts, counts = (
+            np.frombuffer(field, dtype=np.int32).astype(np.int64)
+            for field in (command.slots, command.starts, command.counts)
+        )
+        return cls(slots, starts, counts, command.num_decode)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.counts_R.sum())
+
+    def tokens_of(self, first_row: int) -> tuple[Ints, Ints]:
+        """(slot_T, position_T) of the tokens of rows `first_row` and after."""
+        counts = self.counts_R[first_row:]
+        begin = np.repeat(np.cumsum(counts) - counts, counts)
+        position = np.arange(counts.sum()) - begin + np.repeat(self.starts_R[first_row:], counts)
+        return np.repeat(self.slots_R[first_row:], counts), position
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLanes:
+    """Decode attention of some lanes on one device: `U` rows for `paged_decode`."""
+
+    lane_U: Tensor  # int32, row of the page table
+    row_U: Tensor  # int32, row of q and out
+    length_U: Tensor  # int32, tokens to attend over, the new one included
+
+    def __len__(self) -> int:
+        return self.lane_U.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """New K and V rows and where they go in the pool."""
+
+    row_A: Tensor  # int32
+    slot_A: Tensor  # int64
+
+    def __len__(self) -> int:
+        return self.row_A.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunks:
+    """Prompt chunks for `paged_prefill`."""
+
+    query_start_C1: Tensor
+    lane_CG: Tensor
+    context_C: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What one link carries in each layer of this step, seen from the primary: rows of its flattened QKV."""
+
+    peer: int
+    decode_row_U: Tensor  # int32; q, k, v go out, the attention of the same rows comes back
+    prefill_row_A: Tensor  # int32; k, v go out
+
+
+@dataclass(frozen=True, slots=True)
+class PrimaryInput:
+    """One step of one primary."""
+
+    num_tokens: int
+    num_decode: int
+    token_T: Tensor  # int64
+    position_T: Tensor  # int64
+    append: Append
+    local: DecodeLanes
+    prefill: PrefillChunks | None
+    routes: list[Route]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInput:
+    """One step of one attention worker for one link: lanes in the order of the primary's message."""
+
+    lanes: DecodeLanes
+    append: Append  # decode rows
+    prefill_append: Append  # prompt rows
+
+
+def decode_lanes(
+    rows: StepRows, owners_BG: NDArray[np.int32], groups: Span, owner: int
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """(slot, group, position, row in the flattened QKV) of the decode lanes that live on `owner`."""
+    slots = rows.slots_R[: rows.num_decode]
+    first, stop = groups
+    token, group = np.nonzero(owners_BG[slots, first:stop] == owner)
+    return slots[token], group + first, rows.starts_R[token], token * (stop - first) + group
+
+
+def prefill_entries(
+    rows: StepRows, owners_BG: NDArray[np.int32], groups: Span, owner: int | None
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """The same for prompt tokens, of lanes on `owner`, or of all lanes for None (the home keeps every one in prefill)."""
+    slots, positions = rows.tokens_of(rows.num_decode)
+    first, stop = groups
+    chosen = np.ones((len(slots), stop - first), dtype=bool) if owner is None else owners_BG[slots, first:stop] == owner
+    token, group = np.nonzero(chosen)
+    return slots[token], group + first, positions[token], (token + rows.num_decode) * (stop - first) + group
+
+
+class StepPlanner:
+    """Turns commands into inputs for one stage on one rank. Keeps who owns which lane."""
+
+    def __init__(
+        self, rank: int, stage: int, num_groups: int, max_num_seqs: int, pool: PagePool, device: torch.device
+    ) -> None:
+        self.rank, self.stage, self.num_groups = rank, stage, num_groups
+        self.pool, self.device = pool, device
+        self.owners_BG: NDArray[np.int32] = np.full((max_num_seqs, num_groups), -1, dtype=np.int32)
+
+    def apply(self, command: StepCommand) -> None:
+        """Take over new sequences and pages."""
+        for new in command.admitted:
+            owners = np.frombuffer(new.owners, dtype=np.int32).reshape(-1, self.num_groups)
+            self.owners_BG[new.slot] = owners[self.stage]
+        self.pool.apply(command.pages)
+
+    def primary_input(self, command: StepCommand, groups: Span, workers: list[int]) -> PrimaryInput:
+        rows = StepRows.of(command)
+        slots, group, position, local_row = decode_lanes(rows, self.owners_BG, groups, self.rank)
+        lanes = slots * self.num_groups + group
+        prompt = prefill_entries(rows, self.owners_BG, groups, None)
+        prompt_lanes = prompt[0] * self.num_groups + prompt[1]
+        append_row = np.concatenate([local_row, prompt[3]])
+        append_slot = np.concatenate([self.pool.slots(lanes, position), self.pool.slots(prompt_lanes, prompt[2])])
+        _, all_positions = rows.tokens_of(0)
+        return PrimaryInput(
+            num_tokens=rows.num_tokens,
+            num_decode=rows.num_decode,
+            token_T=self._move(np.frombuffer(command.tokens, dtype=np.int32).astype(np.int64)),
+            position_T=self._move(all_positions),
+            append=Append(self._int32(append_row), self._move(append_slot)),
+            local=DecodeLanes(self._int32(lanes), self._int32(local_row), self._int32(position + 1)),
+            prefill=self._chunks(rows, groups),
+            routes=self._routes(rows, groups, workers),
+        )
+
+    def worker_input(self, command: StepCommand, groups: Span) -> WorkerInput:
+        """For the link to the primary that is the home of `groups`."""
+        rows = StepRows.of(command)
+        slots, group, position, _ = decode_lanes(rows, self.owners_BG, groups, self.rank)
+        lanes = slots * self.num_groups + group
+        order = self._int32(np.arange(len(lanes)))
+        prompt_slots, prompt_group, prompt_position, _ = prefill_entries(rows, self.owners_BG, groups, self.rank)
+        prompt_lanes = prompt_slots * self.num_groups + prompt_group
+        return WorkerInput(
+            lanes=DecodeLanes(self._int32(lanes), order, self._int32(position + 1)),
+            append=Append(order, self._move(self.pool.slots(lanes, position))),
+            prefill_append=Append(
+                self._int32(np.arange(len(prompt_lanes))),
+                self._move(self.pool.slots(prompt_lanes, prompt_position)),
+            ),
+        )
+
+    def _chunks(self, rows: StepRows, groups: Span) -> PrefillChunks | None:
+        counts = rows.counts_R[rows.num_decode :]
+        if len(counts) == 0:
+            return None
+        slots = rows.slots_R[rows.num_decode :]
+        lanes = slots[:, None] * self.num_groups + np.arange(*groups)[None, :]
+        return PrefillChunks(
+            query_start_C1=self._int32(np.concatenate([[0], np.cumsum(counts)])),
+            lane_CG=self._int32(lanes),
+            context_C=self._int32(rows.starts_R[rows.num_decode :] + counts),
+        )
+
+    def _routes(self, rows: StepRows, groups: Span, workers: list[int]) -> list[Route]:
+        routes = []
+        for worker in workers:
+            decode_row = decode_lanes(rows, self.owners_BG, groups, worker)[3]
+            prefill_row = prefill_entries(rows, self.owners_BG, groups, worker)[3]
+            if len(decode_row) or len(prefill_row):
+                routes.append(Route(worker, self._int32(decode_row), self._int32(prefill_row)))
+        return routes
+
+    def _int32(self, array: NDArray[np.int64]) -> Tensor:
+        return self._move(array.astype(np.int32))
+
+    def _move(self, array: NDArray[np.generic]) -> Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(array))
+        return host if self.device.type == "cpu" else host.to(self.device, non_blocking=True)

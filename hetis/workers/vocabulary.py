@@ -1,0 +1,103 @@
+"""Logits cut into blocks of tokens, so that the best tokens of a large vocabulary are found without sorting it.
+
+Letters: R rows, V vocabulary, N blocks, B tokens per block, K chosen blocks. Block n holds tokens n*B .. n*B + B - 1.
+
+The peak (largest logit) of every block costs one fast pass. The k best tokens of a row lie in its k blocks of highest
+peak, as each of those holds a token at least as good as all tokens of the other blocks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 64  # B
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Some blocks of each row, in the order of their tokens."""
+
+    logits_RKB: Tensor  # float32; -inf beyond the vocabulary
+    first_RK: Tensor  # int64: first token of each block
+    left_R: Tensor  # float32: the best logit outside these blocks; -inf when there is none
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The logits of R rows, and the peak of each block (NaN where a logit is NaN)."""
+
+    size: int
+    logits_RNB: Tensor  # float32; -inf beyond the vocabulary
+    peak_RN: Tensor
+
+    @classmethod
+    def of(cls, logits_RV: Tensor) -> "Vocabulary":
+        """`logits_RV` float32, contiguous; copied only when its width is no multiple of B."""
+        num_rows, size = logits_RV.shape
+        if size % BLOCK:
+            logits_RV = torch.nn.functional.pad(logits_RV, (0, -size % BLOCK), value=-torch.inf)
+        logits_RNB = logits_RV.view(num_rows, -1, BLOCK)
+        return cls(size, logits_RNB, logits_RNB.amax(-1))
+
+    def rows(self, row_I: Tensor) -> "Vocabulary":
+        return Vocabulary(self.size, self.logits_RNB[row_I], self.peak_RN[row_I])
+
+    def best(self) -> Tensor:
+        """The largest logit [R]."""
+        return self.peak_RN.amax(-1)
+
+    def argmax(self) -> Tensor:
+        """The best token [R]; the first of equals."""
+        block_R = self.peak_RN.argmax(-1)
+        row_R = torch.arange(len(block_R), device=block_R.device)
+        return block_R * BLOCK + self.logits_RNB[row_R, block_R].argmax(-1)
+
+    def all_blocks(self) -> Blocks:
+        num_rows, num_blocks = self.peak_RN.shape
+        first_N = torch.arange(0, num_blocks * BLOCK, BLOCK, device=self.peak_RN.device)
+        return Blocks(self.logits_RNB, first_N.expand(num_rows, -1), self.peak_RN.new_full((num_rows,), -torch.inf))
+
+    def best_blocks(self, num_blocks: int) -> Blocks:
+        """The `num_blocks` blocks of highest peak (the first of equals)."""
+        num_rows, available = self.peak_RN.shape
+        if num_blocks >= available:
+            return self.all_blocks()
+        chosen_RK = best_columns(self.peak_RN, num_blocks + 1)
+        left_R = self.peak_RN.gather(-1, chosen_RK[:, -1:]).squeeze(-1)
+        block_RK = chosen_RK[:, :-1].sort(-1).values
+        row_R1 = torch.arange(num_rows, device=block_RK.device).unsqueeze(-1)
+        return Blocks(self.logits_RNB[row_R1, block_RK], block_RK * BLOCK, left_R)
+
+    def best_tokens(self, count: int) -> Tensor:
+        """Ids [R, count] of the best tokens, falling; the first of equals."""
+        blocks = self.best_blocks(count)
+        column_RC = best_columns(blocks.logits_RKB.flatten(1), count)
+        return blocks.first_RK.gather(-1, column_RC // BLOCK) + column_RC % BLOCK
+
+
+def best_columns(value_RN: Tensor, count: int) -> Tensor:
+    """Columns [R, count] of the largest float32 values, falling; the first of equals.
+
+    Ties have an order because value and column form one key: the bits of a float, with those of negative ones flipped,
+    order as the floats do.
+    """
+    num_columns = value_RN.shape[1]
+    bits_RN = (value_RN + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0
+    bits_RN = bits_RN ^ ((bits_RN >> 31) & 0x7FFFFFFF)
+    column_N = torch.arange(num_columns, device=value_RN.device)
+    key_RN = (bits_RN.to(torch.int64) << 32) | (num_columns - 1 - column_N)
+    if 8 * count < num_columns:
+        key_RC = key_RN.topk(count, dim=-1).values
+    else:
+        key_RC = sorted_falling(key_RN)[:, :count]
+    return num_columns - 1 - (key_RC & 0xFFFFFFFF)
+
+
+def sorted_falling(value_RN: Tensor) -> Tensor:
+    """Rows sorted, largest first. On CPU by numpy: 16 rows of 151,936 floats take 6 ms, with torch (which also makes
+    indices) 77 ms."""
+    if value_RN.device.type != "cpu":
+        return value_RN.sort(-1, descending=True).values
+    return torch.from_numpy(np.sort(value_RN.numpy(), axis=-1)).flip(-1)

@@ -1,0 +1,105 @@
+"""Which implementation a launcher runs: Triton on CUDA, the C++ extension on the CPU, plain torch when that is missing.
+
+Every launcher of this package takes `backend=`: "auto" follows that rule, the other values force one implementation, so
+that tests can hold them against each other ("triton" on CPU tensors needs TRITON_INTERPRET=1 before the first import).
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
+
+import torch
+
+Backend = Literal["auto", "triton", "cpu", "reference"]
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dispatch(
+    name: str,
+    backend: Backend,
+    device: torch.device,
+    reference: Callable[..., None],
+    triton: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    """Calls the implementation of `name` that `backend` and `device` ask for.
+
+    Raises ValueError when "cpu" is asked for and the extension has no such operation, or for an unknown backend.
+    """
+    if backend == "auto":
+        implementation = triton if device.type == "cuda" else cpu_op(name) or reference
+    elif backend == "reference":
+        implementation = reference
+    elif backend == "triton":
+        implementation = triton
+    elif backend == "cpu":
+        found = cpu_op(name)
+        if found is None:
+            raise ValueError(f"hetis::{name} is not in the C++ extension; reinstall with a C++ compiler at hand")
+        implementation = found
+    else:
+        raise ValueError(f"unknown backend {backend!r}; choose auto, triton, cpu or reference")
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # Triton launches on the current device, whatever the tensors say
+            implementation(*arguments)
+    else:
+        implementation(*arguments)
+
+
+@cache
+def cpu_op(name: str) -> Callable[..., None] | None:
+    """The C++ operation of that name, or None when the extension is not built or lacks it."""
+    try:
+        from . import extension
+    except ImportError:
+        return None
+
+    if not extension.load():
+        return None
+    packet = getattr(torch.ops.hetis, name, None)
+    return None if packet is None else packet.default
+
+
+@cache
+def _grown_scratch(device: torch.device) -> list[torch.Tensor]:
+    return [torch.empty(0, dtype=torch.float32, device=device)]
+
+
+def scratch(device: torch.device, numel: int) -> torch.Tensor:
+    """float32 working memory of one device, kept between calls and replaced only when a call needs more.
+
+    All kernels of a device share it, which is safe because they run in order on one stream.
+    """
+    holder = _grown_scratch(device)
+    if holder[0].numel() < numel:
+        holder[0] = torch.empty(numel, dtype=torch.float32, device=device)
+    return holder[0]
+
+
+def check_floats(**tensors: torch.Tensor) -> None:
+    """ValueError unless all tensors share one float dtype and one device, with contiguous last dimensions."""
+    first_name, first = next(iter(tensors.items()))
+    if first.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{first_name} has dtype {first.dtype}; use float32, bfloat16 or float16")
+    for name, tensor in tensors.items():
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, {first_name} {first.dtype} on {first.device}; make them alike"
+            )
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name} has last stride {tensor.stride(-1)}; make its last dimension contiguous")
+
+
+def check_indices(dtype: torch.dtype, device: torch.device, **tensors: torch.Tensor) -> None:
+    """ValueError unless all index tensors are contiguous, of that dtype and on that device."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}; make it a contiguous {dtype} tensor on {device}"
+            )
+
+
+def check_shape(name: str, tensor: torch.Tensor, *shape: int) -> None:
+    """ValueError unless `tensor` has exactly that shape."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")

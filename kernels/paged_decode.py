@@ -1,0 +1,345 @@
+"""Decode attention over paged lanes: U independent problems of M queries against one lane's cached tokens.
+
+U lanes, N rows of q and out, M query heads per group, D head_dim, P pages, S tokens per page, B rows of the page table,
+W entries of a row.
+"""
+
+import math
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch, scratch
+
+# A lane of up to MIN_SPLIT tokens is one piece of work; a longer one is cut into pieces of MIN_SPLIT tokens, or into
+# MAX_SPLITS equal ones, whichever is fewer. 32 pieces for each of 8 head groups keep 256 programs busy.
+MIN_SPLIT = 256
+MAX_SPLITS = 32
+
+
+def lane_tokens(
+    pool_2PSD: torch.Tensor, page_table_W: torch.Tensor, first: int, last: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [last - first, D] in float32 of the tokens [first, last) of the lane with that row of the page table."""
+    page_size = pool_2PSD.shape[2]
+    token = torch.arange(first, last, device=pool_2PSD.device)
+    slot = page_table_W[token // page_size].long() * page_size + token % page_size
+    k, v = pool_2PSD.flatten(1, 2)[:, slot].float().unbind(0)
+    return k, v
+
+
+def attention_ref(
+    q_QD: torch.Tensor, k_KD: torch.Tensor, v_KD: torch.Tensor, scale: float, visible_QK: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k) v and the base-2 log-sum-exp of scale q k log2(e), in float32; no key at all gives 0 and -inf."""
+    score_QK = scale * math.log2(math.e) * (q_QD.float() @ k_KD.T)
+    if visible_QK is not None:
+        score_QK = score_QK.masked_fill(~visible_QK, -math.inf)
+    lse2_Q = torch.logsumexp(score_QK * math.log(2), dim=1) / math.log(2)
+    return torch.exp2(score_QK - lse2_Q[:, None]) @ v_KD, lse2_Q
+
+
+def paged_decode_ref(
+    q_NMD: torch.Tensor,
+    pool_2PSD: torch.Tensor,
+    page_table_BW: torch.Tensor,
+    lane_U: torch.Tensor,
+    row_U: torch.Tensor,
+    length_U: torch.Tensor,
+    scale: float,
+    window: int,
+    out_NMD: torch.Tensor,
+    lse2_NM: torch.Tensor,
+) -> None:
+    """The formula of `paged_decode`, one lane after the other."""
+    for lane, row, length in zip(lane_U.tolist(), row_U.tolist(), length_U.tolist(), strict=True):
+        first = max(0, length - window) if window else 0
+        k, v = lane_tokens(pool_2PSD, page_table_BW[lane], first, length)
+        out, lse2_NM[row] = attention_ref(q_NMD[row], k, v, scale)
+        out_NMD[row] = out.to(out_NMD.dtype)
+
+
+def paged_decode(
+    q_NMD: torch.Tensor,
+    pool_2PSD: torch.Tensor,
+    page_table_BW: torch.Tensor,
+    lane_U: torch.Tensor,
+    row_U: torch.Tensor,
+    length_U: torch.Tensor,
+    scale: float,
+    window: int,
+    out_NMD: torch.Tensor,
+    lse2_NM: torch.Tensor,
+    *,
+    max_length: int | None = None,
+    backend: Backend = "auto",
+) -> None:
+    """out[row_U[u]] = softmax(scale q k) v over the cached tokens of table row lane_U[u], for every u, in place.
+
+    q_NMD, out_NMD: [N, M, D], last dimension contiguous (views into fused QKV rows are fine), of one float dtype.
+    pool_2PSD: [2, P, S, D], one layer of the pool, same dtype. page_table_BW: int32 page ids; token i of a lane lies in
+    page table[lane, i // S] at offset i % S. lane_U, row_U, length_U: int32, on the same device. lse2_NM: float32, the
+    base-2 log-sum-exp of scale q k log2(e). Rows that row_U does not name stay untouched; a length of 0 gives 0 and -inf.
+    window: queries see the last `window` tokens of the lane; 0 means all of them.
+    max_length: an upper bound of length_U known on the host; it only saves empty work (CUDA) and never changes a result.
+
+    What is computed for a lane depends on its length and the window alone, not on the other lanes of the call.
+    Bytes read: about 2 * min(length, window) * D values per lane. Raises ValueError for wrong shapes, dtypes or devices.
+    """
+    _check(q_NMD, pool_2PSD, page_table_BW, lane_U, row_U, length_U, window, out_NMD, lse2_NM)
+    arguments = (q_NMD, pool_2PSD, page_table_BW, lane_U, row_U, length_U, scale, window, out_NMD, lse2_NM)
+    launch = partial(_launch, max_length=max_length)
+    dispatch("paged_decode", backend, q_NMD.device, paged_decode_ref, launch, arguments)
+
+
+def _check(
+    q_NMD: torch.Tensor,
+    pool_2PSD: torch.Tensor,
+    page_table_BW: torch.Tensor,
+    lane_U: torch.Tensor,
+    row_U: torch.Tensor,
+    length_U: torch.Tensor,
+    window: int,
+    out_NMD: torch.Tensor,
+    lse2_NM: torch.Tensor,
+) -> None:
+    num_lanes = lane_U.shape[0]
+    check_floats(q_NMD=q_NMD, pool_2PSD=pool_2PSD, out_NMD=out_NMD)
+    check_indices(torch.int32, q_NMD.device, page_table_BW=page_table_BW, lane_U=lane_U, row_U=row_U, length_U=length_U)
+    check_shape("row_U", row_U, num_lanes)
+    check_shape("length_U", length_U, num_lanes)
+    check_shape("out_NMD", out_NMD, *q_NMD.shape)
+    check_shape("lse2_NM", lse2_NM, *q_NMD.shape[:2])
+    check_shape("pool_2PSD", pool_2PSD, 2, *pool_2PSD.shape[1:3], q_NMD.shape[2])
+    if lse2_NM.dtype != torch.float32:
+        raise ValueError(f"lse2_NM has dtype {lse2_NM.dtype}; it must be float32")
+    if window < 0:
+        raise ValueError(f"window is {window}; use 0 for no window or a positive number of tokens")
+
+
+@triton.jit
+def _split_tokens(span, BLOCK_K: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """Tokens per split: a function of the number of attended tokens alone, as the placement law asks."""
+    even_share = tl.cdiv(tl.cdiv(span, MAX_SPLITS), BLOCK_K) * BLOCK_K
+    return tl.maximum(even_share, MIN_SPLIT)
+
+
+@triton.jit(do_not_specialize=["window", "page_table_stride"])
+def _paged_decode_kernel(
+    q_pointer,
+    pool_pointer,
+    page_table_pointer,
+    lane_pointer,
+    row_pointer,
+    length_pointer,
+    out_pointer,
+    lse2_pointer,
+    partial_out_pointer,
+    partial_lse2_pointer,
+    scale_log2,
+    window,
+    half_stride,
+    page_table_stride,
+    q_stride_n,
+    q_stride_m,
+    out_stride_n,
+    out_stride_m,
+    lse2_stride_n,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    """One split of one lane: straight to `out` when the lane has no other split, to the scratch memory otherwise."""
+    u = tl.program_id(0)
+    split = tl.program_id(1)
+    length = tl.load(length_pointer + u)
+    first = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    split_tokens = _split_tokens(length - first, BLOCK_K, MIN_SPLIT, MAX_SPLITS)
+    start = first + split * split_tokens
+    # a lane without tokens still has its first split, which writes 0 and -inf
+    if (start >= length) & (split > 0):
+        return
+    end = tl.minimum(start + split_tokens, length)
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    inside_MD = (m < M)[:, None] & (d < D)[None, :]
+    row = tl.load(row_pointer + u).to(tl.int64)
+    page_table_pointer += tl.load(lane_pointer + u).to(tl.int64) * page_table_stride
+    q_MD = tl.load(q_pointer + row * q_stride_n + m[:, None] * q_stride_m + d[None, :], mask=inside_MD, other=0.0)
+
+    largest_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total_M = tl.full([BLOCK_M], 0.0, tl.float32)
+    sum_MD = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
+    token_K = start + tl.arange(0, BLOCK_K)
+    page_K = tl.load(page_table_pointer + token_K // S, mask=token_K < end, other=0)
+    for block_start in range(start, end, BLOCK_K):
+        token_K = block_start + tl.arange(0, BLOCK_K)
+        offset_K = (page_K.to(tl.int64) * S + token_K % S) * D
+        inside_KD = (token_K < end)[:, None] & (d < D)[None, :]
+        kv_pointer = pool_pointer + offset_K[:, None] + d[None, :]
+        k_KD = tl.load(kv_pointer, mask=inside_KD, other=0.0)
+        v_KD = tl.load(kv_pointer + half_stride, mask=inside_KD, other=0.0)
+        next_K = token_K + BLOCK_K
+        page_K = tl.load(page_table_pointer + next_K // S, mask=next_K < end, other=0)
+        score_MK = tl.dot(q_MD, tl.trans(k_KD), input_precision="ieee") * scale_log2
+        score_MK = tl.where((token_K < end)[None, :], score_MK, float("-inf"))
+        new_largest_M = tl.maximum(largest_M, tl.max(score_MK, axis=1))
+        weight_MK = tl.exp2(score_MK - new_largest_M[:, None])
+        shrink_M = tl.exp2(largest_M - new_largest_M)
+        total_M = total_M * shrink_M + tl.sum(weight_MK, axis=1)
+        sum_MD = sum_MD * shrink_M[:, None]
+        sum_MD = tl.dot(weight_MK.to(v_KD.dtype), v_KD, sum_MD, input_precision="ieee")
+        largest_M = new_largest_M
+    out_MD = sum_MD / tl.where(total_M == 0.0, 1.0, total_M)[:, None]
+    lse2_M = largest_M + tl.log2(total_M)
+
+    if length - first <= split_tokens:
+        out_offset_MD = row * out_stride_n + m[:, None] * out_stride_m + d[None, :]
+        tl.store(out_pointer + out_offset_MD, out_MD.to(out_pointer.dtype.element_ty), mask=inside_MD)
+        tl.store(lse2_pointer + row * lse2_stride_n + m, lse2_M, mask=m < M)
+    else:
+        slot = (u.to(tl.int64) * tl.num_programs(1) + split) * M + m
+        tl.store(partial_out_pointer + slot[:, None] * D + d[None, :], out_MD, mask=inside_MD)
+        tl.store(partial_lse2_pointer + slot, lse2_M, mask=m < M)
+
+
+@triton.jit(do_not_specialize=["window", "num_splits"])
+def _merge_splits_kernel(
+    partial_out_pointer,
+    partial_lse2_pointer,
+    row_pointer,
+    length_pointer,
+    out_pointer,
+    lse2_pointer,
+    window,
+    num_splits,
+    out_stride_n,
+    out_stride_m,
+    lse2_stride_n,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    """Merges the splits of one lane's query head; `num_splits` is only the spacing of lanes in the scratch memory."""
+    u = tl.program_id(0)
+    m = tl.program_id(1)
+    length = tl.load(length_pointer + u)
+    span = tl.where(window > 0, tl.minimum(length, window), length)
+    split_tokens = _split_tokens(span, BLOCK_K, MIN_SPLIT, MAX_SPLITS)
+    if span <= split_tokens:
+        return
+    split = tl.arange(0, MAX_SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    used = split * split_tokens < span
+    slot = (u.to(tl.int64) * num_splits + split) * M + m
+    lse2 = tl.load(partial_lse2_pointer + slot, mask=used, other=float("-inf"))
+    inside = used[:, None] & (d < D)[None, :]
+    partial_out = tl.load(partial_out_pointer + slot[:, None] * D + d[None, :], mask=inside, other=0.0)
+    largest = tl.max(lse2, axis=0)
+    weight = tl.exp2(lse2 - largest)
+    total = tl.sum(weight, axis=0)
+    out = tl.sum(partial_out * weight[:, None], axis=0) / total
+    row = tl.load(row_pointer + u).to(tl.int64)
+    tl.store(out_pointer + row * out_stride_n + m * out_stride_m + d, out.to(out_pointer.dtype.element_ty), mask=d < D)
+    tl.store(lse2_pointer + row * lse2_stride_n + m, largest + tl.log2(total))
+
+
+def decode_tile(num_queries: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Constants of one program, the same on every card: they are part of what a lane's result depends on.
+
+    Two blocks of keys and values are in flight while a third is used. Blocks of 8 KB let two programs share the
+    shared memory of the smallest cards (compute capability 8.6) and six that of the largest.
+    """
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    return {
+        # tensor cores work on 16 rows at least; the bandwidth-bound loop has time for the empty ones
+        "BLOCK_M": max(16, triton.next_power_of_2(num_queries)),
+        "BLOCK_D": block_d,
+        "BLOCK_K": max(16, 8192 // (block_d * dtype.itemsize)),
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def _launch(
+    q_NMD: torch.Tensor,
+    pool_2PSD: torch.Tensor,
+    page_table_BW: torch.Tensor,
+    lane_U: torch.Tensor,
+    row_U: torch.Tensor,
+    length_U: torch.Tensor,
+    scale: float,
+    window: int,
+    out_NMD: torch.Tensor,
+    lse2_NM: torch.Tensor,
+    max_length: int | None = None,
+) -> None:
+    num_lanes, num_queries, head_dim = lane_U.shape[0], q_NMD.shape[1], q_NMD.shape[2]
+    if num_lanes == 0:
+        return
+    page_size = pool_2PSD.shape[2]
+    longest = page_table_BW.shape[1] * page_size if max_length is None else max_length
+    longest = min(longest, window) if window else longest
+    num_splits = min(MAX_SPLITS, max(1, triton.cdiv(longest, MIN_SPLIT)))
+    partial_numel = num_lanes * num_splits * num_queries
+    memory = scratch(q_NMD.device, partial_numel * (head_dim + 1))
+    partial_out, partial_lse2 = memory, memory[partial_numel * head_dim :]
+    shape = {
+        "M": num_queries,
+        "D": head_dim,
+        "MIN_SPLIT": MIN_SPLIT,
+        "MAX_SPLITS": MAX_SPLITS,
+    }
+    tile = decode_tile(num_queries, head_dim, q_NMD.dtype)
+    _paged_decode_kernel[(num_lanes, num_splits)](
+        q_NMD,
+        pool_2PSD,
+        page_table_BW,
+        lane_U,
+        row_U,
+        length_U,
+        out_NMD,
+        lse2_NM,
+        partial_out,
+        partial_lse2,
+        scale * math.log2(math.e),
+        window,
+        pool_2PSD.stride(0),
+        page_table_BW.stride(0),
+        q_NMD.stride(0),
+        q_NMD.stride(1),
+        out_NMD.stride(0),
+        out_NMD.stride(1),
+        lse2_NM.stride(0),
+        S=page_size,
+        **shape,
+        **tile,
+    )
+    if num_splits > 1:
+        _merge_splits_kernel[(num_lanes, num_queries)](
+            partial_out,
+            partial_lse2,
+            row_U,
+            length_U,
+            out_NMD,
+            lse2_NM,
+            window,
+            num_splits,
+            out_NMD.stride(0),
+            out_NMD.stride(1),
+            lse2_NM.stride(0),
+            BLOCK_D=tile["BLOCK_D"],
+            BLOCK_K=tile["BLOCK_K"],
+            **shape,
+        )

@@ -1,0 +1,164 @@
+"""The memory ledger: pages, contexts and refusals, against a search that places lanes one by one."""
+
+import random
+
+import msgspec
+import pytest
+
+from hetis.core.fleet import DeviceInfo
+from hetis.core.model_spec import ModelSpec
+from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, split_evenly
+from hetis.cost.footprint import fixed_bytes, page_bytes, page_bytes_of
+from hetis.cost.memory import MemoryLedger, largest_context, plan_memory, total_tokens
+from tests.core.test_plan import SPEC
+
+GIB = 2**30
+PAGE = 16
+
+
+def fleet(plan: Plan, free: int = 4 * GIB, host: str = "here") -> list[DeviceInfo]:
+    return [
+        DeviceInfo(
+            rank=member.rank,
+            device=member.device,
+            name="a device",
+            host=host,
+            address="",
+            pid=1,
+            num_threads=1,
+            total_memory=free,
+            free_memory=free,
+        )
+        for member in plan.members()
+    ]
+
+
+def ledger_of(plan: Plan, infos: list[DeviceInfo], spec: ModelSpec = SPEC, **changes: int) -> MemoryLedger:
+    numbers = {"block_size": PAGE, "max_num_batched_tokens": 64, "max_num_seqs": 4} | changes
+    return plan_memory(spec, plan, infos, dtype="bfloat16", **numbers)
+
+
+def test_a_page_holds_key_and_value_of_all_layers_of_the_stage() -> None:
+    stage = split_evenly("1+0", SPEC, "cpu").stages[0]
+    assert page_bytes(SPEC, stage, PAGE, "bfloat16") == 7 * 2 * PAGE * 32 * 2
+
+
+def test_pages_and_tokens_follow_from_kv_memory() -> None:
+    plan = split_evenly("2+1", SPEC, "cpu", "1MiB")
+    ledger = ledger_of(plan, fleet(plan))
+    page = page_bytes(SPEC, plan.stages[0], PAGE, "bfloat16")
+    assert ledger.num_pages == dict.fromkeys(range(3), 2**20 // page)
+    primary, worker = ledger.rows[0], ledger.rows[2]
+    assert (primary.pages, primary.tokens, worker.tokens) == (73, 73 // 4 * PAGE, 73 // 8 * PAGE)
+    assert ledger.largest_context == 73 // 4 * PAGE
+    assert ledger.total_tokens == 3 * 73 // 8 * PAGE
+    assert worker.weights == 0
+    assert worker.activations > 0
+
+
+def test_a_worker_splits_its_memory_over_the_stages() -> None:
+    primaries = split_evenly("1+0", SPEC, "cpu").stages[0].primaries
+    stages = (Stage(layers=(0, 2), primaries=primaries), Stage(layers=(2, 7), primaries=primaries))
+    plan = Plan(stages=stages, workers=(AttentionWorker(rank=2, device="cpu"),))
+    assert page_bytes_of(SPEC, plan, plan.workers[0], PAGE, "float32") == 7 * 2 * PAGE * 32 * 4
+
+
+def test_memory_without_a_size_is_shared_by_the_ranks_of_a_device() -> None:
+    long = {"max_model_len": 512, "max_num_seqs": 10**6}
+    plan = split_evenly("1+2", SPEC, "cpu")
+    infos = fleet(plan, free=64 * 2**20)
+    together = ledger_of(plan, infos, max_num_batched_tokens=8, max_model_len=512)
+    assert sum(row.kv + row.weights + row.activations for row in together.rows) <= 32 * 2**20
+    apart = [info if info.rank < 2 else msgspec.structs.replace(info, host="there") for info in infos]
+    assert ledger_of(plan, apart, max_num_batched_tokens=8).num_pages[2] >= together.num_pages[2]
+    with pytest.raises(ValueError, match="activations"):
+        ledger_of(plan, infos, **long)
+
+
+def test_no_more_memory_is_taken_than_sequences_can_use() -> None:
+    plan = split_evenly("1+1", SPEC, "cpu")
+    ledger = ledger_of(plan, fleet(plan, free=100 * GIB), max_num_seqs=3, max_model_len=100)
+    assert ledger.num_pages == {0: 3 * 8 * 7, 1: 3 * 8 * 7}  # sequences x groups x pages of 100 tokens
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+    plan = split_evenly("2+1", SPEC, "cpu", "1GiB")
+    with pytest.raises(ValueError, match=r"ranks 0, 1, 2 on cpu.*3.00 GiB of KV memory.*100% of 2.00 GiB"):
+        ledger_of(plan, fleet(plan, free=2 * GIB))
+    on_gpu = split_evenly("1+0", SPEC, "cuda:0")
+    with pytest.raises(ValueError, match=r"rank 0 on cuda:0.*weights.*90% of 1.00 MiB"):
+        ledger_of(on_gpu, fleet(on_gpu, free=2**20))
+
+
+def test_less_than_one_page_per_lane_is_refused() -> None:
+    page = page_bytes(SPEC, split_evenly("1+0", SPEC, "cpu").stages[0], PAGE, "bfloat16")
+    short = split_evenly("1+0", SPEC, "cpu", 8 * page - 1)
+    with pytest.raises(ValueError, match=r"rank 0 on cpu.*7 pages.*at least 8"):
+        ledger_of(short, fleet(short))
+    enough = split_evenly("1+0", SPEC, "cpu", 8 * page)
+    assert ledger_of(enough, fleet(enough)).largest_context == PAGE
+    idle_worker = split_evenly("1+1", SPEC, "cpu", {0: 8 * page, 1: page - 1})
+    with pytest.raises(ValueError, match=r"rank 1 on cpu.*0 pages.*at least 1"):
+        ledger_of(idle_worker, fleet(idle_worker))
+
+
+def test_a_context_that_cannot_be_held_is_refused() -> None:
+    plan = split_evenly("2+1", SPEC, "cpu", {0: "1GiB", 1: "1MiB", 2: "1GiB"})
+    with pytest.raises(ValueError, match=r"max_model_len is 400.*largest context is 288.*rank 1 has 73 pages.*4 head"):
+        ledger_of(plan, fleet(plan), max_model_len=400)
+    with pytest.raises(ValueError, match=r"max_model_len is 513.*512 positions"):
+        ledger_of(plan, fleet(plan), max_model_len=513)
+    assert ledger_of(plan, fleet(plan), max_model_len=288).largest_context == 288
+
+
+def test_the_table_names_every_rank_and_the_contexts() -> None:
+    plan = split_evenly("1+1", SPEC, "cpu", {0: "1MiB", 1: "2MiB"})
+    lines = str(ledger_of(plan, fleet(plan))).splitlines()
+    assert lines[0].split() == ["rank", "role", "device", "free", "weights", "activations", "KV", "pages", "tokens"]
+    assert "primary" in lines[1]
+    assert "attention worker" in lines[2]
+    assert "4.00 GiB" in lines[1]
+    assert lines[-1] == "largest context 144 tokens; room for 432 tokens in all"
+    assert len({len(line) for line in lines[:-1]}) == 1
+
+
+def fits(plan: Plan, pages: dict[int, int], num_pages_of_lane: int) -> bool:
+    """Whether some placement holds a lane of `num_pages_of_lane` for every group, staging at home included."""
+    for stage in plan.stages:
+        left = pages | {}
+        for primary in stage.primaries:
+            for _ in range(primary.num_groups):
+                left[primary.rank] -= num_pages_of_lane  # at home, as owner or for staging
+        if min(left.values()) < 0:
+            return False
+    return True
+
+
+def test_largest_context_is_the_longest_for_which_a_placement_exists() -> None:
+    choose = random.Random(3)
+    for _ in range(50):
+        cut, group = choose.randint(1, 6), choose.randint(1, 7)
+        spans = [((0, group), 0), ((group, 8), 1)]
+        primaries = [
+            tuple(
+                Primary(rank=2 * stage + index, device="cpu", groups=groups, mlp_columns=(0, 1), vocab_rows=(0, 1))
+                for groups, index in spans
+            )
+            for stage in range(2)
+        ]
+        stages = (Stage(layers=(0, cut), primaries=primaries[0]), Stage(layers=(cut, 7), primaries=primaries[1]))
+        plan = Plan(stages=stages, workers=(AttentionWorker(rank=4, device="cpu"),))
+        pages = {rank: choose.randint(8, 60) for rank in range(5)}
+        longest = largest_context(plan, pages, PAGE) // PAGE
+        assert fits(plan, pages, longest)
+        assert not fits(plan, pages, longest + 1)
+        assert total_tokens(SPEC, plan, pages, PAGE) >= longest * PAGE
+
+
+def test_activations_grow_with_the_batch_and_weights_do_not() -> None:
+    plan = split_evenly("2+1", SPEC, "cpu")
+    for member in plan.members()[:2]:
+        small, large = (fixed_bytes(SPEC, plan, member, "float16", tokens, 8) for tokens in (32, 64))
+        assert small[0] == large[0]
+        per_token = 2 * (3 * 64 + 4 * (2 + 2 + 2) * 32 + 3 * (member.mlp_columns[1] - member.mlp_columns[0]))  # type: ignore[union-attr]
+        assert large[1] - small[1] == 32 * per_token

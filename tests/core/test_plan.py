@@ -1,0 +1,190 @@
+"""Plans: shares of any size add up to the model, and a plan that does not fit is refused with the numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetis.core.model_spec import ModelSpec, RopeSpec
+from hetis.core.plan import Plan, load_plan, resolve_plan, split_evenly
+
+SPEC = ModelSpec(
+    family="llama",
+    num_layers=7,
+    hidden_size=64,
+    num_query_heads=16,
+    num_head_groups=8,
+    head_dim=32,
+    intermediate_size=701,
+    vocab_size=1003,
+    max_position=512,
+    dtype="float32",
+    rope=RopeSpec(theta=10000.0, rotary_dim=32),
+    windows=(0,) * 7,
+)
+
+
+def assert_covers(plan: Plan, spec: ModelSpec) -> None:
+    """Every layer, group, column and row belongs to exactly one primary; ranks are 0 .. world size - 1."""
+
+    def assert_tiles(spans: list[tuple[int, int]], total: int) -> None:
+        assert [i for first, stop in spans for i in range(first, stop)] == list(range(total))
+        assert all(first < stop for first, stop in spans)
+
+    assert_tiles([stage.layers for stage in plan.stages], spec.num_layers)
+    for stage in plan.stages:
+        assert_tiles([p.groups for p in stage.primaries], spec.num_head_groups)
+        assert_tiles([p.mlp_columns for p in stage.primaries], spec.intermediate_size)
+        assert_tiles([p.vocab_rows for p in stage.primaries], spec.vocab_size)
+    assert [member.rank for member in plan.members()] == list(range(plan.world_size))
+
+
+@pytest.mark.parametrize("primaries", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_even_split_covers_the_model(primaries: int, workers: int) -> None:
+    plan = split_evenly(f"{primaries}+{workers}", SPEC, "cpu", "1GiB")
+    assert_covers(plan, SPEC)
+    assert (plan.world_size, len(plan.workers)) == (primaries + workers, workers)
+    sizes = [p.num_groups for p in plan.stages[0].primaries]
+    assert max(sizes) - min(sizes) <= 1
+    assert {member.kv_memory for member in plan.members()} == {2**30}
+
+
+def test_devices_and_memory_by_rank() -> None:
+    by_list = split_evenly("1+2", SPEC, ["cuda:0", "cuda:1", "cpu"], {1: "2GiB", 2: 77})
+    assert [member.device for member in by_list.members()] == ["cuda:0", "cuda:1", "cpu"]
+    assert [member.kv_memory for member in by_list.members()] == [None, 2**31, 77]
+    by_call = split_evenly("2+1", SPEC, lambda rank: f"cuda:{rank}")
+    assert by_call.device_of(2) == "cuda:2"
+    assert (by_call.role_of(1), by_call.role_of(2)) == ("primary", "attention worker")
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("9+1", ["9 primaries", "8 head groups"]),
+        ("0+3", ["no primary"]),
+        ("1", ["P+A"]),
+        ("1+2+3", ["P+A"]),
+        ("-1+2", ["P+A"]),
+        ("1+x", ["P+A"]),
+        ("", ["P+A"]),
+        ("nowhere.json", ["nowhere.json", "cannot be read"]),
+    ],
+)
+def test_refused_text(text: str, numbers: list[str]) -> None:
+    with pytest.raises(ValueError) as refused:
+        resolve_plan(text, SPEC, "cpu")
+    assert all(number in str(refused.value) for number in numbers)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:", "cuda:x", "CPU", ""])
+def test_refused_device(device: str) -> None:
+    with pytest.raises(ValueError, match="device"):
+        split_evenly("1+0", SPEC, device)
+
+
+def test_too_few_devices() -> None:
+    with pytest.raises(ValueError, match="2 devices"):
+        split_evenly("1+2", SPEC, ["cpu", "cpu"])
+
+
+def write(path: Path, plan: Any) -> Path:
+    path.write_text(json.dumps(plan))
+    return path
+
+
+def test_a_file_with_everything_given(tmp_path: Path) -> None:
+    def primary(rank: int, groups: int, columns: int, rows: int) -> dict[str, Any]:
+        counts = {"head_groups": groups, "mlp_columns": columns, "vocab_rows": rows}
+        return {"rank": rank, "device": "cpu", "kv_memory": "1.5GiB", **counts}
+
+    path = write(
+        tmp_path / "plan.json",
+        {
+            "stages": [
+                {"layers": 3, "primaries": [primary(3, 5, 700, 500), primary(0, 3, 1, 503)]},
+                {"layers": 4, "primaries": [primary(2, 8, 701, 1003)]},
+            ],
+            "attention": [{"rank": 1, "device": "cuda:2", "kv_memory": 4096}],
+        },
+    )
+    plan = load_plan(path, SPEC)
+    assert_covers(plan, SPEC)
+    assert plan.stages[0].primaries[0].groups == (0, 5)
+    assert plan.stages[0].home(5).rank == 0
+    assert plan.position_of(2) == (1, 0)
+    assert plan.stages[1].layers == (3, 7)
+    assert (plan.workers[0].rank, plan.workers[0].device, plan.workers[0].kv_memory) == (1, "cuda:2", 4096)
+    assert plan.members()[0].kv_memory == 3 * 2**29
+
+
+def test_what_a_file_leaves_out_is_split_evenly(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "plan.json",
+        {
+            "stages": [
+                {"primaries": [{"head_groups": 5}, {}, {"rank": 0}]},
+                {"layers": 2, "primaries": [{}]},
+                {"primaries": [{}]},
+            ],
+            "attention": [{}, {"device": "auto"}],
+        },
+    )
+    plan = resolve_plan(str(path), SPEC, lambda rank: f"cuda:{rank}", {5: 64}, world_size=7)
+    assert_covers(plan, SPEC)
+    assert [p.num_groups for p in plan.stages[0].primaries] == [5, 2, 1]
+    assert [stage.num_layers for stage in plan.stages] == [3, 2, 2]
+    assert [p.rank for p in plan.stages[0].primaries] == [1, 2, 0]
+    assert [worker.rank for worker in plan.workers] == [5, 6]
+    assert [member.device for member in plan.members()] == [f"cuda:{rank}" for rank in range(7)]
+    assert plan.workers[0].kv_memory == 64
+
+
+ONE = [{"primaries": [{}]}]
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ([], ["not a plan", "object"]),
+        ({}, ["stages"]),
+        ({"stages": []}, ["no stage"]),
+        ({"stages": [{"primaries": []}]}, ["stage 0", "no primary"]),
+        ({"stages": ONE, "workers": []}, ["unknown field `workers`"]),
+        ({"stages": [{"primaries": [{"heads": 3}]}]}, ["unknown field `heads`"]),
+        ({"stages": [{"primaries": [{"head_groups": "3"}]}]}, ["head_groups", "int"]),
+        ({"stages": [{"layers": 6, "primaries": [{}]}]}, ["layers", "6", "7"]),
+        ({"stages": [{"layers": 7, "primaries": [{}]}, *ONE]}, ["layers", "7 + ?", "0 of the model's 7"]),
+        ({"stages": [{"layers": 0, "primaries": [{}]}, *ONE]}, ["layers", "0 + ?", "at least 1"]),
+        ({"stages": [{"primaries": [{"head_groups": 5}, {"head_groups": 4}]}]}, ["head_groups", "5 + 4", "9", "8"]),
+        ({"stages": [{"primaries": [{"mlp_columns": 700}]}]}, ["mlp_columns", "700", "701"]),
+        ({"stages": [{"primaries": [{"vocab_rows": 1004}, {}]}]}, ["vocab_rows", "1004 + ?", "1003"]),
+        ({"stages": [{"primaries": [{}] * 9}]}, ["head_groups", "8", "9"]),
+        ({"stages": [{"primaries": [{"rank": 1}]}]}, ["[1]", "0 to 0"]),
+        ({"stages": [{"primaries": [{"rank": 0}, {"rank": 0}]}]}, ["[0, 0]"]),
+        ({"stages": [{"primaries": [{"device": "gpu"}]}]}, ["device 'gpu'", "rank 0"]),
+        ({"stages": [{"primaries": [{"kv_memory": "lots"}]}]}, ["'lots'", "2GiB"]),
+        ({"stages": [{"primaries": [{"kv_memory": 0}]}]}, ["0", "less than one byte"]),
+    ],
+)
+def test_refused_files(tmp_path: Path, plan: Any, words: list[str]) -> None:
+    path = write(tmp_path / "plan.json", plan)
+    with pytest.raises(ValueError) as refused:
+        load_plan(path, SPEC)
+    assert str(path) in str(refused.value)
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_refused_json(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text('{"stages": [')
+    with pytest.raises(ValueError, match="not a plan"):
+        load_plan(path, SPEC)
+
+
+def test_world_size_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"3 ranks.*world size is 2"):
+        resolve_plan("1+2", SPEC, "cpu", world_size=2)
+    assert resolve_plan("1+2", SPEC, "cpu", world_size=3).world_size == 3

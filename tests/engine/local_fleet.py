@@ -1,0 +1,174 @@
+"""A whole fleet in one process: the driver's engine and every rank, a thread each, joined by in-process links.
+
+The same objects as in production; only processes and sockets are missing, so a test takes milliseconds to start.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from hetis.comm.rendezvous import LocalRendezvous
+from hetis.core.config import DriverArgs, EngineConfig
+from hetis.core.fleet import DeviceInfo
+from hetis.core.messages import AddRequest, Setup, StepCommand, StepResult, TokenOutput
+from hetis.core.placement import FleetView, Placement
+from hetis.core.plan import resolve_plan
+from hetis.core.request import Sequence as EngineSequence
+from hetis.core.sampled import TokenLogprobs
+from hetis.core.sampling_params import SamplingParams
+from hetis.engine.engine import Engine
+from hetis.engine.setup import make_setup
+from hetis.models.families import read_model_spec
+from hetis.workers.rank import build_member
+
+GIB = 1 << 30
+
+
+class Generated:
+    """What came out for one prompt."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.rows: list[TokenLogprobs | None] = []
+        self.prompt_rows: list[TokenLogprobs | None] = []
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+
+    def logits(self, vocab_size: int) -> torch.Tensor:
+        """float32 [tokens, V], when all of the vocabulary was asked for."""
+        return torch.stack([full_row(row, vocab_size) for row in self.rows if row is not None])
+
+
+def full_row(row: TokenLogprobs, vocab_size: int) -> torch.Tensor:
+    """The values of the whole vocabulary in order of token id."""
+    values = torch.empty(vocab_size)
+    values[torch.tensor(row.ids[1:])] = torch.tensor(row.logprobs[1:])
+    return values
+
+
+class LocalFleet:
+    """Builds all ranks of `plan` for the checkpoint in `directory`; a context manager."""
+
+    def __init__(self, directory: Path, plan: str = "1+0", **options: Any) -> None:
+        options.setdefault("device", "cpu")
+        options.setdefault("kv_cache_memory", 4 << 20)
+        config = EngineConfig(model=str(directory), plan=plan, max_logprobs=-1, **options)
+        spec = read_model_spec(directory)
+        resolved = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
+        args = DriverArgs(
+            config=config, spec=spec, plan=resolved, eos_token_ids=[], run_directory="", address=None, announce=False
+        )
+        fleet = [_device(rank) for rank in range(resolved.world_size)]
+        self.setup, self.ledger = make_setup(args, fleet)
+        self.engine = Engine(config, self.setup)
+        self._commands: list[queue.SimpleQueue[StepCommand | None]] = [queue.SimpleQueue() for _ in fleet]
+        self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
+        rendezvous = LocalRendezvous()
+        self._threads = [
+            threading.Thread(target=self._rank, args=(info.rank, self.setup, rendezvous), daemon=True) for info in fleet
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._next_id = 0
+
+    def _rank(self, rank: int, setup: Setup, rendezvous: LocalRendezvous) -> None:
+        try:
+            torch.set_grad_enabled(False)
+            member = build_member(setup, rank, torch.device("cpu"), rendezvous, self._results.put)
+            while (command := self._commands[rank].get()) is not None:
+                result = member.run_step(command)
+                if result is not None:
+                    self._results.put(result)
+            member.close()
+        except BaseException as error:
+            self._results.put(error)
+
+    def generate(
+        self, prompts: Sequence[list[int]], params: SamplingParams | Sequence[SamplingParams], *, check: bool = False
+    ) -> list[Generated]:
+        """Runs all prompts together to their end. `check`: the integrity of the cache after every step."""
+        many = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        found: dict[str, Generated] = {}
+        for prompt, each in zip(prompts, many, strict=True):
+            found[str(self._next_id)] = Generated()
+            self.engine.add(AddRequest(id=str(self._next_id), token_ids=prompt, params=each))
+            self._next_id += 1
+        while any(one.finish_reason is None for one in found.values()):
+            self.turn(check=check)
+            for output in self.engine.take_outputs():
+                _collect(found[output.id], output)
+        return list(found.values())
+
+    def turn(self, *, check: bool = False) -> None:
+        """Sends every step that can start, then takes one result."""
+        while (command := self.engine.step()) is not None:
+            for commands in self._commands:
+                commands.put(command)
+        if self.engine.num_in_flight:
+            result = self._results.get(timeout=60)
+            if isinstance(result, BaseException):
+                raise result
+            self.engine.on_result(result)
+        if check:
+            self.engine.cache.check_integrity()
+
+    def __enter__(self) -> "LocalFleet":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for commands in self._commands:
+            commands.put(None)
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+
+class RandomDispatcher:
+    """Any placement at all, from a seed: for the placement law."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def assign(self, sequences: list[EngineSequence], view: FleetView) -> list[Placement | None]:
+        return [self._place(view) for _ in sequences]
+
+    def _place(self, view: FleetView) -> Placement:
+        workers = [worker.rank for worker in view.plan.workers]
+        owners = []
+        for stage in view.plan.stages:
+            ranks = []
+            for primary in stage.primaries:
+                choices = [primary.rank, *workers]
+                for _ in range(*primary.groups):
+                    ranks.append(choices[int(torch.randint(len(choices), (1,), generator=self._generator))])
+            owners.append(tuple(ranks))
+        return Placement(owners=tuple(owners))
+
+
+def _device(rank: int) -> DeviceInfo:
+    return DeviceInfo(
+        rank=rank,
+        device="cpu",
+        name="test",
+        host="here",
+        address="127.0.0.1",
+        pid=os.getpid(),
+        num_threads=1,
+        total_memory=8 * GIB,
+        free_memory=8 * GIB,
+    )
+
+
+def _collect(one: Generated, output: TokenOutput) -> None:
+    one.token_ids += output.token_ids
+    one.rows += output.logprobs or []
+    one.prompt_rows += output.prompt_logprobs or []
+    one.finish_reason = output.finish_reason or one.finish_reason
+    one.error = output.error or one.error

@@ -1,0 +1,39 @@
+"""Which implementation a launcher picks."""
+
+import hetis_kernels
+import pytest
+import torch
+from hetis_kernels.dispatch import dispatch, scratch
+
+
+def picked(backend: str, device: str) -> str:
+    calls: list[str] = []
+    arguments = ("no_such_operation", backend, torch.device(device))
+    dispatch(*arguments, lambda: calls.append("reference"), lambda: calls.append("triton"), ())  # type: ignore[arg-type]
+    return calls[0]
+
+
+def test_auto_goes_by_device_and_names_force_one() -> None:
+    assert picked("auto", "cpu") == "reference"
+    assert picked("triton", "cpu") == "triton"
+    assert picked("reference", "cpu") == "reference"
+
+
+def test_a_missing_extension_and_a_wrong_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="not in the C\\+\\+ extension"):
+        picked("cpu", "cpu")
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        picked("gpu", "cpu")
+
+
+def test_scratch_memory_is_kept_until_more_is_needed() -> None:
+    device = torch.device("cpu")
+    small = scratch(device, 10)
+    assert scratch(device, 5).data_ptr() == small.data_ptr()
+    assert scratch(device, small.numel() + 1).numel() == small.numel() + 1
+
+
+def test_every_public_name_exists() -> None:
+    for name in hetis_kernels.__all__:
+        assert callable(getattr(hetis_kernels, name))
+        assert getattr(hetis_kernels, name).__doc__

@@ -1,0 +1,151 @@
+"""Paged decode attention: the reference against torch's own attention, the kernel against the reference."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hetis_kernels.paged_decode import MAX_SPLITS, MIN_SPLIT, paged_decode, paged_decode_ref
+from torch.nn import functional
+
+LENGTHS = [1, 16, 17, MIN_SPLIT, MIN_SPLIT + 1, 520]
+WINDOWS = [0, 1, 33, 300]
+
+
+class Problem:
+    """Decode arguments for lanes in a shuffled order, with rows of q and out that no lane names."""
+
+    def __init__(
+        self, make_lanes: Callable[..., Any], lengths: list[int], num_queries: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        num_lanes, num_rows = len(lengths), len(lengths) + 2
+        self.lanes = make_lanes(lengths, head_dim, dtype)
+        self.scale = head_dim**-0.5
+        # queries lie in fused QKV rows, so their row stride is not M * D
+        self.q_NMD = torch.randn(num_rows, num_queries + 2, head_dim).to(dtype)[:, :num_queries]
+        self.lane_U = torch.randperm(num_lanes).int()
+        self.row_U = torch.randperm(num_rows)[:num_lanes].int()
+        self.length_U = torch.tensor(lengths).int()[self.lane_U.long()]
+
+    def run(
+        self, device: torch.device, window: int, chosen: slice = slice(None), **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse2 on the CPU, with 7 in every place that was not written."""
+        q_NMD = torch.empty_strided(self.q_NMD.shape, self.q_NMD.stride(), dtype=self.q_NMD.dtype, device=device)
+        q_NMD.copy_(self.q_NMD)
+        out = torch.full(q_NMD.shape, 7.0, dtype=q_NMD.dtype, device=device)
+        lse2 = torch.full(q_NMD.shape[:2], 7.0, device=device)
+        lanes = self.lanes.to(device)
+        indices = [index[chosen].to(device) for index in (self.lane_U, self.row_U, self.length_U)]
+        arguments = (q_NMD, lanes.pool_2PSD, lanes.page_table_BW, *indices, self.scale, window, out, lse2)
+        paged_decode(*arguments, **options)
+        return out.cpu(), lse2.cpu()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_reference_is_torch_attention(make_lanes: Callable[..., Any], window: int) -> None:
+    problem = Problem(make_lanes, LENGTHS, 3, 64, torch.float32)
+    out, lse2 = problem.run(torch.device("cpu"), window, backend="reference")
+    for lane, row, length in zip(*(x.tolist() for x in (problem.lane_U, problem.row_U, problem.length_U)), strict=True):
+        first = max(0, length - window) if window else 0
+        q, k, v = (x.double() for x in (problem.q_NMD[row], problem.lanes.k[lane], problem.lanes.v[lane]))
+        k, v = k[first:length], v[first:length]
+        expected = functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=problem.scale)[0]
+        torch.testing.assert_close(out[row].double(), expected, rtol=1e-5, atol=1e-5)
+        natural = torch.logsumexp(problem.scale * q @ k.T, dim=-1)
+        torch.testing.assert_close(lse2[row].double() * math.log(2), natural, rtol=1e-5, atol=1e-5)
+    untouched = sorted(set(range(len(LENGTHS) + 2)) - set(problem.row_U.tolist()))
+    assert (out[untouched] == 7).all()
+    assert (lse2[untouched] == 7).all()
+
+
+def check(problem: Problem, device: torch.device, window: int, tolerance: dict[str, float], **options: Any) -> None:
+    out, lse2 = problem.run(device, window, backend="triton", **options)
+    expected, expected_lse2 = problem.run(torch.device("cpu"), window, backend="reference")
+    torch.testing.assert_close(out, expected, **tolerance)
+    torch.testing.assert_close(lse2, expected_lse2, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("num_queries", range(1, 9))
+def test_kernel_is_reference_for_every_group_size(
+    make_lanes: Callable[..., Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    tolerance: dict[str, float],
+    num_queries: int,
+) -> None:
+    head_dim = (64, 80, 128)[num_queries % 3]
+    check(Problem(make_lanes, LENGTHS, num_queries, head_dim, dtype), device, 0, tolerance)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("window", WINDOWS[1:])
+def test_kernel_is_reference_for_every_head_dim_and_window(
+    make_lanes: Callable[..., Any], device: torch.device, head_dim: int, window: int
+) -> None:
+    check(Problem(make_lanes, LENGTHS, 2, head_dim, torch.float32), device, window, {"rtol": 1e-4, "atol": 2e-5})
+
+
+def test_kernel_is_reference_in_half_precision(make_lanes: Callable[..., Any], device: torch.device) -> None:
+    check(Problem(make_lanes, LENGTHS, 2, 128, torch.float16), device, 300, {"rtol": 4e-3, "atol": 4e-3})
+
+
+def test_a_lane_longer_than_the_smallest_splits(make_lanes: Callable[..., Any], device: torch.device) -> None:
+    longest = MIN_SPLIT * MAX_SPLITS + 77
+    problem = Problem(make_lanes, [longest, 5, 300], 2, 64, torch.float32)
+    check(problem, device, 0, {"rtol": 1e-4, "atol": 2e-5})
+
+
+def test_many_queries_per_group_and_small_pages(make_lanes: Callable[..., Any], device: torch.device) -> None:
+    problem = Problem(lambda *a: make_lanes(*a, page_size=4), [3, 4, 270], 20, 64, torch.float32)
+    check(problem, device, 0, {"rtol": 1e-4, "atol": 2e-5})
+
+
+def test_no_tokens_give_zero_and_minus_infinity(make_lanes: Callable[..., Any], device: torch.device) -> None:
+    problem = Problem(make_lanes, [5, 40], 2, 64, torch.float32)
+    problem.length_U[0] = 0
+    for backend in ("triton", "reference"):
+        out, lse2 = problem.run(device, 0, backend=backend)
+        row = int(problem.row_U[0])
+        assert (out[row] == 0).all()
+        assert (lse2[row] == -math.inf).all()
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("window", [0, 300])
+def test_a_lane_alone_is_the_lane_in_a_batch(
+    make_lanes: Callable[..., Any], device: torch.device, dtype: torch.dtype, window: int
+) -> None:
+    """Bit for bit: what is computed for a lane depends on its length and the window alone."""
+    problem = Problem(make_lanes, LENGTHS, 4, 64, dtype)
+    out, lse2 = problem.run(device, window, backend="triton")
+    for u, (row, length) in enumerate(zip(problem.row_U.tolist(), problem.length_U.tolist(), strict=True)):
+        alone, alone_lse2 = problem.run(device, window, slice(u, u + 1), max_length=length, backend="triton")
+        assert torch.equal(alone[row], out[row])
+        assert torch.equal(alone_lse2[row], lse2[row])
+
+
+def test_arguments_are_checked(make_lanes: Callable[..., Any]) -> None:
+    problem = Problem(make_lanes, [5, 40], 2, 64, torch.float32)
+    with pytest.raises(ValueError, match="window is -1"):
+        problem.run(torch.device("cpu"), -1)
+    problem.length_U = problem.length_U.long()
+    with pytest.raises(ValueError, match=r"length_U is torch\.int64"):
+        problem.run(torch.device("cpu"), 0)
+    problem.length_U = problem.length_U.int()[:1]
+    with pytest.raises(ValueError, match="length_U has shape"):
+        problem.run(torch.device("cpu"), 0)
+
+
+def test_the_reference_leaves_its_inputs_alone(make_lanes: Callable[..., Any]) -> None:
+    problem = Problem(make_lanes, [5, 40], 2, 64, torch.float32)
+    q = problem.q_NMD.clone()
+    out, lse2 = torch.empty(4, 2, 64), torch.empty(4, 2)
+    indices = (problem.lane_U, problem.row_U, problem.length_U)
+    paged_decode_ref(
+        problem.q_NMD, problem.lanes.pool_2PSD, problem.lanes.page_table_BW, *indices, 0.1, 0, out, lse2
+    )
+    assert torch.equal(q, problem.q_NMD)

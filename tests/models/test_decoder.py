@@ -1,0 +1,106 @@
+"""The decoder computes what transformers computes, for every family and however it is split."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetis.core.model_spec import ModelSpec
+from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, split_evenly
+from hetis.models.families import read_model_spec
+from tests.checkpoints import FAMILIES, load_reference, make_checkpoint, reference_logits
+from tests.models.reference import decode_all
+
+PROMPT = [5, 17, 300, 2, 2, 99, 41, 330, 7, 250, 0, 18, 64, 129, 3, 77, 201, 310, 9, 9, 160, 33, 54]
+
+
+class Case:
+    """A checkpoint, its spec, and the logits of transformers for `PROMPT`."""
+
+    def __init__(self, directory: Path, family: str) -> None:
+        self.directory = make_checkpoint(directory, family)
+        self.model = load_reference(self.directory)
+        self.spec = read_model_spec(self.directory)
+        self.logits_TV = reference_logits(self.model, PROMPT)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Case] = {}
+
+    def case(family: str) -> Case:
+        if family not in made:
+            made[family] = Case(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return case
+
+
+def uneven(spec: ModelSpec, num_stages: int) -> Plan:
+    """One or two stages, two primaries each where there are groups for two; no share is half."""
+
+    def primaries(first_rank: int) -> tuple[Primary, ...]:
+        if spec.num_head_groups == 1:
+            return split_evenly("1+0", spec, "cpu").stages[0].primaries
+        group, column, row = max(1, spec.num_head_groups - 2), 37, 200
+        return (
+            Primary(rank=first_rank, device="cpu", groups=(0, group), mlp_columns=(0, column), vocab_rows=(0, row)),
+            Primary(
+                rank=first_rank + 1,
+                device="cpu",
+                groups=(group, spec.num_head_groups),
+                mlp_columns=(column, spec.intermediate_size),
+                vocab_rows=(row, spec.vocab_size),
+            ),
+        )
+
+    layers = [(0, spec.num_layers)] if num_stages == 1 else [(0, 1), (1, spec.num_layers)]
+    stages = tuple(Stage(layers=span, primaries=primaries(2 * index)) for index, span in enumerate(layers))
+    return Plan(stages=stages, workers=(AttentionWorker(rank=2 * num_stages, device="cpu"),))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_early_token_moves_the_last_logits(cases: Any, family: str) -> None:
+    case = cases(family)
+    moved = reference_logits(case.model, [PROMPT[0], PROMPT[1] + 1, *PROMPT[2:]])[-1] - case.logits_TV[-1]
+    window = max(case.spec.windows)
+    reach = len(PROMPT) if min(case.spec.windows) == 0 else window * case.spec.num_layers
+    assert moved.abs().max() > (0.3 if reach >= len(PROMPT) else 0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers(cases: Any, family: str) -> None:
+    case = cases(family)
+    logits_TV = decode_all(case.spec, split_evenly("1+0", case.spec), case.directory, PROMPT)
+    torch.testing.assert_close(logits_TV, case.logits_TV, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_uneven_shards_and_stages_give_the_same_logits(cases: Any, family: str, num_stages: int) -> None:
+    case = cases(family)
+    logits_TV = decode_all(case.spec, uneven(case.spec, num_stages), case.directory, PROMPT)
+    torch.testing.assert_close(logits_TV, case.logits_TV, rtol=0, atol=1e-4)
+
+
+def test_five_shards_of_one_group_each(cases: Any) -> None:
+    case = cases("five_groups")
+    logits_TV = decode_all(case.spec, split_evenly("5+0", case.spec), case.directory, PROMPT)
+    torch.testing.assert_close(logits_TV, case.logits_TV, rtol=0, atol=1e-4)
+
+
+def test_two_stages_are_bit_identical_to_one(cases: Any) -> None:
+    """A stage border only moves the residual stream from one buffer to another."""
+    case = cases("mqa")
+    one = decode_all(case.spec, split_evenly("1+0", case.spec), case.directory, PROMPT)
+    two = decode_all(case.spec, uneven(case.spec, 2), case.directory, PROMPT)
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "opt"])
+def test_bfloat16_logprobs_are_close(cases: Any, family: str) -> None:
+    case = cases(family)
+    logits_TV = decode_all(case.spec, split_evenly("1+0", case.spec), case.directory, PROMPT, torch.bfloat16)
+    ours, theirs = logits_TV.float().log_softmax(dim=-1), case.logits_TV.log_softmax(dim=-1)
+    assert (ours.exp() - theirs.exp()).abs().max() < 0.05

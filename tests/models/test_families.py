@@ -1,0 +1,249 @@
+"""config.json, old and new, becomes the ModelSpec that transformers would build; what is not computed is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from hetis.core.model_spec import RopeSpec, resolve_dtype
+from hetis.models.families import read_eos_token_ids, read_model_spec
+from hetis.models.layers import rope_frequencies, rope_table
+
+# As on the hub, written by transformers 4; only keys that matter to a decoder.
+LLAMA_31: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": [128001, 128008, 128009],
+}
+LLAMA_2 = {
+    key: value for key, value in LLAMA_31.items() if key not in ("rope_scaling", "rope_theta", "num_key_value_heads")
+}
+QWEN_25: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_window_layers": 21,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 151643,
+}
+OPT: dict[str, Any] = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "hidden_size": 768,
+    "word_embed_proj_dim": 768,
+    "ffn_dim": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 50272,
+    "max_position_embeddings": 2048,
+    "activation_function": "relu",
+    "do_layer_norm_before": True,
+    "torch_dtype": "float16",
+}
+MISTRAL: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "sliding_window": 4096,
+}
+
+
+def write(directory: Path, config: Any) -> Path:
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_llama_31_as_on_the_hub(tmp_path: Path) -> None:
+    spec = read_model_spec(write(tmp_path, LLAMA_31))
+    assert (spec.head_dim, spec.num_head_groups, spec.queries_per_group) == (128, 8, 4)
+    assert (spec.dtype, spec.norm_epsilon, spec.max_position) == ("bfloat16", 1e-5, 131072)
+    assert spec.rope == RopeSpec(
+        theta=500000.0,
+        rotary_dim=128,
+        scaling="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position=8192,
+    )
+    assert spec.windows == (0,) * 32
+    assert (spec.qkv_bias, spec.mlp_bias, spec.tied_embeddings, spec.qk_norm) == (False,) * 4
+
+
+def test_both_ways_to_write_rope_are_one(tmp_path: Path) -> None:
+    new = {key: value for key, value in LLAMA_31.items() if not key.startswith("rope_")}
+    new["rope_parameters"] = LLAMA_31["rope_scaling"] | {"rope_theta": 500000.0}
+    assert read_model_spec(write(tmp_path, new)) == read_model_spec(write(tmp_path, LLAMA_31))
+
+
+def test_linear_scaling_with_its_old_key(tmp_path: Path) -> None:
+    spec = read_model_spec(write(tmp_path, LLAMA_2 | {"rope_scaling": {"type": "linear", "factor": 4}}))
+    assert spec.rope == RopeSpec(theta=10000.0, rotary_dim=128, scaling="linear", factor=4.0)
+
+
+def test_what_a_config_leaves_out_is_what_transformers_assumes(tmp_path: Path) -> None:
+    spec = read_model_spec(write(tmp_path, LLAMA_2))
+    assert (spec.num_head_groups, spec.queries_per_group) == (32, 1)
+    assert spec.rope == RopeSpec(theta=10000.0, rotary_dim=128)
+    mistral = read_model_spec(write(tmp_path, MISTRAL))
+    assert (mistral.num_head_groups, mistral.max_position, mistral.norm_epsilon) == (8, 131072, 1e-6)
+    assert mistral.windows == (4096,) * 32
+    assert mistral.dtype == "float32"
+    assert read_model_spec(write(tmp_path, MISTRAL | {"sliding_window": None})).windows == (0,) * 32
+    assert read_model_spec(write(tmp_path, MISTRAL | {"head_dim": 64})).head_dim == 64
+
+
+def test_qwen_windows(tmp_path: Path) -> None:
+    assert read_model_spec(write(tmp_path, QWEN_25)).windows == (0,) * 24
+    sliding = QWEN_25 | {"use_sliding_window": True}
+    assert read_model_spec(write(tmp_path, sliding)).windows == (0,) * 21 + (32768,) * 3
+    kinds = ["sliding_attention", "full_attention"] * 12
+    assert read_model_spec(write(tmp_path, sliding | {"layer_types": kinds})).windows == (32768, 0) * 12
+    spec = read_model_spec(write(tmp_path, QWEN_25))
+    assert spec.qkv_bias
+    assert spec.tied_embeddings
+    assert not spec.output_bias
+
+
+def test_opt(tmp_path: Path) -> None:
+    spec = read_model_spec(write(tmp_path, OPT))
+    assert (spec.norm, spec.norm_epsilon, spec.gated, spec.activation) == ("layer", 1e-5, False, "relu")
+    assert (spec.rope, spec.learned_position_offset, spec.tied_embeddings) == (None, 2, True)
+    assert spec.qkv_bias
+    assert spec.output_bias
+    assert spec.mlp_bias
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "words"),
+    [
+        (
+            LLAMA_31,
+            {"architectures": ["FancyForCausalLM"], "model_type": "fancy"},
+            ["FancyForCausalLM", "LlamaForCausalLM"],
+        ),
+        (LLAMA_31, {"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
+        (LLAMA_31, {"model_type": None, "architectures": None}, ["unnamed", "None"]),
+        (LLAMA_31, {"auto_map": {"AutoModelForCausalLM": "modeling.Fancy"}}, ["auto_map", "never"]),
+        (LLAMA_31, {"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq", "unquantised"]),
+        (LLAMA_31, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn", "remove"]),
+        (LLAMA_31, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["dynamic"]),
+        (LLAMA_31, {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, ["original_max_position_embeddings"]),
+        (LLAMA_31, {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["full_attention"]),
+        (LLAMA_31, {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
+        (LLAMA_31, {"hidden_act": "xielu"}, ["xielu", "silu"]),
+        (LLAMA_31, {"num_key_value_heads": 5}, ["32", "5"]),
+        (LLAMA_31, {"head_dim": 24}, ["24", "16"]),
+        (LLAMA_31, {"num_attention_heads": 31, "num_key_value_heads": 31}, ["4096", "31"]),
+        (LLAMA_31, {"torch_dtype": "float64"}, ["float64", "bfloat16"]),
+        (LLAMA_31, {"vocab_size": 0}, ["vocab_size", "0"]),
+        (LLAMA_31, {"num_hidden_layers": "32"}, ["num_hidden_layers", "'32'"]),
+        (LLAMA_31, {"max_position_embeddings": True}, ["max_position_embeddings", "True"]),
+        (QWEN_25, {"layer_types": ["full_attention"] * 3}, ["layer_types", "3", "24"]),
+        (QWEN_25, {"layer_types": ["linear_attention"] * 24}, ["linear_attention"]),
+        (QWEN_25, {"layer_types": ["sliding_attention"] * 24}, ["sliding_window"]),
+        (OPT, {"word_embed_proj_dim": 512}, ["word_embed_proj_dim", "512", "768", "opt-350m"]),
+        (OPT, {"do_layer_norm_before": False}, ["do_layer_norm_before"]),
+        (OPT, {"_remove_final_layer_norm": True}, ["_remove_final_layer_norm"]),
+    ],
+)
+def test_refused(tmp_path: Path, base: dict[str, Any], change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as refused:
+        read_model_spec(write(tmp_path, base | change))
+    message = str(refused.value)
+    assert str(tmp_path / "config.json") in message
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert message.endswith(".")
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config.json does not exist"):
+        read_model_spec(tmp_path)
+    with pytest.raises(ValueError, match=r"no vocab_size"):
+        read_model_spec(write(tmp_path, {key: value for key, value in OPT.items() if key != "vocab_size"}))
+    with pytest.raises(ValueError, match=r"not a JSON object"):
+        read_model_spec(write(tmp_path, [1]))
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ValueError, match=r"config.json cannot be read"):
+        read_model_spec(tmp_path)
+
+
+def test_end_of_sequence_ids(tmp_path: Path) -> None:
+    assert read_eos_token_ids(tmp_path) == []
+    write(tmp_path, LLAMA_31)
+    assert read_eos_token_ids(tmp_path) == [128001, 128008, 128009]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert read_eos_token_ids(tmp_path) == [7]
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert read_eos_token_ids(tmp_path) == [128001, 128008, 128009]
+
+
+def test_dtype_auto_is_the_checkpoint_s(tmp_path: Path) -> None:
+    spec = read_model_spec(write(tmp_path, OPT))
+    assert resolve_dtype("auto", spec) == "float16"
+    assert resolve_dtype("bfloat16", spec) == "bfloat16"
+    with pytest.raises(ValueError, match="int8"):
+        resolve_dtype("int8", spec)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "linear"])
+def test_scaled_frequencies_equal_those_of_transformers(kind: str) -> None:
+    parameters = LLAMA_31["rope_scaling"] | {"rope_type": kind, "rope_theta": 500000.0}
+    config = transformers.LlamaConfig(hidden_size=256, num_attention_heads=2, rope_parameters=parameters)
+    expected, _ = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
+    rope = RopeSpec(
+        theta=500000.0,
+        rotary_dim=128,
+        scaling=kind,  # type: ignore[arg-type]
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position=8192,
+    )
+    torch.testing.assert_close(rope_frequencies(rope), expected, rtol=1e-6, atol=0)
+
+
+def test_rope_table_holds_cosines_then_sines() -> None:
+    table_PR = rope_table(RopeSpec(theta=10000.0, rotary_dim=32), 40, torch.device("cpu"))
+    assert table_PR.shape == (40, 32)
+    assert table_PR.dtype == torch.float32
+    angle = 39 * 10000.0 ** (-2 * 5 / 32)
+    assert table_PR[39, 5].item() == pytest.approx(torch.tensor(angle, dtype=torch.float64).cos().item(), abs=1e-5)
+    assert table_PR[39, 21].item() == pytest.approx(torch.tensor(angle, dtype=torch.float64).sin().item(), abs=1e-5)

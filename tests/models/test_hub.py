@@ -1,0 +1,66 @@
+"""Finding a model: packaged, local, or on the hub (never asked for real here)."""
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from hetis.models.hub import PACKAGED, resolve_model
+
+
+def test_no_name_is_the_packaged_model() -> None:
+    assert resolve_model(None) == PACKAGED
+
+
+def test_a_directory_is_itself(tmp_path: Path) -> None:
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("model", ["/no/such/directory", "./here", "a/b/c", "", "has space/x"])
+def test_what_is_no_directory_and_no_hub_id_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match="neither an existing directory nor a hub id"):
+        resolve_model(model)
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        resolve_model(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_only_data_is_downloaded(weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(model: str, **arguments: Any) -> str:
+        asked.update(arguments, model=model)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("owner/name", "v2", weights) == tmp_path
+    assert (asked["model"], asked["revision"]) == ("owner/name", "v2")
+    assert ("*.safetensors" in asked["allow_patterns"]) == weights
+    assert not {"*", "*.bin", "*.py"} & set(asked["allow_patterns"])
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (errors.RepositoryNotFoundError, "correct the name"),
+        (errors.RevisionNotFoundError, "correct the revision"),
+        (errors.GatedRepoError, "HF_TOKEN"),
+        (errors.LocalEntryNotFoundError, "check the network or give a directory"),
+        (ConnectionError, "check the network or give a directory"),
+    ],
+)
+def test_errors_of_the_hub_say_what_to_do(error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise error.__new__(error)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ValueError, match=words) as refused:
+        resolve_model("owner/name", "v2")
+    assert "'owner/name' at revision 'v2'" in str(refused.value)
