@@ -1,25 +1,35 @@
 """Linear layers: one call for every device.
 
-Shapes: T tokens, N outputs, K inputs.
+On the CPU a kernel of our own reads the weight as the checkpoint holds it (row-major, not packed, not copied): once per
+call at memory bandwidth when tokens are few, at the speed of oneDNN's packed weights when they are many. Its result for
+a token does not depend on the tokens beside it, so decode and prefill agree bit for bit. Elsewhere torch does the work.
+
+T tokens, N outputs, K inputs.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor
 from torch.nn import functional
+
+from .dispatch import check_floats, cpu_op
 
 _plain = False
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """The weight of one linear layer, in the form in which `linear` reads it.
+    """What `linear` needs of one layer.
 
-    `weight` is [N, K], the very tensor that was given (no copy): an embedding and an LM head may be one tensor.
+    weight: [N, K], the very tensor that was given (no copy), so that an embedding and an LM head may be one tensor.
+    bias: [N] or None. kernel_tokens: calls of up to so many tokens run our kernel, larger ones torch's.
     """
 
     weight: Tensor
     bias: Tensor | None
+    kernel_tokens: int
 
 
 def use_plain(plain: bool) -> None:
@@ -29,25 +39,46 @@ def use_plain(plain: bool) -> None:
 
 
 def pack_linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
-    """Check a weight [N, K] and its bias [N] and prepare them for `linear`; the weight's storage is shared.
+    """Checks a weight [N, K] and its bias [N] and prepares them for `linear`; both are shared, not copied.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit together.
+    The weight may be a slice of a larger one. Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     if weight_NK.dim() != 2:
         raise ValueError(f"linear weight has shape {tuple(weight_NK.shape)}; give a matrix [outputs, inputs]")
     if bias_N is not None and bias_N.shape != weight_NK.shape[:1]:
-        raise ValueError(
-            f"linear bias has shape {tuple(bias_N.shape)}; give one value for each of {weight_NK.shape[0]} outputs"
-        )
+        raise ValueError(f"linear bias has shape {tuple(bias_N.shape)}; give one value for each row of the weight")
     if bias_N is not None and (bias_N.dtype, bias_N.device) != (weight_NK.dtype, weight_NK.device):
         raise ValueError("linear bias and weight differ in dtype or device; convert one of them")
-    return PackedLinear(weight_NK, bias_N)
+    check_floats(weight_NK=weight_NK)
+    on_cpu = weight_NK.device.type == "cpu"
+    return PackedLinear(weight_NK, bias_N, kernel_tokens(weight_NK.dtype) if on_cpu else 0)
 
 
 def linear(x_TK: Tensor, packed: PackedLinear, out_TN: Tensor | None = None) -> Tensor:
-    """y_TN = x_TK @ weight_NK.T + bias_N, into `out_TN` when given, else into a new tensor; returned either way.
+    """y_TN = x_TK weight_NK^T + bias_N, into `out_TN` when given, else into a new tensor; returned either way.
 
-    x_TK, the weight and the result have one dtype (float32, bfloat16 or float16); sums in float32, one rounding.
+    x, weight and result have one dtype and contiguous rows (any row stride); sums in float32, rounded once. `out_TN`
+    must not overlap x. Raises ValueError or torch's RuntimeError for shapes or dtypes that do not fit.
     """
-    y_TN = functional.linear(x_TK, packed.weight, packed.bias)
-    return y_TN if out_TN is None else out_TN.copy_(y_TN)
+    if _plain or x_TK.shape[0] > packed.kernel_tokens:
+        return _torch_linear(x_TK, packed, out_TN)
+    if out_TN is None:
+        out_TN = x_TK.new_empty(x_TK.shape[0], packed.weight.shape[0])
+    torch.ops.hetis.linear.default(x_TK, packed.weight, packed.bias, out_TN)
+    return out_TN
+
+
+def _torch_linear(x_TK: Tensor, packed: PackedLinear, out_TN: Tensor | None) -> Tensor:
+    if out_TN is None:
+        return functional.linear(x_TK, packed.weight, packed.bias)
+    if packed.bias is None:
+        return torch.mm(x_TK, packed.weight.t(), out=out_TN)
+    return torch.addmm(packed.bias, x_TK, packed.weight.t(), out=out_TN)
+
+
+@cache
+def kernel_tokens(dtype: torch.dtype) -> int:
+    """The largest T for which our CPU kernel is the fastest way; 0 without the extension or AVX2."""
+    if cpu_op("linear") is None:
+        return 0
+    return int(torch.ops.hetis.linear_max_tokens(dtype))

@@ -7,6 +7,10 @@
 
 #include <torch/library.h>
 
+#if HETIS_X86
+#include <cpuid.h>
+#endif
+
 namespace hetis {
 namespace {
 
@@ -41,6 +45,16 @@ std::string limit_dense_isa(const std::string& name) {
 Isa dense_isa() {
   static const Isa detected = detect();
   return std::min(detected, limit.load(std::memory_order_relaxed));
+}
+
+bool has_amx() {
+#if HETIS_X86
+  // CPUID leaf 7, EDX bit 22 (AMX-BF16); __builtin_cpu_supports knows it only in newer compilers
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1) != 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace hetis

@@ -34,4 +34,7 @@ enum class Isa { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 // What this processor has, or less if `limit_dense_isa` asked for less.
 Isa dense_isa();
 
+// Matrix units for bfloat16, which only oneDNN uses here.
+bool has_amx();
+
 }  // namespace hetis

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 
 #include "dense_isa.h"
@@ -88,15 +89,19 @@ void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<a
   });
 }
 
-// Is there a kernel for this processor?
-bool has_linear() { return linear_kernel<float>().multiply != nullptr; }
+// The number of tokens up to which this kernel is the fastest one: oneDNN has matrix units (AMX) to itself.
+int64_t linear_max_tokens(at::ScalarType dtype) {
+  constexpr int64_t kNone = 0, kFew = 32, kAll = std::numeric_limits<int64_t>::max();
+  if (linear_kernel<float>().multiply == nullptr) return kNone;
+  return has_amx() && dtype == at::kBFloat16 ? kFew : kAll;
+}
 
 }  // namespace
 }  // namespace hetis
 
 TORCH_LIBRARY_FRAGMENT(hetis, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
-  m.def("has_linear() -> bool", &hetis::has_linear);
+  m.def("linear_max_tokens(ScalarType dtype) -> int", &hetis::linear_max_tokens);
 }
 
 TORCH_LIBRARY_IMPL(hetis, CPU, m) { m.impl("linear", &hetis::linear); }

@@ -60,6 +60,10 @@ class StoreRendezvous:
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(PrefixStore(f"hetis/{run}/{restart}", store), timeout)
 
+    def within(self, prefix: str) -> "StoreRendezvous":
+        """The same store with a key space of its own."""
+        return StoreRendezvous(PrefixStore(prefix, self.store), self._timeout)
+
     def set(self, key: str, value: bytes) -> None:
         self.store.set(key, value)
 

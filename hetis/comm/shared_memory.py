@@ -13,6 +13,7 @@ import os
 import platform
 import select
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 import torch
@@ -67,7 +68,7 @@ class Segment:
         return Address(os.getpid(), self._descriptor, self.num_bytes)
 
     def word(self, index: int) -> int:
-        """The address of counter `index` in this process."""
+        """The address of counter `index` in this process, for as long as the segment lives."""
         return int(self.memory_B.data_ptr()) + index * WORD_BYTES
 
     def close(self) -> None:
@@ -141,10 +142,11 @@ Publish = Callable[[int], None]  # (address of counter)
 @functools.cache
 def operations() -> tuple[Wait, Publish]:
     """(wait, publish): from the extension, or through plain system calls where it is not built."""
-    from hetis_kernels import extension
+    from hetis_kernels.dispatch import cpu_op
 
-    if extension.load() and hasattr(torch.ops.hetis, "shm_wait"):
-        return torch.ops.hetis.shm_wait.default, torch.ops.hetis.shm_publish.default
+    wait, publish = cpu_op("shm_wait"), cpu_op("shm_publish")
+    if wait is not None and publish is not None:
+        return cast(Wait, wait), publish
     _log.warning("the C++ extension is not built: shared-memory links sleep instead of spinning (slower).")
     return plain_wait, plain_publish
 

@@ -24,7 +24,7 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One decoder-only transformer. A new architecture of the family is a new row of values, not a new file."""
 
-    family: str  # HF `model_type`, for messages only: no code may branch on it
+    family: str  # HF `model_type`: names the checkpoint's tensors in models/families.py; no code may branch on it
     num_layers: int
     hidden_size: int
     num_query_heads: int

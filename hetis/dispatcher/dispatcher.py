@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from hetis.core.placement import Dispatcher, FleetView, Placement, PoolId, Shortage, pages_for
-from hetis.core.plan import Plan, Primary
+from hetis.core.plan import Plan
 from hetis.core.request import Sequence
 
 
@@ -20,44 +20,46 @@ class ProportionalDispatcher:
     """
 
     def assign(self, sequences: list[Sequence], view: FleetView) -> list[Placement | None]:
-        free_pages = dict(view.free_pages)
-        return [self._place(sequence, view, free_pages) for sequence in sequences]
+        left = dict(view.free_pages)
+        return [self._place(sequence, view, left) for sequence in sequences]
 
-    def _place(self, sequence: Sequence, view: FleetView, free_pages: dict[PoolId, int]) -> Placement | None:
-        """Takes what it places out of `free_pages`."""
+    def _place(self, sequence: Sequence, view: FleetView, left: dict[PoolId, int]) -> Placement | None:
+        """Takes what it places out of `left`."""
         now, later = pages_per_lane(sequence, view.page_size)
-        left = dict(free_pages)
-        owners: list[tuple[int, ...]] = []
-        for stage in range(len(view.plan.stages)):
-            ranks: list[int] = []
-            for primary in view.plan.stages[stage].primaries:
-                placed = _place_groups(view.plan, stage, primary, now, later, left)
-                if placed is None:
-                    return None
-                ranks += placed
-            owners.append(tuple(ranks))
-        free_pages.update(left)
-        return Placement(owners=tuple(owners))
+        # Homes of a stage choose one after the other. If a later one finds no place on the workers then, each keeps as
+        # much as it can: that succeeds whenever a placement exists.
+        for home_first in (False, True):
+            attempt = dict(left)
+            owners = [
+                _place_stage(view.plan, stage, now, later, attempt, home_first)
+                for stage in range(len(view.plan.stages))
+            ]
+            if all(owners):
+                left.update(attempt)
+                return Placement(owners=tuple(map(tuple, owners)))
+        return None
 
 
-def _place_groups(
-    plan: Plan, stage: int, primary: Primary, now: int, later: int, left: dict[PoolId, int]
-) -> list[int] | None:
-    """Owners of the head groups of one home, taken out of `left`; None when they do not fit."""
-    pools = [PoolId(rank, stage) for rank in (primary.rank, *(worker.rank for worker in plan.workers))]
-    home, prompt, growth = pools[0], primary.num_groups * now, later - now
-    spare = left[home] - prompt
-    if spare < 0:
-        return None
-    capacities = [left[pool] // later for pool in pools]
-    capacities[0] = spare // growth if growth else primary.num_groups
-    counts = spread(primary.num_groups, [left[pool] for pool in pools], capacities)
-    if counts is None:
-        return None
-    left[home] -= prompt + counts[0] * growth
-    for pool, count in zip(pools[1:], counts[1:], strict=True):
-        left[pool] -= count * later
-    return [pool.rank for pool, count in zip(pools, counts, strict=True) for _ in range(count)]
+def _place_stage(plan: Plan, stage: int, now: int, later: int, left: dict[PoolId, int], home_first: bool) -> list[int]:
+    """The owner of each head group in one stage, taken out of `left`; empty when they do not fit."""
+    owners: list[int] = []
+    for primary in plan.stages[stage].primaries:
+        pools = [PoolId(rank, stage) for rank in (primary.rank, *(worker.rank for worker in plan.workers))]
+        home, prompt, growth = pools[0], primary.num_groups * now, later - now
+        spare = left[home] - prompt
+        if spare < 0:
+            return []
+        capacities = [left[pool] // later for pool in pools]
+        capacities[0] = spare // growth if growth else primary.num_groups
+        weights = [int(pool == home) if home_first else left[pool] for pool in pools]
+        counts = spread(primary.num_groups, weights, capacities)
+        if counts is None:
+            return []
+        left[home] -= prompt + counts[0] * growth
+        for pool, count in zip(pools[1:], counts[1:], strict=True):
+            left[pool] -= count * later
+        owners += [pool.rank for pool, count in zip(pools, counts, strict=True) for _ in range(count)]
+    return owners
 
 
 def spread(num_lanes: int, weights: list[int], capacities: list[int]) -> list[int] | None:

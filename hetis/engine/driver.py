@@ -19,6 +19,7 @@ from hetis.comm.control import ControlServer
 from hetis.core import messages as m
 from hetis.core.config import DriverArgs, Joining
 from hetis.core.fleet import DeviceInfo, RankStats
+from hetis.dispatcher.dispatcher import make_dispatcher
 from hetis.engine.engine import Engine
 from hetis.engine.setup import make_setup
 from hetis.engine.watch import FleetFailed, Watch
@@ -110,7 +111,7 @@ class Driver:
             return
         setup, ledger = make_setup(self._args, [self._hellos[rank] for rank in self._ranks])
         self._watch.plan = setup.plan
-        self._engine = Engine(self._args.config, setup)
+        self._engine = Engine(setup, make_dispatcher(self._args.config.dispatch))
         self._ready = m.EngineReady(
             max_model_len=setup.max_model_len,
             vocab_size=setup.spec.vocab_size,

@@ -6,7 +6,6 @@ import numpy as np
 
 from hetis.cache.lane_table import CacheManager
 from hetis.core.batch import Batch, Row
-from hetis.core.config import EngineConfig
 from hetis.core.fleet import RankStats
 from hetis.core.messages import (
     AddRequest,
@@ -18,10 +17,10 @@ from hetis.core.messages import (
     StepResult,
     TokenOutput,
 )
-from hetis.core.placement import Placement
+from hetis.core.placement import Dispatcher, Placement
 from hetis.core.request import Sequence
 from hetis.core.sampled import TokenLogprobs
-from hetis.dispatcher.dispatcher import make_dispatcher, shortage_when_empty
+from hetis.dispatcher.dispatcher import shortage_when_empty
 from hetis.scheduler.scheduler import Scheduler
 
 _MIX = 0x9E3779B97F4A7C15  # odd, for spreading request numbers over seeds
@@ -34,7 +33,7 @@ def _int32(values: Iterable[int]) -> bytes:
 class Engine:
     """All requests of one fleet, from `add` until their last token, and the steps in flight."""
 
-    def __init__(self, config: EngineConfig, setup: Setup) -> None:
+    def __init__(self, setup: Setup, dispatcher: Dispatcher) -> None:
         spec, plan = setup.spec, setup.plan
         self._setup = setup
         self.cache = CacheManager(
@@ -42,7 +41,7 @@ class Engine:
         )
         self.scheduler = Scheduler(
             self.cache,
-            make_dispatcher(config.dispatch),
+            dispatcher,
             max_num_seqs=setup.max_num_seqs,
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_model_len=setup.max_model_len,

@@ -96,7 +96,7 @@ class DummyWeights:
                 self._copy(part.view(-1), position)
                 position += part.numel()
         else:
-            for part in target.split(self.BLOCK_ROWS):
+            for part in torch.split(target, self.BLOCK_ROWS):
                 whole = torch.empty(part.shape[0], width, dtype=self._table.dtype)
                 self._copy(whole.view(-1), position)
                 part.copy_(whole[:, slice(*columns)])

@@ -7,7 +7,6 @@ shard, M query heads per group, D head_dim, H hidden size, F MLP columns of this
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from hetis.models.families import FAMILIES, TensorNames
 from hetis.models.layers import LayerWeights, Norm, StageWeights
 from hetis_kernels.linear import PackedLinear, pack_linear
 
-LoadFormat = Literal["auto", "safetensors", "dummy"]
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 
 def load_weights(
@@ -30,7 +29,7 @@ def load_weights(
     directory: Path,
     dtype: torch.dtype,
     device: torch.device,
-    load_format: LoadFormat = "auto",
+    load_format: str = "auto",
     seed: int = 0,
     show_progress: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -41,6 +40,8 @@ def load_weights(
     `show_progress`: a bar on stderr; `on_progress(done, total)` is called after every layer. Raises ValueError, one
     sentence with file, tensor and remedy, for checkpoints that are missing, incomplete, damaged or of another model.
     """
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(f"load_format {load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}.")
     names = FAMILIES[spec.family].names
     expected = expected_tensors(spec, names)
     source: WeightSource
@@ -58,38 +59,35 @@ def expected_tensors(spec: ModelSpec, names: TensorNames) -> Shapes:
     """Name and shape of every tensor of the whole model, as a checkpoint holds them."""
     hidden, columns = spec.hidden_size, spec.intermediate_size
     query_rows, key_rows = spec.num_query_heads * spec.head_dim, spec.num_head_groups * spec.head_dim
-    shapes: Shapes = {f"{names.embedding}.weight": (spec.vocab_size, hidden)}
+    shapes: Shapes = {}
+
+    def module(name: str, *shape: int, bias: bool = False) -> None:
+        shapes[f"{name}.weight"] = shape
+        if bias:
+            shapes[f"{name}.bias"] = shape[:1]
+
+    has_norm_bias = spec.norm == "layer"
+    module(names.embedding, spec.vocab_size, hidden)
     if spec.learned_position_offset is not None:
-        shapes[f"{names.positions}.weight"] = (spec.max_position + spec.learned_position_offset, hidden)
+        module(names.positions, spec.max_position + spec.learned_position_offset, hidden)
     if not spec.tied_embeddings:
-        shapes[f"{names.head}.weight"] = (spec.vocab_size, hidden)
-
-    def linear(name: str, outputs: int, inputs: int, bias: bool) -> None:
-        shapes[f"{name}.weight"] = (outputs, inputs)
-        if bias:
-            shapes[f"{name}.bias"] = (outputs,)
-
-    def norm(name: str, width: int, bias: bool) -> None:
-        shapes[f"{name}.weight"] = (width,)
-        if bias:
-            shapes[f"{name}.bias"] = (width,)
-
-    norm(names.final_norm, hidden, spec.norm == "layer")
+        module(names.head, spec.vocab_size, hidden)
+    module(names.final_norm, hidden, bias=has_norm_bias)
     for index in range(spec.num_layers):
         prefix = names.layer.format(layer=index)
-        norm(prefix + names.attention_norm, hidden, spec.norm == "layer")
-        norm(prefix + names.mlp_norm, hidden, spec.norm == "layer")
-        linear(prefix + names.query, query_rows, hidden, spec.qkv_bias)
-        linear(prefix + names.key, key_rows, hidden, spec.qkv_bias)
-        linear(prefix + names.value, key_rows, hidden, spec.qkv_bias)
-        linear(prefix + names.output, hidden, query_rows, spec.output_bias)
+        module(prefix + names.attention_norm, hidden, bias=has_norm_bias)
+        module(prefix + names.mlp_norm, hidden, bias=has_norm_bias)
+        module(prefix + names.query, query_rows, hidden, bias=spec.qkv_bias)
+        module(prefix + names.key, key_rows, hidden, bias=spec.qkv_bias)
+        module(prefix + names.value, key_rows, hidden, bias=spec.qkv_bias)
+        module(prefix + names.output, hidden, query_rows, bias=spec.output_bias)
         if spec.qk_norm:
-            norm(prefix + names.query_norm, spec.head_dim, False)
-            norm(prefix + names.key_norm, spec.head_dim, False)
+            module(prefix + names.query_norm, spec.head_dim)
+            module(prefix + names.key_norm, spec.head_dim)
         if spec.gated:
-            linear(prefix + names.gate, columns, hidden, spec.mlp_bias)
-        linear(prefix + names.up, columns, hidden, spec.mlp_bias)
-        linear(prefix + names.down, hidden, columns, spec.mlp_bias)
+            module(prefix + names.gate, columns, hidden, bias=spec.mlp_bias)
+        module(prefix + names.up, columns, hidden, bias=spec.mlp_bias)
+        module(prefix + names.down, hidden, columns, bias=spec.mlp_bias)
     return shapes
 
 

@@ -10,7 +10,7 @@ Filters keep all tokens at or above a logit, the floor. Tokens that tie with the
 Letters as in `vocabulary`; I: chosen rows.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 from hetis.workers.vocabulary import Blocks, Vocabulary, sorted_falling
 
 WEIGHT_BITS = 40  # 2^23 tokens can be summed in int64
-WEIGHTS_AT_ONCE = 1 << 22  # bounds the memory of weights (32 MiB), and keeps them in the last-level cache
+# Weights are 8 bytes: on CPU small parts stay in cache and in memory that the allocator reuses; a GPU wants large ones.
+WEIGHTS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
 TOP_K_SPARE_BLOCKS = 32  # beyond k, for tokens that tie with the k-th
 TOP_P_BLOCKS = 256  # searched for top_p before the whole vocabulary is
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -31,7 +32,7 @@ class DrawParams:
 
     uniform_R: Tensor  # float64 in [0, 1)
     scale_R: Tensor  # float32: 1 / temperature
-    min_p_R: Tensor  # float32
+    min_p_R: Tensor | None  # float32; None: no row uses it
     top_p_R: Tensor  # float64
     top_k_R: Tensor  # int64, at most V; 0: off
 
@@ -48,10 +49,11 @@ class DrawParams:
         """From the host, as one copy."""
         packed_5R = torch.from_numpy(np.stack([uniform_R, 1 / temperature_R, min_p_R, top_p_R, top_k_R])).to(device)
         uniform, scale, min_p, top_p, top_k = packed_5R.unbind()
-        return cls(uniform, scale.float(), min_p.float(), top_p, top_k.long())
+        return cls(uniform, scale.float(), min_p.float() if min_p_R.any() else None, top_p, top_k.long())
 
     def rows(self, row_I: Tensor) -> "DrawParams":
-        return DrawParams(*(getattr(self, field.name)[row_I] for field in fields(self)))
+        min_p_I = None if self.min_p_R is None else self.min_p_R[row_I]
+        return DrawParams(self.uniform_R[row_I], self.scale_R[row_I], min_p_I, self.top_p_R[row_I], self.top_k_R[row_I])
 
 
 def uniforms(seed_R: np.ndarray, index_R: np.ndarray) -> np.ndarray:
@@ -74,12 +76,12 @@ def _mixed(bits_R: np.ndarray) -> np.ndarray:
 def draw(vocabulary: Vocabulary, params: DrawParams, top_k_I: np.ndarray, top_p_I: np.ndarray) -> Tensor:
     """Tokens [R], int64. The host knows which rows use top_k, and which only top_p.
 
-    Rows with a NaN, or without a finite logit, get some token of the vocabulary.
+    The best logit of a row must be finite; else its token means nothing and may even lie beyond the vocabulary.
     """
     num_rows = len(params.uniform_R)
     token_R = torch.empty(num_rows, dtype=torch.int64, device=params.uniform_R.device)
     plain_I = np.delete(np.arange(num_rows), np.concatenate([top_k_I, top_p_I]))
-    at_once = max(1, WEIGHTS_AT_ONCE // vocabulary.size)
+    at_once = max(1, WEIGHTS_AT_ONCE[token_R.device.type] // vocabulary.size)
     for row_I, method in ((plain_I, _draw_plain), (top_k_I, _draw_top_k), (top_p_I, _draw_top_p)):
         for start in range(0, len(row_I), at_once):
             if len(row_I) == num_rows <= at_once:
@@ -111,8 +113,7 @@ def _draw_filtered(vocabulary: Vocabulary, params: DrawParams, num_blocks: int, 
     """
     blocks, best_R = vocabulary.best_blocks(num_blocks), vocabulary.best()
     floor_R, lowest_R = _floors(blocks, best_R, params, total_R)
-    weight_RKB = _weights(blocks.logits_RKB, best_R, params)
-    weight_RKB = weight_RKB * (blocks.logits_RKB >= floor_R[:, None, None])
+    weight_RKB = _weights(blocks.logits_RKB, best_R, params, floor_R)
     token_R = _pick(weight_RKB, blocks.first_RK, params.uniform_R)
     missed_I = (~(lowest_R > blocks.left_R)).nonzero().squeeze(-1)
     if len(missed_I) and num_blocks < vocabulary.peak_RN.shape[1]:
@@ -125,29 +126,36 @@ def _draw_filtered(vocabulary: Vocabulary, params: DrawParams, num_blocks: int, 
 def _floors(blocks: Blocks, best_R: Tensor, params: DrawParams, total_R: Tensor | None) -> tuple[Tensor, Tensor]:
     """The smallest logit kept, and the smallest logit that had a say in it, both [R].
 
-    top_k: the k-th largest logit. top_p: the largest logit such that the tokens from there up weigh at least top_p of the
-    total. When the tokens at hand do not reach that, the second result is -inf.
+    top_k: the k-th largest logit. top_p: the largest logit such that the tokens from there up weigh at least top_p of
+    the total. When the tokens at hand do not reach that, the second result is -inf.
     """
     sorted_RN = sorted_falling(blocks.logits_RKB.flatten(1))
-    kth_R1 = sorted_RN.gather(-1, (params.top_k_R - 1).clamp(min=0).unsqueeze(-1))
-    kth_R1 = torch.where(params.top_k_R.unsqueeze(-1) > 0, kth_R1, -torch.inf)
-    weight_RN = _weights(sorted_RN, best_R, params) * (sorted_RN >= kth_R1)
-    sum_RN = weight_RN.cumsum(-1)
-    total_R1 = sum_RN[:, -1:] if total_R is None else total_R.unsqueeze(-1)
-    wanted_R1 = params.top_p_R.unsqueeze(-1) * total_R1
-    last_R1 = torch.searchsorted(sum_RN.double(), wanted_R1)
-    reached_R1 = last_R1 < sum_RN.shape[1]
-    floor_R1 = sorted_RN.gather(-1, last_R1.clamp(max=sum_RN.shape[1] - 1))
-    lowest_R1 = torch.where(kth_R1 > -torch.inf, kth_R1, torch.where(reached_R1, floor_R1, -torch.inf))
-    return floor_R1.squeeze(-1), lowest_R1.squeeze(-1)
+    kth_R = sorted_RN.gather(-1, (params.top_k_R - 1).unsqueeze(-1)).squeeze(-1) if total_R is None else None
+    sum_RN = _weights(sorted_RN, best_R, params, kth_R).cumsum(-1)
+    total_R = sum_RN[:, -1] if total_R is None else total_R
+    wanted_R = torch.minimum((params.top_p_R * total_R).ceil().long(), total_R)
+    last_R1 = torch.searchsorted(sum_RN, wanted_R.unsqueeze(-1))
+    floor_R = sorted_RN.gather(-1, last_R1.clamp(max=sum_RN.shape[1] - 1)).squeeze(-1)
+    if kth_R is not None:
+        return floor_R, kth_R
+    return floor_R, torch.where(last_R1.squeeze(-1) < sum_RN.shape[1], floor_R, -torch.inf)
 
 
-def _weights(logits: Tensor, best_R: Tensor, params: DrawParams) -> Tensor:
-    """Whole weights, int64, of logits [R, ...]; 0 for tokens below min_p of the best."""
+def _weights(logits: Tensor, best_R: Tensor, params: DrawParams, floor_R: Tensor | None = None) -> Tensor:
+    """Whole weights, int64, of logits [R, ...]; 0 for tokens below min_p of the best, and for logits below the floor."""
     shape = (-1, *[1] * (logits.dim() - 1))
     share = (logits - best_R.view(shape)).mul_(params.scale_R.view(shape)).exp_()
-    share *= share >= params.min_p_R.view(shape)
+    if params.min_p_R is not None:
+        share *= _at_least(share, params.min_p_R.view(shape))
+    if floor_R is not None:
+        share *= _at_least(logits, floor_R.view(shape))
     return share.mul_(2.0**WEIGHT_BITS).to(torch.int64)
+
+
+def _at_least(value: Tensor, bound: Tensor) -> Tensor:
+    """1.0 or 0.0 (on CPU several times faster than a mask of bools)."""
+    return torch.ge(value, bound, out=torch.empty_like(value))
+
 
 
 def _pick(weight_RKB: Tensor, first_RK: Tensor, uniform_R: Tensor) -> Tensor:

@@ -88,10 +88,8 @@ def best_columns(value_RN: Tensor, count: int) -> Tensor:
     bits_RN = bits_RN ^ ((bits_RN >> 31) & 0x7FFFFFFF)
     column_N = torch.arange(num_columns, device=value_RN.device)
     key_RN = (bits_RN.to(torch.int64) << 32) | (num_columns - 1 - column_N)
-    if 8 * count < num_columns:
-        key_RC = key_RN.topk(count, dim=-1).values
-    else:
-        key_RC = sorted_falling(key_RN)[:, :count]
+    few = 8 * count < num_columns
+    key_RC = key_RN.topk(count, dim=-1).values if few else sorted_falling(key_RN)[:, :count]
     return num_columns - 1 - (key_RC & 0xFFFFFFFF)
 
 
@@ -100,4 +98,6 @@ def sorted_falling(value_RN: Tensor) -> Tensor:
     indices) 77 ms."""
     if value_RN.device.type != "cpu":
         return value_RN.sort(-1, descending=True).values
-    return torch.from_numpy(np.sort(value_RN.numpy(), axis=-1)).flip(-1)
+    negative_RN = value_RN.neg()
+    negative_RN.numpy().sort(axis=-1)
+    return negative_RN.neg_()

@@ -11,17 +11,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.config import DriverArgs, EngineConfig
 from hetis.core.fleet import DeviceInfo
 from hetis.core.messages import AddRequest, Setup, StepCommand, StepResult, TokenOutput
-from hetis.core.placement import FleetView, Placement
+from hetis.core.placement import Dispatcher, FleetView, Placement
 from hetis.core.plan import resolve_plan
 from hetis.core.request import Sequence as EngineSequence
 from hetis.core.sampled import TokenLogprobs
 from hetis.core.sampling_params import SamplingParams
+from hetis.dispatcher.dispatcher import make_dispatcher
 from hetis.engine.engine import Engine
 from hetis.engine.setup import make_setup
 from hetis.models.families import read_model_spec
@@ -48,14 +50,17 @@ class Generated:
 def full_row(row: TokenLogprobs, vocab_size: int) -> torch.Tensor:
     """The values of the whole vocabulary in order of token id."""
     values = torch.empty(vocab_size)
-    values[torch.tensor(row.ids[1:])] = torch.tensor(row.logprobs[1:])
+    ids = np.frombuffer(row.token_ids, dtype=np.int32)[1:].astype(np.int64)
+    values[torch.from_numpy(ids)] = torch.from_numpy(np.frombuffer(row.values, dtype=np.float32)[1:].copy())
     return values
 
 
 class LocalFleet:
     """Builds all ranks of `plan` for the checkpoint in `directory`; a context manager."""
 
-    def __init__(self, directory: Path, plan: str = "1+0", **options: Any) -> None:
+    def __init__(
+        self, directory: Path, plan: str = "1+0", *, dispatcher: Dispatcher | None = None, **options: Any
+    ) -> None:
         options.setdefault("device", "cpu")
         options.setdefault("kv_cache_memory", 4 << 20)
         config = EngineConfig(model=str(directory), plan=plan, max_logprobs=-1, **options)
@@ -66,7 +71,7 @@ class LocalFleet:
         )
         fleet = [_device(rank) for rank in range(resolved.world_size)]
         self.setup, self.ledger = make_setup(args, fleet)
-        self.engine = Engine(config, self.setup)
+        self.engine = Engine(self.setup, dispatcher or make_dispatcher(config.dispatch))
         self._commands: list[queue.SimpleQueue[StepCommand | None]] = [queue.SimpleQueue() for _ in fleet]
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
         rendezvous = LocalRendezvous()
@@ -76,6 +81,7 @@ class LocalFleet:
         for thread in self._threads:
             thread.start()
         self._next_id = 0
+        self.most_in_flight = 0
 
     def _rank(self, rank: int, setup: Setup, rendezvous: LocalRendezvous) -> None:
         try:
@@ -110,6 +116,7 @@ class LocalFleet:
         while (command := self.engine.step()) is not None:
             for commands in self._commands:
                 commands.put(command)
+        self.most_in_flight = max(self.most_in_flight, self.engine.num_in_flight)
         if self.engine.num_in_flight:
             result = self._results.get(timeout=60)
             if isinstance(result, BaseException):
@@ -133,8 +140,9 @@ class LocalFleet:
 class RandomDispatcher:
     """Any placement at all, from a seed: for the placement law."""
 
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int | None) -> None:
+        """None: every lane at home."""
+        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def assign(self, sequences: list[EngineSequence], view: FleetView) -> list[Placement | None]:
         return [self._place(view) for _ in sequences]
@@ -145,7 +153,7 @@ class RandomDispatcher:
         for stage in view.plan.stages:
             ranks = []
             for primary in stage.primaries:
-                choices = [primary.rank, *workers]
+                choices = [primary.rank, *(workers if self._generator else ())]
                 for _ in range(*primary.groups):
                     ranks.append(choices[int(torch.randint(len(choices), (1,), generator=self._generator))])
             owners.append(tuple(ranks))

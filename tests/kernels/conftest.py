@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the Triton kernels of a test run."""
-    if INTERPRETED != (request.param == "interpreted"):
+    if (request.param == "interpreted") != INTERPRETED:
         pytest.fail(f"triton was imported with TRITON_INTERPRET={int(INTERPRETED)}; set it before pytest starts")
     return torch.device("cuda" if request.param == "cuda" else "cpu")
 

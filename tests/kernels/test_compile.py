@@ -50,7 +50,11 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
         q, out, lse2 = empty(99, m + 2, d, dtype=dtype)[:, :m], empty(99, m, d, dtype=dtype), empty(99, m)
         lanes = (int32(99), int32(99), int32(99))
         yield f"paged_decode {name}", launch(hk.paged_decode, q, pool, table, *lanes, 0.1, 0, out, lse2)
-        q, out, lse2 = empty(500, 8, m + 2, d, dtype=dtype)[:, :, :m], empty(500, 8, m, d, dtype=dtype), empty(500, 8, m)
+        q, out, lse2 = (
+            empty(500, 8, m + 2, d, dtype=dtype)[:, :, :m],
+            empty(500, 8, m, d, dtype=dtype),
+            empty(500, 8, m),
+        )
         chunks = (int32(6), int32(5, 8), int32(5))
         yield f"paged_prefill {name}", launch(hk.paged_prefill, q, pool, table, *chunks, 0.1, 0, out, lse2)
     for d, dtype in ((80, bf16), (128, fp32)):
@@ -89,7 +93,9 @@ class Recorder:
         return lambda *arguments, **keywords: self.launches.append((arguments, keywords))
 
 
-def compile_launch(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], capability: int) -> dict[str, int]:
+def compile_launch(
+    kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], capability: int
+) -> dict[str, int]:
     """Registers, stack bytes and shared memory of the kernel, specialised as a launch would specialise it."""
     import triton
     from triton.backends.compiler import GPUTarget

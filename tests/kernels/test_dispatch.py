@@ -1,8 +1,9 @@
 """Which implementation a launcher picks."""
 
-import hetis_kernels
 import pytest
 import torch
+
+import hetis_kernels
 from hetis_kernels.dispatch import dispatch, scratch
 
 

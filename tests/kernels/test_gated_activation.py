@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hetis_kernels.gated_activation import gated_activation
 
 NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}

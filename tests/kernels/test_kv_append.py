@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hetis_kernels.kv_append import kv_append
 
 

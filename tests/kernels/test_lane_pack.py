@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hetis_kernels.lane_pack import lane_pack, lane_unpack
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from hetis_kernels.merge_states import merge_states
 from hetis_kernels.paged_decode import attention_ref
 

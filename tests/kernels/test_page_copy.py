@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hetis_kernels.page_copy import page_gather, page_scatter
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hetis_kernels.paged_decode import MAX_SPLITS, MIN_SPLIT, paged_decode, paged_decode_ref
 from torch.nn import functional
+
+from hetis_kernels.paged_decode import MAX_SPLITS, MIN_SPLIT, paged_decode, paged_decode_ref
 
 LENGTHS = [1, 16, 17, MIN_SPLIT, MIN_SPLIT + 1, 520]
 WINDOWS = [0, 1, 33, 300]
@@ -145,7 +146,5 @@ def test_the_reference_leaves_its_inputs_alone(make_lanes: Callable[..., Any]) -
     q = problem.q_NMD.clone()
     out, lse2 = torch.empty(4, 2, 64), torch.empty(4, 2)
     indices = (problem.lane_U, problem.row_U, problem.length_U)
-    paged_decode_ref(
-        problem.q_NMD, problem.lanes.pool_2PSD, problem.lanes.page_table_BW, *indices, 0.1, 0, out, lse2
-    )
+    paged_decode_ref(problem.q_NMD, problem.lanes.pool_2PSD, problem.lanes.page_table_BW, *indices, 0.1, 0, out, lse2)
     assert torch.equal(q, problem.q_NMD)

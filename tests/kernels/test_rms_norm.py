@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hetis_kernels.rms_norm import add_rms_norm, rms_norm
 
 BACKENDS = ["reference", "triton"]

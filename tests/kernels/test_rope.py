@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hetis_kernels.rope import qk_norm_rope
 
 BACKENDS = ["reference", "triton"]

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
+
 from hetis_kernels.paged_decode import paged_decode
 from hetis_kernels.varlen_prefill import paged_prefill
-from torch.nn import functional
 
 # (new tokens, context) of each chunk: one token, a whole prompt, a page edge, a late chunk, many tiles
 CHUNKS = [(1, 1), (5, 5), (16, 32), (3, 70), (150, 160)]

@@ -1,6 +1,7 @@
 """Run a decoder in tests without workers: plain attention over whole sequences, and tensor parallelism in threads."""
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -11,7 +12,7 @@ from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan
 from hetis.models.decoder import Decoder
 from hetis.models.layers import StageWeights
-from hetis.models.loader import LoadFormat, load_weights
+from hetis.models.loader import load_weights
 
 CPU = torch.device("cpu")
 
@@ -86,7 +87,7 @@ def decode_all(
     directory: Path,
     token_ids: list[int],
     dtype: torch.dtype = torch.float32,
-    load_format: LoadFormat = "auto",
+    load_format: str = "auto",
 ) -> Tensor:
     """Logits [T, V] of one sequence through all stages and shards of the plan."""
     hidden_TH = torch.empty(0)
@@ -118,3 +119,14 @@ def run_stage(spec: ModelSpec, shards: list[StageWeights], hidden_TH: Tensor, to
 
     run_threads(group, work, len(shards))
     return hidden[0], torch.cat(logits, dim=1) if shards[0].head is not None else torch.empty(0)
+
+
+def tensors_of(part: object) -> list[Tensor]:
+    """All tensors in dataclasses and tuples."""
+    if isinstance(part, Tensor):
+        return [part]
+    if isinstance(part, tuple):
+        return [tensor for element in part for tensor in tensors_of(element)]
+    if is_dataclass(part):
+        return [tensor for field in fields(part) for tensor in tensors_of(getattr(part, field.name))]
+    return []

@@ -1,6 +1,8 @@
 """config.json, old and new, becomes the ModelSpec that transformers would build; what is not computed is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +249,13 @@ def test_rope_table_holds_cosines_then_sines() -> None:
     angle = 39 * 10000.0 ** (-2 * 5 / 32)
     assert table_PR[39, 5].item() == pytest.approx(torch.tensor(angle, dtype=torch.float64).cos().item(), abs=1e-5)
     assert table_PR[39, 21].item() == pytest.approx(torch.tensor(angle, dtype=torch.float64).sin().item(), abs=1e-5)
+
+
+def test_reading_a_spec_needs_no_torch() -> None:
+    """Front ends and the driver's parent read it, and start faster for it."""
+    code = """
+import sys
+import hetis.models.families, hetis.models.hub, hetis.core.plan, hetis.cost.memory
+assert not {"torch", "transformers", "huggingface_hub"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

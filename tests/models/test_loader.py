@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from hetis.core.plan import Plan, split_evenly
 from hetis.cost.footprint import weight_bytes
 from hetis.models.families import read_model_spec
 from hetis.models.layers import StageWeights
-from hetis.models.loader import LoadFormat, load_weights
+from hetis.models.loader import load_weights
 from hetis_kernels.linear import PackedLinear
 from tests.checkpoints import make_checkpoint
-from tests.models.reference import CPU, decode_all
+from tests.models.reference import CPU, decode_all, tensors_of
 from tests.models.test_decoder import uneven
 
 TOKENS = [3, 99, 2, 330, 17]
@@ -32,7 +31,7 @@ def load(
     plan: Plan | str = "1+0",
     stage: int = 0,
     rank: int = 0,
-    load_format: LoadFormat = "auto",
+    load_format: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> StageWeights:
     spec = read_model_spec(directory)
@@ -90,16 +89,6 @@ def test_row_parallel_biases_are_held_once(opt: Path) -> None:
     assert second.output.bias is None
     assert second.down.bias is None
     assert second.qkv.bias is not None
-
-
-def tensors_of(part: Any) -> list[Tensor]:
-    if isinstance(part, Tensor):
-        return [part]
-    if isinstance(part, tuple):
-        return [tensor for element in part for tensor in tensors_of(element)]
-    if hasattr(part, "__dataclass_fields__"):
-        return [tensor for field in fields(part) for tensor in tensors_of(getattr(part, field.name))]
-    return []
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3", "opt", "mqa"])
@@ -182,7 +171,7 @@ import torch
 from hetis.core.plan import split_evenly
 from hetis.models.families import read_model_spec
 from hetis.models.loader import load_weights
-from tests.models.test_loader import tensors_of
+from tests.models.reference import tensors_of
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
@@ -335,3 +324,8 @@ def test_the_wrong_config_is_refused(llama: Path, tmp_path: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"attention_bias": False}))
     assert_refused(directory, ["self_attn", "bias", "config.json"])
+
+
+def test_unknown_load_formats_are_refused(llama: Path) -> None:
+    with pytest.raises(ValueError, match=r"load_format 'pt' is unknown; use one of auto, safetensors, dummy"):
+        load(llama, load_format="pt")

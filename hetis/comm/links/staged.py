@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetis.comm.links.base import NUM_SLOTS, Link
+from hetis.comm.links.base import NUM_SLOTS, Link, check_size
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class StagedLink(Link):
         """Owns `inner`, and `page_lock` on its memory, from now on. A CPU `device` works as well, with plain copies."""
         self.kind = inner.kind
         self._inner, self._page_lock = inner, page_lock
+        self._limits = (max_send_bytes, max_recv_bytes)
         self._out = [torch.empty(max_send_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self._in = [torch.empty(max_recv_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self._copies = _Copies(device)
@@ -41,18 +42,20 @@ class StagedLink(Link):
         self._wait_for_last_copy: Callable[[], None] | None = None  # out of the host slot that we still hold
 
     def send_buffer(self, num_bytes: int) -> Tensor:
+        check_size(num_bytes, self._limits[0])
         self._pending_bytes = num_bytes
         return self._out[self._num_sent % NUM_SLOTS][:num_bytes]
 
     def send(self) -> None:
+        self._give_back()  # before we may have to wait for the peer, who may wait for this slot
         device_B = self._out[self._num_sent % NUM_SLOTS][: self._pending_bytes]
         self._copies.start(device_B, self._inner.send_buffer(self._pending_bytes))()
         self._inner.send()
-        self._give_back()  # the stream has passed the last incoming copy too
         self._num_sent += 1
         self.bytes_sent += self._pending_bytes
 
     def recv(self, num_bytes: int) -> Tensor:
+        check_size(num_bytes, self._limits[1])
         self._give_back()
         host_B = self._inner.recv(num_bytes)
         device_B = self._in[self._num_received % NUM_SLOTS][:num_bytes]

@@ -1,0 +1,28 @@
+// How rows of the cache are multiplied in float; PairDot (attention_avx512_bf16.cpp) is the same for pairs of bfloat16.
+// Included inside a namespace and a target region, after the vectors.
+//
+// Decode scores read rows of K as they are, kStep values at a time. Prefill packs its operands: kPair neighbours along the
+// summed dimension lie side by side, so that one `broadcast` of kPair values, times kPair values of each of kWidth columns,
+// adds to kWidth sums.
+
+template <class T>
+struct WideDot {
+  using Element = T;
+  using Query = float;   // of decode
+  using Packed = float;  // of prefill
+  static constexpr int kStep = kWidth, kPair = 1;
+
+  static HETIS_INLINE Vector load_row(const T* x, int /* values left */) { return widen(x); }
+  static HETIS_INLINE Vector load_query(const float* x, int) { return load(x); }
+  static HETIS_INLINE Vector load_packed(const float* x) { return load(x); }
+  static HETIS_INLINE Vector broadcast(const float* x) { return set(*x); }
+  static HETIS_INLINE Vector add_product(Vector a, Vector b, Vector sum) { return multiply_add(a, b, sum); }
+
+  // kWidth values of a row
+  static HETIS_INLINE void pack_query(const T* x, float* packed) { store(packed, widen(x)); }
+  static HETIS_INLINE void pack_weights(Vector x, float* packed) { store(packed, x); }
+  // kWidth columns of kPair rows of V
+  static HETIS_INLINE void pack_values(const T* const* rows, int column, float* packed) {
+    store(packed, widen(rows[0] + column));
+  }
+};

@@ -1,0 +1,209 @@
+"""Pages are owned once, and what the ranks are told is what the driver believes."""
+
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.cache.lane_table import CacheManager, RankUsage, pools_of
+from hetis.core.messages import PageDelta
+from hetis.core.placement import Placement, PoolId, Shortage
+from hetis.core.plan import Plan
+from tests.scheduler.toy_engine import make_plan, replay
+
+PAGE_SIZE = 3
+
+
+def manager(plan: Plan, num_pages: dict[int, int], max_num_seqs: int = 4) -> CacheManager:
+    return CacheManager(plan, plan.stages[0].primaries[-1].groups[1], num_pages, PAGE_SIZE, max_num_seqs)
+
+
+def entries_of(deltas: list[PageDelta]) -> dict[tuple[int, int], list[list[int]]]:
+    return {
+        (delta.rank, delta.stage): np.frombuffer(delta.entries, dtype=np.int32).reshape(-1, 3).tolist()
+        for delta in deltas
+    }
+
+
+def test_pools_of_a_plan() -> None:
+    plan = make_plan([[2], [1, 1]], 2)
+    pools = [(0, 0), (1, 1), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
+    assert pools_of(plan) == [PoolId(*pool) for pool in pools]
+
+
+def test_a_sequence_from_prompt_to_end() -> None:
+    """Groups 0 and 1 have their home on rank 0, group 2 on rank 1; group 1 lives on the worker, rank 2."""
+    cache = manager(make_plan([[2, 1]], 1), {0: 9, 1: 9, 2: 9})
+    assert cache.admit(1, Placement(owners=((0, 2, 1),)), 5) is None
+    assert entries_of(cache.take_deltas()) == {  # row = slot * 3 + group
+        (0, 0): [[3, 0, 0], [3, 1, 1], [4, 0, 2], [4, 1, 3]],  # group 1 in staging
+        (1, 0): [[5, 0, 0], [5, 1, 1]],
+        (2, 0): [[4, 0, 0], [4, 1, 1]],
+    }
+    assert cache.reserve(1, 6) is None
+    cache.end_prefill(1)
+    assert cache.take_deltas() == []
+    assert cache.reserve(1, 7) is None
+    assert entries_of(cache.take_deltas()) == {(0, 0): [[3, 2, 2]], (1, 0): [[5, 2, 2]], (2, 0): [[4, 2, 2]]}
+    assert cache.usage()[0] == RankUsage(pages_used=3, pages_total=9, pages_peak=4, num_lanes=1, lanes_peak=1)
+    view = cache.view()
+    assert view.free_pages == {PoolId(rank, 0): 9 - 3 - 1 for rank in range(3)}
+    assert view.held_lanes == {PoolId(rank, 0): 1 for rank in range(3)}
+    assert view.held_tokens == {PoolId(rank, 0): 7 for rank in range(3)}
+    cache.release(1)
+    cache.check_integrity()
+    assert [cache.free_pages(PoolId(rank, 0)) for rank in range(3)] == [9, 9, 9]
+    assert cache.usage()[2] == RankUsage(pages_used=0, pages_total=9, pages_peak=3, num_lanes=0, lanes_peak=1)
+
+
+def test_a_shortage_counts_lanes_and_staging_and_changes_nothing() -> None:
+    cache = manager(make_plan([[2, 1]], 1), {0: 5, 1: 1, 2: 9})
+    placement = Placement(owners=((0, 2, 2),))
+    assert cache.admit(0, placement, 9) == Shortage({PoolId(0, 0): 1, PoolId(1, 0): 2})
+    assert cache.admit(0, placement, 3) is None
+    before = cache.take_deltas()
+    assert cache.reserve(0, 9) == Shortage({PoolId(0, 0): 1, PoolId(1, 0): 2})
+    assert cache.take_deltas() == []
+    cache.end_prefill(0)
+    assert cache.reserve(0, 9) is None
+    cache.check_integrity()
+    assert len(before) == 3
+
+
+def test_pages_freed_before_anyone_heard_of_them_are_not_announced() -> None:
+    cache = manager(make_plan([[2]]), {0: 8})
+    for slot in (0, 1):
+        cache.admit(slot, Placement(owners=((0, 0),)), 1)
+    cache.release(0)
+    cache.admit(0, Placement(owners=((0, 0),)), 4)
+    cache.check_integrity()
+    cells = [(row, column) for row, column, _ in entries_of(cache.take_deltas())[0, 0]]
+    assert sorted(cells) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0)]
+
+
+def test_only_homes_and_workers_own_lanes() -> None:
+    cache = manager(make_plan([[2, 1]], 1), {0: 9, 1: 9, 2: 9})
+    with pytest.raises(AssertionError, match="group 0 of stage 0 cannot live on rank 1"):
+        cache.admit(0, Placement(owners=((1, 0, 1),)), 1)
+
+
+def test_check_integrity_finds_lost_doubled_and_miscounted_pages() -> None:
+    def fresh() -> CacheManager:
+        cache = manager(make_plan([[2]]), {0: 8})
+        cache.admit(0, Placement(owners=((0, 0),)), 4)
+        cache.check_integrity()
+        return cache
+
+    cache = fresh()
+    cache._pools[PoolId(0, 0)].take(1)
+    with pytest.raises(AssertionError, match="lost or owned twice"):
+        cache.check_integrity()
+    cache = fresh()
+    cache._sequences[0].owned[0].blocks[0][0, 0] = cache._sequences[0].owned[0].blocks[0][0, 1]
+    with pytest.raises(AssertionError, match="lost or owned twice"):
+        cache.check_integrity()
+    cache = fresh()
+    cache._sequences[0].num_tokens = 7
+    with pytest.raises(AssertionError, match="short of pages"):
+        cache.check_integrity()
+    cache = fresh()
+    cache._num_lanes[PoolId(0, 0)] += 1
+    with pytest.raises(AssertionError, match="miscounted"):
+        cache.check_integrity()
+
+
+class NaiveCache:
+    """Counts pages the obvious way: every copy of every lane for itself."""
+
+    def __init__(self, plan: Plan, num_pages: dict[int, int]) -> None:
+        self.plan, self.num_pages = plan, num_pages
+        self.copies: dict[int, list[tuple[PoolId, int, bool]]] = {}  # slot -> (pool, row, is staging)
+        self.length: dict[int, int] = {}
+
+    def copies_of(self, slot: int, placement: Placement) -> list[tuple[PoolId, int, bool]]:
+        copies = []
+        for stage, owners in enumerate(placement.owners):
+            for group, owner in enumerate(owners):
+                row, home = slot * len(owners) + group, self.plan.stages[stage].home(group).rank
+                copies.append((PoolId(owner, stage), row, False))
+                if owner != home:
+                    copies.append((PoolId(home, stage), row, True))
+        return copies
+
+    def used(self) -> Counter[PoolId]:
+        return Counter(
+            pool for slot in self.copies for pool, _, _ in self.copies[slot] for _ in range(self.pages(slot))
+        )
+
+    def pages(self, slot: int) -> int:
+        return -(-self.length[slot] // PAGE_SIZE)
+
+    def missing(self) -> dict[PoolId, int]:
+        """Pages beyond what there is."""
+        return {pool: n - self.num_pages[pool.rank] for pool, n in self.used().items() if n > self.num_pages[pool.rank]}
+
+    def attempt(self, slot: int, length: int, copies: list[tuple[PoolId, int, bool]]) -> dict[PoolId, int]:
+        old = self.length.get(slot), self.copies.get(slot)
+        self.length[slot], self.copies[slot] = length, copies
+        missing = self.missing()
+        if missing:
+            self.length[slot], self.copies[slot] = old[0] or 0, old[1] or []
+        return missing
+
+
+@given(seed=st.integers(0, 2**32), groups=st.sampled_from([[[3]], [[2, 1]], [[1, 2], [3]]]), workers=st.integers(0, 2))
+@settings(max_examples=120, deadline=None)
+def test_random_operations_against_the_naive_cache(seed: int, groups: list[list[int]], workers: int) -> None:
+    random = Random(seed)
+    plan = make_plan(groups, workers)
+    num_pages = {member.rank: random.randint(0, 30) for member in plan.members()}
+    cache, naive = manager(plan, num_pages), NaiveCache(plan, num_pages)
+    tables: dict[PoolId, dict[tuple[int, int], int]] = {}
+    for _ in range(40):
+        slot = random.randrange(4)
+        if not naive.copies.get(slot):
+            placement = random_placement(random, plan)
+            length = random.randint(1, 12)
+            expected = naive.attempt(slot, length, naive.copies_of(slot, placement))
+            found = cache.admit(slot, placement, length)
+            assert (found.missing if found else {}) == expected
+        elif (what := random.random()) < 0.6:
+            length = naive.length[slot] + random.choice([0, 1, 1, 1, 5])
+            expected = naive.attempt(slot, length, naive.copies[slot])
+            found = cache.reserve(slot, length)
+            assert (found.missing if found else {}) == expected
+        elif what < 0.8:
+            cache.end_prefill(slot)
+            naive.copies[slot] = [copy for copy in naive.copies[slot] if not copy[2]]
+        else:
+            cache.release(slot)
+            naive.copies[slot] = []
+        cache.check_integrity()
+        used = naive.used()
+        assert all(cache.free_pages(pool) == num_pages[pool.rank] - used[pool] for pool in pools_of(plan))
+        if random.random() < 0.5:
+            replay(cache.take_deltas(), tables)
+            check_tables(naive, tables)
+
+
+def random_placement(random: Random, plan: Plan) -> Placement:
+    workers = [worker.rank for worker in plan.workers]
+    return Placement(
+        owners=tuple(
+            tuple(random.choice([stage.home(group).rank, *workers]) for group in range(3)) for stage in plan.stages
+        )
+    )
+
+
+def check_tables(naive: NaiveCache, tables: dict[PoolId, dict[tuple[int, int], int]]) -> None:
+    """Each live cell has a page inside its pool, and no page is in two live cells."""
+    seen: dict[PoolId, list[int]] = {}
+    for slot, copies in naive.copies.items():
+        for pool, row, _ in copies:
+            seen.setdefault(pool, []).extend(tables[pool][row, index] for index in range(naive.pages(slot)))
+    for pool, pages in seen.items():
+        assert len(set(pages)) == len(pages), f"a page of {pool} is in two rows"
+        assert all(0 <= page < naive.num_pages[pool.rank] for page in pages)

@@ -1,0 +1,89 @@
+"""From a plan to the groups of every primary: stages of any size, workers in none of them."""
+
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+from comm_helpers import CPU, Ranks, device_info, together
+from rank_script import plan_of_stages
+
+from hetis.comm.collectives import Alone
+from hetis.comm.groups import Groups, handovers, init_groups
+from hetis.comm.rendezvous import LocalRendezvous
+from hetis.core.plan import AttentionWorker, Plan
+
+H = 40
+
+
+def join_all(plan: Plan, **places: str) -> list[Groups]:
+    """All primaries as threads of this process; `places`: fields of every device's info."""
+    rendezvous = LocalRendezvous()
+    count = sum(len(stage.primaries) for stage in plan.stages)
+    fleet = [device_info(rank, **places) for rank in range(plan.world_size)]
+
+    def join(rank: int) -> Groups:
+        return init_groups(
+            plan,
+            fleet,
+            rank,
+            rendezvous,
+            CPU,
+            max_tokens=17,
+            hidden_size=H,
+            dtype=torch.float16,
+            timeout=timedelta(seconds=20),
+        )
+
+    return together(*[partial(join, rank) for rank in range(count)])
+
+
+@pytest.mark.parametrize("sizes", [[1], [3], [1, 1], [2, 1], [1, 3], [3, 2], [2, 3, 1, 2]])
+def test_hidden_states_pass_through_all_stages(sizes: list[int]) -> None:
+    plan = plan_of_stages(sizes)
+    groups = join_all(plan)
+    batches = [torch.randn(n, H, generator=torch.Generator().manual_seed(n)).half() for n in (1, 17, 0, 4)]
+
+    def run(rank: int) -> None:
+        stage, _ = plan.position_of(rank)
+        for batch in batches:
+            hidden_TH = batch.clone() if stage == 0 else groups[rank].pipeline.recv(len(batch))
+            assert torch.equal(hidden_TH, batch)
+            hidden_TH.neg_().neg_()  # the receiver owns it
+            if stage < len(sizes) - 1:
+                groups[rank].pipeline.send(hidden_TH)
+
+    together(*[partial(run, rank) for rank in range(sum(sizes))])
+    for group in groups:
+        group.close()
+
+
+def test_every_rank_of_a_later_stage_has_one_sender() -> None:
+    assert handovers(plan_of_stages([2, 3, 1])) == [(0, 2), (1, 3), (0, 4), (2, 5)]
+
+
+def test_lone_primary_needs_nobody() -> None:
+    plan = Plan(stages=plan_of_stages([1]).stages, workers=(AttentionWorker(rank=1, device="cpu"),))
+    (groups,) = join_all(plan)
+    assert isinstance(groups.tensor_parallel, Alone)
+
+
+def test_missing_member_is_named() -> None:
+    plan = plan_of_stages([2])
+    with pytest.raises(TimeoutError, match="stage/0/pid/1"):
+        init_groups(
+            plan,
+            [device_info(0), device_info(1)],
+            0,
+            LocalRendezvous(),
+            CPU,
+            max_tokens=1,
+            hidden_size=H,
+            dtype=torch.float32,
+            timeout=timedelta(seconds=0.05),
+        )
+
+
+def test_stages_of_two_and_one_in_processes() -> None:
+    with Ranks("stages", [0, 1, 2]) as ranks:
+        assert all(text.endswith("ok\n") for text in ranks.finish().values())

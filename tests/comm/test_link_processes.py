@@ -1,0 +1,55 @@
+"""Links between real processes: transport, death of the peer, what is left over."""
+
+import os
+import signal
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from comm_helpers import Ranks, open_end, random_bytes, receive, transmit
+
+from hetis.comm.rendezvous import StoreRendezvous
+
+DETECTION_SECONDS = 2.0
+
+
+def test_every_kind_carries_random_messages_between_processes() -> None:
+    with Ranks("links", [0, 1]) as ranks:
+        assert all(text.endswith("ok\n") for text in ranks.finish().values())
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp", "torchdist"])
+def test_death_of_the_peer_is_an_error_that_names_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ranks("echo_once", [1], kind) as ranks:
+        for name, value in {**ranks.environment, "RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
+        link = open_end(kind, StoreRendezvous.from_environment(20.0), 0, 64, 64)
+        transmit(link, random_bytes(64, 1))
+        receive(link, 64)
+        ranks.processes[1].send_signal(signal.SIGKILL)
+        killed = monotonic()
+        with pytest.raises(ConnectionError, match="rank 1"):
+            link.recv(64)
+        assert monotonic() - killed < DETECTION_SECONDS
+        link.close()
+
+
+def test_nothing_is_left_over_after_both_ends_are_killed() -> None:
+    before = set(os.listdir("/dev/shm"))
+    with Ranks("idle_pair", [0, 1]) as ranks:
+        rendezvous = StoreRendezvous(ranks.store).within("hetis/test/0")
+        for rank in (0, 1):
+            rendezvous.get(f"ready/{rank}", 60)
+        names = [mapped_hetis_memory(process.pid) for process in ranks.processes.values()]
+        assert names == [{"/memfd:hetis (deleted)"}] * 2
+        assert set(os.listdir("/dev/shm")) == before
+        for process in ranks.processes.values():
+            process.kill()
+            process.wait()
+        assert set(os.listdir("/dev/shm")) == before
+
+
+def mapped_hetis_memory(pid: int) -> set[str]:
+    """What /proc calls the memory of `pid` that is backed by something named after us, our own files excepted."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {line.split(maxsplit=5)[5] for line in lines if "memfd:hetis" in line or "/dev/shm" in line}

@@ -1,0 +1,238 @@
+"""Every kind of link keeps the same contract; both ends live in this process."""
+
+import os
+import socket
+import threading
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from comm_helpers import CPU, device_info, open_end, open_pair, ping_pong, random_bytes, receive, together, transmit
+
+from hetis.comm.links import choose_link, open_link
+from hetis.comm.links.base import ALIGNMENT, NUM_SLOTS, Link
+from hetis.comm.links.shm import ShmLink
+from hetis.comm.links.tcp import _Offer
+from hetis.comm.rendezvous import LocalRendezvous
+
+KINDS = ["local", "shm", "tcp", "torchdist", "staged"]
+CHECKED_KINDS = ["local", "shm", "tcp"]  # those that notice when the ends disagree about a size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_messages_of_any_size_come_back_unchanged(kind: str) -> None:
+    primary, worker = open_pair(kind, 5000, 5000)
+    together(partial(ping_pong, primary, True, 5000, 50, 3), partial(ping_pong, worker, False, 5000, 50, 3))
+    assert primary.bytes_sent == worker.bytes_received == primary.bytes_received == worker.bytes_sent > 0
+    primary.close()
+    worker.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sender_may_be_one_message_ahead_in_both_directions(kind: str) -> None:
+    big = 600_000  # more than a socket takes at once
+    primary, worker = open_pair(kind, big, big)
+    messages = [random_bytes(big, seed) for seed in range(NUM_SLOTS)]
+    for end in (primary, worker):
+        for message in messages:
+            transmit(end, message)
+    for got in together(
+        lambda: [receive(worker, big) for _ in messages], lambda: [receive(primary, big) for _ in messages]
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(got, messages, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["local", "shm"])
+def test_third_message_waits_for_a_free_slot(kind: str) -> None:
+    primary, worker = open_pair(kind, 8, 8)
+    for value in range(NUM_SLOTS):
+        primary.send_buffer(8).fill_(value)
+        primary.send()
+    order: list[str] = []
+    started = threading.Event()
+
+    def send_third() -> None:
+        started.set()
+        buffer = primary.send_buffer(8)
+        order.append("written")
+        buffer.fill_(2)
+        primary.send()
+
+    def receive_all() -> list[int]:
+        started.wait()
+        values = [int(worker.recv(8)[0])]
+        order.append("released")
+        worker.release()
+        return values + [int(receive(worker, 8)[0]) for _ in range(2)]
+
+    _, values = together(send_third, receive_all)
+    assert order == ["released", "written"]
+    assert values == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_buffers_are_aligned_bytes_of_the_asked_size(kind: str) -> None:
+    primary, worker = open_pair(kind, 1001, 77)
+    for _ in range(3):
+        buffer = primary.send_buffer(1000)
+        primary.send()
+        view = worker.recv(1000)
+        for tensor in (buffer, view):
+            assert tensor.shape == (1000,)
+            assert tensor.dtype == torch.uint8
+            assert tensor.is_contiguous()
+            assert tensor.data_ptr() % ALIGNMENT == 0
+        worker.release()
+
+
+@pytest.mark.parametrize("kind", ["local", "shm", "tcp"])
+def test_what_was_sent_before_closing_still_arrives(kind: str) -> None:
+    primary, worker = open_pair(kind, 100, 100)
+    transmit(primary, random_bytes(100, 1))
+    primary.close()
+    primary.close()
+    assert torch.equal(receive(worker, 100), random_bytes(100, 1))
+    with pytest.raises(ConnectionError, match="rank 0"):
+        worker.recv(100)
+    worker.close()
+
+
+@pytest.mark.parametrize("kind", ["local", "shm"])
+def test_closing_wakes_a_sender_that_waits_for_a_slot(kind: str) -> None:
+    primary, worker = open_pair(kind, 4, 4)
+    for _ in range(NUM_SLOTS):
+        transmit(primary, torch.zeros(4, dtype=torch.uint8))
+    with pytest.raises(ConnectionError, match="rank 1"):
+        together(lambda: primary.send_buffer(4), worker.close)
+
+
+def test_tcp_sender_with_full_buffers_learns_of_the_end() -> None:
+    primary, worker = open_pair("tcp", 20_000_000, 4)
+
+    def send_often() -> None:
+        for _ in range(2 * NUM_SLOTS):
+            primary.send_buffer(20_000_000)
+            primary.send()
+            worker.close()
+
+    with pytest.raises(ConnectionError, match="rank 1"):
+        send_often()
+    primary.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_message_larger_than_the_link_is_refused(kind: str) -> None:
+    primary, worker = open_pair(kind, 100, 50)
+    with pytest.raises(AssertionError, match="51 bytes"):
+        worker.send_buffer(51)
+    with pytest.raises(AssertionError, match="101 bytes"):
+        worker.recv(101)
+    primary.close()
+
+
+@pytest.mark.parametrize("kind", CHECKED_KINDS)
+def test_ends_that_disagree_about_a_size_are_noticed(kind: str) -> None:
+    primary, worker = open_pair(kind, 100, 100)
+    transmit(primary, random_bytes(60, 1))
+    transmit(primary, random_bytes(60, 2))
+    with pytest.raises(AssertionError, match="expected a message of 59 bytes, the peer sent 60"):
+        worker.recv(59)
+
+
+def test_shm_counters_wrap_around() -> None:
+    primary, worker = open_pair("shm", 80, 80)
+    assert isinstance(primary, ShmLink)
+    assert isinstance(worker, ShmLink)
+    start = 2**32 - 3
+    words = primary.segment.memory_B[: 6 * 128].view(torch.int32)
+    for channel in (0, 3):  # published and released of either direction
+        words[channel * 32] = words[(channel + 1) * 32] = start - 2**32
+    for link in (primary, worker):
+        link._in.count = link._out.count = start
+    together(partial(ping_pong, primary, True, 80, 20, 5), partial(ping_pong, worker, False, 80, 20, 5))
+
+
+def test_staged_link_gives_host_slots_back_before_it_waits() -> None:
+    """Both ends send twice before they receive, again and again; a host slot kept back would stop them."""
+    primary, worker = open_pair("staged", 16, 16)
+
+    def exchange(link: Link, first: int) -> None:
+        for i in range(first, first + 40, 2):
+            for value in (i, i + 1):
+                link.send_buffer(16).fill_(value)
+                link.send()
+            for value in (i, i + 1):
+                assert int(link.recv(16)[15]) == value
+                link.release()
+
+    together(partial(exchange, primary, 0), partial(exchange, worker, 0))
+
+
+def test_open_names_what_is_missing() -> None:
+    for kind in ("shm", "tcp", "local"):
+        with pytest.raises(TimeoutError, match="link/0-1"):
+            open_link(
+                kind,
+                LocalRendezvous(),
+                primary=device_info(0),
+                worker=device_info(1),
+                is_primary=False,
+                device=CPU,
+                max_send_bytes=1,
+                max_recv_bytes=1,
+                timeout=0.01,
+            )
+    with pytest.raises(ValueError, match="carrier pigeon"):
+        open_end("carrier pigeon", LocalRendezvous(), 0, 1, 1)
+
+
+def test_tcp_turns_strangers_away() -> None:
+    rendezvous = LocalRendezvous()
+
+    def join_after_a_stranger() -> object:
+        offer = msgspec.msgpack.decode(rendezvous.get("link/0-1/tcp"), type=_Offer)
+        with socket.create_connection((offer.host, offer.port)) as stranger:
+            stranger.sendall(bytes(len(offer.token)))
+            assert stranger.recv(1) == b""
+        return open_end("tcp", rendezvous, 1, 10, 10)
+
+    primary, worker = together(lambda: open_end("tcp", rendezvous, 0, 10, 10), join_after_a_stranger)
+    transmit(primary, random_bytes(10, 4))
+    assert torch.equal(receive(worker, 10), random_bytes(10, 4))
+    with pytest.raises(ValueError, match="give an address of this host"):
+        open_link(
+            "tcp",
+            rendezvous,
+            primary=device_info(0, address="192.0.2.1"),
+            worker=device_info(1),
+            is_primary=True,
+            device=CPU,
+            max_send_bytes=1,
+            max_recv_bytes=1,
+        )
+
+
+def test_choice_of_link() -> None:
+    here, there = {"host": "a", "pid": 1}, {"host": "b", "pid": 2}
+    gpu = partial(device_info, 0, device="cuda:0")
+    cpu = partial(device_info, 1, device="cpu")
+    assert choose_link(cpu(**here), cpu(host="a", pid=2)) == "shm"
+    assert choose_link(cpu(**here), cpu(**there)) == "tcp"
+    assert choose_link(gpu(**here), cpu(host="a", pid=2)) == "shm"
+    assert choose_link(gpu(**here), cpu(**there)) == "tcp"
+    assert choose_link(gpu(**here), gpu(**there)) == "torchdist"
+    assert choose_link(gpu(**here), device_info(1, device="cuda:1", host="a", pid=2)) == "torchdist"
+    assert choose_link(gpu(**here), gpu(host="a", pid=2)) == "shm"  # NCCL refuses two ranks on one GPU
+    assert choose_link(cpu(**here), cpu(**here)) == "local"
+
+
+def test_shared_memory_has_no_name() -> None:
+    before = set(os.listdir("/dev/shm"))
+    pair = open_pair("shm", 1 << 16, 1 << 16)
+    mapped = {line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:hetis" in line}
+    assert mapped == {"/memfd:hetis"}
+    assert set(os.listdir("/dev/shm")) == before
+    for end in pair:
+        end.close()

@@ -1,0 +1,193 @@
+"""The proportional rule against enumerating everything."""
+
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.cache.lane_table import pools_of
+from hetis.core.placement import FleetView, Placement, PoolId
+from hetis.core.plan import Plan
+from hetis.core.request import Sequence
+from hetis.cost.memory import largest_context
+from hetis.dispatcher.dispatcher import (
+    ProportionalDispatcher,
+    make_dispatcher,
+    pages_per_lane,
+    shortage_when_empty,
+    spread,
+)
+from tests.scheduler.toy_engine import make_plan, make_sequence
+
+PAGE_SIZE = 4
+
+
+def view_of(plan: Plan, free_pages: list[int]) -> FleetView:
+    """`free_pages`: in the order of `pools_of`."""
+    pools = pools_of(plan)
+    nothing = dict.fromkeys(pools, 0)
+    return FleetView(
+        plan=plan,
+        page_size=PAGE_SIZE,
+        free_pages=dict(zip(pools, free_pages, strict=True)),
+        held_lanes=nothing,
+        held_tokens=nothing,
+    )
+
+
+def assign(view: FleetView, *sequences: Sequence) -> list[Placement | None]:
+    return ProportionalDispatcher().assign(list(sequences), view)
+
+
+def naive_spread(num_lanes: int, weights: list[int], capacities: list[int]) -> list[int] | None:
+    """All ways, by squared distance to the exact shares; the one that favours early places among equals."""
+    total = sum(weights)
+    ways = product(*(range(min(num_lanes, capacity) + 1) for capacity in capacities))
+    fitting = [way for way in ways if sum(way) == num_lanes]
+    if not fitting:
+        return None
+
+    def distance(way: tuple[int, ...]) -> int:
+        return sum((count * total - num_lanes * weight) ** 2 for count, weight in zip(way, weights, strict=True))
+
+    return list(min(fitting, key=lambda way: (distance(way), [-count for count in way])))
+
+
+@given(
+    st.integers(1, 6),
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 7)), min_size=1, max_size=4).filter(
+        lambda places: any(weight for weight, _ in places)
+    ),
+)
+@settings(max_examples=400, deadline=None)
+def test_spread_is_the_best_of_all_ways(num_lanes: int, places: list[tuple[int, int]]) -> None:
+    weights, capacities = [list(column) for column in zip(*places, strict=True)]
+    assert spread(num_lanes, weights, capacities) == naive_spread(num_lanes, weights, capacities)
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 1000), min_size=1, max_size=6).filter(any))
+@settings(max_examples=200, deadline=None)
+def test_spread_without_limits_is_the_largest_remainder(num_lanes: int, weights: list[int]) -> None:
+    total = sum(weights)
+    counts = [num_lanes * weight // total for weight in weights]
+    remainders = [num_lanes * weight % total for weight in weights]
+    for place in sorted(range(len(weights)), key=lambda i: -remainders[i])[: num_lanes - sum(counts)]:
+        counts[place] += 1
+    assert spread(num_lanes, weights, [num_lanes] * len(weights)) == counts
+
+
+def test_lanes_follow_free_pages_and_ties_go_to_the_primary() -> None:
+    plan = make_plan([[8]], 2)
+    [placement] = assign(view_of(plan, [200, 100, 100]), make_sequence(0, 4, 100))
+    assert placement == Placement(owners=((0, 0, 0, 0, 1, 1, 2, 2),))
+    [placement] = assign(view_of(plan, [100, 100, 100]), make_sequence(0, 4, 100))
+    assert placement == Placement(owners=((0, 0, 0, 1, 1, 1, 2, 2),))
+
+
+def test_each_stage_has_pools_of_its_own() -> None:
+    plan = make_plan([[2], [2]], 1)
+    # stage 0: home 100, worker 0; stage 1: home 20, worker 100
+    [placement] = assign(view_of(plan, [100, 20, 0, 100]), make_sequence(0, 4, 100))
+    assert placement == Placement(owners=((0, 0), (2, 2)))
+
+
+def test_staging_must_fit_at_home_even_if_workers_have_room() -> None:
+    plan = make_plan([[4]], 1)
+    sequence = make_sequence(0, 9, 1)  # three pages per lane, for ever
+    assert assign(view_of(plan, [11, 1000]), sequence) == [None]
+    assert assign(view_of(plan, [12, 1000]), sequence) == [Placement(owners=((1, 1, 1, 1),))]
+
+
+def test_room_to_grow_is_asked_for_only_if_it_can_be_used() -> None:
+    assert pages_per_lane(make_sequence(0, 4, 1), PAGE_SIZE) == (1, 1)
+    assert pages_per_lane(make_sequence(0, 4, 2), PAGE_SIZE) == (1, 2)
+    assert pages_per_lane(make_sequence(0, 5, 4), PAGE_SIZE) == (2, 2)
+    assert pages_per_lane(make_sequence(0, 5, 500), PAGE_SIZE) == (2, 3)
+    plan = make_plan([[4]])
+    assert assign(view_of(plan, [7]), make_sequence(0, 4, 2)) == [None]
+    assert assign(view_of(plan, [4]), make_sequence(0, 4, 1)) != [None]
+
+
+def test_an_earlier_sequence_takes_its_pages_before_the_next_one() -> None:
+    plan = make_plan([[2]])
+    placements = assign(view_of(plan, [10]), *(make_sequence(arrival, 4, 9) for arrival in range(3)))
+    assert [placement is not None for placement in placements] == [True, True, False]
+
+
+def test_homes_keep_their_lanes_when_a_neighbour_needs_the_worker() -> None:
+    """By free pages the first home would take the worker's only place, and the second one would find none."""
+    plan = make_plan([[1, 1]], 1)
+    [placement] = assign(view_of(plan, [2, 1, 3]), make_sequence(0, 4, 9))
+    assert placement == Placement(owners=((0, 2),))
+
+
+def fits(view: FleetView, placement: Placement, sequence: Sequence) -> bool:
+    """Counts pages lane by lane."""
+    now, later = pages_per_lane(sequence, view.page_size)
+    free = dict(view.free_pages)
+    touched = set()
+    for stage, owners in enumerate(placement.owners):
+        for group, owner in enumerate(owners):
+            pool, home = PoolId(owner, stage), PoolId(view.plan.stages[stage].home(group).rank, stage)
+            free[pool] -= later
+            if pool != home:
+                free[home] -= now
+            touched |= {pool, home}
+    return all(free[pool] >= 0 for pool in touched)
+
+
+def all_placements(plan: Plan) -> list[Placement]:
+    workers = [worker.rank for worker in plan.workers]
+    per_stage = [
+        product(*([stage.home(group).rank, *workers] for group in range(stage.primaries[-1].groups[1])))
+        for stage in plan.stages
+    ]
+    return [Placement(owners=owners) for owners in product(*per_stage)]
+
+
+@given(
+    st.sampled_from([[[3]], [[2, 1]], [[1, 1, 1]], [[2], [1, 1]]]),
+    st.integers(0, 2),
+    st.lists(st.integers(-2, 9), min_size=7, max_size=7),
+    st.integers(1, 9),
+    st.integers(1, 6),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_placement_is_found_exactly_when_there_is_one(
+    groups: list[list[int]], num_workers: int, free: list[int], prompt_len: int, max_tokens: int
+) -> None:
+    plan = make_plan(groups, num_workers)
+    view = view_of(plan, free[: len(pools_of(plan))])
+    sequence = make_sequence(0, prompt_len, max_tokens)
+    [placement] = assign(view, sequence)
+    exists = any(fits(view, candidate, sequence) for candidate in all_placements(plan))
+    assert (placement is not None) == exists
+    if placement is not None:
+        assert fits(view, placement, sequence)
+        assert placement in all_placements(plan)
+
+
+@given(st.sampled_from([[[3]], [[5, 3]], [[2], [1, 1]]]), st.lists(st.integers(1, 40), min_size=4, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_the_largest_context_is_exact(groups: list[list[int]], pages: list[int]) -> None:
+    plan = make_plan(groups, 1)
+    num_pages = {member.rank: pages[member.rank] for member in plan.members()}
+    context = largest_context(plan, num_pages, PAGE_SIZE)
+    view = view_of(plan, [num_pages[pool.rank] for pool in pools_of(plan)])
+    if context:
+        assert shortage_when_empty(context, plan, num_pages, PAGE_SIZE) is None
+        assert assign(view, make_sequence(0, context, 1)) != [None]
+    assert shortage_when_empty(context + 1, plan, num_pages, PAGE_SIZE) is not None
+    assert assign(view, make_sequence(0, context + 1, 1)) == [None]
+
+
+def test_a_prompt_that_can_never_fit_is_refused_with_numbers() -> None:
+    shortage = shortage_when_empty(41, make_plan([[5, 3], [8]], 1), {0: 50, 1: 33, 2: 85, 3: 1000}, PAGE_SIZE)
+    assert str(shortage) == "rank 0 lacks 5 pages for stage 0, rank 2 lacks 3 pages for stage 1"
+
+
+def test_dispatchers_by_name() -> None:
+    assert isinstance(make_dispatcher("proportional"), ProportionalDispatcher)
+    with pytest.raises(ValueError, match="'psychic' is unknown"):
+        make_dispatcher("psychic")

@@ -1,0 +1,93 @@
+"""Every family on every kind of plan against transformers: greedy tokens exactly equal, logits within 1e-4 (float32)."""
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from hetis.core.sampling_params import SamplingParams
+from hetis.models.families import read_model_spec
+from tests.checkpoints import FAMILIES, greedy_reference, load_reference, make_checkpoint, reference_logits
+from tests.engine.local_fleet import LocalFleet, full_row
+
+VOCAB = 331
+NUM_TOKENS = 32
+LENGTHS = (1, 5, 17, 33, 40, 9, 64, 31)
+PLANS = ("1+0", "1+1", "1+3", "2+1", "uneven 2+2", "uneven stages +1")
+
+
+def prompts() -> list[list[int]]:
+    draw = random.Random(1)
+    return [[draw.randrange(VOCAB) for _ in range(length)] for length in LENGTHS]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory):
+    """family -> (directory, greedy tokens and logits of transformers for `prompts()`)."""
+
+    @cache
+    def make(family: str, dtype: torch.dtype = torch.float32):
+        directory = make_checkpoint(tmp_path_factory.mktemp(family), family, dtype=dtype)
+        model = load_reference(directory, torch.float32)
+        tokens = [greedy_reference(model, prompt, NUM_TOKENS) for prompt in prompts()]
+        logits = [
+            reference_logits(model, prompt + out)[len(prompt) - 1 : -1]
+            for prompt, out in zip(prompts(), tokens, strict=True)
+        ]
+        return directory, tokens, logits
+
+    return make
+
+
+def plan_text(name: str, directory: Path, tmp_path: Path) -> str:
+    """The plan called `name`, as text or as a file."""
+    spec = read_model_spec(directory)
+    groups = spec.num_head_groups
+    if name == "2+1" and groups < 2:
+        pytest.skip("one head group cannot be split over two primaries")
+    if not name.startswith("uneven"):
+        return name
+    if name == "uneven 2+2":
+        if groups < 2:
+            pytest.skip("one head group cannot be split over two primaries")
+        first = {"head_groups": groups - 1, "mlp_columns": spec.intermediate_size // 3, "vocab_rows": 101}
+        stages = [{"primaries": [first, {}]}]
+        plan = {"stages": stages, "attention": [{}, {}]}
+    else:
+        plan = {"stages": [{"layers": 1, "primaries": [{}]}, {"layers": 2, "primaries": [{}]}], "attention": [{}]}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    return str(path)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_and_logits_equal_transformers(family: str, plan: str, checkpoints, tmp_path: Path):
+    directory, tokens, logits = checkpoints(family)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, logprobs=-1)
+    with LocalFleet(
+        directory, plan_text(plan, directory, tmp_path), logprobs_mode="raw_logits", max_num_batched_tokens=50
+    ) as fleet:
+        found = fleet.generate(prompts(), params, check=True)
+    for one, expected, reference in zip(found, tokens, logits, strict=True):
+        assert one.token_ids == expected
+        torch.testing.assert_close(one.logits(VOCAB), reference, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "opt"])
+def test_bfloat16_is_close_to_float32(family: str, checkpoints, tmp_path: Path):
+    """Teacher-forced by prompt logprobs, so that one differing token does not change everything after it."""
+    directory, tokens, _ = checkpoints(family)
+    model = load_reference(directory, torch.float32)
+    texts = [prompt + out for prompt, out in zip(prompts(), tokens, strict=True)]
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, prompt_logprobs=-1)
+    with LocalFleet(directory, "1+2", dtype="bfloat16") as fleet:
+        found = fleet.generate(texts, params)
+    for one, text in zip(found, texts, strict=True):
+        rows = torch.stack([full_row(row, VOCAB) for row in one.prompt_rows if row is not None])
+        reference = reference_logits(model, text)[:-1].log_softmax(dim=-1)
+        likely = reference > -8  # the far tail of a sharp distribution says nothing
+        assert (rows - reference)[likely].abs().mean() < 0.08

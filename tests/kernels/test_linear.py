@@ -1,0 +1,164 @@
+"""Linear layers: exact to the dtype, the same for a token in any company, on every instruction set of this machine."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hetis_kernels.dispatch import cpu_op
+from hetis_kernels.linear import kernel_tokens, linear, pack_linear, use_plain
+
+EXTENSION = cpu_op("linear") is not None
+needs_extension = pytest.mark.skipif(not EXTENSION, reason="the C++ extension is not built")
+
+
+@pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Limits the kernels to one instruction set that this machine has."""
+    if not EXTENSION or torch.ops.hetis.limit_dense_isa(request.param) != request.param:
+        pytest.skip(f"no extension or no {request.param} here")
+    yield request.param
+    torch.ops.hetis.limit_dense_isa("avx512_bf16")
+
+
+def run_kernel(x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+    """The kernel alone, into the left part of a larger result of which the rest must stay as it was."""
+    num_tokens, num_outputs = x_TK.shape[0], weight_NK.shape[0]
+    out = torch.full((num_tokens, num_outputs + 3), torch.nan, dtype=x_TK.dtype)
+    torch.ops.hetis.linear(x_TK, weight_NK, bias_N, out[:, :num_outputs])
+    assert out[:, num_outputs:].isnan().all()
+    return out[:, :num_outputs]
+
+
+def assert_rounded_sum(result: torch.Tensor, x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor) -> None:
+    """One rounding to the dtype plus float32 sums: |error| <= eps |y| / 2 + K eps32 sum |x w|, counted generously."""
+    x, weight, bias = x_TK.double(), weight_NK.double(), bias_N.double()
+    expected = x @ weight.T + bias
+    magnitude = x.abs() @ weight.abs().T + bias.abs()
+    eps = 0.0 if x_TK.dtype == torch.float32 else torch.finfo(x_TK.dtype).eps
+    bound = 0.51 * eps * expected.abs() + 1e-6 * magnitude + 1e-7
+    assert bool(((result.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("num_inputs", [1, 3, 8, 31, 32, 33, 100, 264])
+@pytest.mark.parametrize("num_outputs", [1, 5, 6, 7, 13, 64])
+def test_it_is_the_product_rounded_once(
+    instructions: str, dtype: torch.dtype, num_outputs: int, num_inputs: int
+) -> None:
+    weight = torch.randn(num_outputs, num_inputs + 5).to(dtype)[:, :num_inputs]
+    bias = torch.randn(num_outputs).to(dtype)
+    for num_tokens in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 21, 37):
+        x = torch.randn(num_tokens, num_inputs + 1).to(dtype)[:, 1:]
+        assert_rounded_sum(run_kernel(x, weight, bias), x, weight, bias)
+
+
+def test_many_tokens_and_many_rows(instructions: str, dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(523, 72).to(dtype), torch.randn(4099, 72).to(dtype), torch.randn(4099).to(dtype)
+    assert_rounded_sum(run_kernel(x, weight, bias), x, weight, bias)
+
+
+def test_a_token_does_not_see_the_tokens_beside_it(instructions: str, dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(40, 300).to(dtype), torch.randn(130, 300).to(dtype), torch.randn(130).to(dtype)
+    whole = run_kernel(x, weight, bias)
+    for first, last in ((0, 1), (3, 5), (8, 16), (17, 40), (39, 40)):
+        assert torch.equal(run_kernel(x[first:last], weight, bias), whole[first:last])
+    x[7] = torch.nan
+    x[8] = torch.inf
+    others = [t for t in range(40) if t not in (7, 8)]
+    assert torch.equal(run_kernel(x, weight, bias)[others], whole[others])
+
+
+def test_an_output_does_not_depend_on_the_rank_or_thread_that_computes_it(
+    instructions: str, dtype: torch.dtype
+) -> None:
+    x, weight = torch.randn(9, 256).to(dtype), torch.randn(3000, 256).to(dtype)
+    whole = run_kernel(x, weight)
+    for first, last in ((0, 1), (1, 1500), (1500, 3000), (2990, 2995)):
+        assert torch.equal(run_kernel(x, weight[first:last]), whole[:, first:last])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(run_kernel(x, weight), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_extension
+def test_not_a_number_and_overflow_stay_visible(dtype: torch.dtype) -> None:
+    x, weight = torch.ones(2, 40).to(dtype), torch.ones(8, 40).to(dtype)
+    x[0, 39], weight[3] = torch.nan, torch.finfo(dtype).max
+    result = run_kernel(x, weight)
+    assert result[0].isnan().all()
+    assert result[1].isinf().tolist() == [n == 3 for n in range(8)]
+
+
+def test_without_tokens_or_with_a_bias_alone(instructions: str, dtype: torch.dtype) -> None:
+    bias = torch.randn(9).to(dtype)
+    assert run_kernel(torch.zeros(0, 16, dtype=dtype), torch.zeros(9, 16, dtype=dtype)).shape == (0, 9)
+    assert torch.equal(run_kernel(torch.zeros(2, 16, dtype=dtype), torch.zeros(9, 16, dtype=dtype), bias)[1], bias)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_layer_is_the_one_of_torch(dtype: torch.dtype, plain: bool, with_bias: bool) -> None:
+    x, weight = torch.randn(6, 64).to(dtype), torch.randn(50, 64).to(dtype)
+    packed = pack_linear(weight, torch.randn(50).to(dtype) if with_bias else None)
+    assert packed.weight.data_ptr() == weight.data_ptr()  # tied embeddings stay one tensor
+    tolerance = 4 * torch.finfo(dtype).eps
+    out = torch.empty(6, 50, dtype=dtype)
+    use_plain(plain)
+    try:
+        expected = functional.linear(x, weight, packed.bias)
+        torch.testing.assert_close(linear(x, packed), expected, rtol=tolerance, atol=8 * tolerance)
+        assert linear(x, packed, out) is out
+        torch.testing.assert_close(out, expected, rtol=tolerance, atol=8 * tolerance)
+    finally:
+        use_plain(False)
+
+
+@needs_extension
+def test_plain_and_large_calls_are_left_to_torch() -> None:
+    assert kernel_tokens(torch.float32) > 0
+    packed = pack_linear(torch.randn(32, 16))
+    x = torch.randn(4, 16)
+    use_plain(True)
+    try:
+        assert torch.equal(linear(x, packed), functional.linear(x, packed.weight))
+    finally:
+        use_plain(False)
+    assert torch.equal(linear(x, packed), run_kernel(x, packed.weight))
+    torch.ops.hetis.limit_dense_isa("portable")
+    try:
+        assert torch.ops.hetis.linear_max_tokens(torch.float32) == 0
+    finally:
+        torch.ops.hetis.limit_dense_isa("avx512_bf16")
+
+
+def test_arguments_are_checked() -> None:
+    weight = torch.zeros(8, 4)
+    with pytest.raises(ValueError, match="give a matrix"):
+        pack_linear(weight[0])
+    with pytest.raises(ValueError, match="one value for each row"):
+        pack_linear(weight, torch.zeros(9))
+    with pytest.raises(ValueError, match="differ in dtype"):
+        pack_linear(weight, torch.zeros(8).bfloat16())
+    with pytest.raises(ValueError, match=r"torch\.int8"):
+        pack_linear(weight.to(torch.int8))
+    with pytest.raises(ValueError, match="last stride"):
+        pack_linear(weight.t())
+
+
+@needs_extension
+def test_the_kernel_checks_what_it_would_read() -> None:
+    x, weight, out = torch.zeros(2, 4), torch.zeros(8, 4), torch.zeros(2, 8)
+    op = torch.ops.hetis.linear
+    with pytest.raises(ValueError, match=r"must be \[T, K\], \[N, K\] and \[T, N\]"):
+        op(x, torch.zeros(8, 5), None, out)
+    with pytest.raises(ValueError, match="one dtype"):
+        op(x.half(), weight, None, out)
+    with pytest.raises(ValueError, match="the bias must be"):
+        op(x, weight, torch.zeros(7), out)
+    with pytest.raises(ValueError, match="unknown instruction set neon"):
+        torch.ops.hetis.limit_dense_isa("neon")

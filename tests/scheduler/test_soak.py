@@ -1,0 +1,99 @@
+"""Random requests on random small fleets: all complete, undisturbed by each other, and no page is lost."""
+
+from random import Random
+
+import pytest
+
+from hetis.core.request import Sequence
+from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence
+
+GROUPS = [[8]], [[5, 3]], [[1]], [[3], [3]], [[5, 3], [8]], [[2, 1], [1, 1, 1], [3]]
+
+
+def random_engine(random: Random, groups: list[list[int]], num_workers: int) -> ToyEngine:
+    plan = make_plan(groups, num_workers)
+    page_size = random.choice([1, 4, 7])
+    biggest = max(max(counts) for counts in groups)
+    num_pages = {
+        member.rank: biggest * random.randint(3, 12)
+        if plan.role_of(member.rank) == "primary"
+        else random.randint(0, 40)
+        for member in plan.members()
+    }
+    return ToyEngine(
+        plan,
+        num_pages,
+        page_size=page_size,
+        max_num_seqs=random.choice([1, 3, 8]),
+        max_num_batched_tokens=random.choice([1, 5, 16, 64]),
+        random=random,
+    )
+
+
+def random_sequence(random: Random, arrival: int, context: int) -> Sequence:
+    prompt_len = random.randint(1, context - 1) if random.random() < 0.5 else min(random.randint(1, 6), context - 1)
+    max_tokens = random.randint(1, context + 5) if random.random() < 0.3 else random.randint(1, 10)
+    return make_sequence(arrival, prompt_len, max_tokens, frozenset(random.sample(range(97), random.choice([0, 0, 2]))))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_requests_complete_as_if_alone(groups: list[list[int]], num_workers: int, seed: int) -> None:
+    random = Random(f"{groups} {num_workers} {seed}")
+    engine = random_engine(random, groups, num_workers)
+    context = engine.max_model_len
+    assert context is not None
+    expected: dict[str, list[int]] = {}
+    sequences: list[Sequence] = []
+    aborted: set[str] = set()
+    while len(sequences) < 40 or engine.has_work:
+        while len(sequences) < 40 and (random.random() < 0.3 or not engine.has_work):
+            sequence = random_sequence(random, len(sequences), context)
+            expected[sequence.id] = alone(sequence, context)
+            sequences.append(sequence)
+            engine.scheduler.add(sequence)
+        if random.random() < 0.02:
+            victim = random.choice(sequences)
+            if engine.scheduler.abort(victim.id) is not None:
+                aborted.add(victim.id)
+        if engine.has_work:
+            engine.step()
+    engine.check_idle()
+    for sequence in sequences:
+        tokens = expected[sequence.id]
+        if sequence.id in aborted:
+            assert sequence.finish_reason == "abort"
+            assert sequence.token_ids == tokens[: len(sequence.token_ids)]
+        else:
+            assert sequence.token_ids == tokens
+            assert sequence.finish_reason == ("stop" if tokens[-1] in sequence.stop_ids else "length")
+    assert engine.scheduler.num_preemptions == sum(sequence.num_preemptions for sequence in sequences)
+
+
+def test_soak_covers_preemption_and_staging() -> None:
+    """The sizes above are small enough that what they are meant to test happens."""
+    random = Random(5)
+    engine = ToyEngine(make_plan([[5, 3]], 2), {0: 40, 1: 24, 2: 30, 3: 50}, random=random)
+    for arrival in range(40):
+        engine.scheduler.add(make_sequence(arrival, random.randint(1, 20), random.randint(1, 31)))
+    engine.run()
+    engine.check_idle()
+    owners = {owner for batch in engine.batches for _, placement in batch.admitted for owner in placement.owners[0]}
+    assert engine.scheduler.num_preemptions > 0
+    assert owners == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_admission_is_first_come_first_served(num_workers: int) -> None:
+    random = Random(num_workers)
+    engine = ToyEngine(make_plan([[5, 3], [8]], num_workers), {0: 40, 1: 24, 2: 64, 3: 20, 4: 20}, random=random)
+    for arrival in range(50):
+        engine.scheduler.add(make_sequence(arrival, random.randint(1, 25), random.randint(1, 6)))
+    while engine.has_work:
+        engine.step()
+        for batch in engine.batches[-1:]:
+            latest = max((sequence.arrival for sequence, _ in batch.admitted), default=-1)
+            waiting = [sequence.arrival for sequence in engine.scheduler._waiting if sequence.num_preemptions == 0]
+            assert latest < min(waiting, default=1_000), "somebody was overtaken"
+    engine.check_idle()

@@ -1,0 +1,259 @@
+"""An engine without a model: scheduler, dispatcher and cache for real, ranks that only remember what was written where.
+
+Every stage keeps page tables made of deltas alone and, for each place in its pools, a tag of the token that was stored
+there last. Before a row is computed, all earlier tokens of all its lanes must be found where they are looked for. So a
+page given away too early, a stale table entry or a missing staging page shows as a wrong tag.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from random import Random
+
+import msgspec
+import numpy as np
+
+from hetis.cache.lane_table import CacheManager
+from hetis.core.batch import Batch, Row
+from hetis.core.messages import PageDelta
+from hetis.core.placement import PoolId
+from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, spans
+from hetis.core.request import Sequence
+from hetis.core.sampling_params import SamplingParams
+from hetis.cost.memory import largest_context
+from hetis.dispatcher.dispatcher import ProportionalDispatcher
+from hetis.scheduler.scheduler import Scheduler
+
+VOCABULARY = 97
+
+
+def make_plan(groups: list[list[int]], num_workers: int = 0) -> Plan:
+    """A plan with these head groups per primary, stage by stage."""
+    stages, rank = [], 0
+    for index, counts in enumerate(groups):
+        primaries = []
+        for span in spans(counts):
+            primaries.append(Primary(rank=rank, device="cpu", groups=span, mlp_columns=(0, 1), vocab_rows=(0, 1)))
+            rank += 1
+        stages.append(Stage(layers=(index, index + 1), primaries=tuple(primaries)))
+    workers = tuple(AttentionWorker(rank=rank + index, device="cpu") for index in range(num_workers))
+    return Plan(stages=tuple(stages), workers=workers)
+
+
+def make_sequence(
+    arrival: int, prompt_len: int, max_tokens: int, stop_ids: frozenset[int] = frozenset(), **params: object
+) -> Sequence:
+    prompt = [(arrival * 5 + position) % VOCABULARY for position in range(prompt_len)]
+    return Sequence(
+        id=f"s{arrival}",
+        token_ids=prompt,
+        prompt_len=prompt_len,
+        params=msgspec.structs.replace(SamplingParams(), **params),
+        max_tokens=max_tokens,
+        seed=0,
+        stop_ids=stop_ids,
+        arrival=arrival,
+    )
+
+
+def next_token(token_ids: list[int]) -> int:
+    """The toy model: it depends on the last token and on the position."""
+    return (31 * token_ids[-1] + 7 * len(token_ids) + 3) % VOCABULARY
+
+
+def alone(sequence: Sequence, max_model_len: int) -> list[int]:
+    """All tokens that `sequence` ends with if nobody disturbs it. Call it before the sequence runs."""
+    tokens = list(sequence.token_ids)
+    while len(tokens) < min(sequence.prompt_len + sequence.max_tokens, max_model_len):
+        tokens.append(next_token(tokens))
+        if tokens[-1] in sequence.stop_ids:
+            break
+    return tokens
+
+
+@dataclass(frozen=True)
+class FakeRow:
+    """What a rank learns of a row, and a name for its sequence to tag tokens with."""
+
+    slot: int
+    arrival: int
+    start: int
+    count: int
+    is_decode: bool
+
+
+@dataclass(frozen=True)
+class Command:
+    rows: list[FakeRow]
+    owners: dict[int, tuple[tuple[int, ...], ...]]  # of admitted slots
+    pages: list[PageDelta]
+    batch: Batch
+
+
+class FakeStage:
+    """All ranks of one stage."""
+
+    def __init__(self, index: int, plan: Plan, num_groups: int, num_pages: dict[int, int], page_size: int) -> None:
+        self.index, self.num_groups, self.page_size = index, num_groups, page_size
+        self.homes = [plan.stages[index].home(group).rank for group in range(num_groups)]
+        ranks = {*self.homes, *(worker.rank for worker in plan.workers)}
+        self.tables: dict[int, dict[tuple[int, int], int]] = {rank: {} for rank in ranks}  # (row, index) -> page
+        self.memory = {rank: np.full((num_pages[rank], page_size), -1, dtype=np.int64) for rank in ranks}
+        self.owners: dict[int, tuple[int, ...]] = {}
+
+    def run(self, command: Command) -> None:
+        for slot, owners in command.owners.items():
+            self.owners[slot] = owners[self.index]
+        for delta in command.pages:
+            if delta.stage == self.index:
+                entries = np.frombuffer(delta.entries, dtype=np.int32).reshape(-1, 3).tolist()
+                cells = [(row, column) for row, column, _ in entries]
+                assert len(set(cells)) == len(cells), "a cell is written twice in one delta"
+                self.tables[delta.rank].update({(row, column): page for row, column, page in entries})
+        for row in command.rows:
+            for group in range(self.num_groups):
+                self._compute(row, group)
+
+    def _compute(self, row: FakeRow, group: int) -> None:
+        owner, home = self.owners[row.slot][group], self.homes[group]
+        tags = self._tags(row, group)
+        for rank in {owner} if row.is_decode else {owner, home}:
+            pages, offsets = self._places(rank, row, group)
+            self.memory[rank][pages[row.start :], offsets[row.start :]] = tags[row.start :]
+        reader = owner if row.is_decode else home
+        found = self.memory[reader][self._places(reader, row, group)]
+        assert np.array_equal(found, tags), f"{row} reads foreign tokens on rank {reader}"
+
+    def _places(self, rank: int, row: FakeRow, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """(page, offset) of every token of the row's lane, the new ones included."""
+        lane, position = row.slot * self.num_groups + group, np.arange(row.start + row.count)
+        table = self.tables[rank]
+        pages = [table[lane, index] for index in range(position[-1] // self.page_size + 1)]
+        return np.array(pages)[position // self.page_size], position % self.page_size
+
+    def _tags(self, row: FakeRow, group: int) -> np.ndarray:
+        return (row.arrival * 100_000 + np.arange(row.start + row.count)) * self.num_groups + group
+
+
+@dataclass
+class ToyEngine:
+    """Call `step` until `has_work` is false. `random` decides in which order stages get on."""
+
+    plan: Plan
+    num_pages: dict[int, int]
+    page_size: int = 4
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 32
+    max_model_len: int | None = None
+    random: Random = field(default_factory=lambda: Random(0))
+
+    def __post_init__(self) -> None:
+        num_groups = self.plan.stages[0].primaries[-1].groups[1]
+        capacity = largest_context(self.plan, self.num_pages, self.page_size)
+        self.max_model_len = self.max_model_len or capacity
+        assert self.max_model_len <= capacity
+        self.cache = CacheManager(self.plan, num_groups, self.num_pages, self.page_size, self.max_num_seqs)
+        self.scheduler = Scheduler(
+            self.cache,
+            ProportionalDispatcher(),
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            num_stages=len(self.plan.stages),
+        )
+        self.stages = [
+            FakeStage(index, self.plan, num_groups, self.num_pages, self.page_size)
+            for index in range(len(self.plan.stages))
+        ]
+        self.pipeline: list[deque[Command]] = [deque() for _ in self.stages]
+        self.slots_in_use: set[int] = set()
+        self.batches: list[Batch] = []
+        self.finished: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def run(self, limit: int = 100_000) -> None:
+        """Steps until nothing is left to do."""
+        for _ in range(limit):
+            if not self.has_work:
+                return
+            self.step()
+        raise AssertionError(f"not done after {limit} steps")
+
+    def step(self) -> None:
+        """Sends all batches there are, then lets one stage compute one."""
+        while (batch := self.scheduler.schedule()) is not None:
+            self._send(batch)
+        self.cache.check_integrity()
+        busy = [index for index, queue in enumerate(self.pipeline) if queue]
+        assert busy, "there is work but nothing runs"
+        index = self.random.choice(busy)
+        command = self.pipeline[index].popleft()
+        self.stages[index].run(command)
+        if index + 1 < len(self.stages):
+            self.pipeline[index + 1].append(command)
+        else:
+            self._finish(command.batch)
+        self.cache.check_integrity()
+
+    def _send(self, batch: Batch) -> None:
+        self._check(batch)
+        self.batches.append(batch)
+        rows = [
+            FakeRow(row.sequence.slot, row.sequence.arrival, row.start, row.count, row.is_decode) for row in batch.rows
+        ]
+        owners = {sequence.slot: placement.owners for sequence, placement in batch.admitted}
+        self.pipeline[0].append(Command(rows, owners, self.cache.take_deltas(), batch))
+
+    def _finish(self, batch: Batch) -> None:
+        tokens = [next_token(row.sequence.token_ids) for row in batch.rows if row.samples]
+        self.scheduler.on_tokens(batch, tokens)
+        self.finished += [row.sequence for row in batch.rows if row.sequence.finish_reason is not None]
+
+    def _check(self, batch: Batch) -> None:
+        """The rules that every batch keeps."""
+        num_stages = len(self.stages)
+        in_flight = [row.sequence.id for queue in self.pipeline for command in queue for row in command.batch.rows]
+        ids = [row.sequence.id for row in batch.rows]
+        assert len(set(ids + in_flight)) == len(ids) + len(in_flight), "a sequence is in two places at once"
+        assert sum(len(queue) for queue in self.pipeline) < num_stages, "more micro-batches than stages"
+        assert batch.num_tokens <= -(-self.max_num_batched_tokens // num_stages), "over the token budget"
+        assert all(row.count > 0 for row in batch.rows)
+        kinds = [row.is_decode for row in batch.rows]
+        assert kinds == sorted(kinds, reverse=True), "decode rows come first"
+        assert self.slots_in_use.issuperset(batch.released), "a slot is released that is not in use"
+        assert len(set(batch.released)) == len(batch.released)
+        self.slots_in_use.difference_update(batch.released)
+        admitted = [sequence for sequence, _ in batch.admitted]
+        assert self.slots_in_use.isdisjoint(sequence.slot for sequence in admitted), "a slot is given away twice"
+        assert {sequence.id for sequence in admitted} <= set(ids), "admitted but not computed"
+        self.slots_in_use.update(sequence.slot for sequence in admitted)
+        assert {row.sequence.slot for row in batch.rows} <= self.slots_in_use
+        assert self.scheduler.num_running <= self.max_num_seqs
+
+    def check_idle(self) -> None:
+        """Nothing runs, and every page is free."""
+        self.cache.check_integrity()
+        assert not self.has_work
+        for rank, usage in self.cache.usage().items():
+            assert (usage.pages_used, usage.num_lanes) == (0, 0), f"rank {rank} still holds pages"
+        for pool, allocator in self.cache._pools.items():
+            assert self.cache.free_pages(pool) == allocator.num_pages
+
+
+def replay(deltas: list[PageDelta], tables: dict[PoolId, dict[tuple[int, int], int]]) -> None:
+    """Enters deltas in tables of (row, page index) -> page, as a rank does."""
+    for delta in deltas:
+        table = tables.setdefault(PoolId(delta.rank, delta.stage), {})
+        for row, column, page in np.frombuffer(delta.entries, dtype=np.int32).reshape(-1, 3).tolist():
+            table[row, column] = page
+
+
+def rows_of(batch: Batch) -> list[tuple[str, int, int]]:
+    """(sequence, start, count) of each row, to compare with."""
+
+    def plain(row: Row) -> tuple[str, int, int]:
+        return row.sequence.id, row.start, row.count
+
+    return [plain(row) for row in batch.rows]

@@ -1,0 +1,281 @@
+"""Who may import whom, what must never be imported, and what the driver must not load.
+
+Imports are read from the syntax tree, so those inside functions count as well. A part may import itself, the standard
+library (less clocks, sockets and processes for the policies, which are functions of data) and what its rule names.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+IMPURE = ("time", "datetime", "socket", "select", "selectors", "threading", "asyncio", "subprocess", "multiprocessing")
+PICKLERS = ("pickle", "_pickle", "cPickle", "pickletools", "cloudpickle", "dill", "marshal", "shelve", "joblib")
+
+
+class Rule(NamedTuple):
+    """Dotted prefixes. `never` wins over `may`."""
+
+    may: tuple[str, ...]
+    never: tuple[str, ...] = ()
+
+
+HOST_CACHE = ("hetis.cache.allocator", "hetis.cache.lane_table", "hetis.cache.migration")
+POLICIES = ("hetis.planner", "hetis.dispatcher", "hetis.scheduler")
+RULES = {  # the longest prefix counts
+    "hetis.core": Rule(("msgspec",), IMPURE),
+    "hetis.cost": Rule(("hetis.core", "numpy", "msgspec"), IMPURE),
+    "hetis.planner": Rule(("hetis.core", "hetis.cost", "numpy", "scipy", "highspy", "msgspec"), IMPURE),
+    "hetis.dispatcher": Rule(("hetis.core", "hetis.cost", "numpy", "scipy", "highspy", "msgspec"), IMPURE),
+    "hetis.scheduler": Rule(("hetis.core", *HOST_CACHE, "numpy", "msgspec"), IMPURE),
+    "hetis.cache": Rule(("hetis.core", "numpy", "msgspec"), (*IMPURE, "hetis.cache.pool")),
+    "hetis.cache.pool": Rule(("hetis.core", "torch", "numpy"), ("torch.distributed",)),
+    "hetis.sim": Rule(("hetis.core", "hetis.cost", *POLICIES, *HOST_CACHE, "numpy", "scipy", "msgspec")),
+    # The extension holds what links need to wait and to ring: `hetis_kernels` besides torch.
+    "hetis.comm": Rule(("hetis.core", "torch", "zmq", "numpy", "msgspec", "hetis_kernels")),
+    "hetis.models": Rule(
+        ("hetis.core", "hetis_kernels", "torch", "numpy", "safetensors", "huggingface_hub", "rich", "msgspec"),
+        ("torch.distributed",),
+    ),
+    "hetis.workers": Rule(
+        (
+            "hetis.core",
+            "hetis.cache",
+            "hetis.comm",
+            "hetis.models",
+            "hetis_kernels",
+            "torch",
+            "numpy",
+            "msgspec",
+            "psutil",
+            "pynvml",
+        ),
+        ("torch.distributed",),
+    ),
+    "hetis.engine": Rule(
+        (
+            "hetis.core",
+            "hetis.cost",
+            *POLICIES,
+            *HOST_CACHE,
+            "hetis.comm.control",
+            "hetis.comm.supervision",
+            "numpy",
+            "msgspec",
+        ),
+    ),
+    "hetis_kernels": Rule(("torch", "triton", "numpy", "flash_attn"), ("hetis", "torch.distributed")),
+}
+EVERYTHING = ("hetis.server", "hetis.__main__", "hetis")  # level 6
+
+
+class Found(NamedTuple):
+    line: int
+    name: str  # dotted
+
+
+def imports(source: str, package: str) -> Iterator[Found]:
+    """All that `source`, a module of `package`, imports, at whatever depth."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (Found(node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (Found(node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in ("import_module", "__import__"):
+            target = node.args[0] if node.args else None
+            name = str(target.value) if isinstance(target, ast.Constant) else "<computed>"
+            yield Found(node.lineno, name)
+        elif isinstance(node, ast.Attribute) and dotted(node).startswith(("torch.distributed", "torch.load")):
+            yield Found(node.lineno, dotted(node))  # `import torch` is enough to reach these
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of a chain of attributes; "" for the rest."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return ""
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def part_of(module: str) -> str | None:
+    """The rule for `module`; None for level 6."""
+    parts = [part for part in RULES if within(module, (part,))]
+    if not parts:
+        assert within(module, EVERYTHING[:2]) or module == "hetis", f"no rule says who may import what in {module}"
+    return max(parts, key=len, default=None)
+
+
+def violations(module: str, source: str, package: str) -> list[str]:
+    part = part_of(module)
+    if part is None:
+        return []
+    rule = RULES[part]
+    wrong = []
+    for line, name in imports(source, package):
+        is_own = within(name, (part,)) or name.split(".")[0] in sys.stdlib_module_names
+        if within(name, rule.never) or not (is_own or within(name, rule.may)):
+            wrong.append(f"{module}, line {line}: {part} must not import {name}")
+    return wrong
+
+
+def modules() -> list[tuple[str, Path]]:
+    """(dotted name, file) of all that is installed."""
+    files = [("hetis", ROOT / "hetis"), ("hetis_kernels", ROOT / "kernels")]
+    return [
+        (".".join([name, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"), path)
+        for name, folder in files
+        for path in sorted(folder.rglob("*.py"))
+    ]
+
+
+def test_every_part_imports_only_what_its_level_may() -> None:
+    wrong = []
+    for module, path in modules():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        wrong += violations(module, path.read_text(), package)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("hetis.core.plan", "import numpy"),
+        ("hetis.scheduler.scheduler", "def f():\n    import torch"),
+        ("hetis.scheduler.scheduler", "from hetis.dispatcher import dispatcher"),
+        ("hetis.scheduler.scheduler", "from time import monotonic"),
+        ("hetis.cache.lane_table", "from .pool import PagePool"),
+        ("hetis.cache.lane_table", "from . import pool"),
+        ("hetis.cache.pool", "import torch.distributed as dist"),
+        ("hetis.models.decoder", "import torch\ntorch.distributed.all_reduce(x)"),
+        ("hetis.models.decoder", "from hetis.comm import groups"),
+        ("hetis.workers.rank", "import zmq"),
+        ("hetis.workers.rank", "import transformers"),
+        ("hetis.engine.engine", "import importlib\nimportlib.import_module('torch')"),
+        ("hetis.engine.engine", "import importlib\nimportlib.import_module(name)"),
+        ("hetis.engine.engine", "from hetis.comm import links"),
+        ("hetis_kernels.rope", "import hetis.core.plan"),
+    ],
+)
+def test_a_planted_import_is_found(module: str, source: str) -> None:
+    assert violations(module, source, module.rpartition(".")[0])
+
+
+# --- no pickle --------------------------------------------------------------------------------------------------------
+
+
+def unsafe(source: str) -> list[str]:
+    """Ways to run what comes from outside as code: pickle in all its names, eval and exec."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        what = ""
+        if isinstance(node, ast.Name) and node.id in ("eval", "exec"):
+            what = node.id
+        elif isinstance(node, ast.Attribute):
+            what = dotted(node) if _is_unsafe_attribute(node) else ""
+        elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
+            what = node.arg
+        if what:
+            wrong.append(f"line {node.lineno}: {what}")
+    return wrong + [f"line {line}: {name}" for line, name in imports(source, "") if _is_unsafe_import(name)]
+
+
+def _is_unsafe_attribute(node: ast.Attribute) -> bool:
+    name, last = dotted(node), node.attr
+    objects = last.endswith(("_object", "_object_list")) or last in ("send_pyobj", "recv_pyobj")
+    return objects or name in ("torch.load", "torch.save", "yaml.load", "builtins.eval", "builtins.exec")
+
+
+def _is_unsafe_import(name: str) -> bool:
+    *_, last = name.split(".")
+    objects = name.startswith("torch") and last.endswith(("_object", "_object_list"))
+    queues = within(name, ("multiprocessing", "torch.multiprocessing")) and last not in (
+        "shared_memory",
+        "SharedMemory",
+        "resource_tracker",
+    )
+    return objects or queues or within(name, (*PICKLERS, "torch.load", "torch.save", "yaml.load", "builtins.eval"))
+
+
+def test_there_is_no_pickle() -> None:
+    files = [path for folder in ("hetis", "kernels", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
+    wrong = [f"{path.relative_to(ROOT)}, {found}" for path in files for found in unsafe(path.read_text())]
+    assert files
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "def f():\n    from cloudpickle import dumps",
+        "import dill as d",
+        "import marshal, json",
+        "from shelve import open",
+        "__import__('pickle')",
+        "eval('1')",
+        "run = exec",
+        "import torch\ntorch.load(path)",
+        "from torch import load",
+        "dist.broadcast_object_list(x)",
+        "dist.all_gather_object(x, y)",
+        "from torch.distributed import scatter_object_list",
+        "socket.recv_pyobj()",
+        "socket.send_pyobj(x)",
+        "import yaml\nyaml.load(text)",
+        "np.load(path, allow_pickle=True)",
+        "from multiprocessing import Queue",
+    ],
+)
+def test_planted_pickle_is_found(source: str) -> None:
+    assert unsafe(source)
+
+
+@pytest.mark.parametrize(
+    "source", ["model.eval()", "json.load(file)", "from multiprocessing import shared_memory", "re.compile(x)"]
+)
+def test_harmless_code_is_not_reported(source: str) -> None:
+    assert not unsafe(source)
+
+
+# --- what is loaded ---------------------------------------------------------------------------------------------------
+
+
+def loaded_by(names: list[str]) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after importing `names`."""
+    code = "import sys\n" + "".join(f"import {name}\n" for name in names) + "print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return {name.partition(".")[0] for name in result.stdout.split()}
+
+
+def names_within(*prefixes: str) -> list[str]:
+    names = [module for module, _ in modules() if within(module, prefixes)]
+    assert names
+    return names
+
+
+def test_the_driver_never_imports_torch() -> None:
+    loaded = loaded_by(names_within("hetis.engine"))
+    assert loaded.isdisjoint({"torch", "triton", "hetis_kernels", "transformers"})
+
+
+def test_policies_import_neither_torch_nor_sockets() -> None:
+    policies = names_within("hetis.core", "hetis.cost", *POLICIES, *HOST_CACHE)
+    assert loaded_by(policies).isdisjoint({"torch", "triton", "hetis_kernels", "transformers", "zmq"})
+
+
+def test_ranks_never_import_transformers() -> None:
+    loaded = loaded_by(names_within("hetis.workers", "hetis.models", "hetis.comm"))
+    assert loaded.isdisjoint({"transformers", "tokenizers"})
