@@ -83,9 +83,8 @@ def check_floats(**tensors: torch.Tensor) -> None:
         raise ValueError(f"{first_name} has dtype {first.dtype}; use float32, bfloat16 or float16")
     for name, tensor in tensors.items():
         if tensor.dtype != first.dtype or tensor.device != first.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, {first_name} {first.dtype} on {first.device}; make them alike"
-            )
+            wanted = f"{first.dtype} on {first.device} like {first_name}"
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; it must be {wanted}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} has last stride {tensor.stride(-1)}; make its last dimension contiguous")
 

@@ -4,6 +4,7 @@ T tokens, F MLP columns.
 """
 
 from collections.abc import Callable
+from typing import no_type_check
 
 import torch
 import triton
@@ -31,9 +32,9 @@ def gated_activation(
 ) -> None:
     """out = activation(gate) * up, in place; gate_up_TF2 [T, 2F] holds the F gate columns, then the F up columns.
 
-    activation: "silu", "gelu" (erf), "gelu_tanh" or "relu", computed in float32 and rounded to the dtype before the product,
-    as transformers does. One float dtype, contiguous rows. Raises ValueError for an unknown activation, wrong shapes,
-    dtypes or devices.
+    activation: "silu", "gelu" (erf), "gelu_tanh" or "relu", computed in float32 and rounded to the dtype before the
+    product, as transformers does. One float dtype, contiguous rows. Raises ValueError for an unknown activation, wrong
+    shapes, dtypes or devices.
     """
     check_floats(gate_up_TF2=gate_up_TF2, out_TF=out_TF)
     check_shape("gate_up_TF2", gate_up_TF2, out_TF.shape[0], 2 * out_TF.shape[1])
@@ -44,6 +45,7 @@ def gated_activation(
 
 
 @triton.jit
+@no_type_check
 def _gated_activation_kernel(
     gate_up_pointer,
     out_pointer,

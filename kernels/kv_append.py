@@ -3,6 +3,8 @@
 A appended rows, N rows of k and v, D head_dim, P pages, S tokens per page.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -30,9 +32,9 @@ def kv_append(
 ) -> None:
     """pool[0][slot_A[a]] = k_ND[row_A[a]] and pool[1][slot_A[a]] = v_ND[row_A[a]], in place.
 
-    k_ND, v_ND: [N, D], rows may be strided (views into fused QKV rows). pool_2PSD: [2, P, S, D], each half contiguous, same
-    dtype; slot = page * S + offset. row_A: int32. slot_A: int64, no slot twice. Raises ValueError for wrong shapes,
-    dtypes or devices.
+    k_ND, v_ND: [N, D], rows may be strided (views into fused QKV rows). pool_2PSD: [2, P, S, D], each half contiguous,
+    same dtype; slot = page * S + offset. row_A: int32. slot_A: int64, no slot twice. Raises ValueError for wrong
+    shapes, dtypes or devices.
     """
     check_floats(k_ND=k_ND, v_ND=v_ND, pool_2PSD=pool_2PSD)
     check_indices(torch.int32, k_ND.device, row_A=row_A)
@@ -46,6 +48,7 @@ def kv_append(
 
 
 @triton.jit
+@no_type_check
 def _kv_append_kernel(
     k_pointer,
     v_pointer,

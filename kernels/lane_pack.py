@@ -3,6 +3,8 @@
 U rows of the message, N rows of the tensor at the other side, F values per row.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +25,8 @@ def lane_unpack_ref(source_UF: torch.Tensor, row_U: torch.Tensor, out_NF: torch.
 def lane_pack(source_NF: torch.Tensor, row_U: torch.Tensor, out_UF: torch.Tensor, *, backend: Backend = "auto") -> None:
     """out_UF[u] = source_NF[row_U[u]], in place.
 
-    source_NF, out_UF: one float dtype, rows contiguous, any row stride. row_U: int32. Raises ValueError for wrong shapes,
-    dtypes or devices.
+    source_NF, out_UF: one float dtype, rows contiguous, any row stride. row_U: int32. Raises ValueError for wrong
+    shapes, dtypes or devices.
     """
     check_floats(source_NF=source_NF, out_UF=out_UF)
     check_indices(torch.int32, source_NF.device, row_U=row_U)
@@ -37,8 +39,8 @@ def lane_unpack(
 ) -> None:
     """out_NF[row_U[u]] = source_UF[u], in place; other rows stay untouched.
 
-    source_UF, out_NF: one float dtype, rows contiguous, any row stride. row_U: int32, no row twice. Raises ValueError for
-    wrong shapes, dtypes or devices.
+    source_UF, out_NF: one float dtype, rows contiguous, any row stride. row_U: int32, no row twice. Raises ValueError
+    for wrong shapes, dtypes or devices.
     """
     check_floats(source_UF=source_UF, out_NF=out_NF)
     check_indices(torch.int32, source_UF.device, row_U=row_U)
@@ -47,6 +49,7 @@ def lane_unpack(
 
 
 @triton.jit
+@no_type_check
 def _lane_pack_kernel(
     source_pointer,
     row_pointer,

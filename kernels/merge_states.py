@@ -4,6 +4,7 @@ N rows, M query heads per group, D head_dim.
 """
 
 import math
+from typing import no_type_check
 
 import torch
 import triton
@@ -65,6 +66,7 @@ def merge_states(
 
 
 @triton.jit
+@no_type_check
 def _merge_states_kernel(
     out_a_pointer,
     lse2_a_pointer,

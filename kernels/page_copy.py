@@ -3,6 +3,8 @@
 N pages of the buffer, L layers, P pages of the pool, S tokens per page, D head_dim.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -55,6 +57,7 @@ def _check(pool_L2PSD: torch.Tensor, page_N: torch.Tensor, buffer_NL2SD: torch.T
 
 
 @triton.jit
+@no_type_check
 def _page_copy_kernel(
     pool_pointer,
     page_pointer,

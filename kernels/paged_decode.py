@@ -6,6 +6,7 @@ W entries of a row.
 
 import math
 from functools import partial
+from typing import no_type_check
 
 import torch
 import triton
@@ -33,7 +34,7 @@ def lane_tokens(
 def attention_ref(
     q_QD: torch.Tensor, k_KD: torch.Tensor, v_KD: torch.Tensor, scale: float, visible_QK: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale q k) v and the base-2 log-sum-exp of scale q k log2(e), in float32; no key at all gives 0 and -inf."""
+    """softmax(scale q k) v and the base-2 log-sum-exp of scale q k log2(e), in float32; no key gives 0 and -inf."""
     score_QK = scale * math.log2(math.e) * (q_QD.float() @ k_KD.T)
     if visible_QK is not None:
         score_QK = score_QK.masked_fill(~visible_QK, -math.inf)
@@ -81,12 +82,13 @@ def paged_decode(
     q_NMD, out_NMD: [N, M, D], last dimension contiguous (views into fused QKV rows are fine), of one float dtype.
     pool_2PSD: [2, P, S, D], one layer of the pool, same dtype. page_table_BW: int32 page ids; token i of a lane lies in
     page table[lane, i // S] at offset i % S. lane_U, row_U, length_U: int32, on the same device. lse2_NM: float32, the
-    base-2 log-sum-exp of scale q k log2(e). Rows that row_U does not name stay untouched; a length of 0 gives 0 and -inf.
+    base-2 log-sum-exp of scale q k log2(e). Rows that row_U does not name stay untouched; length 0 gives 0 and -inf.
     window: queries see the last `window` tokens of the lane; 0 means all of them.
-    max_length: an upper bound of length_U known on the host; it only saves empty work (CUDA) and never changes a result.
+    max_length: a bound of length_U known on the host; on CUDA it saves empty programs and scratch memory (without it,
+    the width of the page table is the bound) and it never changes a result.
 
     What is computed for a lane depends on its length and the window alone, not on the other lanes of the call.
-    Bytes read: about 2 * min(length, window) * D values per lane. Raises ValueError for wrong shapes, dtypes or devices.
+    Bytes read: 2 * min(length, window) * D values per lane. Raises ValueError for wrong shapes, dtypes or devices.
     """
     _check(q_NMD, pool_2PSD, page_table_BW, lane_U, row_U, length_U, window, out_NMD, lse2_NM)
     arguments = (q_NMD, pool_2PSD, page_table_BW, lane_U, row_U, length_U, scale, window, out_NMD, lse2_NM)
@@ -120,6 +122,24 @@ def _check(
 
 
 @triton.jit
+@no_type_check
+def accumulate(score_QK, v_KD, largest_Q, total_Q, sum_QD):
+    """One block of keys of a running softmax: its largest score, its sum of weights and its weighted sum of values.
+
+    Scores are base-2 logarithms, -inf for keys that a query does not see.
+    """
+    new_largest_Q = tl.maximum(largest_Q, tl.max(score_QK, axis=1))
+    # a query that has seen no key yet has nothing to be relative to
+    base_Q = tl.where(new_largest_Q == float("-inf"), 0.0, new_largest_Q)
+    weight_QK = tl.exp2(score_QK - base_Q[:, None])
+    shrink_Q = tl.exp2(largest_Q - base_Q)
+    total_Q = total_Q * shrink_Q + tl.sum(weight_QK, axis=1)
+    sum_QD = tl.dot(weight_QK.to(v_KD.dtype), v_KD, sum_QD * shrink_Q[:, None], input_precision="ieee")
+    return new_largest_Q, total_Q, sum_QD
+
+
+@triton.jit
+@no_type_check
 def _split_tokens(span, BLOCK_K: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
     """Tokens per split: a function of the number of attended tokens alone, as the placement law asks."""
     even_share = tl.cdiv(tl.cdiv(span, MAX_SPLITS), BLOCK_K) * BLOCK_K
@@ -127,6 +147,7 @@ def _split_tokens(span, BLOCK_K: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLI
 
 
 @triton.jit(do_not_specialize=["window", "page_table_stride"])
+@no_type_check
 def _paged_decode_kernel(
     q_pointer,
     pool_pointer,
@@ -191,13 +212,7 @@ def _paged_decode_kernel(
         page_K = tl.load(page_table_pointer + next_K // S, mask=next_K < end, other=0)
         score_MK = tl.dot(q_MD, tl.trans(k_KD), input_precision="ieee") * scale_log2
         score_MK = tl.where((token_K < end)[None, :], score_MK, float("-inf"))
-        new_largest_M = tl.maximum(largest_M, tl.max(score_MK, axis=1))
-        weight_MK = tl.exp2(score_MK - new_largest_M[:, None])
-        shrink_M = tl.exp2(largest_M - new_largest_M)
-        total_M = total_M * shrink_M + tl.sum(weight_MK, axis=1)
-        sum_MD = sum_MD * shrink_M[:, None]
-        sum_MD = tl.dot(weight_MK.to(v_KD.dtype), v_KD, sum_MD, input_precision="ieee")
-        largest_M = new_largest_M
+        largest_M, total_M, sum_MD = accumulate(score_MK, v_KD, largest_M, total_M, sum_MD)
     out_MD = sum_MD / tl.where(total_M == 0.0, 1.0, total_M)[:, None]
     lse2_M = largest_M + tl.log2(total_M)
 
@@ -212,6 +227,7 @@ def _paged_decode_kernel(
 
 
 @triton.jit(do_not_specialize=["window", "num_splits"])
+@no_type_check
 def _merge_splits_kernel(
     partial_out_pointer,
     partial_lse2_pointer,

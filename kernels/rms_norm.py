@@ -3,6 +3,8 @@
 T tokens, H hidden size.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -30,8 +32,8 @@ def rms_norm(
 ) -> None:
     """out = weight * (x / sqrt(mean(x^2) + epsilon)), in place; out may be x.
 
-    The norm is computed in float32, rounded to the dtype, then multiplied by the weight in the dtype. All tensors have one
-    float dtype and contiguous rows. Raises ValueError for wrong shapes, dtypes or devices.
+    The norm is computed in float32, rounded to the dtype, then multiplied by the weight in the dtype. All tensors have
+    one float dtype and contiguous rows. Raises ValueError for wrong shapes, dtypes or devices.
     """
     check_floats(x_TH=x_TH, weight_H=weight_H, out_TH=out_TH)
     check_shape("out_TH", out_TH, *x_TH.shape)
@@ -61,6 +63,7 @@ def add_rms_norm(
 
 
 @triton.jit
+@no_type_check
 def _rms_norm_kernel(
     x_pointer,
     residual_pointer,

@@ -4,6 +4,8 @@ T tokens, G head groups, M query heads per group, H = M + 2 heads of a fused row
 P positions of the table, R rotary dimensions.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -29,8 +31,8 @@ def qk_norm_rope_ref(
         qk_TGHD[:, :, num_queries] = k_weight_D * normalised[:, :, num_queries]
     if cos_sin_PR is not None:
         half = cos_sin_PR.shape[1] // 2
-        cos_T11F, sin_T11F = cos_sin_PR[position_T][:, None, None].split(half, dim=-1)
-        x1, x2 = qk_TGHD[..., : 2 * half].float().split(half, dim=-1)
+        cos_T11F, sin_T11F = cos_sin_PR[position_T][:, None, None].chunk(2, dim=-1)
+        x1, x2 = qk_TGHD[..., : 2 * half].float().chunk(2, dim=-1)
         rotated = torch.cat((x1 * cos_T11F - x2 * sin_T11F, x2 * cos_T11F + x1 * sin_T11F), dim=-1)
         qk_TGHD[..., : 2 * half] = rotated.to(qkv_TGHD.dtype)
 
@@ -48,9 +50,9 @@ def qk_norm_rope(
 ) -> None:
     """Norms and rotates the queries and the key of every fused row in place; the value is not touched.
 
-    Norm (both weights or neither): x / sqrt(mean(x^2) + epsilon) over D in float32, rounded to the dtype, times the weight
-    in the dtype. Rotation (when cos_sin_PR is given), of the first R values, halves (x1, x2), in float32 with one rounding
-    at the end: (x1 cos - x2 sin, x2 cos + x1 sin).
+    Norm (both weights or neither): x / sqrt(mean(x^2) + epsilon) over D in float32, rounded to the dtype, times the
+    weight in the dtype. Rotation (when cos_sin_PR is given) of the first R values, halves (x1, x2), in float32 with one
+    rounding at the end: (x1 cos - x2 sin, x2 cos + x1 sin).
 
     qkv_TGHD: [T, G, M + 2, D] contiguous. cos_sin_PR: float32 [positions, R], R/2 cosines then R/2 sines. position_T:
     int64. Raises ValueError for wrong shapes, dtypes or devices.
@@ -91,6 +93,7 @@ def _check(
 
 
 @triton.jit
+@no_type_check
 def _qk_norm_rope_kernel(
     qkv_pointer,
     q_weight_pointer,

@@ -1,17 +1,18 @@
 """Prefill attention of packed prompt chunks over paged lanes, causal, with keys and values read from the pool.
 
-T tokens of all chunks, C chunks, G head groups, M query heads per group, D head_dim, P pages, S tokens per page, B rows of
-the page table, W entries of a row.
+T tokens of all chunks, C chunks, G head groups, M query heads per group, D head_dim, P pages, S tokens per page, B rows
+of the page table, W entries of a row.
 """
 
 import math
+from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
 
 from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch
-from .paged_decode import attention_ref, lane_tokens
+from .paged_decode import accumulate, attention_ref, lane_tokens
 
 
 def paged_prefill_ref(
@@ -67,7 +68,7 @@ def paged_prefill(
 
     Chunk c holds the tokens query_start_C1[c]:query_start_C1[c + 1], n_c >= 1 of them, at positions
     context_C[c] - n_c ... context_C[c] - 1; K and V of all context_C[c] tokens are already in the pool, head group g of
-    chunk c in table row lane_CG[c, g]. A query at position p sees the keys at (p - window, p], or [0, p] when window is 0.
+    chunk c in table row lane_CG[c, g]. A query at position p sees the keys at (p - window, p], or [0, p] if window is 0.
 
     q_TGMD, out_TGMD: [T, G, M, D], last dimension contiguous, one float dtype. pool_2PSD: [2, P, S, D] same dtype.
     page_table_BW, query_start_C1, lane_CG, context_C: int32 on the same device. lse2_TGM: float32, base-2 log-sum-exp.
@@ -114,8 +115,9 @@ def _check(
 
 
 @triton.jit
+@no_type_check
 def _chunk_of_tile(tile, query_start_pointer, num_chunks, BLOCK_T: tl.constexpr):
-    """The chunk that tile belongs to: chunk c owns the tiles from query_start[c] // BLOCK_T + c on, enough for its tokens."""
+    """The chunk of that tile; chunk c owns the tiles from query_start[c] // BLOCK_T + c on, enough for its tokens."""
     first, last = 0, num_chunks - 1
     while first < last:
         middle = (first + last + 1) // 2
@@ -126,6 +128,7 @@ def _chunk_of_tile(tile, query_start_pointer, num_chunks, BLOCK_T: tl.constexpr)
 
 
 @triton.jit(do_not_specialize=["num_chunks", "window", "page_table_stride"])
+@no_type_check
 def _paged_prefill_kernel(
     q_pointer,
     pool_pointer,
@@ -201,15 +204,7 @@ def _paged_prefill_kernel(
         visible_QK = (key_K[None, :] <= position_Q[:, None]) & (key_K[None, :] >= oldest_Q[:, None])
         score_QK = tl.dot(q_QD, tl.trans(k_KD), input_precision="ieee") * scale_log2
         score_QK = tl.where(visible_QK, score_QK, float("-inf"))
-        new_largest_Q = tl.maximum(largest_Q, tl.max(score_QK, axis=1))
-        # a row may not see any key of the first blocks of its tile: then there is nothing to be relative to yet
-        base_Q = tl.where(new_largest_Q == float("-inf"), 0.0, new_largest_Q)
-        weight_QK = tl.exp2(score_QK - base_Q[:, None])
-        shrink_Q = tl.exp2(largest_Q - base_Q)
-        total_Q = total_Q * shrink_Q + tl.sum(weight_QK, axis=1)
-        sum_QD = sum_QD * shrink_Q[:, None]
-        sum_QD = tl.dot(weight_QK.to(v_KD.dtype), v_KD, sum_QD, input_precision="ieee")
-        largest_Q = new_largest_Q
+        largest_Q, total_Q, sum_QD = accumulate(score_QK, v_KD, largest_Q, total_Q, sum_QD)
     out_QD = sum_QD / tl.where(total_Q == 0.0, 1.0, total_Q)[:, None]
     lse2_Q = largest_Q + tl.log2(total_Q)
 

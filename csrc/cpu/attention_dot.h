@@ -15,6 +15,7 @@ struct WideDot {
   static HETIS_INLINE Vector load_row(const T* x, int /* values left */) { return widen(x); }
   static HETIS_INLINE Vector load_query(const float* x, int) { return load(x); }
   static HETIS_INLINE Vector load_packed(const float* x) { return load(x); }
+  static HETIS_INLINE void store_packed(float* x, Vector v) { store(x, v); }
   static HETIS_INLINE Vector broadcast(const float* x) { return set(*x); }
   static HETIS_INLINE Vector add_product(Vector a, Vector b, Vector sum) { return multiply_add(a, b, sum); }
 

@@ -231,3 +231,10 @@ struct Prefill {
     finish(block, memory);
   }
 };
+
+// One entry of the table.
+template <class Dot>
+constexpr AttentionKernels attention_table() {
+  return {decode_split<Dot>, decode_merge<typename Dot::Element>, Prefill<Dot>::run, kBlockRows,
+          Prefill<Dot>::scratch_bytes};
+}

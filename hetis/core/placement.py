@@ -29,7 +29,10 @@ class Shortage(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         pools = sorted(self.missing.items())
-        return ", ".join(f"rank {pool.rank} lacks {count} pages for stage {pool.stage}" for pool, count in pools)
+        return ", ".join(
+            f"rank {pool.rank} lacks {count} {'page' if count == 1 else 'pages'} for stage {pool.stage}"
+            for pool, count in pools
+        )
 
 
 class FleetView(msgspec.Struct, frozen=True, kw_only=True):

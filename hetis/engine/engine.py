@@ -52,7 +52,6 @@ class Engine:
         self._num_arrivals = 0
         self._outputs: list[TokenOutput] = []
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}  # by sequence, until its first token
-        self._heads_peak = {member.rank: 0 for member in plan.members()}
 
     @property
     def num_in_flight(self) -> int:
@@ -117,6 +116,8 @@ class Engine:
         invalid = set(result.invalid)
         tokens = np.frombuffer(result.tokens, dtype=np.int32).tolist()
         for index, new in enumerate(self.scheduler.on_tokens(batch, tokens, invalid)):
+            if new.sequence.finish_reason == "abort":  # answered when it was aborted
+                continue
             self._outputs.append(self._output(new.sequence, new.token, result.logprobs[index : index + 1], index in invalid))
 
     def _output(
@@ -134,9 +135,6 @@ class Engine:
 
     def _command(self, batch: Batch) -> StepCommand:
         rows = batch.rows
-        if batch.admitted:
-            for rank, usage in self.cache.usage().items():
-                self._heads_peak[rank] = max(self._heads_peak[rank], usage.num_lanes)
         scored = [index for index, row in enumerate(rows) if _is_scored(row)]
         return StepCommand(
             step=self._num_steps,
@@ -155,7 +153,9 @@ class Engine:
 
     def _keep_prompt_logprobs(self, batch: Batch, result: StepResult) -> None:
         for index, found in result.prompt_logprobs.items():
-            self._prompt_logprobs.setdefault(batch.rows[index].sequence.id, []).extend(found)
+            sequence = batch.rows[index].sequence
+            if sequence.finish_reason is None:
+                self._prompt_logprobs.setdefault(sequence.id, []).extend(found)
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ class Engine:
                 role=self._setup.plan.role_of(member.rank),
                 device=member.device,
                 heads=usage.num_lanes * queries,
-                heads_peak=self._heads_peak[member.rank] * queries,
+                heads_peak=usage.lanes_peak * queries,
                 pages_used=usage.pages_used,
                 pages_total=usage.pages_total,
                 pages_peak=usage.pages_peak,
@@ -178,8 +178,7 @@ class Engine:
                 bytes_sent=stats[member.rank].bytes_sent,
                 bytes_received=stats[member.rank].bytes_received,
             )
-            for member in self._setup.plan.members()
-            for usage in [self.cache.usage()[member.rank]]
+            for member, usage in zip(self._setup.plan.members(), self.cache.usage().values(), strict=True)
         ]
         return FleetStats(
             members=members, num_steps=self._num_steps, num_preemptions=self.scheduler.num_preemptions

@@ -1,6 +1,7 @@
 """Text from tokens as they come: whole characters only, and nothing that may turn out to be part of a stop string."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from hetis.core.sampling_params import SamplingParams
@@ -74,9 +75,10 @@ class Detokenizer:
 
 
 class StopChecker:
-    """Finds stop strings in text that comes in pieces (Knuth, Morris, Pratt: one state per string, a character at a time).
+    """Finds stop strings in text that comes in pieces.
 
-    The match that ends first counts, of those that end together the longest; so the result does not depend on the pieces.
+    The match that ends first counts, and of those that end together the longest: whatever the pieces are. The text goes
+    through once, character by character, with one state per stop string (Knuth, Morris and Pratt 1977).
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -85,7 +87,7 @@ class StopChecker:
         self._matched = [0] * len(stops)  # characters of each stop string that the text ends with
 
     def feed(self, new: str, counts: bool = True) -> tuple[str, int] | None:
-        """The stop string that is complete first, and where in `new` it ends. Without `counts`, matches are passed over."""
+        """The stop string that is complete first, and where in `new` it ends. Unless it `counts`, it is passed over."""
         for end, character in enumerate(new, start=1) if self._stops else ():
             found = [stop for index, stop in enumerate(self._stops) if self._step(index, character)]
             if found and counts:
@@ -100,7 +102,7 @@ class StopChecker:
         return self._matched[index] == len(stop)
 
     def longest_begin(self) -> int:
-        """Characters at the end of the text that may become a stop string: its longest proper begin, over all of them."""
+        """Characters at the end of the text that may become a stop string: the longest proper begin of any of them."""
         return max(
             (
                 borders[-1] if matched == len(stop) else matched
@@ -122,6 +124,12 @@ def _borders(stop: str) -> list[int]:
     return borders
 
 
+@lru_cache(maxsize=4)
+def _special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Text of the special tokens by id. Cached, as some models have thousands."""
+    return {token: added.content for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+
+
 class _TokenDecoder:
     """Tokens to text, one at a time.
 
@@ -135,8 +143,7 @@ class _TokenDecoder:
     def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
         self._tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._skip_special = params.skip_special_tokens
-        special = {i: added.content for i, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
-        self._special: dict[int, str] = special
+        self._special = _special_tokens(self._tokenizer)
         # some decoders put a space between any two tokens, special ones included
         self._joins_special = not (params.skip_special_tokens or params.spaces_between_special_tokens)
         self._window: list[int] = []
@@ -146,10 +153,13 @@ class _TokenDecoder:
     def prime(self, prompt_token_ids: Sequence[int]) -> None:
         """The tokens before the first. If they end within a character, it will be given out with the output."""
         end = [token for token in prompt_token_ids[-4 * _PROMPT_TOKENS :] if self._has_text(token)]
-        tail, text = end[-_PROMPT_TOKENS:], self._decode(end[-_PROMPT_TOKENS:])
-        if text.startswith(_UNFINISHED):  # cut within a character
-            tail, text = end, self._decode(end)
-        self._window, self._fresh, self._shown = tail, 0, len(text.rstrip(_UNFINISHED))
+        self._window = end[-_PROMPT_TOKENS:]
+        if self._decode(self._window).startswith(_UNFINISHED):  # cut within a character
+            self._window = end
+        self._shown = len(self._decode(self._window).rstrip(_UNFINISHED))
+        self._fresh = len(self._window)
+        while self._fresh and self._decode(self._window[: self._fresh]).endswith(_UNFINISHED):
+            self._fresh -= 1
 
     def push(self, token: int) -> str:
         """The whole characters that this token completes."""
@@ -160,16 +170,21 @@ class _TokenDecoder:
             return self._special[token]
         self._window.append(token)
         text = self._decode(self._window)
+        pending = len(self._window) - self._fresh
         if not text.endswith(_UNFINISHED):
-            piece = text[self._shown :]
-            if piece:
-                self._slide(self._window, self._fresh if self._fresh else len(self._window) - 1)
-            return piece
-        if len(self._window) - self._fresh <= _MOST_PENDING:
-            return ""
-        piece = text[self._shown : -1]
-        self._slide(self._window, len(self._window) - _LAST_TOKENS)
-        self._shown -= 1
+            whole = text
+        elif pending <= _MOST_PENDING:
+            whole = text.rstrip(_UNFINISHED)
+        else:
+            whole = text[:-1]  # what is in front of the last character can no longer change
+        piece = whole[self._shown :]
+        if piece and whole == text:
+            self._slide(self._window, self._fresh)
+        elif pending > _MOST_PENDING:
+            self._slide(self._window, len(self._window) - _LAST_TOKENS)
+            self._shown -= len(text) - len(whole)
+        else:
+            self._shown = max(self._shown, len(whole))
         return piece
 
     def flush(self) -> str:

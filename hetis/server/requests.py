@@ -1,14 +1,16 @@
 """A request in flight at the front end: its completions, their text, and what is streamed of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from hetis.core.messages import AbortRequest, AddRequest, TokenOutput
-from hetis.core.outputs import CompletionOutput, Logprob, RequestOutput, named_logprobs
+from hetis.core.outputs import CompletionOutput, Logprob, RequestOutput
 from hetis.core.sampled import TokenLogprobs
 from hetis.core.sampling_params import SamplingParams
 from hetis.server.detokenizer import Detokenizer
+
+Decode = Callable[[int], str]
 
 
 class RequestFailed(RuntimeError):
@@ -29,9 +31,11 @@ class Piece:
 class Completion:
     """One of the n answers to a prompt."""
 
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Any) -> None:
-        self._params, self._tokenizer = params, tokenizer
-        self._detokenizer = Detokenizer(tokenizer, params) if tokenizer is not None and params.detokenize else None
+    def __init__(self, index: int, params: SamplingParams, prompt_token_ids: list[int], tokenizer: Any) -> None:
+        self._decode = (lambda token: tokenizer.decode([token])) if tokenizer is not None else None
+        self._detokenizer: Detokenizer | None = None
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = Detokenizer(tokenizer, params, prompt_token_ids)
         wants_logprobs = params.logprobs is not None
         self.output = CompletionOutput(index=index, text="", token_ids=[], logprobs=[] if wants_logprobs else None)
         self.output.cumulative_logprob = 0.0 if wants_logprobs else None
@@ -84,9 +88,9 @@ class Request:
         tokenizer: Any,
     ) -> None:
         self.id, self._prompt_index, self._params = request_id, prompt_index, params
-        self._tokenizer = tokenizer
+        self._decode = (lambda token: tokenizer.decode([token])) if tokenizer is not None else None
         self._prompt, self._prompt_token_ids = prompt, prompt_token_ids
-        self._completions = [Completion(index, params, tokenizer) for index in range(params.n)]
+        self._completions = [Completion(index, params, prompt_token_ids, tokenizer) for index in range(params.n)]
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         if params.prompt_logprobs is not None:
             self._prompt_logprobs = [None]
@@ -135,3 +139,12 @@ class Request:
             outputs=[completion.output for completion in self._completions],
             finished=self.finished,
         )
+
+
+def named_logprobs(found: TokenLogprobs, decode: Decode | None) -> dict[int, Logprob]:
+    """Token id -> logprob at one position, in vLLM's form: the drawn token first, then the best in order."""
+    named: dict[int, Logprob] = {}
+    for token, value, rank in found.ranked():
+        if token not in named:  # the drawn token comes again among the best
+            named[token] = Logprob(logprob=value, rank=rank, decoded_token=decode(token) if decode else None)
+    return named

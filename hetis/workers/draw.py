@@ -157,7 +157,6 @@ def _at_least(value: Tensor, bound: Tensor) -> Tensor:
     return torch.ge(value, bound, out=torch.empty_like(value))
 
 
-
 def _pick(weight_RKB: Tensor, first_RK: Tensor, uniform_R: Tensor) -> Tensor:
     """The token at which the cumulated weight passes `uniform` of the total; first the block, then the token in it."""
     mass_RK = weight_RKB.sum(-1)

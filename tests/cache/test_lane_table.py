@@ -187,6 +187,10 @@ def test_random_operations_against_the_naive_cache(seed: int, groups: list[list[
         if random.random() < 0.5:
             replay(cache.take_deltas(), tables)
             check_tables(naive, tables)
+            for lanes in cache._sequences.values():
+                for part in lanes.parts:
+                    for row, pages in zip(part.row_U, part.pages, strict=True):
+                        assert [tables[part.pool][row, index] for index in range(len(pages))] == pages.tolist()
 
 
 def random_placement(random: Random, plan: Plan) -> Placement:

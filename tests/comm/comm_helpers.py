@@ -21,7 +21,7 @@ from hetis.comm.supervision import host_id
 from hetis.core.fleet import DeviceInfo
 
 CPU = torch.device("cpu")
-SCRIPT = Path(__file__).with_name("rank_script.py")
+ROOT = Path(__file__).parents[2]
 
 
 def device_info(rank: int, **changes: Any) -> DeviceInfo:
@@ -117,7 +117,7 @@ def ping_pong(link: Link, is_primary: bool, max_bytes: int, num_messages: int, s
 
 
 class Ranks:
-    """Processes that run `rank_script.py SCENARIO` and meet at a store that the test hosts, as torchrun does."""
+    """Processes that run `rank_script SCENARIO` and meet at a store that the test hosts, as torchrun does."""
 
     def __init__(self, scenario: str, ranks: Sequence[int], *arguments: str) -> None:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30), wait_for_workers=False)
@@ -130,7 +130,8 @@ class Ranks:
         }
         self.processes = {
             rank: subprocess.Popen(
-                [sys.executable, str(SCRIPT), scenario, *arguments],
+                [sys.executable, "-m", "tests.comm.rank_script", scenario, *arguments],
+                cwd=ROOT,
                 env=os.environ | self.environment | {"RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -1,17 +1,17 @@
-"""One rank of a test: `python rank_script.py SCENARIO`. Prints "ok" at the end."""
+"""One rank of a test: `python -m tests.comm.rank_script SCENARIO`. Prints "ok" at the end."""
 
 import os
 import sys
 from datetime import timedelta
 
 import torch
-from comm_helpers import CPU, device_info, open_end, ping_pong, receive, transmit
 
 from hetis.comm import shared_memory
 from hetis.comm.groups import init_groups
 from hetis.comm.rendezvous import StoreRendezvous
 from hetis.comm.shared_reduce import open_shared
 from hetis.core.plan import Plan, Primary, Stage
+from tests.comm.comm_helpers import CPU, device_info, open_end, ping_pong, receive, transmit
 
 MAX_BYTES = 300_000
 

@@ -8,13 +8,13 @@ from functools import partial
 
 import pytest
 import torch
-from comm_helpers import CPU, Ranks, together
 
 from hetis.comm import shared_reduce
 from hetis.comm.collectives import Alone, GroupTensorParallel, StagedTensorParallel, TensorParallel
 from hetis.comm.process_groups import make_process_group
 from hetis.comm.rendezvous import LocalRendezvous, StoreRendezvous
 from hetis.comm.shared_reduce import SharedTensorParallel, open_shared
+from tests.comm.comm_helpers import CPU, Ranks, together
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from comm_helpers import CPU, Ranks, device_info, together
-from rank_script import plan_of_stages
 
 from hetis.comm.collectives import Alone
 from hetis.comm.groups import Groups, handovers, init_groups
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.plan import AttentionWorker, Plan
+from tests.comm.comm_helpers import CPU, Ranks, device_info, together
+from tests.comm.rank_script import plan_of_stages
 
 H = 40
 

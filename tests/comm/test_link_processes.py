@@ -6,9 +6,9 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
-from comm_helpers import Ranks, open_end, random_bytes, receive, transmit
 
 from hetis.comm.rendezvous import StoreRendezvous
+from tests.comm.comm_helpers import Ranks, open_end, random_bytes, receive, transmit
 
 DETECTION_SECONDS = 2.0
 

@@ -9,13 +9,23 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from comm_helpers import CPU, device_info, open_end, open_pair, ping_pong, random_bytes, receive, together, transmit
 
 from hetis.comm.links import choose_link, open_link
 from hetis.comm.links.base import ALIGNMENT, NUM_SLOTS, Link
 from hetis.comm.links.shm import ShmLink
 from hetis.comm.links.tcp import _Offer
 from hetis.comm.rendezvous import LocalRendezvous
+from tests.comm.comm_helpers import (
+    CPU,
+    device_info,
+    open_end,
+    open_pair,
+    ping_pong,
+    random_bytes,
+    receive,
+    together,
+    transmit,
+)
 
 KINDS = ["local", "shm", "tcp", "torchdist", "staged"]
 CHECKED_KINDS = ["local", "shm", "tcp"]  # those that notice when the ends disagree about a size

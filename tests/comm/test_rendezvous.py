@@ -3,9 +3,9 @@
 from functools import partial
 
 import pytest
-from comm_helpers import Ranks, together
 
 from hetis.comm.rendezvous import LocalRendezvous, StoreRendezvous
+from tests.comm.comm_helpers import Ranks, together
 
 
 def test_note_reaches_whoever_waits() -> None:

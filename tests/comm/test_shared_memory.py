@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comm_helpers import together
 
 from hetis.comm import shared_memory
 from hetis.comm.shared_memory import PAGE_BYTES, Address, Peer, Segment, Waiter, operations, plain_publish, plain_wait
+from tests.comm.comm_helpers import together
 
 Operations = tuple[Callable[[int, int, int, int], bool], Callable[[int], None]]
 NATIVE, PLAIN = "native", "plain"

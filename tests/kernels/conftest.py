@@ -1,7 +1,7 @@
 """Fixtures of the kernel tests.
 
-Triton kernels run twice: on the CPU under Triton's interpreter, and, under the marker `gpu`, on CUDA (TRITON_INTERPRET=0).
-The interpreter must be chosen before triton is first imported.
+Triton kernels run twice: on the CPU under Triton's interpreter and, under the marker `gpu`, on CUDA, where pytest must
+be started with TRITON_INTERPRET=0. Either has to be chosen before triton is first imported.
 """
 
 import os
@@ -18,7 +18,7 @@ import triton
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# The interpreter cuts float32 to bfloat16 where a GPU rounds, so one unit in the last place is the least it can miss by.
+# The interpreter cuts float32 to bfloat16 where a GPU rounds: one unit in the last place is the least it can miss by.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -57,8 +57,8 @@ class Lanes:
 
     k: list[torch.Tensor]
     v: list[torch.Tensor]
-    pool_2PSD: torch.Tensor
-    page_table_BW: torch.Tensor
+    pool_2PSD: torch.Tensor  # noqa: N815
+    page_table_BW: torch.Tensor  # noqa: N815
 
     def to(self, device: torch.device) -> "Lanes":
         return Lanes(self.k, self.v, self.pool_2PSD.to(device), self.page_table_BW.to(device))

@@ -1,7 +1,7 @@
 """Every Triton kernel compiled for real for four generations of cards, without one: no spills, bounded shared memory.
 
-The launchers are called on tensors without data and a recorder in the place of each kernel keeps what they would launch.
-All of it happens in one child process, because this one imports triton as an interpreter.
+The launchers are called on tensors without data, and a recorder in the place of each kernel keeps what they would
+launch. All of it happens in one child process, because this one imports triton as an interpreter.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-# the most shared memory of one program, in KiB, by compute capability (CUDA C++ programming guide, technical specifications)
+# the most shared memory of one program, in KiB, by compute capability (CUDA C++ programming guide)
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 KERNELS = {

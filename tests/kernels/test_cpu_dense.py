@@ -1,4 +1,4 @@
-"""The C++ norms, rotary positions and activations against their references, on every instruction set of this machine."""
+"""The C++ norms, rotary positions and activations against their references, on every instruction set that is here."""
 
 from collections.abc import Iterator
 
@@ -79,13 +79,15 @@ def test_qk_norm_rope(
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("columns", [1, 15, 16, 100, 3072])
 def test_gated_activation(dtype: torch.dtype, close: dict[str, float], activation: str, columns: int) -> None:
-    gate_up = strided(3, 2 * columns, dtype)
+    gate_up = (3 * torch.randn(3, 2 * columns + 1)).to(dtype)[:, 1:]
     extremes = torch.tensor([-200.0, -88.5, -0.0, 0.0, 88.5, 200.0, torch.nan]).to(dtype)[:columns]
     gate_up[0, : extremes.numel()] = extremes
     out, expected = torch.empty(2, 3, columns, dtype=dtype).unbind(0)
     gated_activation(gate_up, activation, out, backend="cpu")
     gated_activation(gate_up, activation, expected, backend="reference")
-    torch.testing.assert_close(out, expected, **close, equal_nan=True)
+    # torch's vectorised erf misses by 1e-6, and the other factor is up to 12
+    atol = max(close["atol"], 2e-5) if activation == "gelu" else close["atol"]
+    torch.testing.assert_close(out, expected, rtol=close["rtol"], atol=atol, equal_nan=True)
 
 
 def test_a_token_alone_is_the_token_in_a_batch(dtype: torch.dtype) -> None:

@@ -41,14 +41,14 @@ def assert_rounded_sum(result: torch.Tensor, x_TK: torch.Tensor, weight_NK: torc
     assert bool(((result.double() - expected).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("num_inputs", [1, 3, 8, 31, 32, 33, 100, 264])
-@pytest.mark.parametrize("num_outputs", [1, 5, 6, 7, 13, 64])
+@pytest.mark.parametrize("num_inputs", [1, 8, 31, 33, 264])
+@pytest.mark.parametrize("num_outputs", [1, 5, 6, 13, 64])
 def test_it_is_the_product_rounded_once(
     instructions: str, dtype: torch.dtype, num_outputs: int, num_inputs: int
 ) -> None:
     weight = torch.randn(num_outputs, num_inputs + 5).to(dtype)[:, :num_inputs]
     bias = torch.randn(num_outputs).to(dtype)
-    for num_tokens in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 21, 37):
+    for num_tokens in (1, 4, 5, 9, 16, 17, 37):
         x = torch.randn(num_tokens, num_inputs + 1).to(dtype)[:, 1:]
         assert_rounded_sum(run_kernel(x, weight, bias), x, weight, bias)
 

@@ -12,14 +12,38 @@ from hetis.models.families import read_model_spec
 from tests.checkpoints import FAMILIES, load_reference, make_checkpoint, reference_logits
 from tests.models.reference import decode_all
 
-PROMPT = [5, 17, 300, 2, 2, 99, 41, 330, 7, 250, 0, 18, 64, 129, 3, 77, 201, 310, 9, 9, 160, 33, 54]
+PROMPT = [
+    5,
+    17,
+    300,
+    2,
+    2,
+    99,
+    41,
+    330,
+    7,
+    250,
+    0,
+    18,
+    64,
+    129,
+    3,
+    77,
+    199,
+    200,
+    9,
+    9,
+    201,
+    33,
+    54,
+]  # 199 | 200: `uneven`
 
 
 class Case:
     """A checkpoint, its spec, and the logits of transformers for `PROMPT`."""
 
-    def __init__(self, directory: Path, family: str) -> None:
-        self.directory = make_checkpoint(directory, family)
+    def __init__(self, directory: Path, family: str, **overrides: Any) -> None:
+        self.directory = make_checkpoint(directory, family, **overrides)
         self.model = load_reference(self.directory)
         self.spec = read_model_spec(self.directory)
         self.logits_TV = reference_logits(self.model, PROMPT)
@@ -81,6 +105,24 @@ def test_logits_equal_those_of_transformers(cases: Any, family: str) -> None:
 def test_uneven_shards_and_stages_give_the_same_logits(cases: Any, family: str, num_stages: int) -> None:
     case = cases(family)
     logits_TV = decode_all(case.spec, uneven(case.spec, num_stages), case.directory, PROMPT)
+    torch.testing.assert_close(logits_TV, case.logits_TV, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}}),
+        ("llama2", {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-2}),
+        ("opt", {"activation_function": "gelu"}),
+        ("opt", {"activation_function": "gelu_new", "enable_bias": False, "tie_word_embeddings": False}),
+        ("qwen2", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+        ("mistral", {"sliding_window": 1}),
+        ("qwen3", {"attention_bias": True, "num_hidden_layers": 1}),
+    ],
+)
+def test_less_common_settings(tmp_path: Path, family: str, overrides: dict[str, Any]) -> None:
+    case = Case(tmp_path, family, **overrides)
+    logits_TV = decode_all(case.spec, split_evenly("1+0", case.spec), case.directory, PROMPT)
     torch.testing.assert_close(logits_TV, case.logits_TV, rtol=0, atol=1e-4)
 
 

@@ -292,4 +292,4 @@ def test_the_longest_possible_sequence_runs_to_its_end_among_others() -> None:
 
 def test_shortage_names_its_pools() -> None:
     text = str(Shortage({PoolId(2, 1): 3, PoolId(0, 0): 1}))
-    assert text == "rank 0 lacks 1 pages for stage 0, rank 2 lacks 3 pages for stage 1"
+    assert text == "rank 0 lacks 1 page for stage 0, rank 2 lacks 3 pages for stage 1"

@@ -196,6 +196,10 @@ class ToyEngine:
         else:
             self._finish(command.batch)
         self.cache.check_integrity()
+        for sequence in self.scheduler._running:
+            assert sequence.is_prefilling or not self.cache._sequences[sequence.slot].staging, (
+                "staging outlives prefill"
+            )
 
     def _send(self, batch: Batch) -> None:
         self._check(batch)

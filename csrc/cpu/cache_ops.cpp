@@ -1,0 +1,179 @@
+// Copies between the cache, messages and buffers, and the exact merge of two partial attentions.
+//
+// A appended rows, N rows, U rows of a message, F values per row, L layers, P pages, S tokens per page, M query heads per
+// group, D head_dim.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include <ATen/Dispatch.h>
+
+#include "attention.h"
+#include "operations.h"
+
+namespace hetis {
+namespace {
+
+// One thread copies so many bytes before another is worth waking.
+constexpr int64_t kGrainBytes = 128 * 1024;
+
+// Copies `count` pieces of `bytes`; address(i) gives destination and source of piece i.
+template <class Address>
+void copy_pieces(int64_t count, int64_t bytes, const Address& address) {
+  at::parallel_for(0, count, std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; ++i) {
+                       const auto [to, from] = address(i);
+                       std::memcpy(to, from, bytes);
+                     }
+                   });
+}
+
+struct Piece {
+  char* to;
+  const char* from;
+};
+
+char* bytes_of(const at::Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
+
+void check_rows(const at::Tensor& packed_UF, const at::Tensor& row_U, const at::Tensor& rows_NF) {
+  check_value_tensor(packed_UF, rows_NF, 2, "the message");
+  check_value_tensor(rows_NF, rows_NF, 2, "the rows");
+  check_index_tensor(row_U, 1, "row");
+  TORCH_CHECK_VALUE(packed_UF.size(0) == row_U.size(0) && packed_UF.size(1) == rows_NF.size(1), "the message is ",
+                    packed_UF.sizes(), ", the rows are ", rows_NF.sizes(), " for ", row_U.size(0), " indices");
+}
+
+void check_pages(const at::Tensor& pool_L2PSD, const at::Tensor& page_N, const at::Tensor& buffer_NL2SD) {
+  check_index_tensor(page_N, 1, "page");
+  TORCH_CHECK_VALUE(pool_L2PSD.dim() == 5 && buffer_NL2SD.dim() == 5 && pool_L2PSD.device().is_cpu() &&
+                        buffer_NL2SD.device().is_cpu() && pool_L2PSD.is_contiguous() && buffer_NL2SD.is_contiguous() &&
+                        pool_L2PSD.scalar_type() == buffer_NL2SD.scalar_type() && pool_L2PSD.size(1) == 2 &&
+                        buffer_NL2SD.size(0) == page_N.size(0) && buffer_NL2SD.size(1) == pool_L2PSD.size(0) &&
+                        buffer_NL2SD.size(2) == 2 && buffer_NL2SD.sizes().slice(3) == pool_L2PSD.sizes().slice(3),
+                    "the pool ", pool_L2PSD.sizes(), " and the buffer ", buffer_NL2SD.sizes(), " for ", page_N.size(0),
+                    " pages must be contiguous CPU tensors of one dtype that fit together");
+}
+
+// Pieces of a buffer of whole pages: (n, l, kv) in order. in_pool and in_buffer are byte offsets.
+struct PagePieces {
+  int64_t planes, num_pages, bytes;
+  const int32_t* page_N;
+
+  PagePieces(const at::Tensor& pool_L2PSD, const at::Tensor& page)
+      : planes(2 * pool_L2PSD.size(0)),
+        num_pages(pool_L2PSD.size(2)),
+        bytes(pool_L2PSD.size(3) * pool_L2PSD.size(4) * pool_L2PSD.element_size()),
+        page_N(page.const_data_ptr<int32_t>()) {}
+  int64_t in_pool(int64_t i) const { return (i % planes * num_pages + page_N[i / planes]) * bytes; }
+  int64_t in_buffer(int64_t i) const { return i * bytes; }
+};
+
+// lse2 of -inf means an empty part, whose values may be anything, NaN included.
+template <class T>
+void merge_row(const T* a, float lse2_a, const T* b, float lse2_b, int64_t D, T* out, float* lse2) {
+  const float best = std::max(lse2_a, lse2_b);
+  const float base = std::isinf(best) && best < 0 ? 0.0f : best;
+  const float weight_a = std::exp2(lse2_a - base), weight_b = std::exp2(lse2_b - base);
+  const float total = weight_a + weight_b;
+  if (total == 0.0f) {
+    std::fill(out, out + D, T(0.0f));
+  } else if (weight_b == 0.0f) {
+    std::memmove(out, a, D * sizeof(T));
+  } else if (weight_a == 0.0f) {
+    std::memmove(out, b, D * sizeof(T));
+  } else {
+    for (int64_t d = 0; d < D; ++d)
+      out[d] = static_cast<T>((static_cast<float>(a[d]) * weight_a + static_cast<float>(b[d]) * weight_b) / total);
+  }
+  *lse2 = base + std::log2(total);
+}
+
+}  // namespace
+
+void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor& pool_2PSD, const at::Tensor& row_A,
+               const at::Tensor& slot_A) {
+  check_value_tensor(k_ND, k_ND, 2, "k");
+  check_value_tensor(v_ND, k_ND, 2, "v");
+  check_value_tensor(pool_2PSD, k_ND, 4, "pool");
+  check_index_tensor(row_A, 1, "row");
+  const int64_t A = row_A.size(0), D = k_ND.size(1);
+  TORCH_CHECK_VALUE(v_ND.sizes() == k_ND.sizes() && pool_2PSD.size(0) == 2 && pool_2PSD.size(3) == D &&
+                        pool_2PSD.stride(2) == D && pool_2PSD.stride(1) == pool_2PSD.size(2) * D,
+                    "kv_append: k is ", k_ND.sizes(), ", v ", v_ND.sizes(), ", the pool ", pool_2PSD.sizes(),
+                    "; they must be [N, D], [N, D] and [2, P, S, D] with contiguous halves");
+  TORCH_CHECK_VALUE(slot_A.dim() == 1 && slot_A.size(0) == A && slot_A.scalar_type() == at::kLong &&
+                        slot_A.device().is_cpu() && slot_A.is_contiguous(),
+                    "kv_append: slot must be a contiguous int64 CPU tensor of ", A, " values");
+  const int64_t size = k_ND.element_size(), row_bytes = D * size;
+  const auto *row = row_A.const_data_ptr<int32_t>();
+  const auto *slot = slot_A.const_data_ptr<int64_t>();
+  char* pool[2] = {bytes_of(pool_2PSD), bytes_of(pool_2PSD) + pool_2PSD.stride(0) * size};
+  const char* source[2] = {static_cast<const char*>(k_ND.const_data_ptr()), static_cast<const char*>(v_ND.const_data_ptr())};
+  const int64_t stride[2] = {k_ND.stride(0) * size, v_ND.stride(0) * size};
+  copy_pieces(2 * A, row_bytes, [&](int64_t i) {
+    return Piece{pool[i & 1] + slot[i / 2] * row_bytes, source[i & 1] + row[i / 2] * stride[i & 1]};
+  });
+}
+
+void lane_pack(const at::Tensor& source_NF, const at::Tensor& row_U, const at::Tensor& out_UF) {
+  check_rows(out_UF, row_U, source_NF);
+  const int64_t size = source_NF.element_size(), from = source_NF.stride(0) * size, to = out_UF.stride(0) * size;
+  copy_pieces(row_U.size(0), source_NF.size(1) * size,
+              [source = static_cast<const char*>(source_NF.const_data_ptr()), out = bytes_of(out_UF), from, to,
+               row = row_U.const_data_ptr<int32_t>()](int64_t u) { return Piece{out + u * to, source + row[u] * from}; });
+}
+
+void lane_unpack(const at::Tensor& source_UF, const at::Tensor& row_U, const at::Tensor& out_NF) {
+  check_rows(source_UF, row_U, out_NF);
+  const int64_t size = out_NF.element_size(), from = source_UF.stride(0) * size, to = out_NF.stride(0) * size;
+  copy_pieces(row_U.size(0), out_NF.size(1) * size,
+              [source = static_cast<const char*>(source_UF.const_data_ptr()), out = bytes_of(out_NF), from, to,
+               row = row_U.const_data_ptr<int32_t>()](int64_t u) { return Piece{out + row[u] * to, source + u * from}; });
+}
+
+void page_gather(const at::Tensor& pool_L2PSD, const at::Tensor& page_N, const at::Tensor& out_NL2SD) {
+  check_pages(pool_L2PSD, page_N, out_NL2SD);
+  const PagePieces pieces(pool_L2PSD, page_N);
+  const auto* pool = static_cast<const char*>(pool_L2PSD.const_data_ptr());
+  char* out = bytes_of(out_NL2SD);
+  copy_pieces(page_N.size(0) * pieces.planes, pieces.bytes,
+              [&](int64_t i) { return Piece{out + pieces.in_buffer(i), pool + pieces.in_pool(i)}; });
+}
+
+void page_scatter(const at::Tensor& source_NL2SD, const at::Tensor& page_N, const at::Tensor& pool_L2PSD) {
+  check_pages(pool_L2PSD, page_N, source_NL2SD);
+  const PagePieces pieces(pool_L2PSD, page_N);
+  const auto* source = static_cast<const char*>(source_NL2SD.const_data_ptr());
+  char* pool = bytes_of(pool_L2PSD);
+  copy_pieces(page_N.size(0) * pieces.planes, pieces.bytes,
+              [&](int64_t i) { return Piece{pool + pieces.in_pool(i), source + pieces.in_buffer(i)}; });
+}
+
+void merge_states(const at::Tensor& out_a_NMD, const at::Tensor& lse2_a_NM, const at::Tensor& out_b_NMD,
+                  const at::Tensor& lse2_b_NM, const at::Tensor& out_NMD, const at::Tensor& lse2_NM) {
+  for (const at::Tensor* tensor : {&out_a_NMD, &out_b_NMD, &out_NMD}) {
+    check_value_tensor(*tensor, out_a_NMD, 3, "a partial result");
+    TORCH_CHECK_VALUE(tensor->is_contiguous() && tensor->sizes() == out_a_NMD.sizes(),
+                      "merge_states: partial results must be contiguous and of one shape");
+  }
+  for (const at::Tensor* tensor : {&lse2_a_NM, &lse2_b_NM, &lse2_NM}) {
+    check_lse2(*tensor, 2);
+    TORCH_CHECK_VALUE(tensor->is_contiguous() && tensor->sizes() == out_a_NMD.sizes().slice(0, 2),
+                      "merge_states: lse2 must be contiguous [N, M]");
+  }
+  const int64_t D = out_NMD.size(2);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out_NMD.scalar_type(), "merge_states", [&] {
+    const auto *a = out_a_NMD.const_data_ptr<scalar_t>(), *b = out_b_NMD.const_data_ptr<scalar_t>();
+    const auto *lse2_a = lse2_a_NM.const_data_ptr<float>(), *lse2_b = lse2_b_NM.const_data_ptr<float>();
+    auto* out = out_NMD.mutable_data_ptr<scalar_t>();
+    auto* lse2 = lse2_NM.mutable_data_ptr<float>();
+    at::parallel_for(0, lse2_NM.numel(), 256, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        merge_row(a + i * D, lse2_a[i], b + i * D, lse2_b[i], D, out + i * D, lse2 + i);
+    });
+  });
+}
+
+}  // namespace hetis
