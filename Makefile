@@ -33,7 +33,8 @@ test-gpu: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@mkdir -p build/typed && ln -sfn ../../kernels build/typed/hetis_kernels # kernels/ under its import name
+	MYPYPATH=build/typed $(BIN)/mypy -p hetis -p hetis_kernels
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,7 @@
-"""Packages `hetis`, `kernels/` (imported as `hetis_kernels`) and, where a C++ compiler and torch are found, the extension from `csrc/`.
+"""Packages `hetis` and `kernels/` (imported as `hetis_kernels`), and the C++ extension from `csrc/`.
 
-The extension is built against the torch that is installed, so install with `--no-build-isolation` when torch is already
-there (as `make` does); a plain `pip install .` builds without it if torch cannot be imported, and hetis then runs on the
-torch reference and says so once.
+The extension is built against the torch that is installed, so install with `--no-build-isolation` when torch is there (as
+`make` does). Without torch or a compiler it is left out; hetis then runs on the torch reference and says so once.
 """
 
 import os

@@ -11,8 +11,8 @@ from hetis.core.placement import PoolId
 class PagePool:
     """`pool_L2PSD` and `page_table_BW` of one stage on one device.
 
-    The table exists twice, for host planning (numpy) and for the kernels; on the CPU both are the same memory. The memory
-    of the pages is not touched before it is written, so an unused page costs nothing on a host that overcommits.
+    The table exists twice, for host planning (numpy) and for the kernels; on the CPU both are the same memory. Pages
+    are not touched before they are written, so an unused page costs nothing on a host that overcommits.
     """
 
     def __init__(

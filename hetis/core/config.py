@@ -54,7 +54,7 @@ class DriverArgs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Joining(msgspec.Struct, frozen=True, kw_only=True):
-    """What every rank must know to join: where the driver listens and which device is whose ("auto": the rank's choice)."""
+    """What every rank must know to join: where the driver listens, and its device ("auto": the rank's choice)."""
 
     endpoints: "Endpoints"
     devices: list[str]  # by rank

@@ -93,8 +93,8 @@ class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
 class PageDelta(msgspec.Struct, frozen=True, kw_only=True):
     """New entries for the page table of one pool: int32 [n, 3] of (lane row, page index, page id).
 
-    The lane row of a sequence's head group is `slot * G + group` on every rank; a lane that lives elsewhere but is still
-    in prefill uses the same row of its home's table for its staging pages.
+    The lane row of a sequence's head group is `slot * G + group` on every rank; a lane in prefill that lives elsewhere
+    uses the same row of its home's table for its staging pages.
     """
 
     rank: int
@@ -116,7 +116,7 @@ class StepCommand(Message):
     tokens: bytes  # [T] ids of the new tokens
     sampled: bytes  # indices of rows that draw a token
     prompt_logprobs: list[int] = []  # indices of rows whose prompt positions are to be scored
-    prompt_targets: bytes = b""  # for those rows' new tokens in turn: the token that follows; -1: it is not in the prompt
+    prompt_targets: bytes = b""  # for those rows' new tokens in turn: the token that follows; -1 after the prompt's end
 
 
 class StatsQuery(Message):
@@ -175,11 +175,10 @@ class TokenOutput(msgspec.Struct, kw_only=True):
     id: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
-    num_preemptions: int = 0
 
 
 class Outputs(Message):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from hetis.cache.lane_table import CacheManager
-from hetis.core.batch import Batch, Row
+from hetis.core.batch import Batch, NewToken, Row
 from hetis.core.fleet import RankStats
 from hetis.core.messages import (
     AddRequest,
@@ -36,9 +36,7 @@ class Engine:
     def __init__(self, setup: Setup, dispatcher: Dispatcher) -> None:
         spec, plan = setup.spec, setup.plan
         self._setup = setup
-        self.cache = CacheManager(
-            plan, spec.num_head_groups, setup.num_pages, setup.block_size, setup.max_num_seqs
-        )
+        self.cache = CacheManager(plan, spec.num_head_groups, setup.num_pages, setup.block_size, setup.max_num_seqs)
         self.scheduler = Scheduler(
             self.cache,
             dispatcher,
@@ -51,7 +49,7 @@ class Engine:
         self._num_steps = 0
         self._num_arrivals = 0
         self._outputs: list[TokenOutput] = []
-        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}  # by sequence, until its first token
+        self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}  # by sequence, until its first token
 
     @property
     def num_in_flight(self) -> int:
@@ -118,15 +116,15 @@ class Engine:
         for index, new in enumerate(self.scheduler.on_tokens(batch, tokens, invalid)):
             if new.sequence.finish_reason == "abort":  # answered when it was aborted
                 continue
-            self._outputs.append(self._output(new.sequence, new.token, result.logprobs[index : index + 1], index in invalid))
+            logprobs = result.logprobs[index] if result.logprobs else None
+            self._outputs.append(self._output(new, logprobs, index in invalid))
 
-    def _output(
-        self, sequence: Sequence, token: int | None, logprobs: list[TokenLogprobs | None], invalid: bool
-    ) -> TokenOutput:
+    def _output(self, new: NewToken, logprobs: TokenLogprobs | None, invalid: bool) -> TokenOutput:
+        sequence = new.sequence
         return TokenOutput(
             id=sequence.id,
-            token_ids=[] if token is None else [token],
-            logprobs=logprobs or None,
+            token_ids=[] if new.token is None else [new.token],
+            logprobs=None if logprobs is None else [logprobs],
             prompt_logprobs=self._prompt_logprobs.pop(sequence.id, None),
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
@@ -180,9 +178,7 @@ class Engine:
             )
             for member, usage in zip(self._setup.plan.members(), self.cache.usage().values(), strict=True)
         ]
-        return FleetStats(
-            members=members, num_steps=self._num_steps, num_preemptions=self.scheduler.num_preemptions
-        )
+        return FleetStats(members=members, num_steps=self._num_steps, num_preemptions=self.scheduler.num_preemptions)
 
 
 def _new_sequence(sequence: Sequence, placement: Placement) -> NewSequence:

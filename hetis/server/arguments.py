@@ -1,6 +1,7 @@
 """Command-line options that more than one command has, and what becomes of them."""
 
 import argparse
+from typing import Any
 
 from hetis.core.config import EngineConfig
 from hetis.core.sampling_params import SamplingParams
@@ -16,9 +17,23 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="branch, tag or commit on the hub")
     add("--tokenizer", help="directory or hub id of the tokenizer, if it is not the model's")
     add("--plan", default=default.plan, help="P+A (primaries + attention workers) or a plan file (JSON)")
-    add("--device", default=default.device, help="device of every rank: cpu, cuda or auto; a plan file may say otherwise")
-    add("--dtype", default=default.dtype, choices=("auto", "float32", "bfloat16", "float16"), help="auto: the checkpoint's")
-    add("--load-format", default=default.load_format, choices=("auto", "safetensors", "dummy"), help="dummy: random weights")
+    add(
+        "--device",
+        default=default.device,
+        help="device of every rank: cpu, cuda or auto; a plan file may say otherwise",
+    )
+    add(
+        "--dtype",
+        default=default.dtype,
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: the checkpoint's",
+    )
+    add(
+        "--load-format",
+        default=default.load_format,
+        choices=("auto", "safetensors", "dummy"),
+        help="dummy: random weights",
+    )
     add("--max-model-len", type=int, help="longest sequence; left out: what the model and the memory allow")
     add("--max-num-seqs", type=int, default=default.max_num_seqs, help="sequences running at once")
     add("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens, help="tokens in one step")
@@ -26,8 +41,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-cache-memory", type=_memory, help="cache per rank, like 2GiB, or by rank, like 0=1GiB,1=4GiB")
     add("--seed", type=int, default=default.seed, help="seed of requests that bring none, and of dummy weights")
     add("--enforce-eager", action="store_true", help="plain torch linears, for debugging")
-    add("--max-logprobs", type=int, default=default.max_logprobs, help="most logprobs a request may ask for; -1: no limit")
-    add("--step-timeout", type=float, default=default.step_timeout, help="seconds after which a silent rank counts as dead")
+    add(
+        "--max-logprobs",
+        type=int,
+        default=default.max_logprobs,
+        help="most logprobs a request may ask for; -1: no limit",
+    )
+    add(
+        "--step-timeout",
+        type=float,
+        default=default.step_timeout,
+        help="seconds after which a silent rank counts as dead",
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -44,7 +69,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> 
     add("--ignore-eos", action="store_true")
 
 
-def engine_arguments(options: argparse.Namespace) -> dict[str, object]:
+def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `LLM`, from parsed options."""
     names = (
         "model", "revision", "tokenizer", "plan", "device", "dtype", "load_format", "max_model_len", "max_num_seqs",

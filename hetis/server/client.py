@@ -60,7 +60,9 @@ class EngineClient:
         if self._launcher is None or self._launcher.poll() is None:
             return
         verdict = self._directory / launch.VERDICT
-        reason = verdict.read_text() if verdict.exists() else f"the launcher ended with code {self._launcher.returncode}."
+        reason = (
+            verdict.read_text() if verdict.exists() else f"the launcher ended with code {self._launcher.returncode}."
+        )
         self.close()
         raise EngineDeadError(reason)
 

@@ -77,7 +77,15 @@ def print_fleet(llm: object) -> None:
 
     stats = llm.fleet_stats()  # type: ignore[attr-defined]
     table = Table(title="fleet")
-    for title in ("rank", "role", "device", "heads (peak)", "KV pages used (peak) / all", "attention time", "sent over links"):
+    for title in (
+        "rank",
+        "role",
+        "device",
+        "heads (peak)",
+        "KV pages used (peak) / all",
+        "attention time",
+        "sent over links",
+    ):
         table.add_column(title, justify="left" if title in ("role", "device", "sent over links") else "right")
     for member in stats.members:
         sent = ", ".join(f"{link} {format_bytes(count)}" for link, count in member.bytes_sent.items()) or "-"

@@ -130,7 +130,9 @@ class LLM:
             params = list(sampling_params)
         if len(params) != len(many):
             raise ValueError(f"{len(many)} prompts but {len(params)} sampling parameters: give one, or one per prompt.")
-        return [self._make_request(index, prompt, p) for index, (prompt, p) in enumerate(zip(many, params, strict=True))]
+        return [
+            self._make_request(index, prompt, p) for index, (prompt, p) in enumerate(zip(many, params, strict=True))
+        ]
 
     def _make_request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         params.validate_for(self.vocab_size, self._max_logprobs)

@@ -72,7 +72,9 @@ class Completion:
             return
         row = named_logprobs(found, self._decode)
         self.output.logprobs.append(row)
-        self.output.cumulative_logprob = (self.output.cumulative_logprob or 0.0) + row[self.output.token_ids[-1]].logprob
+        self.output.cumulative_logprob = (self.output.cumulative_logprob or 0.0) + row[
+            self.output.token_ids[-1]
+        ].logprob
 
 
 class Request:

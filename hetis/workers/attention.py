@@ -11,7 +11,6 @@ from collections.abc import Callable
 from time import perf_counter
 
 import torch
-from hetis_kernels import kv_append, paged_decode
 
 from hetis.comm.links.base import Link
 from hetis.core.fleet import RankStats
@@ -19,14 +18,13 @@ from hetis.core.messages import Setup, StepCommand
 from hetis.core.plan import Primary, Stage
 from hetis.workers.build import make_pool, wire_format
 from hetis.workers.step_input import StepPlanner, WorkerInput
+from hetis_kernels import kv_append, paged_decode
 
 
 class StageServer:
     """Serves the primaries of one stage."""
 
-    def __init__(
-        self, setup: Setup, rank: int, stage_index: int, links: dict[int, Link], device: torch.device
-    ) -> None:
+    def __init__(self, setup: Setup, rank: int, stage_index: int, links: dict[int, Link], device: torch.device) -> None:
         """`links`: by primary rank."""
         stage: Stage = setup.plan.stages[stage_index]
         self._links = [(primary, links[primary.rank]) for primary in stage.primaries]

@@ -15,7 +15,7 @@ from hetis.core.fleet import RankStats
 from hetis.core.messages import Setup, StepCommand, StepResult
 from hetis.core.sampled import TokenLogprobs
 from hetis.models.decoder import Decoder
-from hetis.workers.build import TORCH_DTYPES, make_pool, wire_format
+from hetis.workers.build import make_pool, wire_format
 from hetis.workers.sampler import Sampler
 from hetis.workers.split_attention import SplitAttention
 from hetis.workers.step_input import StepPlanner, StepRows

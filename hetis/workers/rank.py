@@ -40,7 +40,9 @@ def run_rank(rank: int, local_rank: int, ranks_on_host: int, address: str, rende
     control = ControlClient(joining.endpoints.ranks, str(rank), "rank")
     device_name = choose_device(joining.devices[rank], local_rank)
 
-    heart = Heart(joining.endpoints.health, rank, lambda reason: print(f"hetis: rank {rank}: {reason}", file=sys.stderr))
+    heart = Heart(
+        joining.endpoints.health, rank, lambda reason: print(f"hetis: rank {rank}: {reason}", file=sys.stderr)
+    )
     heart.start()
 
     def fail(error: BaseException) -> NoReturn:
@@ -66,7 +68,7 @@ def run_rank(rank: int, local_rank: int, ranks_on_host: int, address: str, rende
 
 
 def choose_device(wanted: str, local_rank: int) -> str:
-    """"auto": this rank's GPU where there is one, else the CPU; "cuda": this rank's GPU."""
+    """ "auto": this rank's GPU where there is one, else the CPU; "cuda": this rank's GPU."""
     if wanted == "auto":
         return f"cuda:{local_rank}" if local_rank < torch.cuda.device_count() else "cpu"
     return f"cuda:{local_rank}" if wanted == "cuda" else wanted

@@ -6,13 +6,13 @@ Per layer: pack and send first, so that the workers begin; append and attend loc
 from time import perf_counter
 
 import torch
-from hetis_kernels import kv_append, lane_pack, lane_unpack, paged_decode, paged_prefill
 from torch import Tensor
 
 from hetis.cache.pool import PagePool
 from hetis.comm.links.base import Link
 from hetis.workers.step_input import PrimaryInput
 from hetis.workers.wire import WireFormat
+from hetis_kernels import kv_append, lane_pack, lane_unpack, paged_decode, paged_prefill
 
 
 class SplitAttention:
@@ -28,7 +28,7 @@ class SplitAttention:
         max_rows: int,
         device: torch.device,
     ) -> None:
-        """`windows`: per layer of this stage. `scale`: of the scores. `max_rows`: most (token, group) pairs of a step."""
+        """`windows`: per layer of this stage. `scale`: of scores. `max_rows`: most (token, group) pairs of a step."""
         self._pool, self._links, self._wire, self._windows = pool, links, wire, windows
         self._scale = scale
         self._lse2_NM = torch.empty(max_rows, wire.num_queries, dtype=torch.float32, device=device)
@@ -66,9 +66,7 @@ class SplitAttention:
                 lane_pack(rows_NF[:, wire.out_width :], route.prefill_row_A, kv_AF)
             link.send()
 
-    def _attend_here(
-        self, layer: int, qkv_TGHD: Tensor, qkv_NHD: Tensor, out_TGMD: Tensor, out_NMD: Tensor
-    ) -> None:
+    def _attend_here(self, layer: int, qkv_TGHD: Tensor, qkv_NHD: Tensor, out_TGMD: Tensor, out_NMD: Tensor) -> None:
         step, M = self._step, self._wire.num_queries
         pages_2PSD, window = self._pool.pages_L2PSD[layer], self._windows[layer]
         table_BW, lse2_NM = self._pool.table_BW, self._lse2_NM

@@ -125,7 +125,7 @@ def decode_lanes(
 def prefill_entries(
     rows: StepRows, owners_BG: NDArray[np.int32], groups: Span, owner: int | None
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """The same for prompt tokens, of lanes on `owner`, or of all lanes for None (the home keeps every one in prefill)."""
+    """The same for prompt tokens, of lanes on `owner`, or of all lanes for None (the home keeps all in prefill)."""
     slots, positions = rows.tokens_of(rows.num_decode)
     first, stop = groups
     chosen = np.ones((len(slots), stop - first), dtype=bool) if owner is None else owners_BG[slots, first:stop] == owner

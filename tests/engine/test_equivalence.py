@@ -1,4 +1,4 @@
-"""Outputs do not depend on company, chunking, preemption or micro-batches (float32): each request as if it ran alone."""
+"""Company, chunking, preemption, micro-batches: each request comes out as if it ran alone (float32)."""
 
 import json
 from pathlib import Path

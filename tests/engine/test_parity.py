@@ -1,4 +1,4 @@
-"""Every family on every kind of plan against transformers: greedy tokens exactly equal, logits within 1e-4 (float32)."""
+"""Every family on every kind of plan against transformers: greedy tokens equal, logits within 1e-4 (float32)."""
 
 import json
 import random
