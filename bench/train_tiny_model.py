@@ -217,23 +217,25 @@ def build_optimizers(model: LlamaForCausalLM, muon_rate: float, adam_rate: float
     ]
 
 
-def train(model: LlamaForCausalLM, token_N: torch.Tensor, steps: int, batch_tokens: int) -> Iterator[tuple[int, float]]:
+def train(
+    model: LlamaForCausalLM, token_N: torch.Tensor, steps: int, batch_tokens: int, peak: float, seed: int
+) -> Iterator[tuple[int, float]]:
     """Yields (step, loss) after each step. Rows of 256 tokens for 85 % of the steps, then rows of the full context.
 
-    Learning rate: 50 steps of warm-up, then half a cosine from the peak to 3 % of it.
+    Learning rate: 50 steps of warm-up, then half a cosine from `peak` times the usual rates to 3 % of that.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     short_rows = batches(token_N, 256, batch_tokens, generator)
     long_rows = batches(token_N, CONTEXT, batch_tokens, generator)
-    optimizers = build_optimizers(model, muon_rate=8e-3, adam_rate=3e-3)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    optimizers = build_optimizers(model, muon_rate=8e-3 * peak, adam_rate=3e-3 * peak)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     for step in range(1, steps + 1):
         factor = min(1.0, step / 50) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         loss = loss_of(model, next(short_rows if step <= 0.85 * steps else long_rows))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * factor
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         yield step, loss.item()
@@ -268,6 +270,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4500, help="default: %(default)s")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one step, default: %(default)s")
     parser.add_argument("--save-every", type=int, default=500, help="steps between saved models, default: %(default)s")
+    parser.add_argument("--continue-from", type=Path, help="a saved model to start from, with fresh optimizers")
+    parser.add_argument("--peak", type=float, default=1.0, help="factor on the learning rates, default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     return parser.parse_args()
 
@@ -275,20 +280,23 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
     documents = read_documents(arguments.text)
     held_out = documents[::VALIDATION_EVERY]
     del documents[::VALIDATION_EVERY]
     tokenizer = train_tokenizer(documents, arguments.vocabulary_size)
     training_N, validation_N = encode(tokenizer, documents), encode(tokenizer, held_out)
     model = build_model(tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT))
+    if arguments.continue_from:
+        model = LlamaForCausalLM.from_pretrained(arguments.continue_from, dtype=torch.float32)
     bytes_per_token = sum(len(text.encode()) for text in held_out) / validation_N.numel()
     print(
         f"{model.num_parameters():,} parameters, {training_N.numel():,} training tokens, "
         f"{validation_N.numel():,} validation tokens of {bytes_per_token:.2f} bytes"
     )
     start, recent = time.monotonic(), 0.0
-    for step, loss in train(model, training_N, arguments.steps, arguments.batch_tokens):
+    progress = train(model, training_N, arguments.steps, arguments.batch_tokens, arguments.peak, arguments.seed)
+    for step, loss in progress:
         recent = loss if step == 1 else 0.98 * recent + 0.02 * loss
         if step % 50 == 0:
             print(f"step {step} loss {recent:.3f} after {time.monotonic() - start:.0f} s", flush=True)

@@ -274,8 +274,9 @@ def _merge_splits_kernel(
 def decode_tile(num_queries: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Constants of one program, the same on every card: they are part of what a lane's result depends on.
 
-    Two blocks of keys and values are in flight while a third is used. Blocks of 8 KB let two programs share the
-    shared memory of the smallest cards (compute capability 8.6) and six that of the largest.
+    8 KB of keys and 8 KB of values are on their way while the 16 KB before them are used (num_stages 3: page ids are
+    fetched yet one block earlier). So two programs fit the shared memory of the smallest cards (compute capability 8.6)
+    and five that of the largest, and either has more bytes in flight than its memory's latency asks for.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
     return {
@@ -311,12 +312,7 @@ def _launch(
     partial_numel = num_lanes * num_splits * num_queries
     memory = scratch(q_NMD.device, partial_numel * (head_dim + 1))
     partial_out, partial_lse2 = memory, memory[partial_numel * head_dim :]
-    shape = {
-        "M": num_queries,
-        "D": head_dim,
-        "MIN_SPLIT": MIN_SPLIT,
-        "MAX_SPLITS": MAX_SPLITS,
-    }
+    shape = {"M": num_queries, "D": head_dim, "MIN_SPLIT": MIN_SPLIT, "MAX_SPLITS": MAX_SPLITS}
     tile = decode_tile(num_queries, head_dim, q_NMD.dtype)
     _paged_decode_kernel[(num_lanes, num_splits)](
         q_NMD,

@@ -68,7 +68,7 @@ def paged_prefill(
 
     Chunk c holds the tokens query_start_C1[c]:query_start_C1[c + 1], n_c >= 1 of them, at positions
     context_C[c] - n_c ... context_C[c] - 1; K and V of all context_C[c] tokens are already in the pool, head group g of
-    chunk c in table row lane_CG[c, g]. A query at position p sees the keys at (p - window, p], or [0, p] if window is 0.
+    chunk c in table row lane_CG[c, g]. A query at position p sees the keys at (p - window, p], at [0, p] for window 0.
 
     q_TGMD, out_TGMD: [T, G, M, D], last dimension contiguous, one float dtype. pool_2PSD: [2, P, S, D] same dtype.
     page_table_BW, query_start_C1, lane_CG, context_C: int32 on the same device. lse2_TGM: float32, base-2 log-sum-exp.

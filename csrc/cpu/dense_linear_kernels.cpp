@@ -21,7 +21,7 @@ struct WideLanes {
   using Element = T;
   using Packed = float;
   using Vector = Floats;
-  static constexpr int kTokens = 2, kStep = 4, kMaxVectors = 2;
+  static constexpr int kTokens = 2, kStep = 4, kMinVectors = 1, kMaxVectors = 2;
 
   static HETIS_INLINE Vector zero() { return _mm256_setzero_ps(); }
   static HETIS_INLINE Vector load(const float* x) { return _mm256_loadu_ps(x); }
@@ -54,7 +54,7 @@ struct WideLanes {
   using Element = T;
   using Packed = float;
   using Vector = Floats;
-  static constexpr int kTokens = 4, kStep = 4, kMaxVectors = 4;
+  static constexpr int kTokens = 4, kStep = 4, kMinVectors = 2, kMaxVectors = 4;
 
   static HETIS_INLINE Vector zero() { return _mm512_setzero_ps(); }
   static HETIS_INLINE Vector load(const float* x) { return _mm512_loadu_ps(x); }

@@ -24,8 +24,10 @@ struct LinearTile {
   struct Panels {
     int64_t vectors, count;
 
-    explicit Panels(int64_t tokens)
-        : vectors((tokens + kTokens - 1) / kTokens), count((vectors + kMaxVectors - 1) / kMaxVectors) {}
+    explicit Panels(int64_t tokens) : vectors((tokens + kTokens - 1) / kTokens) {
+      if (vectors < Lanes::kMinVectors) vectors = Lanes::kMinVectors;
+      count = (vectors + kMaxVectors - 1) / kMaxVectors;
+    }
     int64_t first_token(int64_t panel) const { return vectors * panel / count * kTokens; }
   };
 
@@ -154,7 +156,8 @@ struct LinearTile {
         if (width == 3) multiply_panel<R, 3>(problem, x, token, begin, end);
       }
       if (width == 2) multiply_panel<R, 2>(problem, x, token, begin, end);
-      if (width == 1) multiply_panel<R, 1>(problem, x, token, begin, end);
+      if constexpr (Lanes::kMinVectors == 1)
+        if (width == 1) multiply_panel<R, 1>(problem, x, token, begin, end);
     }
   }
 

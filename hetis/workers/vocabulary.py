@@ -8,7 +8,6 @@ peak, as each of those holds a token at least as good as all tokens of the other
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 

@@ -119,7 +119,7 @@ def ping_pong(link: Link, is_primary: bool, max_bytes: int, num_messages: int, s
 class Ranks:
     """Processes that run `rank_script SCENARIO` and meet at a store that the test hosts, as torchrun does."""
 
-    def __init__(self, scenario: str, ranks: Sequence[int], *arguments: str) -> None:
+    def __init__(self, scenario: str, ranks: Sequence[int], *arguments: str, **environment: str) -> None:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30), wait_for_workers=False)
         self.environment = {
             "MASTER_ADDR": "127.0.0.1",
@@ -127,6 +127,7 @@ class Ranks:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RUN_ID": "test",
             "OMP_NUM_THREADS": "1",
+            **environment,
         }
         self.processes = {
             rank: subprocess.Popen(

@@ -34,9 +34,9 @@ def test_death_of_the_peer_is_an_error_that_names_it(kind: str, monkeypatch: pyt
         link.close()
 
 
-def test_nothing_is_left_over_after_both_ends_are_killed() -> None:
+def test_nothing_is_left_over_after_both_ends_are_killed(tmp_path: Path) -> None:
     before = set(os.listdir("/dev/shm"))
-    with Ranks("idle_pair", [0, 1]) as ranks:
+    with Ranks("idle_pair", [0, 1], TMPDIR=str(tmp_path)) as ranks:
         rendezvous = StoreRendezvous(ranks.store).within("hetis/test/0")
         for rank in (0, 1):
             rendezvous.get(f"ready/{rank}", 60)
@@ -47,6 +47,7 @@ def test_nothing_is_left_over_after_both_ends_are_killed() -> None:
             process.kill()
             process.wait()
         assert set(os.listdir("/dev/shm")) == before
+        assert list(tmp_path.iterdir()) == []
 
 
 def mapped_hetis_memory(pid: int) -> set[str]:

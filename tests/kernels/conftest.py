@@ -57,8 +57,8 @@ class Lanes:
 
     k: list[torch.Tensor]
     v: list[torch.Tensor]
-    pool_2PSD: torch.Tensor  # noqa: N815
-    page_table_BW: torch.Tensor  # noqa: N815
+    pool_2PSD: torch.Tensor
+    page_table_BW: torch.Tensor
 
     def to(self, device: torch.device) -> "Lanes":
         return Lanes(self.k, self.v, self.pool_2PSD.to(device), self.page_table_BW.to(device))
@@ -90,16 +90,24 @@ def make_lanes() -> Callable[..., Lanes]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bfloat16_dot() -> None:
-    """The interpreter multiplies the bit patterns of bfloat16 matrices as integers; hand it their values instead."""
+def repaired_interpreter() -> None:
+    """Two faults of Triton's interpreter, mended for the tests."""
     if not INTERPRETED:
         return
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime import interpreter
 
-    multiply = InterpreterBuilder.create_dot
+    multiply, patch_tensor = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
     def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        # it multiplies the bit patterns of bfloat16 matrices as integers; hand it their values
         a, b = (builder.cast_impl(x, triton.language.float32) if x.dtype.scalar.is_bf16() else x for x in (a, b))
         return multiply(builder, a, b, *rest)
 
-    InterpreterBuilder.create_dot = create_dot
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        # up to 3.6 it takes int() of an array of one value, which numpy refuses from 2.4 on
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    if triton.__version__.startswith("3.6."):
+        interpreter._patch_lang_tensor = patch_lang_tensor

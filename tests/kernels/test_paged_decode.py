@@ -68,20 +68,17 @@ def check(problem: Problem, device: torch.device, window: int, tolerance: dict[s
     torch.testing.assert_close(lse2, expected_lse2, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("num_queries", range(1, 9))
 def test_kernel_is_reference_for_every_group_size(
-    make_lanes: Callable[..., Any],
-    device: torch.device,
-    dtype: torch.dtype,
-    tolerance: dict[str, float],
-    num_queries: int,
+    make_lanes: Callable[..., Any], device: torch.device, num_queries: int
 ) -> None:
-    head_dim = (64, 80, 128)[num_queries % 3]
-    check(Problem(make_lanes, LENGTHS, num_queries, head_dim, dtype), device, 0, tolerance)
+    head_dim, dtype = (64, 80, 128)[num_queries % 3], torch.float32 if num_queries <= 3 else torch.bfloat16
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
+    problem = Problem(make_lanes, LENGTHS, num_queries, head_dim, dtype)
+    check(problem, device, 0, {"rtol": tolerance, "atol": tolerance})
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", [32, 80, 128])
 @pytest.mark.parametrize("window", WINDOWS[1:])
 def test_kernel_is_reference_for_every_head_dim_and_window(
     make_lanes: Callable[..., Any], device: torch.device, head_dim: int, window: int

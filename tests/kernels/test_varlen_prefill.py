@@ -12,7 +12,7 @@ from hetis_kernels.paged_decode import paged_decode
 from hetis_kernels.varlen_prefill import paged_prefill
 
 # (new tokens, context) of each chunk: one token, a whole prompt, a page edge, a late chunk, many tiles
-CHUNKS = [(1, 1), (5, 5), (16, 32), (3, 70), (150, 160)]
+CHUNKS = [(1, 1), (5, 5), (16, 32), (3, 70), (70, 160)]
 WINDOWS = [0, 1, 20, 100]
 
 
@@ -89,18 +89,15 @@ def check(problem: Problem, device: torch.device, window: int, tolerance: dict[s
 
 @pytest.mark.parametrize("num_queries", range(1, 9))
 def test_kernel_is_reference_for_every_group_size(
-    make_lanes: Callable[..., Any],
-    device: torch.device,
-    dtype: torch.dtype,
-    tolerance: dict[str, float],
-    num_queries: int,
+    make_lanes: Callable[..., Any], device: torch.device, num_queries: int
 ) -> None:
-    head_dim = (64, 80, 128)[num_queries % 3]
-    chunks = CHUNKS if dtype == torch.bfloat16 else CHUNKS[:-1]
-    check(Problem(make_lanes, chunks, 1, num_queries, head_dim, dtype), device, 0, tolerance)
+    head_dim, dtype = (64, 80, 128)[num_queries % 3], torch.float32 if num_queries <= 3 else torch.bfloat16
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
+    problem = Problem(make_lanes, CHUNKS, 1, num_queries, head_dim, dtype)
+    check(problem, device, 0, {"rtol": tolerance, "atol": tolerance})
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("window", WINDOWS[1:])
 def test_kernel_is_reference_for_every_head_dim_and_window(
     make_lanes: Callable[..., Any], device: torch.device, head_dim: int, window: int

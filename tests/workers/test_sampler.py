@@ -1,5 +1,6 @@
 """The sampler against a slow one that takes a row at a time, sorts, and adds up in float64."""
 
+from collections.abc import Iterator
 from math import exp, log
 
 import numpy as np
@@ -19,6 +20,15 @@ SIZES = [1, 5, 64, 65, 1000, 3001]
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: threads would only wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def random_logits(rows: int, size: int, spread: float = 2.0, seed: int = 0) -> Tensor:
@@ -146,17 +156,17 @@ def test_logits_that_tie(fields: dict[str, float], device: str) -> None:
 
 
 @pytest.mark.parametrize("fields", FILTERS, ids=str)
-@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize("spread", [0.01, 2.0])
 def test_searching_few_blocks_changes_no_token(
     spread: float, fields: dict[str, float], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    logits_V, params = random_logits(1, 6400, spread)[0].bfloat16().float(), SamplingParams(**fields)
-    expected = tokens_at_many_positions(logits_V, params, 100, device)
-    for spare, blocks, at_once in [(0, 1, 1), (10**6, 10**6, 1 << 24)]:
+    logits_V, params = random_logits(1, 2000, spread)[0].bfloat16().float(), SamplingParams(**fields)
+    expected = tokens_at_many_positions(logits_V, params, 40, device)
+    for spare, blocks, at_once in [(0, 1, 5 * 2000), (10**6, 10**6, 1 << 24)]:
         monkeypatch.setattr(draw, "TOP_K_SPARE_BLOCKS", spare)
         monkeypatch.setattr(draw, "TOP_P_BLOCKS", blocks)
         monkeypatch.setattr(draw, "WEIGHTS_AT_ONCE", {device: at_once})
-        assert tokens_at_many_positions(logits_V, params, 100, device) == expected
+        assert tokens_at_many_positions(logits_V, params, 40, device) == expected
 
 
 def test_a_token_of_no_probability_is_never_drawn(device: str) -> None:
@@ -227,9 +237,7 @@ def observe_prompts(sampler: Sampler, count: int, length: int, size: int) -> Non
 
 
 @pytest.mark.parametrize("size", [65, 3000])
-def test_a_row_gets_the_same_token_alone_and_among_others(
-    size: int, monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
+def test_a_row_gets_the_same_token_alone_and_among_others(size: int, device: str) -> None:
     mixed = [params for params in MIXED if all(token < size for token in params.logit_bias)]
     rows, logits = list(range(len(mixed))), random_logits(len(mixed), size)
     sampler = sampler_for(mixed, size, device)
@@ -238,15 +246,11 @@ def test_a_row_gets_the_same_token_alone_and_among_others(
     backwards = sample(sampler, logits.flip(0), rows[::-1], [6] * len(rows), device)
     assert backwards.token_R[::-1].tolist() == together.token_R.tolist()
     assert backwards.logprobs[::-1] == together.logprobs
-    num_threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        for row in rows:
-            alone = sample(sampler, logits[row : row + 1], [row], [6], device)
-            assert alone.token_R[0] == together.token_R[row]
-            assert (alone.logprobs or [None])[0] == together.logprobs[row]
-    finally:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(2)
+    for row in rows:
+        alone = sample(sampler, logits[row : row + 1], [row], [6], device)
+        assert alone.token_R[0] == together.token_R[row]
+        assert (alone.logprobs or [None])[0] == together.logprobs[row]
 
 
 def test_logits_are_not_changed(device: str) -> None:
@@ -438,7 +442,7 @@ def test_best_tokens_equal_a_stable_sort(count: int, device: str) -> None:
     logits[0, ::7] = -0.0
     logits[2, 5:600] = -torch.inf
     found = vocabulary.Vocabulary.of(logits).best_tokens(count)
-    assert torch.equal(found, logits.sort(-1, descending=True, stable=True).indices[:, :count])
+    assert torch.equal(found, logits.sort(dim=-1, descending=True, stable=True).indices[:, :count])
 
 
 def test_best_blocks_hold_all_tokens_above_what_is_left(device: str) -> None:

@@ -17,8 +17,7 @@ from hetis.comm.links.base import NUM_SLOTS, Link, check_agreement, check_size
 from hetis.comm.rendezvous import Rendezvous
 from hetis.comm.shared_memory import PAGE_BYTES, WORD_BYTES, Address, Peer, Segment, Waiter, default_spin_us
 
-_PUBLISHED, _RELEASED, _CLOSED = 0, 1, 2  # counters of one direction; `closed` is its sender's
-_COUNTERS = 3
+_COUNTERS = 3  # of one direction: published, released, closed by its sender
 _SIZES = 2  # index of the first slot's message size, in 8 bytes behind the counter `published`
 _MASK = 0xFFFFFFFF
 

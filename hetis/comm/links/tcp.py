@@ -214,12 +214,19 @@ def _accept(listener: socket.socket, token: bytes, peer_rank: int, timeout: floa
             connection, _ = listener.accept()
         except TimeoutError:
             break
-        connection.settimeout(_HELLO_SECONDS)
-        try:
-            shown = connection.recv(len(token), socket.MSG_WAITALL)
-        except OSError:
-            shown = b""
-        if hmac.compare_digest(shown, token):
+        if hmac.compare_digest(_shown_by(connection, len(token)), token):
             return connection
         connection.close()
     raise TimeoutError(f"rank {peer_rank} did not connect to {listener.getsockname()[:2]} within {timeout:g} s.")
+
+
+def _shown_by(connection: socket.socket, num_bytes: int) -> bytes:
+    """The first bytes of a newcomer, fewer if it does not send them soon."""
+    connection.settimeout(_HELLO_SECONDS)
+    shown = b""
+    try:
+        while len(shown) < num_bytes and (piece := connection.recv(num_bytes - len(shown))):
+            shown += piece
+    except OSError:
+        pass  # too slow, or gone again
+    return shown

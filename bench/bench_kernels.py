@@ -1,0 +1,189 @@
+"""Memory bandwidth of the Triton kernels beside a plain copy on the same card; needs a CUDA device.
+
+    python bench/bench_kernels.py [--dtype bfloat16] [--no-save]
+
+Prints a table and appends its rows to bench/results/kernels.jsonl, keyed by commit, device and shape. Times are medians
+of 30 runs, each after the caches were overwritten. Prefill is bound by arithmetic: its figure is TFLOP/s.
+"""
+
+import argparse
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+import hetis_kernels as hk
+
+RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
+PAGE_SIZE = 16
+
+
+class Case(NamedTuple):
+    """One call, the bytes it has to move and the floating point operations it has to do."""
+
+    name: str
+    shape: str
+    call: Callable[[], None]
+    num_bytes: float
+    num_flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    commit: str
+    device: str
+    dtype: str
+    name: str
+    shape: str
+    time_us: float
+    bandwidth_gb_s: float
+    share_of_copy: float
+    tflop_s: float
+
+
+def paged_lanes(num_lanes: int, length: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pool that those lanes fill, and their page table, pages in random order."""
+    num_pages = -(-length // PAGE_SIZE)
+    pool = torch.randn(2, num_lanes * num_pages, PAGE_SIZE, head_dim, dtype=dtype)
+    return pool, torch.randperm(num_lanes * num_pages).int().view(num_lanes, num_pages)
+
+
+def decode_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for num_lanes, length, num_queries, head_dim in (
+        *((32, 4096, m, 128) for m in (1, 4, 8)),
+        *((32, 4096, 4, d) for d in (64, 80)),
+        (256, 512, 4, 128),
+        (8, 65536, 4, 128),
+        (1024, 64, 4, 128),
+    ):
+        pool, table = paged_lanes(num_lanes, length, head_dim, dtype)
+        q = torch.randn(num_lanes, num_queries, head_dim, dtype=dtype)
+        out, lse2 = torch.empty_like(q), torch.empty(num_lanes, num_queries)
+        lanes = torch.randperm(num_lanes).int()
+        lengths = torch.full((num_lanes,), length).int()
+
+        def decode(arguments: tuple = (q, pool, table, lanes, lanes, lengths, 0.1, 0, out, lse2)) -> None:
+            hk.paged_decode(*arguments)
+
+        shape = f"U={num_lanes} length={length} M={num_queries} D={head_dim}"
+        yield Case("paged_decode", shape, decode, pool.nbytes + 2 * q.nbytes)
+
+
+def prefill_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for num_chunks, length, num_queries, head_dim in ((4, 2048, 4, 128), (1, 8192, 4, 128), (16, 512, 2, 64)):
+        pool, table = paged_lanes(8 * num_chunks, length, head_dim, dtype)
+        q = torch.randn(num_chunks * length, 8, num_queries, head_dim, dtype=dtype)
+        out, lse2 = torch.empty_like(q), torch.empty(q.shape[:3])
+        start = torch.arange(num_chunks + 1).int() * length
+        lanes = torch.arange(8 * num_chunks).int().view(num_chunks, 8)
+        context = torch.full((num_chunks,), length).int()
+
+        def prefill(arguments: tuple = (q, pool, table, start, lanes, context, 0.1, 0, out, lse2)) -> None:
+            hk.paged_prefill(*arguments)
+
+        shape = f"C={num_chunks} length={length} G=8 M={num_queries} D={head_dim}"
+        num_flops = 2.0 * num_chunks * length**2 * 8 * num_queries * head_dim  # half of the scores are masked
+        yield Case("paged_prefill", shape, prefill, 2 * q.nbytes + pool.nbytes, num_flops)
+
+
+def row_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Kernels that move rows and pages: 4096 tokens of 8 head groups of 4 + 2 heads, and 512 pages of 32 layers."""
+    qkv = torch.randn(4096, 8, 6, 128, dtype=dtype)
+    rows = qkv.view(4096 * 8, 768)
+    index = torch.randperm(rows.shape[0]).int()
+    pool = torch.empty(2, 4096, PAGE_SIZE, 128, dtype=dtype)
+    slots = torch.randperm(4096 * PAGE_SIZE)[: rows.shape[0]]
+    k, v = qkv.view(-1, 6, 128)[:, 4], qkv.view(-1, 6, 128)[:, 5]
+    yield Case("kv_append", "A=32768 D=128", lambda: hk.kv_append(k, v, pool, index, slots), 4 * k.numel() * k.itemsize)
+    packed = torch.empty_like(rows)
+    yield Case("lane_pack", "U=32768 F=768", lambda: hk.lane_pack(rows, index, packed), 2 * rows.nbytes)
+    yield Case("lane_unpack", "U=32768 F=768", lambda: hk.lane_unpack(packed, index, rows), 2 * rows.nbytes)
+    layers = torch.empty(32, 2, 1024, PAGE_SIZE, 128, dtype=dtype)
+    pages, buffer = torch.randperm(1024)[:512].int(), torch.empty(512, 32, 2, PAGE_SIZE, 128, dtype=dtype)
+    yield Case("page_gather", "N=512 L=32", lambda: hk.page_gather(layers, pages, buffer), 2 * buffer.nbytes)
+    yield Case("page_scatter", "N=512 L=32", lambda: hk.page_scatter(buffer, pages, layers), 2 * buffer.nbytes)
+    out, lse2 = torch.randn(4096 * 8, 4, 128, dtype=dtype), torch.randn(4096 * 8, 4)
+    merge = (out, lse2, out.clone(), lse2.clone(), torch.empty_like(out), torch.empty_like(lse2))
+    yield Case("merge_states", "N=32768 M=4 D=128", lambda: hk.merge_states(*merge), 3 * (out.nbytes + lse2.nbytes))
+    angles, position = torch.randn(4096, 128), torch.arange(4096)
+    weight = torch.ones(128, dtype=dtype)
+    rope = (qkv, 4, weight, weight, 1e-6, angles, position)
+    yield Case("qk_norm_rope", "T=4096 G=8 M=4 D=128", lambda: hk.qk_norm_rope(*rope), 2 * qkv.nbytes * 5 / 6)
+
+
+def dense_cases(dtype: torch.dtype) -> Iterator[Case]:
+    x, residual, weight = torch.randn(4096, 4096, dtype=dtype), torch.randn(4096, 4096, dtype=dtype), torch.ones(4096)
+    weight = weight.to(dtype)
+    out = torch.empty_like(x)
+    yield Case("rms_norm", "T=4096 H=4096", lambda: hk.rms_norm(x, weight, 1e-6, out), 2 * x.nbytes)
+    add = (x, residual, weight, 1e-6, out)
+    yield Case("add_rms_norm", "T=4096 H=4096", lambda: hk.add_rms_norm(*add), 4 * x.nbytes)
+    gate_up, gated = torch.randn(4096, 2 * 14336, dtype=dtype), torch.empty(4096, 14336, dtype=dtype)
+    call = lambda: hk.gated_activation(gate_up, "silu", gated)  # noqa: E731
+    yield Case("gated_activation", "T=4096 F=14336", call, gate_up.nbytes + gated.nbytes)
+
+
+def seconds(call: Callable[[], object], rounds: int = 30) -> float:
+    """Median time on the device; the second-level cache is overwritten before each run."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8)
+    times = []
+    for _ in range(rounds + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return median(times[3:])
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a 1 GiB copy."""
+    source = torch.empty(1 << 30, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--no-save", action="store_true", help="do not append to bench/results/kernels.jsonl")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_kernels: no CUDA device here; the kernels' bandwidth can only be measured on one")
+    torch.set_default_device("cuda")
+    dtype = getattr(torch, arguments.dtype)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    device = torch.cuda.get_device_name()
+    copy = copy_bandwidth()
+    print(f"{device}, {arguments.dtype}, copy of 1 GiB: {copy / 1e9:.0f} GB/s")
+    for cases in (decode_cases, prefill_cases, row_cases, dense_cases):
+        for case in cases(dtype):
+            time = seconds(case.call)
+            bandwidth = case.num_bytes / time
+            row = Row(
+                commit=commit.strip(),
+                device=device,
+                dtype=arguments.dtype,
+                name=case.name,
+                shape=case.shape,
+                time_us=round(time * 1e6, 1),
+                bandwidth_gb_s=round(bandwidth / 1e9, 1),
+                share_of_copy=round(bandwidth / copy, 3),
+                tflop_s=round(case.num_flops / time / 1e12, 1),
+            )
+            figure = f"{row.tflop_s:7.1f} TFLOP/s" if case.num_flops else f"{row.bandwidth_gb_s:7.1f} GB/s"
+            print(f"{row.name:18}{row.shape:32}{row.time_us:10.1f} us {figure:>16} {row.share_of_copy:6.0%} of copy")
+            if not arguments.no_save:
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
