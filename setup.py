@@ -1,7 +1,7 @@
 """Packages `hetis` and `kernels/` (imported as `hetis_kernels`), and the C++ extension from `csrc/`.
 
-The extension is built against the torch that is installed, so install with `--no-build-isolation` when torch is there (as
-`make` does). Without torch or a compiler it is left out; hetis then runs on the torch reference and says so once.
+The extension is built against the torch that is installed, so install with `--no-build-isolation` when torch is there
+(as `make` does). Without torch or a compiler it is left out; hetis then runs on the torch reference and says so once.
 """
 
 import os
@@ -36,8 +36,8 @@ EXTRAS = {
 def extension() -> dict[str, Any]:
     """The C++ extension, or nothing when torch is not importable while building.
 
-    Instruction sets are chosen inside the sources, so one set of flags serves all files. OpenMP is not linked: its symbols
-    are found in the copy that torch brings along, and both share one pool of threads.
+    Instruction sets are chosen inside the sources, so one set of flags serves all files. OpenMP is not linked: its
+    symbols are found in the copy that torch brings along, and both share one pool of threads.
     """
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -58,7 +58,7 @@ def extension() -> dict[str, Any]:
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.h")),
         # GCC 12 finds uninitialised values inside its own AVX-512 headers
-        extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-maybe-uninitialized"],
+        extra_compile_args=["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-maybe-uninitialized"],
     )
     module.optional = True  # an installation may go on without its file
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildIfPossible}}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,7 +67,7 @@ def decode_cases(dtype: torch.dtype) -> Iterator[Case]:
         lanes = torch.randperm(num_lanes).int()
         lengths = torch.full((num_lanes,), length).int()
 
-        def decode(arguments: tuple = (q, pool, table, lanes, lanes, lengths, 0.1, 0, out, lse2)) -> None:
+        def decode(arguments: Any = (q, pool, table, lanes, lanes, lengths, 0.1, 0, out, lse2)) -> None:
             hk.paged_decode(*arguments)
 
         shape = f"U={num_lanes} length={length} M={num_queries} D={head_dim}"
@@ -83,7 +83,7 @@ def prefill_cases(dtype: torch.dtype) -> Iterator[Case]:
         lanes = torch.arange(8 * num_chunks).int().view(num_chunks, 8)
         context = torch.full((num_chunks,), length).int()
 
-        def prefill(arguments: tuple = (q, pool, table, start, lanes, context, 0.1, 0, out, lse2)) -> None:
+        def prefill(arguments: Any = (q, pool, table, start, lanes, context, 0.1, 0, out, lse2)) -> None:
             hk.paged_prefill(*arguments)
 
         shape = f"C={num_chunks} length={length} G=8 M={num_queries} D={head_dim}"

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from . import extension
+
 Backend = Literal["auto", "triton", "cpu", "reference"]
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,11 +51,6 @@ def dispatch(
 @cache
 def cpu_op(name: str) -> Callable[..., None] | None:
     """The C++ operation of that name, or None when the extension is not built or lacks it."""
-    try:
-        from . import extension
-    except ImportError:
-        return None
-
     if not extension.load():
         return None
     packet = getattr(torch.ops.hetis, name, None)

@@ -99,6 +99,7 @@ def build_member(
     if setup.plan.role_of(rank) == "attention worker":
         return AttentionRank(setup, rank, open_links(setup, rank, device, rendezvous), device, on_failure)
     stage, tp_index = setup.plan.position_of(rank)
+    links = open_links(setup, rank, device, rendezvous)  # before loading: the workers wait for them
     groups = init_groups(
         setup.plan,
         setup.fleet,
@@ -131,7 +132,6 @@ def build_member(
         device=device,
         enforce_eager=setup.enforce_eager,
     )
-    links = open_links(setup, rank, device, rendezvous)
     return PrimaryRank(setup, rank, decoder, links, groups.tensor_parallel, groups.pipeline, device)
 
 

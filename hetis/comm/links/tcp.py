@@ -22,6 +22,7 @@ from hetis.comm.rendezvous import Rendezvous
 
 _HEADER = struct.Struct("<Q")
 _HELLO_SECONDS = 2.0  # for a newcomer to show its token
+_LINGER_SECONDS = 2.0  # for the peer to take what is left of a message when this end closes
 _KEEPALIVE_SECONDS = 5  # of silence before the kernel asks whether the other host still runs, five times
 
 
@@ -104,7 +105,7 @@ class TcpLink(Link):
     def close(self) -> None:
         if self._writer is not None:
             self._rest.put(None)
-            self._writer.join(_HELLO_SECONDS)
+            self._writer.join(_LINGER_SECONDS)
             self._writer = None
         self._socket.close()
 

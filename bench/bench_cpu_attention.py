@@ -1,0 +1,158 @@
+"""CPU attention against what the machine can do: decode against streaming reads, prefill against torch's attention.
+
+Decode reads every cached byte once, so its yardstick is a plain sum over a buffer of the same size with the same threads.
+Prefill multiplies, so its yardsticks are FLOP/s and `scaled_dot_product_attention` on the same, already gathered, keys and
+values (repeated for grouped queries, as torch's CPU kernel wants them). The two sides alternate in one process and the best
+of all rounds counts for each, so that whatever else runs on the machine disturbs both alike.
+
+    python bench/bench_cpu_attention.py [decode|pages|small|prefill ...] [--threads N] [--rounds N] [--isa NAME]
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hetis_kernels import extension
+from hetis_kernels.paged_decode import paged_decode
+from hetis_kernels.varlen_prefill import paged_prefill
+from torch.nn import functional
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def best_seconds(rounds: int, *sides: Callable[[], Any]) -> list[float]:
+    """Best time of each side over alternating rounds."""
+    best = [float("inf")] * len(sides)
+    for _ in range(rounds):
+        for i, side in enumerate(sides):
+            start = time.perf_counter()
+            side()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def make_pool(num_lanes: int, tokens: int, head_dim: int, page_size: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A pool of random values and a table that spreads every lane's pages over all of it."""
+    pages = -(-tokens // page_size)
+    pool = torch.randn(2, num_lanes * pages, page_size, head_dim).to(dtype)
+    return pool, torch.randperm(num_lanes * pages).int().view(num_lanes, pages)
+
+
+def decode_call(num_lanes: int, tokens: int, queries: int, head_dim: int, page_size: int, dtype: torch.dtype) -> Any:
+    """A function that runs one call, and the bytes of K and V that it reads."""
+    pool, table = make_pool(num_lanes, tokens, head_dim, page_size, dtype)
+    q = torch.randn(num_lanes, queries, head_dim).to(dtype)
+    out, lse2 = torch.empty_like(q), torch.empty(num_lanes, queries)
+    lane = torch.arange(num_lanes).int()
+    length = torch.full_like(lane, tokens)
+
+    def call() -> None:
+        paged_decode(q, pool, table, lane, lane, length, head_dim**-0.5, 0, out, lse2, backend="cpu")
+
+    return call, 2 * num_lanes * tokens * head_dim * dtype.itemsize
+
+
+def stream_call(num_bytes: int) -> Callable[[], Any]:
+    buffer = torch.ones(num_bytes // 8, dtype=torch.int64)
+    return lambda: torch.ops.hetis.stream_read(buffer)
+
+
+def decode_row(name: str, rounds: int, *shape: Any) -> None:
+    call, num_bytes = decode_call(*shape)
+    decode, stream = best_seconds(rounds, call, stream_call(num_bytes))
+    read, possible = num_bytes / decode / 1e9, num_bytes / stream / 1e9
+    print(f"{name:36s} {num_bytes / 2**20:7.1f} MiB {read:7.1f} GB/s {possible:7.1f} GB/s {read / possible:6.0%}")
+
+
+def bench_decode(rounds: int) -> None:
+    print("\ndecode, 32 lanes of 4096 tokens, pages of 16           read      decode       stream    ratio")
+    for name, queries, head_dim in [
+        *(("bf16", queries, 128) for queries in (1, 2, 4, 8)),
+        *(("bf16", 2, 64), ("bf16", 2, 80)),
+        *(("fp16", 2, 128), ("fp32", 2, 128), ("fp32", 2, 64)),
+    ]:
+        decode_row(f"{name} D={head_dim} M={queries}", rounds, 32, 4096, queries, head_dim, 16, DTYPES[name])
+
+
+def bench_pages(rounds: int) -> None:
+    print("\ndecode by page size, 32 lanes of 4096 tokens           read      decode       stream    ratio")
+    for head_dim in (128, 64):
+        for page_size in (8, 16, 32, 64, 128):
+            decode_row(f"bf16 D={head_dim} M=2 S={page_size}", rounds, 32, 4096, 2, head_dim, page_size, torch.bfloat16)
+
+
+def bench_small(rounds: int) -> None:
+    print("\nsmall decode calls, bf16 D=128 M=2: the call and a read of as much (both in cache where they fit)")
+    for lanes, tokens in ((1, 1), (8, 16), (8, 300), (64, 300), (1, 4096), (1, 32768)):
+        call, num_bytes = decode_call(lanes, tokens, 2, 128, 16, torch.bfloat16)
+        decode, stream = best_seconds(max(rounds, 200), call, stream_call(num_bytes))
+        print(f"{lanes:3d} lanes of {tokens:5d} tokens {decode * 1e6:9.1f} us {stream * 1e6:9.1f} us")
+
+
+def prefill_row(name: str, rounds: int, tokens: int, context: int, queries: int, head_dim: int) -> None:
+    groups, dtype = 8, DTYPES[name]
+    pool, table = make_pool(groups, context, head_dim, 16, dtype)
+    q = torch.randn(tokens, groups, queries, head_dim).to(dtype)
+    out, lse2 = torch.empty_like(q), torch.empty(tokens, groups, queries)
+    index = [torch.tensor([0, tokens]).int(), torch.arange(groups).int()[None], torch.tensor([context]).int()]
+
+    def call() -> None:
+        paged_prefill(q, pool, table, *index, head_dim**-0.5, 0, out, lse2, backend="cpu")
+
+    k, v = (
+        half[table.long()].view(groups, context, head_dim).repeat_interleave(queries, 0)[None].contiguous()
+        for half in pool
+    )
+    q_torch = q.reshape(tokens, groups * queries, head_dim).transpose(0, 1)[None].contiguous()
+    position = torch.arange(context - tokens, context)
+    mask = torch.arange(context) <= position[:, None] if tokens < context else None
+
+    def torch_call() -> torch.Tensor:
+        return functional.scaled_dot_product_attention(q_torch, k, v, attn_mask=mask, is_causal=mask is None)
+
+    seconds, torch_seconds = best_seconds(rounds, call, torch_call)
+    pairs = tokens * (context - tokens) + tokens * (tokens + 1) / 2
+    flop = 4 * pairs * groups * queries * head_dim
+    rates = [flop / time / 1e9 / torch.get_num_threads() for time in (seconds, torch_seconds)]
+    label = f"{name} D={head_dim} M={queries} {tokens} new of {context}"
+    print(f"{label:36s} {seconds * 1e3:8.2f} ms {rates[0]:7.1f} {torch_seconds * 1e3:12.2f} ms {rates[1]:7.1f}")
+
+
+def bench_prefill(rounds: int) -> None:
+    print("\nprefill, 8 head groups; GFLOP/s per thread               hetis                        torch")
+    for shape in [
+        ("bf16", 256, 256, 2, 128),
+        ("bf16", 1024, 1024, 2, 128),
+        ("bf16", 2048, 2048, 2, 128),
+        ("bf16", 512, 4096, 2, 128),
+        ("bf16", 16, 4096, 2, 128),
+        ("bf16", 1024, 1024, 4, 64),
+        ("fp16", 1024, 1024, 2, 128),
+        ("fp32", 1024, 1024, 2, 128),
+    ]:
+        name, tokens, context, queries, head_dim = shape
+        prefill_row(name, min(rounds, 15), tokens, context, queries, head_dim)
+
+
+BENCHES = {"decode": bench_decode, "pages": bench_pages, "small": bench_small, "prefill": bench_prefill}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], *BENCHES], default=list(BENCHES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=30, help="alternating rounds, of which the best counts (default 30)")
+    parser.add_argument("--isa", default="avx512_bf16", help="portable, avx2, avx512 or avx512_bf16 (default)")
+    arguments = parser.parse_args()
+    if not extension.load():
+        raise SystemExit("the C++ extension is not built")
+    torch.set_num_threads(arguments.threads)
+    print(f"{torch.ops.hetis.limit_dense_isa(arguments.isa)}, {arguments.threads} threads, torch {torch.__version__}")
+    for part in arguments.parts:
+        BENCHES[part](arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
