@@ -141,7 +141,7 @@ BENCHES = {"decode": bench_decode, "pages": bench_pages, "small": bench_small, "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[[], *BENCHES], default=list(BENCHES))
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(BENCHES)} (default all)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=30, help="alternating rounds, of which the best counts (default 30)")
     parser.add_argument("--isa", default="avx512_bf16", help="portable, avx2, avx512 or avx512_bf16 (default)")
@@ -150,7 +150,7 @@ def main() -> None:
         raise SystemExit("the C++ extension is not built")
     torch.set_num_threads(arguments.threads)
     print(f"{torch.ops.hetis.limit_dense_isa(arguments.isa)}, {arguments.threads} threads, torch {torch.__version__}")
-    for part in arguments.parts:
+    for part in arguments.parts or BENCHES:
         BENCHES[part](arguments.rounds)
 
 
