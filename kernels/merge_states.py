@@ -89,11 +89,13 @@ def _merge_states_kernel(
     weight_a = tl.exp2(lse2_a - base)
     weight_b = tl.exp2(lse2_b - base)
     total = weight_a + weight_b
+    divisor = tl.where(total == 0.0, 1.0, total)
+    weight_a = tl.div_rn(weight_a, divisor)  # exactly 1 when the other part is empty
+    weight_b = tl.div_rn(weight_b, divisor)
     # masking by the weight, too, keeps what lies in an empty part (NaN, perhaps) out of the result
     out_a = tl.load(out_a_pointer + row[:, None] * D + d, mask=inside & (weight_a > 0)[:, None], other=0.0)
     out_b = tl.load(out_b_pointer + row[:, None] * D + d, mask=inside & (weight_b > 0)[:, None], other=0.0)
     merged = out_a.to(tl.float32) * weight_a[:, None] + out_b.to(tl.float32) * weight_b[:, None]
-    merged = merged / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_pointer + row[:, None] * D + d, merged.to(out_pointer.dtype.element_ty), mask=inside)
     tl.store(lse2_pointer + row, base + tl.log2(total), mask=row < num_rows)
 

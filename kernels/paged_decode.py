@@ -12,34 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention import accumulate, attention_ref, lane_tokens
 from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch, scratch
 
 # A lane of up to MIN_SPLIT tokens is one piece of work; a longer one is cut into pieces of MIN_SPLIT tokens, or into
 # MAX_SPLITS equal ones, whichever is fewer. 32 pieces for each of 8 head groups keep 256 programs busy.
 MIN_SPLIT = 256
 MAX_SPLITS = 32
-
-
-def lane_tokens(
-    pool_2PSD: torch.Tensor, page_table_W: torch.Tensor, first: int, last: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V [last - first, D] in float32 of the tokens [first, last) of the lane with that row of the page table."""
-    page_size = pool_2PSD.shape[2]
-    token = torch.arange(first, last, device=pool_2PSD.device)
-    slot = page_table_W[token // page_size].long() * page_size + token % page_size
-    k, v = pool_2PSD.flatten(1, 2)[:, slot].float().unbind(0)
-    return k, v
-
-
-def attention_ref(
-    q_QD: torch.Tensor, k_KD: torch.Tensor, v_KD: torch.Tensor, scale: float, visible_QK: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale q k) v and the base-2 log-sum-exp of scale q k log2(e), in float32; no key gives 0 and -inf."""
-    score_QK = scale * math.log2(math.e) * (q_QD.float() @ k_KD.T)
-    if visible_QK is not None:
-        score_QK = score_QK.masked_fill(~visible_QK, -math.inf)
-    lse2_Q = torch.logsumexp(score_QK * math.log(2), dim=1) / math.log(2)
-    return torch.exp2(score_QK - lse2_Q[:, None]) @ v_KD, lse2_Q
 
 
 def paged_decode_ref(
@@ -119,23 +98,6 @@ def _check(
         raise ValueError(f"lse2_NM has dtype {lse2_NM.dtype}; it must be float32")
     if window < 0:
         raise ValueError(f"window is {window}; use 0 for no window or a positive number of tokens")
-
-
-@triton.jit
-@no_type_check
-def accumulate(score_QK, v_KD, largest_Q, total_Q, sum_QD):
-    """One block of keys of a running softmax: its largest score, its sum of weights and its weighted sum of values.
-
-    Scores are base-2 logarithms, -inf for keys that a query does not see.
-    """
-    new_largest_Q = tl.maximum(largest_Q, tl.max(score_QK, axis=1))
-    # a query that has seen no key yet has nothing to be relative to
-    base_Q = tl.where(new_largest_Q == float("-inf"), 0.0, new_largest_Q)
-    weight_QK = tl.exp2(score_QK - base_Q[:, None])
-    shrink_Q = tl.exp2(largest_Q - base_Q)
-    total_Q = total_Q * shrink_Q + tl.sum(weight_QK, axis=1)
-    sum_QD = tl.dot(weight_QK.to(v_KD.dtype), v_KD, sum_QD * shrink_Q[:, None], input_precision="ieee")
-    return new_largest_Q, total_Q, sum_QD
 
 
 @triton.jit

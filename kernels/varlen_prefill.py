@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention import accumulate, attention_ref, lane_tokens
 from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch
-from .paged_decode import accumulate, attention_ref, lane_tokens
 
 
 def paged_prefill_ref(

@@ -75,8 +75,8 @@ def plan_memory(
 ) -> MemoryLedger:
     """The ledger of a fleet. Ranks without `kv_memory` share what is left on their device, up to what could be used.
 
-    Raises ValueError, with the numbers, when weights, activations and KV memory do not fit a device, when KV memory
-    gives less than one page per lane, and when a context of `max_model_len` tokens cannot be held.
+    Raises ValueError, one sentence and the ledger, when weights, activations and KV memory do not fit a device, when KV
+    memory gives less than one page per lane, and when a context of `max_model_len` tokens cannot be held.
     """
     infos = {info.rank: info for info in fleet}
     fixed = {
@@ -91,12 +91,9 @@ def plan_memory(
         * pages_of(min(max_model_len or spec.max_position, spec.max_position), block_size)
         for member in plan.members()
     }
-    kv = _divide(plan, infos, {rank: sum(both) for rank, both in fixed.items()}, useful)
+    kv, refusals = _divide(plan, infos, {rank: sum(both) for rank, both in fixed.items()}, useful)
     num_pages = {rank: kv[rank] // page[rank] for rank in kv}
-    _check_pages(plan, infos, kv, page, num_pages)
     context = min(largest_context(plan, num_pages, block_size), spec.max_position)
-    if max_model_len is not None and max_model_len > context:
-        raise ValueError(_too_long(plan, num_pages, block_size, max_model_len, context, spec.max_position))
     rows = tuple(
         LedgerRow(
             rank=member.rank,
@@ -113,7 +110,13 @@ def plan_memory(
         for member in plan.members()
     )
     total = total_tokens(spec, plan, num_pages, block_size)
-    return MemoryLedger(rows=rows, largest_context=context, total_tokens=total)
+    ledger = MemoryLedger(rows=rows, largest_context=context, total_tokens=total)
+    refusals += _too_few_pages(plan, infos, kv, page, num_pages)
+    if max_model_len is not None and max_model_len > context:
+        refusals.append(_too_long(plan, num_pages, block_size, max_model_len, context, spec.max_position))
+    if refusals:
+        raise ValueError(f"{refusals[0]}\n{ledger}")
+    return ledger
 
 
 def pages_of(num_tokens: int, block_size: int) -> int:
@@ -151,13 +154,14 @@ def _num_lanes(spec: ModelSpec, member: Primary | AttentionWorker) -> int:
 
 def _divide(
     plan: Plan, infos: Mapping[int, DeviceInfo], fixed: Mapping[int, int], useful: Mapping[int, int]
-) -> dict[int, int]:
-    """KV memory of every rank. Ranks of one host and device draw on the same free memory."""
+) -> tuple[dict[int, int], list[str]]:
+    """KV memory of every rank, and what does not fit. Ranks of one host and device draw on the same free memory."""
     shared: dict[tuple[str, str], list[Primary | AttentionWorker]] = defaultdict(list)
     for member in plan.members():
         info = infos[member.rank]
         shared[info.host, info.device].append(member)
     kv: dict[int, int] = {}
+    refusals: list[str] = []
     for (_, device), members in shared.items():
         free = min(infos[member.rank].free_memory for member in members)
         needed = sum(fixed[member.rank] for member in members)
@@ -166,9 +170,9 @@ def _divide(
         share = (CPU_SHARE if device == "cpu" else GPU_SHARE) if others else 1.0
         left = int(free * share) - needed - sum(given.values())
         if left < 0:
-            raise ValueError(_does_not_fit(device, members, needed, sum(given.values()), free, share))
-        kv |= given | {rank: min(left // len(others), useful[rank]) for rank in others}
-    return kv
+            refusals.append(_does_not_fit(device, members, needed, sum(given.values()), free, share))
+        kv |= given | {rank: min(max(left, 0) // len(others), useful[rank]) for rank in others}
+    return kv, refusals
 
 
 def _does_not_fit(
@@ -182,23 +186,25 @@ def _does_not_fit(
     )
 
 
-def _check_pages(
+def _too_few_pages(
     plan: Plan,
     infos: Mapping[int, DeviceInfo],
     kv: Mapping[int, int],
     page: Mapping[int, int],
     num_pages: Mapping[int, int],
-) -> None:
-    """One page for every lane that a primary is home of, and one page at all on a worker."""
+) -> list[str]:
+    """What is said of ranks without one page for every lane that they are home of, or, on a worker, one page at all."""
+    refusals = []
     for member in plan.members():
         rank = member.rank
         least = member.num_groups if isinstance(member, Primary) else 1
         if num_pages[rank] < least:
-            raise ValueError(
+            refusals.append(
                 f"rank {rank} on {infos[rank].device} has {format_bytes(kv[rank])} for KV, which is {num_pages[rank]} "
                 f"pages of {format_bytes(page[rank])}, but needs at least {least}, one per head group that it is home "
                 f"of; give it {format_bytes(least * page[rank])} or more, or lower the block size."
             )
+    return refusals
 
 
 def _too_long(

@@ -104,8 +104,10 @@ def test_less_than_one_page_per_lane_is_refused() -> None:
 
 def test_a_context_that_cannot_be_held_is_refused() -> None:
     plan = split_evenly("2+1", SPEC, "cpu", {0: "1GiB", 1: "1MiB", 2: "1GiB"})
-    with pytest.raises(ValueError, match=r"max_model_len is 400.*largest context is 288.*rank 1 has 73 pages.*4 head"):
+    match = r"max_model_len is 400.*largest context is 288.*rank 1 has 73 pages.*4 head"
+    with pytest.raises(ValueError, match=match) as refusal:
         ledger_of(plan, fleet(plan), max_model_len=400)
+    assert str(ledger_of(plan, fleet(plan))) in str(refusal.value), "the numbers of every rank stand below the sentence"
     with pytest.raises(ValueError, match=r"max_model_len is 513.*512 positions"):
         ledger_of(plan, fleet(plan), max_model_len=513)
     assert ledger_of(plan, fleet(plan), max_model_len=288).largest_context == 288

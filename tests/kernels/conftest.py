@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = not isinstance(triton.language.zeros, triton.JITFunction)  # what triton was imported as
 
 # The interpreter cuts float32 to bfloat16 where a GPU rounds: one unit in the last place is the least it can miss by.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -31,7 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the Triton kernels of a test run."""
     if (request.param == "interpreted") != INTERPRETED:
-        pytest.fail(f"triton was imported with TRITON_INTERPRET={int(INTERPRETED)}; set it before pytest starts")
+        wanted = int(not INTERPRETED)
+        pytest.fail(f"set TRITON_INTERPRET={wanted} before pytest starts: triton was imported with {int(INTERPRETED)}")
     return torch.device("cuda" if request.param == "cuda" else "cpu")
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from hetis_kernels.attention import attention_ref
 from hetis_kernels.merge_states import merge_states
-from hetis_kernels.paged_decode import attention_ref
 
 BACKENDS = ["reference", "triton"]
 
