@@ -6,9 +6,11 @@ socket files are removed (`ControlServer.hide`): established connections stay, n
 
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,10 @@ _FROM_FRONT = m.Attach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.Shutdo
 _TO_FRONT = m.EngineReady | m.Outputs | m.FleetStats | m.EngineDead
 
 MAX_MESSAGE_BYTES = 1 << 30
+RECONNECT_MILLISECONDS = 10  # clients start before the driver listens
 HEARTBEAT_SECONDS = 0.25
+VERDICT_SECONDS = 5.0  # a rank that must end waits so long for the driver to say why
+TOLD_TO_END = "was told to end by its launcher"
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -111,73 +116,127 @@ class ControlClient:
 
     def __init__(self, endpoint: str, identity: str, side: Literal["rank", "front"]) -> None:
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, identity.encode())
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.IPV6, int("[" in endpoint))
-        self._socket.connect(endpoint)
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.IDENTITY, identity.encode())
+        self.socket.setsockopt(zmq.LINGER, 1000)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MILLISECONDS)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self.socket.setsockopt(zmq.SNDHWM, 0)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        self._losses = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.socket.connect(endpoint)
         union: Any = _TO_RANK if side == "rank" else _TO_FRONT
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(union)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether there was a connection and the driver's end of it closed: it ended, however that happened."""
+        return bool(self._losses.poll(0))
+
     def send(self, message: m.Message) -> None:
-        self._socket.send(encode(message))
+        self.socket.send(encode(message))
 
     def receive(self, timeout: float | None = None) -> Any:
         """The next message; None after `timeout` seconds."""
-        if not self._socket.poll(None if timeout is None else int(timeout * 1000)):
+        if not self.socket.poll(None if timeout is None else int(timeout * 1000)):
             return None
-        return self._decoder.decode(self._socket.recv())
+        return self._decoder.decode(self.socket.recv())
 
-    def close(self) -> None:
-        self._context.destroy(linger=1000)
+    def close(self, linger: float = 1.0) -> None:
+        """`linger`: seconds that unsent messages may take."""
+        self.socket.disable_monitor()
+        self._losses.close()
+        self._context.destroy(linger=int(1000 * linger))
 
 
 class Heart(threading.Thread):
-    """A rank's sign of life, on a socket of its own so that a long step does not silence it.
+    """A rank's sign of life, on a socket of its own so that a long step does not silence it, and the rank's end.
 
-    Ends the process when the driver says `Abort` or stays silent longer than `timeout` seconds. A stopped process
-    (SIGSTOP) cannot end itself, so neighbours on its host do it.
+    Whatever ends a rank before its time goes through here, and ends the process: `Abort` from the driver, a driver
+    that is gone or silent for `timeout` seconds, a failure of the rank itself (`report`), a signal of its launcher.
+    In the last two cases it waits a little for the driver's verdict, so that the first explanation is also the last
+    line. A stopped process (SIGSTOP) cannot end itself, so neighbours on its host do it.
     """
 
-    def __init__(self, endpoint: str, rank: int, on_silence: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        rank: int,
+        bell: supervision.Bell,
+        on_lost_driver: Callable[[str], None],
+        prints_verdict: bool = False,
+    ) -> None:
+        """`on_lost_driver` is told how the driver was lost. `prints_verdict`: nobody else does it on this host."""
         super().__init__(name="heart", daemon=True)
-        self._endpoint, self._rank, self._on_silence = endpoint, rank, on_silence
+        self._endpoint, self._rank, self._bell = endpoint, rank, bell
+        self._on_lost_driver, self._prints_verdict = on_lost_driver, prints_verdict
         self.timeout = 120.0  # until Setup says otherwise
         self.step = -1
-        self._ending = threading.Event()
+        self._stopping = threading.Event()
         self._last_words: queue.SimpleQueue[m.Failure] = queue.SimpleQueue()
-        self._heard = threading.Event()
+        self._deadline: float | None = None  # of the verdict, once this rank must end
+        self._last_answer = 0.0
 
     def report(self, failure: m.Failure) -> None:
-        """Hand a failure to the driver, from any thread; returns when it is on its way."""
+        """Hands a failure of this rank to the driver, from any thread. The process ends soon after."""
         self._last_words.put(failure)
-        self._heard.wait(timeout=5.0)
+        self._bell.ring()
+
+    def stop(self) -> None:
+        """In good order: this rank has done its work."""
+        self._stopping.set()
+        self._bell.ring()
+        self.join()
 
     def run(self) -> None:
         client = ControlClient(self._endpoint, str(self._rank), "rank")
-        last_word = time.monotonic()
-        while not self._ending.is_set():
-            client.send(m.Heartbeat(rank=self._rank, step=self.step))
-            if not self._last_words.empty():
-                client.send(self._last_words.get())
-                client.close()  # lingers until it is delivered
-                self._heard.set()
-                return
-            message = client.receive(HEARTBEAT_SECONDS)
-            if isinstance(message, m.Abort):
-                if message.host == supervision.host_id():
-                    supervision.kill([pid for pid in message.culprits if pid != os.getpid()])
-                os._exit(1)
-            if message is not None:
-                last_word = time.monotonic()
-                self._ending.wait(HEARTBEAT_SECONDS)
-            elif time.monotonic() - last_word > self.timeout:
-                self._on_silence(f"the driver has not answered for {self.timeout:.0f} s")
-                os._exit(1)
+        poller = zmq.Poller()
+        poller.register(client.socket, zmq.POLLIN)
+        poller.register(self._bell.fileno(), zmq.POLLIN)
+        self._last_answer = next_beat = time.monotonic()
+        while not self._stopping.is_set():
+            now = time.monotonic()
+            if now >= next_beat:
+                client.send(m.Heartbeat(rank=self._rank, step=self.step))
+                next_beat = now + HEARTBEAT_SECONDS
+            poller.poll(max(0, int((next_beat - now) * 1000)))
+            self._read(client)
+            self._listen(client)
+            self._check(client)
         client.close()
 
-    def stop(self) -> None:
-        self._ending.set()
+    def _read(self, client: ControlClient) -> None:
+        while (message := client.receive(0)) is not None:
+            self._last_answer = time.monotonic()
+            if isinstance(message, m.Abort):
+                if message.host == supervision.host_id():
+                    supervision.kill(pid for pid in message.culprits if pid != os.getpid())
+                self._end(message.reason)
+
+    def _listen(self, client: ControlClient) -> None:
+        """What this process itself has to say: a failure, or that its launcher wants it to end."""
+        if any(self._bell.heard()):
+            client.send(m.Failure(rank=self._rank, reason=TOLD_TO_END, is_consequence=True))
+            self._deadline = self._deadline or time.monotonic() + VERDICT_SECONDS
+        with suppress(queue.Empty):
+            client.send(self._last_words.get_nowait())
+            self._deadline = self._deadline or time.monotonic() + VERDICT_SECONDS
+
+    def _check(self, client: ControlClient) -> None:
+        now = time.monotonic()
+        if self._deadline is not None and now > self._deadline:
+            os._exit(1)
+        if client.is_lost and not self._stopping.is_set():
+            self._on_lost_driver("ended")
+            self._end("the driver ended.")
+        if now - self._last_answer > self.timeout:
+            how = f"has not answered for {self.timeout:g} s (stopped, or its host is gone)"
+            self._on_lost_driver(how)
+            self._end(f"the driver {how}.")
+
+    def _end(self, reason: str) -> None:
+        supervision.tell_torchrun(reason)
+        if self._prints_verdict:
+            print(f"hetis: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)

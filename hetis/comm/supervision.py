@@ -1,22 +1,43 @@
-"""Life and death of processes on one host: die with the parent, notice a death at once, say how a process ended."""
+"""Life and death of processes on one host: die with the parent, notice an end at once, say how and why it came."""
 
 import ctypes
+import json
 import os
 import signal
+import socket
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
+import msgspec
+
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_VERDICT = "verdict"
+_BY_REQUEST = frozenset({signal.SIGTERM, signal.SIGINT})
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
 
 
 def die_with_parent(with_signal: int = signal.SIGKILL) -> None:
     """Ask the kernel for `with_signal` when the parent ends, so that nothing is orphaned whatever kills it (Linux)."""
     parent = os.getppid()
-    try:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(with_signal))
-    except (OSError, AttributeError):
-        return  # not Linux: the heartbeat still ends us
+    _prctl(_PR_SET_PDEATHSIG, int(with_signal))
     if os.getppid() != parent:  # it died before the call
         os.kill(os.getpid(), with_signal)
+
+
+def adopt_orphans() -> None:
+    """Descendants whose parent ends become children of this process, which can then end or outlast them (Linux)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    """Nothing where the system has no such call: heartbeats and closed connections still end everybody, later."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(option, value)
 
 
 def host_id() -> str:
@@ -28,34 +49,123 @@ def host_id() -> str:
         return os.uname().nodename
 
 
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
 def open_pidfd(pid: int) -> int | None:
-    """A descriptor that becomes readable when `pid` ends; None where the system has none."""
+    """A descriptor that becomes readable when `pid` ends; None where the system has none, or no such process."""
     try:
         return os.pidfd_open(pid)
     except (OSError, AttributeError):
         return None
 
 
-def end_of(pid: int) -> str:
-    """How a process of this host ended, as far as can be seen before its parent reaps it."""
+def wait_status(pid: int) -> int | None:
+    """How a process of this host ended, as `os.wait` gives it; None when it runs, or when its parent knows already."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        state, status = fields[0], int(fields[49])
+        return int(fields[49]) if fields[0] in "ZX" else None
     except (OSError, ValueError, IndexError):
+        return None
+
+
+def describe_end(status: int | None) -> str:
+    """A wait status in words that follow the name of a process."""
+    if status is None:
         return "ended without a word (killed, out of memory or crashed)"
-    if state != "Z":
-        return "stopped answering"
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
-        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-        return f"was killed by {name}{hint}"
+        return f"was killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
     return f"exited with code {os.WEXITSTATUS(status)}"
 
 
-def kill(pids: list[int]) -> None:
+def ended_by_request(status: int | None) -> bool:
+    """Whether somebody asked for the end (Ctrl-C, a launcher that ends all because one failed): it is no cause."""
+    return status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _BY_REQUEST
+
+
+def end_of(pid: int) -> str:
+    """How a process of this host ended, in words, as far as can be seen before its parent reaps it."""
+    return describe_end(wait_status(pid))
+
+
+def kill(pids: Iterable[int]) -> None:
     """SIGKILL each pid that still exists; it ends stopped processes too."""
     for pid in pids:
-        try:
+        with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            continue
+
+
+class Bell:
+    """Wakes a thread that polls `fileno()`: from any thread by `ring`, and by signals, whatever the main thread does.
+
+    Python runs signal handlers only between two instructions of the main thread, which may sit in C++ for long; the
+    byte in this pipe comes at once.
+    """
+
+    def __init__(self) -> None:
+        self._out, self._in = socket.socketpair()
+        self._out.setblocking(False)
+        self._in.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._out.fileno()
+
+    def ring(self) -> None:
+        with suppress(BlockingIOError):  # full: it rings already
+            self._in.send(b"\0")
+
+    def take_over(self, *signals: signal.Signals) -> None:
+        """From now on these signals do nothing but ring. Main thread only."""
+        for each in signals:
+            signal.signal(each, lambda *_: None)
+        signal.set_wakeup_fd(self._in.fileno(), warn_on_full_buffer=False)
+
+    def heard(self) -> set[int]:
+        """What has rung since: numbers of signals, 0 for `ring`."""
+        try:
+            return set(self._out.recv(4096))
+        except BlockingIOError:
+            return set()
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Why a fleet ended. `refused`: the user asked for something that cannot be; nothing broke."""
+
+    reason: str
+    refused: bool = False
+
+
+def leave_verdict(directory: Path | str, verdict: Verdict) -> bool:
+    """Leaves the verdict in a run's directory; False if there is one already: the first one stays."""
+    draft = Path(directory) / f"{_VERDICT}.{os.getpid()}"
+    try:
+        draft.write_bytes(msgspec.json.encode(verdict))
+        os.link(draft, Path(directory) / _VERDICT)  # never half written, never written twice
+    except FileExistsError:
+        return False
+    except FileNotFoundError:  # the front end ended, and the directory with it
+        return True
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
+def read_verdict(directory: Path | str) -> Verdict | None:
+    try:
+        return msgspec.json.decode((Path(directory) / _VERDICT).read_bytes(), type=Verdict)
+    except FileNotFoundError:
+        return None
+
+
+def tell_torchrun(reason: str) -> None:
+    """Has torchrun's summary of failed processes show `reason` for this one; the first reason stays."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    told = {"message": {"message": reason, "extraInfo": {"py_callstack": reason, "timestamp": str(int(time.time()))}}}
+    with suppress(OSError), open(path, "x") as file:
+        json.dump(told, file)

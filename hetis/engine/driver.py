@@ -1,15 +1,17 @@
 """The driver process: carries messages between front ends, the engine and the ranks, and watches over all of them.
 
 Started by rank 0 with `DriverArgs` as one JSON line on standard input; answers with `Joining` on standard output. The end
-of standard input means: shut down in order.
+of standard input means: shut down in order. Whatever happens, the driver outlives the ranks of its host: those that do not
+end by themselves within some seconds it kills.
 """
 
 import os
 import shutil
 import signal
 import sys
+import time
 import traceback
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 import msgspec
@@ -25,6 +27,8 @@ from hetis.engine.setup import make_setup
 from hetis.engine.watch import FleetFailed, Watch
 
 POLL_MILLISECONDS = 200
+END_SECONDS = 1.5  # for the ranks to end, when all is well
+FAIL_SECONDS = 3.0  # when it is not
 
 
 class Driver:
@@ -48,19 +52,24 @@ class Driver:
         """Serves until shutdown; FleetFailed when the fleet cannot go on."""
         self._server.poller.register(sys.stdin.fileno())
         while not self._ending:
-            events = dict(self._server.poller.poll(POLL_MILLISECONDS))
+            events = self._wait(POLL_MILLISECONDS)
             if sys.stdin.fileno() in events:
                 self._on_end_of_input()
-            self._read_health()
             self._read_ranks()
             self._read_fronts()
-            for fd in events:
-                if isinstance(fd, int) and fd in self._watch.pid_fds:
-                    self._server.poller.unregister(fd)
-                    self._watch.on_death(fd)
             self._watch.check()
             self._step()
         self._broadcast(m.Shutdown())
+        self._outlive([rank for rank in self._ranks if rank != 0], END_SECONDS)
+
+    def _wait(self, milliseconds: int) -> set[object]:
+        """For something to read; keeps the books of life and death. Descriptors and sockets that are ready."""
+        events = set(dict(self._server.poller.poll(milliseconds)))
+        self._read_health()
+        for fd in events & set(self._watch.pid_fds):
+            self._server.poller.unregister(fd)
+            self._watch.on_death(fd)
+        return events
 
     def _on_end_of_input(self) -> None:
         """Rank 0 closed our input: shut down. If it did so by dying, the watch finds out how."""
@@ -68,7 +77,15 @@ class Driver:
         if os.getppid() == self._parent:
             self._ending = True
         else:
-            self._watch.on_parent_death()
+            self._watch.on_parent_death(self._parent)
+
+    def _outlive(self, ranks: list[int], seconds: float) -> None:
+        """Waits for the end of these ranks, then sees to it. (Rank 0, our parent, waits for us when all is well.)"""
+        deadline = time.monotonic() + seconds
+        while (living := set(ranks) & set(self._watch.living())) and time.monotonic() < deadline:
+            self._wait(50)
+        self._abort("the job ended before this rank had.", {}, living)
+        supervision.kill(pid for rank in living if (pid := self._watch.pid_here(rank)) is not None)
 
     # --- the fleet ----------------------------------------------------------------------------------------------------
 
@@ -179,22 +196,23 @@ class Driver:
         self._stats = {}
 
     def fail(self, failure: FleetFailed) -> None:
-        """Tells everybody, and has stopped processes killed by their neighbours."""
+        """Says why, once and to everybody; has stopped processes killed by their neighbours; ends when all have."""
+        verdict = supervision.Verdict(str(failure), failure.refused)
+        if supervision.leave_verdict(self._args.run_directory, verdict) and self._args.announce:
+            print(f"hetis: {failure}", file=sys.stderr, flush=True)
         for front in self._fronts:
             self._server.send("front", front, m.EngineDead(reason=str(failure)))
-        for host, pids in failure.culprits.items():
-            if host == supervision.host_id():
-                supervision.kill(pids)
-        hosts = failure.culprits or {"": []}
-        for host, pids in hosts.items():
-            abort = msgspec.msgpack.encode(m.Abort(reason=str(failure), host=host, culprits=pids))
-            for rank in self._ranks:
-                self._server.send("health", str(rank).encode(), abort)
-        if self._args.announce:
-            print(f"hetis: {failure}", file=sys.stderr, flush=True)
+        supervision.kill(failure.culprits.get(supervision.host_id(), []))
+        self._abort(str(failure), failure.culprits, self._ranks)
+        self._outlive(self._ranks, FAIL_SECONDS)
+        if self._args.announce:  # else the front end reads the verdict there
             shutil.rmtree(self._args.run_directory, ignore_errors=True)
-        else:
-            Path(self._args.run_directory, "verdict").write_text(str(failure))
+
+    def _abort(self, reason: str, culprits: Mapping[str, list[int]], ranks: Iterable[int]) -> None:
+        for host, pids in (culprits or {"": []}).items():
+            abort = msgspec.msgpack.encode(m.Abort(reason=reason, host=host, culprits=pids))
+            for rank in ranks:
+                self._server.send("health", str(rank).encode(), abort)
 
 
 def main() -> NoReturn:
@@ -207,19 +225,17 @@ def main() -> NoReturn:
     sys.stdout.buffer.write(msgspec.json.encode(joining) + b"\n")
     sys.stdout.flush()
     driver = Driver(args, server)
-    code = 0
+    code = 1
     try:
         driver.run()
+        code = 0
     except FleetFailed as failure:
         driver.fail(failure)
-        code = 1
     except ValueError as error:  # a plan that does not fit, found when the devices were known
-        driver.fail(FleetFailed(str(error), {}))
-        code = 1
+        driver.fail(FleetFailed(str(error), refused=True))
     except Exception as error:
         traceback.print_exc()
-        driver.fail(FleetFailed(f"the driver failed: {type(error).__name__}: {error}", {}))
-        code = 1
+        driver.fail(FleetFailed(f"the driver failed: {type(error).__name__}: {error}"))
     server.close()
     sys.exit(code)
 

@@ -1,48 +1,56 @@
 """Who died, and of what: heartbeats, process ends and last words of the ranks, condensed into one verdict.
 
-When one rank dies its neighbours fail too, moments later or moments earlier. So a first sign opens a short time of grace
-in which better explanations may come in: a rank's own error first, then a process that ended, then a lost connection.
+When one rank dies its neighbours fail too, moments later or moments earlier, and a launcher ends the rest. So a first
+sign opens a short time of grace in which better explanations may come in. The best one wins:
+
+    a rank's own error; a process that ended; a rank that has gone silent; a rank that ended before it had joined;
+    a lost connection; an end that was asked for.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from hetis.comm import supervision
+from hetis.comm.control import TOLD_TO_END
 from hetis.core.fleet import DeviceInfo
 from hetis.core.messages import Failure
 from hetis.core.plan import Plan
 
 GRACE_SECONDS = 1.0
 JOIN_SECONDS = 300.0
+SILENT_SECONDS = 2.0  # eight heartbeats: long enough to be suspected when something else is wrong
 
 
 class FleetFailed(Exception):
     """The verdict. `culprits`: pids to kill by host, for a process that is stopped cannot end itself."""
 
-    def __init__(self, reason: str, culprits: Mapping[str, list[int]]) -> None:
+    def __init__(self, reason: str, culprits: Mapping[str, list[int]] | None = None, refused: bool = False) -> None:
         super().__init__(reason)
-        self.culprits = dict(culprits)
+        self.culprits = dict(culprits or {})
+        self.refused = refused
 
 
 class Watch:
     """Signs of life of one fleet."""
 
-    def __init__(self, plan: Plan, step_timeout: float) -> None:
-        self.plan, self._timeout = plan, step_timeout
-        self._begin = time.monotonic()
+    def __init__(self, plan: Plan, step_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.plan, self._timeout, self._clock = plan, step_timeout, clock
+        self._begin = clock()
         self._infos: dict[int, DeviceInfo] = {}
-        self.pid_fds: dict[int, int] = {}  # descriptor -> rank
+        self.pid_fds: dict[int, int] = {}  # descriptor -> rank, of the living
         self._last_sign: dict[int, float] = {}
         self._last_step: dict[int, int] = {}
         self._failures: list[Failure] = []
-        self._ended: dict[int, str] = {}  # rank -> how its process ended
+        self._ended: dict[int, int | None] = {}  # rank -> wait status
         self._first_sign: float | None = None
         self._started: dict[int, float] = {}  # step in flight -> since
+
+    # --- what is seen -------------------------------------------------------------------------------------------------
 
     def on_hello(self, info: DeviceInfo) -> int | None:
         """Returns a descriptor that becomes readable when the rank's process ends, if it runs on this host."""
         self._infos[info.rank] = info
-        self._last_sign[info.rank] = time.monotonic()
+        self._last_sign[info.rank] = self._clock()
         if info.host != supervision.host_id():
             return None
         fd = supervision.open_pidfd(info.pid)
@@ -51,10 +59,10 @@ class Watch:
         return fd
 
     def on_heartbeat(self, rank: int, step: int) -> None:
-        self._last_sign[rank], self._last_step[rank] = time.monotonic(), step
+        self._last_sign[rank], self._last_step[rank] = self._clock(), step
 
     def on_step(self, step: int) -> None:
-        self._started[step] = time.monotonic()
+        self._started[step] = self._clock()
 
     def on_result(self, step: int) -> None:
         self._started.pop(step, None)
@@ -65,53 +73,98 @@ class Watch:
 
     def on_death(self, fd: int) -> None:
         rank = self.pid_fds.pop(fd)
-        self._ended[rank] = supervision.end_of(self._infos[rank].pid)
+        self._ended[rank] = supervision.wait_status(self._infos[rank].pid)
         self._note()
 
-    def on_parent_death(self) -> None:
+    def on_parent_death(self, pid: int) -> None:
         """Rank 0, which started the driver, is gone."""
-        self._ended.setdefault(0, supervision.end_of(self._infos[0].pid) if 0 in self._infos else "ended early")
+        self._ended.setdefault(0, supervision.wait_status(pid))
         self._note()
 
     def _note(self) -> None:
         if self._first_sign is None:
-            self._first_sign = time.monotonic()
+            self._first_sign = self._clock()
+
+    def living(self) -> list[int]:
+        """Ranks that still run, as far as one can see: by their process on this host, by their heartbeat elsewhere."""
+        here = set(self.pid_fds.values())
+        return [
+            rank for rank in self._infos if rank in here or (rank not in self._ended and not self._silent([rank], 1.0))
+        ]
+
+    def pid_here(self, rank: int) -> int | None:
+        """The pid of a rank that lives on this host."""
+        return self._infos[rank].pid if rank in self.pid_fds.values() else None
+
+    # --- what it means ------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """FleetFailed when the fleet cannot go on."""
-        now = time.monotonic()
+        now = self._clock()
         if self._first_sign is not None:
-            sure = any(not failure.is_consequence for failure in self._failures)
-            if sure or now - self._first_sign > GRACE_SECONDS:
+            if self._own_errors() or now - self._first_sign > GRACE_SECONDS:
                 self._condemn()
             return
-        silent = [rank for rank, last in self._last_sign.items() if now - last > self._timeout]
-        if silent:
-            self._condemn_stuck(silent, f"gave no sign of life for {self._timeout:g} s (stopped, or its host is gone)")
+        dead = self._silent(self._infos, self._timeout)
+        if dead:
+            self._condemn_silent(dead)
         if self._started and now - min(self._started.values()) > self._timeout:
-            step = min(self._started)
-            late = [rank for rank, done in self._last_step.items() if done < step] or list(self._infos)
-            self._condemn_stuck(late, f"did not finish step {step} within {self._timeout:g} s")
-        missing = [member.rank for member in self.plan.members() if member.rank not in self._infos]
-        if missing and now - self._begin > JOIN_SECONDS:
-            raise FleetFailed(f"ranks {missing} did not join within {JOIN_SECONDS:.0f} s.", {})
+            self._condemn_late(min(self._started))
+        if self._missing() and now - self._begin > JOIN_SECONDS:
+            raise FleetFailed(f"{self._names(self._missing())} did not join within {JOIN_SECONDS:.0f} s.")
 
     def _condemn(self) -> None:
         """The best explanation of what was seen."""
-        for failure in sorted(self._failures, key=lambda f: f.is_consequence):
-            if not failure.is_consequence:
-                raise FleetFailed(f"{self._name(failure.rank)} failed: {failure.reason}", {})
-        for rank, how in self._ended.items():
-            if not any(failure.rank == rank for failure in self._failures):
-                raise FleetFailed(f"{self._name(rank)} {how}.", {})
-        failure = self._failures[0]
-        raise FleetFailed(f"{self._name(failure.rank)} failed: {failure.reason}", {})
+        for failure in self._own_errors():
+            if not failure.traceback:  # a mistake of the user's, told in one sentence
+                raise FleetFailed(failure.reason, refused=True)
+            raise FleetFailed(f"{self._name(failure.rank)} failed: {failure.reason}")
+        spoke = {failure.rank for failure in self._failures}
+        for rank, status in self._ended.items():
+            if rank not in spoke and not supervision.ended_by_request(status):
+                raise FleetFailed(f"{self._name(rank)} {supervision.describe_end(status)}.")
+        silent = self._silent(set(self._infos) - set(self._ended) - spoke, SILENT_SECONDS)
+        if silent:
+            self._condemn_silent(silent)
+        if self._missing():
+            raise FleetFailed(f"{self._names(self._missing())} ended before the fleet was up, or never started.")
+        for failure in self._failures:
+            if failure.reason != TOLD_TO_END:
+                raise FleetFailed(f"{self._name(failure.rank)} failed: {failure.reason}")
+        told = sorted(spoke | set(self._ended))
+        raise FleetFailed(f"{self._names(told)} {TOLD_TO_END}.")
+
+    def _own_errors(self) -> list[Failure]:
+        return [failure for failure in self._failures if not failure.is_consequence]
+
+    def _condemn_silent(self, ranks: list[int]) -> None:
+        seconds = self._clock() - min(self._last_sign[rank] for rank in ranks)
+        self._condemn_stuck(ranks, f"gave no sign of life for {seconds:.0f} s (stopped, or its host is gone)")
+
+    def _condemn_late(self, step: int) -> None:
+        """A step that does not end: those that say nothing are more likely the cause than those that wait for them."""
+        silent = self._silent(self._infos, SILENT_SECONDS)
+        if silent:
+            self._condemn_silent(silent)
+        late = [rank for rank, done in self._last_step.items() if done < step and rank in self._infos]
+        self._condemn_stuck(late or list(self._infos), f"did not finish step {step} within {self._timeout:g} s")
 
     def _condemn_stuck(self, ranks: list[int], what: str) -> None:
         culprits: dict[str, list[int]] = {}
         for rank in ranks:
             culprits.setdefault(self._infos[rank].host, []).append(self._infos[rank].pid)
-        raise FleetFailed(f"{', '.join(self._name(rank) for rank in ranks)} {what}.", culprits)
+        raise FleetFailed(f"{self._names(ranks)} {what}.", culprits)
+
+    def _silent(self, ranks: Iterable[int], seconds: float) -> list[int]:
+        now = self._clock()
+        return [rank for rank in ranks if now - self._last_sign[rank] > seconds]
+
+    def _missing(self) -> list[int]:
+        """Ranks that never joined."""
+        return [member.rank for member in self.plan.members() if member.rank not in self._infos]
+
+    def _names(self, ranks: Iterable[int]) -> str:
+        return ", ".join(self._name(rank) for rank in ranks)
 
     def _name(self, rank: int) -> str:
         device = self._infos[rank].device if rank in self._infos else self.plan.device_of(rank)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetis.workers.vocabulary import Blocks, Vocabulary, sorted_falling
+from hetis.workers.vocabulary import BLOCK, Blocks, Vocabulary, sorted_falling
 
 WEIGHT_BITS = 40  # 2^23 tokens can be summed in int64
 # Weights are 8 bytes: on CPU small parts stay in cache and in memory that the allocator reuses; a GPU wants large ones.
@@ -35,6 +35,7 @@ class DrawParams:
     min_p_R: Tensor | None  # float32; None: no row uses it
     top_p_R: Tensor  # float64
     top_k_R: Tensor  # int64, at most V; 0: off
+    largest_top_k: int
 
     @classmethod
     def of(
@@ -49,11 +50,13 @@ class DrawParams:
         """From the host, as one copy."""
         packed_5R = torch.from_numpy(np.stack([uniform_R, 1 / temperature_R, min_p_R, top_p_R, top_k_R])).to(device)
         uniform, scale, min_p, top_p, top_k = packed_5R.unbind()
-        return cls(uniform, scale.float(), min_p.float() if min_p_R.any() else None, top_p, top_k.long())
+        some_min_p = min_p.float() if min_p_R.any() else None
+        return cls(uniform, scale.float(), some_min_p, top_p, top_k.long(), int(top_k_R.max()))
 
     def rows(self, row_I: Tensor) -> "DrawParams":
         min_p_I = None if self.min_p_R is None else self.min_p_R[row_I]
-        return DrawParams(self.uniform_R[row_I], self.scale_R[row_I], min_p_I, self.top_p_R[row_I], self.top_k_R[row_I])
+        uniform_I, scale_I = self.uniform_R[row_I], self.scale_R[row_I]
+        return DrawParams(uniform_I, scale_I, min_p_I, self.top_p_R[row_I], self.top_k_R[row_I], self.largest_top_k)
 
 
 def uniforms(seed_R: np.ndarray, index_R: np.ndarray) -> np.ndarray:
@@ -81,11 +84,17 @@ def draw(vocabulary: Vocabulary, params: DrawParams, top_k_I: np.ndarray, top_p_
     num_rows = len(params.uniform_R)
     token_R = torch.empty(num_rows, dtype=torch.int64, device=params.uniform_R.device)
     plain_I = np.delete(np.arange(num_rows), np.concatenate([top_k_I, top_p_I]))
-    at_once = max(1, WEIGHTS_AT_ONCE[token_R.device.type] // vocabulary.size)
-    for row_I, method in ((plain_I, _draw_plain), (top_k_I, _draw_top_k), (top_p_I, _draw_top_p)):
+    few = min((params.largest_top_k + TOP_K_SPARE_BLOCKS) * BLOCK, vocabulary.size)  # tokens weighed for top_k
+    everything = vocabulary.size
+    for row_I, method, width in (
+        (plain_I, _draw_plain, everything),
+        (top_k_I, _draw_top_k, few),
+        (top_p_I, _draw_top_p, everything),
+    ):
+        at_once = max(1, WEIGHTS_AT_ONCE[token_R.device.type] // width)
+        if len(row_I) == num_rows <= at_once:
+            return method(vocabulary, params)
         for start in range(0, len(row_I), at_once):
-            if len(row_I) == num_rows <= at_once:
-                return method(vocabulary, params)
             part_I = torch.from_numpy(row_I[start : start + at_once]).to(token_R.device)
             token_R[part_I] = method(vocabulary.rows(part_I), params.rows(part_I))
     return token_R
@@ -97,8 +106,7 @@ def _draw_plain(vocabulary: Vocabulary, params: DrawParams) -> Tensor:
 
 
 def _draw_top_k(vocabulary: Vocabulary, params: DrawParams) -> Tensor:
-    num_blocks = int(params.top_k_R.max()) + TOP_K_SPARE_BLOCKS
-    return _draw_filtered(vocabulary, params, num_blocks, total_R=None)
+    return _draw_filtered(vocabulary, params, params.largest_top_k + TOP_K_SPARE_BLOCKS, total_R=None)
 
 
 def _draw_top_p(vocabulary: Vocabulary, params: DrawParams) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -28,22 +29,28 @@ from hetis.workers.primary import PrimaryRank
 JOIN_SECONDS = 300.0  # until all ranks have joined; loading has no limit, a rank that loads is alive
 
 
-def run_rank(rank: int, local_rank: int, ranks_on_host: int, address: str, rendezvous: Rendezvous) -> None:
+def run_rank(
+    rank: int,
+    local_rank: int,
+    ranks_on_host: int,
+    address: str,
+    rendezvous: Rendezvous,
+    on_lost_driver: Callable[[str], None] | None = None,
+) -> None:
     """Runs this process as `rank`; returns after `Shutdown`.
 
     Any error ends the process with code 1, after its traceback and a `Failure` to the driver. `address`: where other
-    hosts reach this one.
+    hosts reach this one. `on_lost_driver`: told when the driver has gone, and how, before this process ends.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a rank may sit in C++ for long: end at once, the launcher reports
-    supervision.die_with_parent()
     joining = msgspec.json.decode(rendezvous.get("joining"), type=Joining)
+    bell = supervision.Bell()
+    bell.take_over(signal.SIGTERM, signal.SIGINT)
+    # the driver speaks on its own host; elsewhere the first rank does
+    prints_verdict = os.environ.get("GROUP_RANK", "0") != "0" and local_rank == 0
+    heart = Heart(joining.endpoints.health, rank, bell, on_lost_driver or (lambda how: None), prints_verdict)
+    heart.start()
     control = ControlClient(joining.endpoints.ranks, str(rank), "rank")
     device_name = choose_device(joining.devices[rank], local_rank)
-
-    heart = Heart(
-        joining.endpoints.health, rank, lambda reason: print(f"hetis: rank {rank}: {reason}", file=sys.stderr)
-    )
-    heart.start()
 
     def fail(error: BaseException) -> NoReturn:
         _report(heart, rank, device_name, error)
@@ -52,15 +59,18 @@ def run_rank(rank: int, local_rank: int, ranks_on_host: int, address: str, rende
         device = prepare_device(device_name, ranks_on_host)
         control.send(m.Hello(info=describe_device(rank, device, address)))
         setup = control.receive(JOIN_SECONDS)
+        if setup is None:
+            raise TimeoutError(f"the driver sent no setup within {JOIN_SECONDS:.0f} s")
         if isinstance(setup, m.Setup):
             heart.timeout = setup.step_timeout
             begin = perf_counter()
             member = build_member(setup, rank, device, rendezvous, fail)
             control.send(m.Ready(rank=rank, load_seconds=perf_counter() - begin))
-            obey(control, heart, member)
+            try:
+                obey(control, heart, member)
+            except ValueError as error:  # no user's mistake any more
+                raise RuntimeError(f"ValueError: {error}") from error
             member.close()
-        elif setup is None:
-            raise TimeoutError(f"the driver sent no setup within {JOIN_SECONDS:.0f} s")
     except Exception as error:
         fail(error)
     heart.stop()
@@ -151,15 +161,19 @@ def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRa
 
 
 def _report(heart: Heart, rank: int, device_name: str, error: BaseException) -> NoReturn:
-    """Says why this rank dies, to the terminal and to the driver, and ends the process. Any thread may call it."""
-    text = "".join(traceback.format_exception(error))
-    print(f"hetis: rank {rank} on {device_name} failed:\n{text}", file=sys.stderr, flush=True)
-    heart.report(
-        m.Failure(
-            rank=rank,
-            reason=f"{type(error).__name__}: {error}",
-            traceback=text,
-            is_consequence=isinstance(error, ConnectionError),
-        )
-    )
-    os._exit(1)
+    """Tells the terminal and the driver why this rank dies; the heart ends the process. Any thread may call it.
+
+    A lost connection is somebody else's failure, and a ValueError while the rank is built the user's mistake, for which
+    one sentence is enough: neither shows a traceback.
+    """
+    is_consequence, is_mistake = isinstance(error, ConnectionError), isinstance(error, ValueError)
+    text = ""
+    if not is_consequence and not is_mistake:
+        text = "".join(traceback.format_exception(error))
+        print(f"hetis: rank {rank} on {device_name} failed:\n{text}", file=sys.stderr, flush=True)
+    reason = str(error) if is_consequence or is_mistake else f"{type(error).__name__}: {error}"
+    if not is_consequence:
+        supervision.tell_torchrun(text or reason)
+    heart.report(m.Failure(rank=rank, reason=reason, traceback=text, is_consequence=is_consequence))
+    while True:
+        threading.Event().wait()
