@@ -9,6 +9,7 @@ The text is the documentation that comes with Python 3.11, as reStructuredText, 
 Licence of the text: Python Software Foundation License Version 2 (usr/share/doc/python3.11-doc/copyright in the
 package), which permits redistribution and derived works. Only prose is kept: code, tables and markup are dropped. The
 model is written in Hugging Face format in bfloat16. Deterministic for one machine, torch version and thread count.
+`--continue-from` starts from a saved model, for example to cut a run short: lower `--peak`, fewer `--steps`.
 
 Legend: R rows of a batch, T tokens of a row, N tokens of the whole text.
 """
@@ -38,9 +39,6 @@ PROSE_DIRECTIVE = re.compile(
     r"versionchanged|deprecated(-removed)?|rubric|impl-detail|availability|glossary|only|topic|admonition|class"
 )
 TITLED_DIRECTIVES = ("note", "warning", "seealso", "impl-detail")  # their first line may be prose too
-
-
-# ---------------------------------------------------------------------------------------------------------------- text
 
 
 def indent_of(line: str) -> int:
@@ -132,9 +130,6 @@ def read_documents(folder: Path) -> list[str]:
     return ["\n\n".join(paragraphs(file.read_text(encoding="utf-8"))) for file in files]
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
-
-
 def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> Tokenizer:
     """Byte-level BPE: every text round-trips, since each of the 256 bytes is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
@@ -155,9 +150,6 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> torch.Tensor:
     end = tokenizer.token_to_id(END_OF_TEXT)
     pieces = [np.asarray([end, *encoding.ids]) for encoding in tokenizer.encode_batch(documents)]
     return torch.from_numpy(np.concatenate(pieces))
-
-
-# ------------------------------------------------------------------------------------------------------------ training
 
 
 def build_model(vocabulary_size: int, end_of_text: int) -> LlamaForCausalLM:
@@ -239,9 +231,6 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         yield step, loss.item()
-
-
-# -------------------------------------------------------------------------------------------------------------- output
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, output: Path) -> None:
