@@ -28,7 +28,7 @@ test-all: install
 	$(BIN)/python -m pytest -m 'not gpu'
 
 test-gpu: install
-	$(BIN)/python -m pytest -m gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
 check: install
 	$(BIN)/ruff check .

@@ -1,38 +1,46 @@
 // Decode: one split of one lane at a time. Included inside a namespace and a target region, after the vectors.
 //
 // A split is short enough for all its scores to be kept, so there is no running maximum: first all scores, then the
-// softmax weights, then the weighted sum of V. K and V are read once each, in the order in which they lie in their pages,
-// and asked for kTokensAhead tokens early.
+// softmax weights, then the weighted sum of V. K and V are read once each, in the order in which they lie in their pages.
 
-HETIS_INLINE void prefetch_row(const char* row, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
-}
+// Rows are asked for kTokensAhead tokens early, line by line between the arithmetic: a burst of requests is waited for (it
+// costs a third of the bandwidth). Of several passes over the same rows each asks for its share of their lines.
+struct Ahead {
+  int first, step;  // bytes
+
+  Ahead(int pass, int passes) : first(64 * pass), step(64 * passes) {}
+  HETIS_INLINE void fetch(const char* row, int bytes) const {
+    for (int i = first; i < bytes; i += step) __builtin_prefetch(row + i);
+  }
+};
 
 // Scores of kWidth tokens for kQueries queries. A product is summed over D in the lanes of a vector of its own, and the
 // lanes of kWidth products are then summed together.
 template <class Dot, int kQueries>
-HETIS_INLINE void score_tile(const typename Dot::Element* const* rows, const void* q, int D, float* scores) {
+HETIS_INLINE void score_tile(const char* const* rows, const typename Dot::Query* query, int D, Ahead ahead, float* scores) {
   using Element = typename Dot::Element;
   constexpr int kTokens = kWidth / kQueries;
-  const auto* query = static_cast<const typename Dot::Query*>(q);
   for (int first = 0; first < kWidth; first += kTokens) {
     Vector product[kWidth];
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) product[i] = zero();
-    const Element* key[kTokens];
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) key[t] = rows[first + t];
+    int fetch_at = ahead.first;
     for (int d = 0; d < D; d += Dot::kStep) {
-      const int left = D - d;
+      const int left = D - d, bytes = d * static_cast<int>(sizeof(Element));
       Vector query_part[kQueries];
 #pragma GCC unroll 4
       for (int m = 0; m < kQueries; ++m) query_part[m] = Dot::load_query(query + m * D + d, left);
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) {
-        const Vector key_part = Dot::load_row(key[t] + d, left);
+        const Vector key_part = Dot::load_row(reinterpret_cast<const Element*>(rows[first + t] + bytes), left);
 #pragma GCC unroll 4
         for (int m = 0; m < kQueries; ++m)
           product[m * kTokens + t] = Dot::add_product(key_part, query_part[m], product[m * kTokens + t]);
+      }
+      if (bytes >= fetch_at) {
+#pragma GCC unroll 16
+        for (int t = 0; t < kTokens; ++t) __builtin_prefetch(rows[first + t + kTokensAhead] + bytes);
+        fetch_at += ahead.step;
       }
     }
     float sums[kWidth];
@@ -43,23 +51,23 @@ HETIS_INLINE void score_tile(const typename Dot::Element* const* rows, const voi
   }
 }
 
+// Queries go in fours, then a pair, then one.
+inline int query_tiles(int M) { return M / 4 + M % 4 / 2 + M % 2; }
+
 template <class Dot>
-HETIS_INLINE void score_all(const DecodeSplit& split, const void* q, float* scores) {
-  using Element = typename Dot::Element;
-  const auto* rows = reinterpret_cast<const Element* const*>(split.rows);
-  const int M = split.M, D = split.D;
-  const auto* query = static_cast<const typename Dot::Query*>(q);
+HETIS_INLINE void score_all(const DecodeSplit& split, const typename Dot::Query* query, float* scores) {
+  const int M = split.M, D = split.D, passes = query_tiles(M);
   // the last tile may compute scores of rows behind the last token (V, or of another lane): they are overwritten
   for (int64_t t = 0; t < split.tokens; t += kWidth) {
-    for (int i = 0; i < kWidth; ++i)
-      prefetch_row(split.rows[t + i + kTokensAhead], D * static_cast<int>(sizeof(Element)));
-    int m = 0;
-    for (; m + 4 <= M; m += 4) score_tile<Dot, 4>(rows + t, query + m * D, D, scores + m * kSplitTokens + t);
+    const char* const* rows = split.rows + t;
+    int m = 0, pass = 0;
+    for (; m + 4 <= M; m += 4, ++pass)
+      score_tile<Dot, 4>(rows, query + m * D, D, {pass, passes}, scores + m * kSplitTokens + t);
     if (M & 2) {
-      score_tile<Dot, 2>(rows + t, query + m * D, D, scores + m * kSplitTokens + t);
+      score_tile<Dot, 2>(rows, query + m * D, D, {pass++, passes}, scores + m * kSplitTokens + t);
       m += 2;
     }
-    if (M & 1) score_tile<Dot, 1>(rows + t, query + m * D, D, scores + m * kSplitTokens + t);
+    if (M & 1) score_tile<Dot, 1>(rows, query + m * D, D, {pass, passes}, scores + m * kSplitTokens + t);
   }
 }
 
@@ -86,7 +94,9 @@ HETIS_INLINE void softmax(float* scores, int64_t tokens, float scale_log2, float
 
 // Adds the weighted V rows of some tokens, kColumns vectors of each, for kQueries queries.
 template <class Element, int kQueries, int kColumns>
-HETIS_INLINE void value_tile(const char* const* rows, int64_t tokens, int column, const float* weights, float* sums, int D) {
+HETIS_INLINE void value_tile(const char* const* rows, int64_t tokens, int column, const float* weights, float* sums, int D,
+                             Ahead ahead) {
+  const int row_bytes = D * static_cast<int>(sizeof(Element));
   Vector sum[kQueries][kColumns];
 #pragma GCC unroll 4
   for (int m = 0; m < kQueries; ++m)
@@ -94,6 +104,7 @@ HETIS_INLINE void value_tile(const char* const* rows, int64_t tokens, int column
     for (int c = 0; c < kColumns; ++c) sum[m][c] = load(sums + m * D + column + c * kWidth);
   for (int64_t t = 0; t < tokens; ++t) {
     const auto* value = reinterpret_cast<const Element*>(rows[t]) + column;
+    ahead.fetch(rows[t + kTokensAhead], row_bytes);
     Vector weight[kQueries];
 #pragma GCC unroll 4
     for (int m = 0; m < kQueries; ++m) weight[m] = set(weights[m * kSplitTokens + t]);
@@ -112,31 +123,42 @@ HETIS_INLINE void value_tile(const char* const* rows, int64_t tokens, int column
 
 // Columns from `column` on, in tiles of kColumns vectors, then of half as many.
 template <class Element, int kQueries, int kColumns>
-HETIS_INLINE void value_columns(const char* const* rows, int64_t tokens, int column, const float* weights, float* sums, int D) {
-  for (; column + kColumns * kWidth <= D; column += kColumns * kWidth)
-    value_tile<Element, kQueries, kColumns>(rows, tokens, column, weights, sums, D);
-  if constexpr (kColumns > 1) value_columns<Element, kQueries, kColumns / 2>(rows, tokens, column, weights, sums, D);
+HETIS_INLINE void value_columns(const char* const* rows, int64_t tokens, int column, const float* weights, float* sums, int D,
+                                int& pass, int passes) {
+  for (; column + kColumns * kWidth <= D; column += kColumns * kWidth, ++pass)
+    value_tile<Element, kQueries, kColumns>(rows, tokens, column, weights, sums, D, {pass, passes});
+  if constexpr (kColumns > 1)
+    value_columns<Element, kQueries, kColumns / 2>(rows, tokens, column, weights, sums, D, pass, passes);
+}
+
+// Vectors of a tile's columns: as many as leave registers free.
+constexpr int value_tile_columns(int queries) { return queries == 1 ? kWidth / 2 : kWidth / queries; }
+
+inline int column_tiles(int D, int queries) {
+  int tiles = 0, left = D / kWidth;
+  for (int columns = value_tile_columns(queries); columns > 0; left %= columns, columns /= 2) tiles += left / columns;
+  return tiles;
 }
 
 template <class Element>
 HETIS_INLINE void add_values(const DecodeSplit& split, const float* weights, float* sums) {
-  constexpr int64_t kBlock = 16;  // few enough for the rows to stay in the first cache while all tiles read them
+  constexpr int64_t kBlock = 64;  // few enough for the rows to stay in the first cache while all tiles read them
   const int M = split.M, D = split.D;
+  const int passes = M / 4 * column_tiles(D, 4) + M % 4 / 2 * column_tiles(D, 2) + M % 2 * column_tiles(D, 1);
   const char* const* values = split.rows + split.tokens;
   for (int64_t t = 0; t < split.tokens; t += kBlock) {
     const int64_t count = split.tokens - t < kBlock ? split.tokens - t : kBlock;
-    for (int64_t i = 0; i < count; ++i)
-      prefetch_row(values[t + i + kTokensAhead], D * static_cast<int>(sizeof(Element)));
     const char* const* rows = values + t;
     const float* weight = weights + t;
-    int m = 0;
+    int m = 0, pass = 0;
     for (; m + 4 <= M; m += 4)
-      value_columns<Element, 4, kWidth / 4>(rows, count, 0, weight + m * kSplitTokens, sums + m * D, D);
+      value_columns<Element, 4, value_tile_columns(4)>(rows, count, 0, weight + m * kSplitTokens, sums + m * D, D, pass, passes);
     if (M & 2) {
-      value_columns<Element, 2, kWidth / 2>(rows, count, 0, weight + m * kSplitTokens, sums + m * D, D);
+      value_columns<Element, 2, value_tile_columns(2)>(rows, count, 0, weight + m * kSplitTokens, sums + m * D, D, pass, passes);
       m += 2;
     }
-    if (M & 1) value_columns<Element, 1, kWidth / 2>(rows, count, 0, weight + m * kSplitTokens, sums + m * D, D);
+    if (M & 1)
+      value_columns<Element, 1, value_tile_columns(1)>(rows, count, 0, weight + m * kSplitTokens, sums + m * D, D, pass, passes);
   }
 }
 

@@ -1,11 +1,14 @@
 """`hetis generate | bench`: the command line. Under torchrun the same command line makes a process one rank of the fleet."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import NoReturn
 
 from hetis.comm.supervision import die_with_parent
+from hetis.core.config import EngineConfig
 from hetis.server import launch
 from hetis.server.arguments import add_engine_arguments, engine_arguments
 
@@ -36,14 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> NoReturn:
     """Parses, then runs the command; errors of the user and of the fleet end as one sentence and exit code 1."""
     argv = sys.argv[1:] if argv is None else argv
-    options = build_parser().parse_args(argv)
+    options = parse(argv)
     if launch.under_torchrun():
-        from hetis.server.llm import make_config
-
-        arguments = engine_arguments(options)
-        del arguments["tokenizer"]
-        launch.run_member(make_config(**arguments), argv)
-    if launch.FRONT_VARIABLE in launch.os.environ:
+        launch.run_member(_config(options), argv)
+    is_child = launch.FRONT_VARIABLE in os.environ
+    if is_child:
         die_with_parent()
     from hetis.server.client import EngineDeadError
 
@@ -51,8 +51,40 @@ def main(argv: list[str] | None = None) -> NoReturn:
         options.run(options)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, EngineDeadError) as error:
-        sys.stdout.flush()
-        print(f"hetis: {error}", file=sys.stderr)
+    except EngineDeadError as error:
+        if not is_child:  # else the driver has said it
+            _say(error)
+        sys.exit(1)
+    except ValueError as error:
+        _say(error)
         sys.exit(1)
     sys.exit(0)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Under torchrun every rank reads the same command line; one is enough to complain about it."""
+    with ExitStack() as silence:
+        if launch.under_torchrun() and os.environ["RANK"] != "0":
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(redirect_stdout(nowhere))
+            silence.enter_context(redirect_stderr(nowhere))
+        options = build_parser().parse_args(argv)
+        try:
+            _config(options)
+        except ValueError as error:
+            _say(error)
+            sys.exit(1)
+    return options
+
+
+def _config(options: argparse.Namespace) -> EngineConfig:
+    from hetis.server.llm import make_config
+
+    arguments = engine_arguments(options)
+    del arguments["tokenizer"]
+    return make_config(**arguments)
+
+
+def _say(error: Exception) -> None:
+    sys.stdout.flush()
+    print(f"hetis: {error}", file=sys.stderr, flush=True)

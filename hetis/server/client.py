@@ -2,16 +2,20 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import weakref
 from pathlib import Path
 
+from hetis.comm import supervision
 from hetis.comm.control import ControlClient
 from hetis.core import messages as m
 from hetis.core.config import EngineConfig
-from hetis.server import launch
+from hetis.core.plan import Plan
+from hetis.server.launch import FRONT_VARIABLE, make_run_directory
+from hetis.server.local_launcher import start_launcher
 
-SHUTDOWN_SECONDS = 4.0
+CLOSE_SECONDS = 4.0  # more than the launcher takes for all that it started
 POLL_SECONDS = 0.2
 
 
@@ -22,49 +26,66 @@ class EngineDeadError(RuntimeError):
 class EngineClient:
     """One fleet. Not thread-safe: one thread sends and receives."""
 
-    def __init__(self, config: EngineConfig, world_size: int) -> None:
-        """Starts `world_size` ranks on this host, or, as the front end under torchrun, attaches to those that run.
+    def __init__(self, config: EngineConfig, plan: Plan) -> None:
+        """Starts the ranks on this host, or, as the front end under torchrun, attaches to those that run.
 
         Returns at once: `wait_until_ready` waits for the fleet.
         """
         self._launcher: subprocess.Popen[bytes] | None = None
-        if launch.FRONT_VARIABLE in os.environ:
-            self._directory = Path(os.environ[launch.FRONT_VARIABLE])
+        self._reason = "the fleet has been closed."
+        if FRONT_VARIABLE in os.environ:
+            self._directory = Path(os.environ[FRONT_VARIABLE])
         else:
-            self._directory = launch.make_run_directory()
-            self._launcher = launch.start_launcher(config, self._directory, world_size)
+            self._directory = make_run_directory()
+            self._launcher = start_launcher(config, plan, self._directory)
         self._control = ControlClient(f"ipc://{self._directory / 'front'}", f"front-{os.getpid()}", "front")
         self._finalizer = weakref.finalize(self, _close, self._control, self._launcher, self._directory)
         self._control.send(m.Attach())
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a fleet to talk to, as far as this end knows."""
+        return self._finalizer.alive
+
     def wait_until_ready(self) -> m.EngineReady:
+        """EngineDeadError when the fleet fails, ValueError when it refuses to be what was asked for."""
         message = self.receive()
         assert isinstance(message, m.EngineReady)
         return message
 
     def send(self, message: m.Message) -> None:
+        """EngineDeadError when the fleet has failed, or has been closed."""
+        if not self.is_open:
+            raise EngineDeadError(self._reason)
         self._control.send(message)
 
     def receive(self) -> m.Message:
-        """The next message; EngineDeadError when the fleet has failed."""
-        while True:
+        """The next message; EngineDeadError (or ValueError: see `wait_until_ready`) when there will be none."""
+        while self.is_open:
             message: m.Message | None = self._control.receive(POLL_SECONDS)
-            if isinstance(message, m.EngineDead):
-                self.close()
-                raise EngineDeadError(message.reason)
-            if message is not None:
+            if isinstance(message, m.EngineDead) or (message is None and self._has_ended()):
+                self._give_up(message.reason if message else "the fleet ended without a word.")
+            elif message is not None:
                 return message
-            self._check_launcher()
+        raise EngineDeadError(self._reason)
 
-    def _check_launcher(self) -> None:
-        if self._launcher is None or self._launcher.poll() is None:
-            return
-        verdict = self._directory / launch.VERDICT
-        reason = (
-            verdict.read_text() if verdict.exists() else f"the launcher ended with code {self._launcher.returncode}."
-        )
+    def _has_ended(self) -> bool:
+        if self._launcher is None:
+            return self._control.is_lost
+        return self._launcher.poll() is not None
+
+    def _give_up(self, reason: str) -> None:
+        """Ends what is left, and raises the best explanation there is."""
+        code = self._launcher.poll() if self._launcher is not None else None
+        verdict = supervision.read_verdict(self._directory)
+        if code is not None and code < 0:  # and the ranks with it
+            reason = f"the launcher of the ranks was killed by {signal.Signals(-code).name}."
+        elif verdict is not None:
+            reason = verdict.reason
+        self._reason = reason
         self.close()
-        raise EngineDeadError(reason)
+        if verdict is not None and verdict.refused:
+            raise ValueError(reason)
 
     def close(self) -> None:
         """Ends the fleet; it has some seconds to do so in order. Harmless when called again."""
@@ -73,14 +94,15 @@ class EngineClient:
 
 def _close(control: ControlClient, launcher: "subprocess.Popen[bytes] | None", directory: Path) -> None:
     control.send(m.Shutdown())
-    control.close()
     if launcher is None:  # under torchrun the ranks and the directory belong to rank 0
+        control.close()
         return
+    assert launcher.stdin is not None
+    launcher.stdin.close()  # it allows the ranks some seconds for the message above
     try:
-        launcher.wait(SHUTDOWN_SECONDS)
+        launcher.wait(CLOSE_SECONDS)
     except subprocess.TimeoutExpired:
         launcher.kill()  # its ranks die with it
         launcher.wait()
-    assert launcher.stdin is not None
-    launcher.stdin.close()
+    control.close(linger=0)
     shutil.rmtree(directory, ignore_errors=True)

@@ -1,10 +1,8 @@
-"""Starting the processes of a fleet.
+"""One rank of a fleet, and what rank 0 starts: the driver and, under torchrun, the front end.
 
-Under torchrun every process runs `run_member`. Without it, `LLM` and the command line start
-`python -m hetis.server.launch ranks DIRECTORY`, which starts the same processes through torch's elastic launch API.
-Either way rank 0 starts the driver, and, under torchrun, the front end: a second run of the same command line.
-
-The private directory of a run holds the control sockets until all have connected, `config.json` and, after a failure, `verdict`.
+Under torchrun every process runs `run_member`. Without it, `LLM` and the command line start the same processes through
+`local_launcher.py`. The private directory of a run holds the control sockets until all have connected and, after a
+failure, the verdict.
 """
 
 import os
@@ -15,18 +13,23 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 
+from hetis.comm import supervision
 from hetis.core.config import DriverArgs, EngineConfig, Joining
-from hetis.core.plan import Plan
+from hetis.core.model_spec import ModelSpec
+from hetis.core.plan import Plan, resolve_plan
+from hetis.models.families import read_eos_token_ids, read_model_spec
+from hetis.models.hub import resolve_model
 
 FRONT_VARIABLE = "HETIS_FRONT"  # set for a front end under torchrun: the run directory
-VERDICT = "verdict"
-_CONFIG = "config.json"
-_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+_LONGEST_SOCKET_PATH = 107 - len("/hetis-12345678/health")
+_END_SECONDS = 0.5  # for this rank to end after the driver has
 
 
 def under_torchrun() -> bool:
@@ -35,8 +38,17 @@ def under_torchrun() -> bool:
 
 
 def make_run_directory() -> Path:
-    """A new directory that only this user can enter."""
-    return Path(tempfile.mkdtemp(prefix="hetis-", dir=os.environ.get("XDG_RUNTIME_DIR")))
+    """A new directory that only this user can enter, with a name short enough for the sockets in it."""
+    places = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
+    fitting = [place for place in places if place and len(place) <= _LONGEST_SOCKET_PATH and os.access(place, os.W_OK)]
+    return Path(tempfile.mkdtemp(prefix="hetis-", dir=fitting[0] if fitting else None))
+
+
+def plan_for(config: EngineConfig) -> tuple[Path, ModelSpec, Plan]:
+    """(directory of the model, what it is, who does what). ValueError for what does not fit together."""
+    directory = resolve_model(config.model, config.revision, weights=False)
+    spec = read_model_spec(directory)
+    return directory, spec, resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
 
 
 # --- one rank ---------------------------------------------------------------------------------------------------------
@@ -48,32 +60,41 @@ def run_member(config: EngineConfig, front_argv: list[str] | None, run_directory
     `front_argv`: command line of the front end that rank 0 starts; None: somebody else is the front end and gave the
     `run_directory` in which it waits.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the rank's heart beats; no traceback of an import
+    supervision.die_with_parent()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: ranks share cores with each other
-    from hetis.comm.rendezvous import StoreRendezvous
-    from hetis.workers.rank import run_rank
-
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    rendezvous = StoreRendezvous.from_environment()
     children = None
     if rank == 0:
         try:
-            children = Children(config, front_argv, run_directory)
-        except (ValueError, OSError, RuntimeError) as error:
-            give_up(f"rank 0 could not start: {error}", run_directory)
-        rendezvous.set("joining", msgspec.json.encode(children.joining))
-    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    run_rank(rank, local_rank, ranks_on_host, own_address(), rendezvous)
-    code = children.wait() if children is not None else 0
-    sys.stdout.flush()
-    os._exit(code)  # libraries' exit handlers may wait for peers that are already gone
+            children = Children(config, front_argv, run_directory)  # they start while torch is imported here
+        except (ValueError, OSError) as error:
+            give_up(error, run_directory)
+    from hetis.comm.rendezvous import StoreRendezvous
+    from hetis.workers.rank import run_rank
 
-
-def give_up(reason: str, run_directory: Path | None) -> NoReturn:
-    """Ends this process; the reason goes to the terminal, or to the front end that waits in `run_directory`."""
     if run_directory is None:
-        print(f"hetis: {reason}", file=sys.stderr, flush=True)
+        rendezvous = StoreRendezvous.from_environment()
+    else:  # one host and a directory of our own: a file needs no port, which somebody else could have
+        from torch.distributed import FileStore
+
+        rendezvous = StoreRendezvous(FileStore(str(run_directory / "store"), -1))
+    if children is not None:
+        rendezvous.set("joining", children.joining())
+    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_lost_driver = None if children is None else children.on_lost_driver
+    run_rank(rank, local_rank, ranks_on_host, own_address(), rendezvous, on_lost_driver)
+    sys.stdout.flush()
+    os._exit(0 if children is None else children.wait())  # libraries' exit handlers may wait for peers that are gone
+
+
+def give_up(error: Exception, run_directory: Path | None) -> NoReturn:
+    """Ends this process; the reason goes to the terminal, or to the front end that waits in `run_directory`."""
+    supervision.tell_torchrun(str(error))
+    if run_directory is None:
+        print(f"hetis: {error}", file=sys.stderr, flush=True)
     else:
-        (run_directory / VERDICT).write_text(reason)
+        supervision.leave_verdict(run_directory, supervision.Verdict(str(error), isinstance(error, ValueError)))
     os._exit(1)
 
 
@@ -94,15 +115,12 @@ class Children:
     """The driver and, under torchrun, the front end: children of rank 0, watched, and ended with it."""
 
     def __init__(self, config: EngineConfig, front_argv: list[str] | None, run_directory: Path | None) -> None:
-        from hetis.models.families import read_eos_token_ids, read_model_spec
-        from hetis.models.hub import resolve_model
-
-        directory = resolve_model(config.model, config.revision, weights=False)
-        spec = read_model_spec(directory)
-        plan = check_world_size(resolve(config, spec))
+        """Starts both; ValueError for what does not fit together."""
+        directory, spec, plan = plan_for(config)
+        check_world_size(plan)
         self._run_directory = run_directory or make_run_directory()
         many_hosts = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
-        args = DriverArgs(
+        self._args = DriverArgs(
             config=config,
             spec=spec,
             plan=plan,
@@ -111,64 +129,79 @@ class Children:
             address=own_address() if many_hosts else None,
             announce=front_argv is not None,
         )
-        self._driver = subprocess.Popen(
-            [sys.executable, "-m", "hetis.engine.driver"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert self._driver.stdin is not None
-        assert self._driver.stdout is not None
-        self._driver.stdin.write(msgspec.json.encode(args) + b"\n")
-        self._driver.stdin.flush()
-        line = self._driver.stdout.readline()
-        if not line:
-            raise RuntimeError("the driver ended before it had started: its error stands above.")
-        self.joining: Joining = msgspec.json.decode(line, type=Joining)
-        self._front: subprocess.Popen[bytes] | None = None
-        if front_argv is not None:
-            environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES}
-            environment[FRONT_VARIABLE] = str(self._run_directory)
-            self._front = subprocess.Popen([sys.executable, "-m", "hetis", *front_argv], env=environment)
-            threading.Thread(target=self._watch_front, daemon=True).start()
+        self._driver = self._start_driver()
+        self._front = None if front_argv is None else self._start_front(front_argv)
         threading.Thread(target=self._watch_driver, daemon=True).start()
 
-    def _watch_front(self) -> None:
+    def _start_driver(self) -> "subprocess.Popen[bytes]":
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "hetis.engine.driver"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert driver.stdin is not None
+        with suppress(BrokenPipeError):  # it is gone already: `_watch_driver` says so
+            driver.stdin.write(msgspec.json.encode(self._args) + b"\n")
+            driver.stdin.flush()
+        return driver
+
+    def _start_front(self, argv: list[str]) -> "subprocess.Popen[bytes]":
+        environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+        environment[FRONT_VARIABLE] = str(self._run_directory)
+        front = subprocess.Popen([sys.executable, "-m", "hetis", *argv], env=environment)
+        threading.Thread(target=self._watch_front, args=(front,), daemon=True).start()
+        return front
+
+    def joining(self) -> bytes:
+        """Where the driver listens, once it does."""
+        assert self._driver.stdout is not None
+        line = self._driver.stdout.readline()
+        if not line:
+            self.on_lost_driver("ended")
+        return msgspec.json.encode(msgspec.json.decode(line, type=Joining))
+
+    def _watch_front(self, front: "subprocess.Popen[bytes]") -> None:
         """When the front end ends, for whatever reason, so does the driver: it reads the end of its standard input."""
-        assert self._front is not None
+        code = front.wait()
+        if code < 0 and -code != signal.SIGINT:
+            self._announce(f"the front end (child of rank 0) was killed by {signal.Signals(-code).name}.")
         assert self._driver.stdin is not None
-        self._front.wait()
         self._driver.stdin.close()
 
     def _watch_driver(self) -> None:
-        """No driver, no fleet."""
+        """No driver, no fleet. It goes before this rank does, so in good order there is a moment left to end."""
+        if self._driver.wait() == 0:
+            threading.Event().wait(_END_SECONDS)
+        self.on_lost_driver("ended")
+
+    def on_lost_driver(self, how: str) -> NoReturn:
+        """Ends this rank, and the driver if it only seems to run."""
+        if how != "ended":
+            supervision.kill([self._driver.pid])
+            self._announce(f"the driver (child of rank 0, pid {self._driver.pid}) {how}.")
         code = self._driver.wait()
-        if code == 0:
-            return
-        if code < 0:  # killed; else it has said why
-            reason = f"the driver (child of rank 0) was killed by {signal.Signals(-code).name}."
-            (self._run_directory / VERDICT).write_text(reason)
+        if code < 0:
+            self._announce(f"the driver (child of rank 0) was killed by {signal.Signals(-code).name}.")
+        verdict = supervision.read_verdict(self._run_directory)
+        if verdict is not None:
+            supervision.tell_torchrun(verdict.reason)
+        os._exit(self.wait() or 1)
+
+    def _announce(self, reason: str) -> None:
+        """A verdict that the driver could not give."""
+        is_first = supervision.leave_verdict(self._run_directory, supervision.Verdict(reason))
+        if is_first and self._args.announce:
             print(f"hetis: {reason}", file=sys.stderr, flush=True)
-        self._remove_directory()
-        os._exit(1)
 
     def wait(self) -> int:
-        """After a shutdown in good order: the exit code of the job."""
+        """For the driver, and for the front end if it ended the job: the exit code of the job."""
         code = self._driver.wait()
         if self._front is not None:
-            code = code or self._front.wait()
-        self._remove_directory()
-        return code
-
-    def _remove_directory(self) -> None:
-        if self._front is not None:  # else it belongs to the front end, which reads the verdict
-            shutil.rmtree(self._run_directory, ignore_errors=True)
+            if code == 0:
+                code = self._front.wait()
+            shutil.rmtree(self._run_directory, ignore_errors=True)  # else it belongs to the front end
+        return code if code >= 0 else 128 - code
 
 
-def resolve(config: EngineConfig, spec: Any) -> Plan:
-    from hetis.core.plan import resolve_plan
-
-    return resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
-
-
-def check_world_size(plan: Plan) -> Plan:
+def check_world_size(plan: Plan) -> None:
     """ValueError if torchrun started another number of processes than the plan has ranks."""
     world = int(os.environ["WORLD_SIZE"])
     if world != plan.world_size:
@@ -176,69 +209,3 @@ def check_world_size(plan: Plan) -> Plan:
             f"the plan has {plan.world_size} ranks but WORLD_SIZE is {world}: "
             f"start {plan.world_size} processes (torchrun --nproc-per-node) or change --plan."
         )
-    return plan
-
-
-# --- all ranks of this host, without torchrun -------------------------------------------------------------------------
-
-
-def start_launcher(config: EngineConfig, run_directory: Path, world_size: int) -> "subprocess.Popen[bytes]":
-    """Starts the process that starts the ranks. It ends them all when its standard input is closed."""
-    (run_directory / _CONFIG).write_bytes(msgspec.json.encode(config))
-    environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES}
-    return subprocess.Popen(
-        [sys.executable, "-m", "hetis.server.launch", "ranks", str(run_directory), str(world_size)],
-        stdin=subprocess.PIPE,
-        stdout=2,  # ranks have nothing to say on standard output
-        env=environment,
-        start_new_session=True,  # Ctrl-C is for the front end, which then shuts down in order
-    )
-
-
-def launch_ranks(config: EngineConfig, run_directory: Path, world_size: int) -> int:
-    """Starts `world_size` ranks on this host and waits for them; the exit code of the job."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    def end_with_parent() -> None:
-        sys.stdin.buffer.read()
-        shutil.rmtree(run_directory, ignore_errors=True)
-        os._exit(1)  # the ranks die with this process
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    launch_config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        run_id=run_directory.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # a free port of the kernel's choice: many may start at once
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    try:
-        elastic_launch(launch_config, sys.executable)("-m", "hetis.server.launch", "rank", str(run_directory))
-    except ChildFailedError as error:
-        verdict = run_directory / VERDICT
-        if not verdict.exists():
-            rank, failure = error.get_first_failure()
-            verdict.write_text(f"rank {rank} exited with code {failure.exitcode} before the fleet was up.")
-        return 1
-    return 0
-
-
-def main() -> NoReturn:
-    """`ranks DIRECTORY WORLD_SIZE`: the launcher. `rank DIRECTORY`: one rank, started by it."""
-    role, directory = sys.argv[1], Path(sys.argv[2])
-    config = msgspec.json.decode((directory / _CONFIG).read_bytes(), type=EngineConfig)
-    if role == "rank":
-        run_member(config, None, directory)
-    import logging
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the verdict says it better
-    world_size = int(sys.argv[3])
-    os._exit(launch_ranks(config, directory, world_size))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,20 +1,20 @@
 """`LLM`: the offline class. Starts its own fleet, or, as the front end under torchrun, uses the one that runs."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from hetis.core.config import EngineConfig
-from hetis.core.messages import FleetQuery, FleetStats, Outputs
+from hetis.core.messages import FleetQuery, FleetStats, Outputs, TokenOutput
 from hetis.core.outputs import RequestOutput
-from hetis.core.plan import resolve_plan
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.sizes import parse_bytes
-from hetis.models.families import read_model_spec
-from hetis.models.hub import resolve_model
 from hetis.server.client import EngineClient
+from hetis.server.launch import plan_for
 from hetis.server.requests import Piece, Request, RequestFailed
+from hetis.server.tokenizer import load_tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -36,21 +36,21 @@ class LLM:
         **options: Any,
     ) -> None:
         config = make_config(model=model, kv_cache_memory=kv_cache_memory, **options)
-        directory = resolve_model(config.model, config.revision, weights=False)
-        spec = read_model_spec(directory)
-        plan = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
+        _, spec, plan = plan_for(config)
         self.vocab_size = spec.vocab_size
         self._max_logprobs = config.max_logprobs
-        self._client = EngineClient(config, plan.world_size)
+        self._num_requests = 0
+        self._streams: dict[str, _Stream] = {}  # by request
+        self._stats: deque[FleetStats] = deque()
+        self._client = EngineClient(config, plan)
         try:
             # in this process, while the ranks start
-            self.tokenizer = load_tokenizer(directory if tokenizer is None else tokenizer, config.revision)
+            self.tokenizer = load_tokenizer(config.model if tokenizer is None else tokenizer, config.revision)
             ready = self._client.wait_until_ready()
         except BaseException:
             self._client.close()
             raise
         self.max_model_len, self.ledger = ready.max_model_len, ready.ledger
-        self._num_requests = 0
 
     def generate(
         self,
@@ -77,10 +77,9 @@ class LLM:
     def fleet_stats(self) -> FleetStats:
         """Counters of every device: role, heads, pages, attention time, bytes over links."""
         self._client.send(FleetQuery())
-        while True:
-            message = self._client.receive()
-            if isinstance(message, FleetStats):
-                return message
+        while not self._stats:
+            self._receive()
+        return self._stats.popleft()
 
     def close(self) -> None:
         self._client.close()
@@ -95,30 +94,54 @@ class LLM:
 
     def _run(self, requests: list[Request]) -> Iterator[Piece]:
         """Sends the requests and yields their pieces until all are finished."""
-        running = {request.id: request for request in requests}
-        for request in requests:
-            for message in request.messages():
-                self._client.send(message)
+        stream = _Stream(requests)
+        self._streams |= dict.fromkeys(stream.running, stream)
         try:
-            while running:
-                received = self._client.receive()
-                for new in received.outputs if isinstance(received, Outputs) else ():
-                    owner = running.get(new.id.rpartition("/")[0])
-                    if owner is None:
-                        continue
-                    piece, abort = owner.add(new)
-                    if abort is not None:
-                        self._client.send(abort)
-                    if owner.finished:
-                        del running[owner.id]
-                    if piece is not None:
-                        yield piece
-        except RequestFailed as error:
-            raise ValueError(str(error)) from error
-        finally:
-            for request in running.values():
-                for message in request.aborts():
+            for request in requests:
+                for message in request.messages():
                     self._client.send(message)
+            while stream.running or stream.pieces:
+                while stream.pieces:
+                    yield stream.pieces.popleft()
+                if stream.error is not None:
+                    raise ValueError(str(stream.error)) from stream.error
+                if stream.running:
+                    self._receive()
+        finally:
+            self._abort(list(stream.running.values()))
+
+    def _receive(self) -> None:
+        """The next message, to whom it belongs: other streams may be under way, and a question for the counters."""
+        message = self._client.receive()
+        if isinstance(message, FleetStats):
+            self._stats.append(message)
+        elif isinstance(message, Outputs):
+            for new in message.outputs:
+                self._take(new)
+
+    def _take(self, new: TokenOutput) -> None:
+        request_id = new.id.rpartition("/")[0]
+        stream = self._streams.get(request_id)
+        if stream is None:  # aborted; these tokens were drawn before the driver knew
+            return
+        request = stream.running[request_id]
+        try:
+            piece, abort = request.add(new)
+        except RequestFailed as error:
+            stream.error = error
+            return
+        if piece is not None:
+            stream.pieces.append(piece)
+        if abort is not None:
+            self._client.send(abort)
+        if request.finished:
+            del stream.running[request_id], self._streams[request_id]
+
+    def _abort(self, requests: list[Request]) -> None:
+        for request in requests:
+            del self._streams[request.id]
+            for message in request.aborts() if self._client.is_open else ():
+                self._client.send(message)
 
     def _make_requests(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
@@ -157,6 +180,15 @@ class LLM:
         return Request(str(self._num_requests), index, text, ids, params, self.tokenizer)
 
 
+class _Stream:
+    """The requests of one call, and what came for them and has not been handed out."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.running = {request.id: request for request in requests}
+        self.pieces: deque[Piece] = deque()
+        self.error: RequestFailed | None = None
+
+
 def make_config(**options: Any) -> EngineConfig:
     """An `EngineConfig` from loose keyword arguments; ValueError names an unknown one."""
     unknown = sorted(set(options) - set(EngineConfig.__struct_fields__))
@@ -169,17 +201,6 @@ def make_config(**options: Any) -> EngineConfig:
     elif memory is not None:
         options["kv_cache_memory"] = parse_bytes(memory)
     return EngineConfig(**options)
-
-
-def load_tokenizer(source: str | Path, revision: str | None) -> Any:
-    """The model's fast tokenizer, or None when the directory has none (then prompts are token ids)."""
-    from transformers import AutoTokenizer
-
-    directory = resolve_model(str(source), revision, weights=False)
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((directory / name).exists() for name in names):
-        return None
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

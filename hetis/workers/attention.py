@@ -71,7 +71,7 @@ class StageServer:
             lanes = step.lanes
             paged_decode(
                 qkv_UHD[:, :M], pages_2PSD, self.pool.table_BW, lanes.lane_U, lanes.row_U, lanes.length_U,
-                self._scale, self._windows[layer], out_UMD, lse2_UM,
+                self._scale, self._windows[layer], out_UMD, lse2_UM, max_length=lanes.max_length,
             )  # fmt: skip
             link.send()
         link.release()

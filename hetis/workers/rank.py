@@ -53,28 +53,45 @@ def run_rank(
     device_name = choose_device(joining.devices[rank], local_rank)
 
     def fail(error: BaseException) -> NoReturn:
-        _report(heart, rank, device_name, error)
+        _report(heart, rank, device_name, error, is_mistake=False)
 
     try:
-        device = prepare_device(device_name, ranks_on_host)
-        control.send(m.Hello(info=describe_device(rank, device, address)))
-        setup = control.receive(JOIN_SECONDS)
-        if setup is None:
-            raise TimeoutError(f"the driver sent no setup within {JOIN_SECONDS:.0f} s")
-        if isinstance(setup, m.Setup):
-            heart.timeout = setup.step_timeout
-            begin = perf_counter()
-            member = build_member(setup, rank, device, rendezvous, fail)
-            control.send(m.Ready(rank=rank, load_seconds=perf_counter() - begin))
-            try:
-                obey(control, heart, member)
-            except ValueError as error:  # no user's mistake any more
-                raise RuntimeError(f"ValueError: {error}") from error
+        member = _join(control, heart, rank, device_name, ranks_on_host, address, rendezvous, fail)
+    except Exception as error:
+        _report(heart, rank, device_name, error, is_mistake=isinstance(error, ValueError))
+    try:
+        if member is not None:
+            obey(control, heart, member)
             member.close()
     except Exception as error:
         fail(error)
     heart.stop()
     control.close()
+
+
+def _join(
+    control: ControlClient,
+    heart: Heart,
+    rank: int,
+    device_name: str,
+    ranks_on_host: int,
+    address: str,
+    rendezvous: Rendezvous,
+    on_failure: Callable[[BaseException], Any],
+) -> PrimaryRank | AttentionRank | None:
+    """From `Hello` to `Ready`; None if the job ends before it began. ValueError for what the user must change."""
+    device = prepare_device(device_name, ranks_on_host)
+    control.send(m.Hello(info=describe_device(rank, device, address)))
+    setup = control.receive(JOIN_SECONDS)
+    if setup is None:
+        raise TimeoutError(f"the driver sent no setup within {JOIN_SECONDS:.0f} s")
+    if not isinstance(setup, m.Setup):
+        return None
+    heart.timeout = setup.step_timeout
+    begin = perf_counter()
+    member = build_member(setup, rank, device, rendezvous, on_failure)
+    control.send(m.Ready(rank=rank, load_seconds=perf_counter() - begin))
+    return member
 
 
 def choose_device(wanted: str, local_rank: int) -> str:
@@ -160,13 +177,13 @@ def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRa
             return
 
 
-def _report(heart: Heart, rank: int, device_name: str, error: BaseException) -> NoReturn:
+def _report(heart: Heart, rank: int, device_name: str, error: BaseException, is_mistake: bool) -> NoReturn:
     """Tells the terminal and the driver why this rank dies; the heart ends the process. Any thread may call it.
 
-    A lost connection is somebody else's failure, and a ValueError while the rank is built the user's mistake, for which
-    one sentence is enough: neither shows a traceback.
+    A lost connection is somebody else's failure, and for a mistake of the user's one sentence is enough: neither shows
+    a traceback.
     """
-    is_consequence, is_mistake = isinstance(error, ConnectionError), isinstance(error, ValueError)
+    is_consequence = isinstance(error, ConnectionError)
     text = ""
     if not is_consequence and not is_mistake:
         text = "".join(traceback.format_exception(error))

@@ -76,7 +76,7 @@ class SplitAttention:
             lanes = step.local
             paged_decode(
                 qkv_NHD[:, :M], pages_2PSD, table_BW, lanes.lane_U, lanes.row_U, lanes.length_U,
-                self._scale, window, out_NMD, lse2_NM[: len(out_NMD)],
+                self._scale, window, out_NMD, lse2_NM[: len(out_NMD)], max_length=lanes.max_length,
             )  # fmt: skip
         if step.prefill is not None:
             chunks, first = step.prefill, step.num_decode

@@ -55,6 +55,7 @@ class DecodeLanes:
     lane_U: Tensor  # int32, row of the page table
     row_U: Tensor  # int32, row of q and out
     length_U: Tensor  # int32, tokens to attend over, the new one included
+    max_length: int  # of length_U, known to the host: bounds the work of a launch without a look at the device
 
     def __len__(self) -> int:
         return self.lane_U.shape[0]
@@ -165,7 +166,7 @@ class StepPlanner:
             token_T=self._move(np.frombuffer(command.tokens, dtype=np.int32).astype(np.int64)),
             position_T=self._move(all_positions),
             append=Append(self._int32(append_row), self._move(append_slot)),
-            local=DecodeLanes(self._int32(lanes), self._int32(local_row), self._int32(position + 1)),
+            local=self._decode_lanes(lanes, self._int32(local_row), position),
             prefill=self._chunks(rows, groups),
             routes=self._routes(rows, groups, workers),
         )
@@ -179,13 +180,17 @@ class StepPlanner:
         prompt_slots, prompt_group, prompt_position, _ = prefill_entries(rows, self.owners_BG, groups, self.rank)
         prompt_lanes = prompt_slots * self.num_groups + prompt_group
         return WorkerInput(
-            lanes=DecodeLanes(self._int32(lanes), order, self._int32(position + 1)),
+            lanes=self._decode_lanes(lanes, order, position),
             append=Append(order, self._move(self.pool.slots(lanes, position))),
             prefill_append=Append(
                 self._int32(np.arange(len(prompt_lanes))),
                 self._move(self.pool.slots(prompt_lanes, prompt_position)),
             ),
         )
+
+    def _decode_lanes(self, lanes: Ints, row_U: Tensor, position: Ints) -> DecodeLanes:
+        max_length = int(position.max(initial=0)) + 1
+        return DecodeLanes(self._int32(lanes), row_U, self._int32(position + 1), max_length)
 
     def _chunks(self, rows: StepRows, groups: Span) -> PrefillChunks | None:
         counts = rows.counts_R[rows.num_decode :]

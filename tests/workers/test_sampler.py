@@ -169,6 +169,17 @@ def test_searching_few_blocks_changes_no_token(
         assert tokens_at_many_positions(logits_V, params, 40, device) == expected
 
 
+@pytest.mark.parametrize("fields", [{"top_k": 2}, {"top_k": 2, "top_p": 0.2}, {"top_p": 0.4}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("first", [0.0, 3.0])
+def test_tokens_that_tie_are_kept_from_all_blocks(first: float, fields: dict[str, float], device: str) -> None:
+    """One good token in every block, and more blocks than are searched first."""
+    logits_V = torch.full((64 * 300,), -30.0)
+    logits_V[13::64] = 0.0
+    logits_V[13] = first
+    params = SamplingParams(**fields)
+    assert_drawn_from(tokens_at_many_positions(logits_V, params, 40, device), logits_V, params)
+
+
 def test_a_token_of_no_probability_is_never_drawn(device: str) -> None:
     num_rows, size = 4, 200
     logits = torch.full((num_rows, size), -1e30, device=device)

@@ -1,39 +1,30 @@
-"""Link between processes of different hosts: one TCP connection, read and written in place.
+"""Link between processes of different hosts: zmq over TCP.
 
-A message is its size in eight bytes, then itself; the size is there to notice that the two ends disagree. What the
-kernel's buffers do not take at once is written by a thread, so that `send` never waits for the peer. A plain socket
-instead of zmq: two thread changes less in either direction, no copy on receiving, and the kernel reports a dead peer.
+Both ends are ROUTER sockets and call each other by a token that went over the rendezvous: what comes under another
+name is dropped. Messages go out without a copy from `ZERO_COPY_BYTES` on, and are copied once on receiving. zmq's own
+thread takes what comes, so neither end waits for the other, except for a slot that has not left this host.
 """
 
-import hmac
-import queue
+import ipaddress
 import secrets
 import socket
-import struct
-import threading
 import time
 
 import msgspec
 import torch
+import zmq
 from torch import Tensor
+from zmq.utils.monitor import recv_monitor_message
 
 from hetis.comm.links.base import NUM_SLOTS, Link, check_agreement, check_size
 from hetis.comm.rendezvous import Rendezvous
 
-_HEADER = struct.Struct("<Q")
-_HELLO_SECONDS = 2.0  # for a newcomer to show its token
-_LINGER_SECONDS = 2.0  # for the peer to take what is left of a message when this end closes
+ZERO_COPY_BYTES = 512 * 1024  # below, zmq's copy costs less than the thread that learns when a slot is free again
+_LOOK_AROUND_MS = 100  # longest wait before the peer's life is looked at
+_LINGER_MS = 2000  # for the peer to take what is left of a message when this end closes
 _KEEPALIVE_SECONDS = 5  # of silence before the kernel asks whether the other host still runs, five times
-
-
-class _Slot:
-    """A message of this end: its memory, and whether the kernel still has to take some of it."""
-
-    def __init__(self, max_bytes: int, pinned: bool) -> None:
-        self.memory_B = torch.empty(max_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self.view = self.memory_B.numpy().data
-        self.is_free = threading.Event()
-        self.is_free.set()
+_LARGEST_GREETING = 1024  # bytes, of zmq's own handshake
+_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED
 
 
 class TcpLink(Link):
@@ -41,124 +32,97 @@ class TcpLink(Link):
 
     def __init__(
         self,
-        connection: socket.socket,
+        router: zmq.Socket[bytes],
+        token: bytes,
+        descriptor: int,
         peer_rank: int,
         max_send_bytes: int,
         max_recv_bytes: int,
         pinned: bool = False,
     ) -> None:
-        """Owns `connection` from now on. `pinned`: page-locked buffers, for copies to and from a CUDA device."""
-        _tune(connection)
-        self._socket, self._peer_rank = connection, peer_rank
-        self._out = [_Slot(max_send_bytes, pinned) for _ in range(NUM_SLOTS)]
-        self._in = _Slot(max_recv_bytes, pinned)
-        self._header = bytearray(_HEADER.size)
-        self._num_sent, self._pending_bytes = 0, 0
-        self._rest: queue.SimpleQueue[tuple[_Slot, list[memoryview]] | None] = queue.SimpleQueue()
-        self._writer: threading.Thread | None = None
-        self._error: OSError | None = None
+        """Owns `router` from now on, whose connection to the peer is `descriptor`. `pinned`: page-locked buffers."""
+        self._router, self._monitor = router, router.get_monitor_socket()
+        self._token, self._descriptor, self._peer_rank = token, descriptor, peer_rank
+        self._out = [torch.empty(max_send_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(NUM_SLOTS)]
+        self._in = torch.empty(max_recv_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self._in_view = self._in.numpy().data
+        self._trackers = [zmq.MessageTracker() for _ in range(NUM_SLOTS)]
+        self._num_sent, self._pending_bytes, self._is_lost = 0, 0, False
 
     def send_buffer(self, num_bytes: int) -> Tensor:
-        slot = self._out[self._num_sent % NUM_SLOTS]
-        check_size(num_bytes, len(slot.view))
-        slot.is_free.wait()
-        if self._error:
-            raise self._lost(self._error)
+        turn = self._num_sent % NUM_SLOTS
+        check_size(num_bytes, self._out[turn].numel())
+        while not self._trackers[turn].done:
+            self._look_around()
+            try:
+                self._trackers[turn].wait(_LOOK_AROUND_MS / 1000)
+            except zmq.NotDone:
+                if self._is_lost:
+                    raise self._lost() from None
         self._pending_bytes = num_bytes
-        return slot.memory_B[:num_bytes]
+        return self._out[turn][:num_bytes]
 
     def send(self) -> None:
-        slot = self._out[self._num_sent % NUM_SLOTS]
-        previous = self._out[(self._num_sent - 1) % NUM_SLOTS]
-        message = [memoryview(_HEADER.pack(self._pending_bytes)), slot.view[: self._pending_bytes]]
-        rest = message
-        if previous.is_free.is_set():
-            try:
-                rest = _advance(message, self._socket.sendmsg(message, (), socket.MSG_DONTWAIT))
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                raise self._lost(error) from None
-        if rest:
-            self._write_later(slot, rest)
+        turn = self._num_sent % NUM_SLOTS
+        message = self._out[turn][: self._pending_bytes].numpy().data
+        try:
+            self._router.send(self._token, zmq.SNDMORE)
+            tracker = self._router.send(message, copy=False, track=True)
+        except zmq.ZMQError:
+            raise self._lost() from None
+        assert tracker is not None
+        self._trackers[turn] = tracker
         self._num_sent += 1
         self.bytes_sent += self._pending_bytes
 
     def recv(self, num_bytes: int) -> Tensor:
-        check_size(num_bytes, len(self._in.view))
-        rest = [memoryview(self._header), self._in.view[:num_bytes]]
-        try:
-            while rest:
-                count = self._socket.recvmsg_into(rest, 0, socket.MSG_WAITALL)[0]
-                if count == 0:
-                    raise ConnectionResetError("end of stream")
-                rest = _advance(rest, count)
-        except OSError as error:
-            raise self._lost(error) from None
-        check_agreement(num_bytes, _HEADER.unpack(self._header)[0])
+        check_size(num_bytes, self._in.numel())
+        while not self._has_message():
+            if self._is_lost:
+                raise self._lost()
+            self._look_around()
+        check_agreement(num_bytes, self._router.recv_into(self._in_view))
         self.bytes_received += num_bytes
-        return self._in.memory_B[:num_bytes]
+        return self._in[:num_bytes]
 
     def release(self) -> None:
-        pass  # the kernel holds what comes meanwhile
+        pass  # zmq holds what comes meanwhile
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._rest.put(None)
-            self._writer.join(_LINGER_SECONDS)
-            self._writer = None
-        self._socket.close()
+        """Waits until the kernel has taken what was sent, which the monitor's end tells."""
+        if self._router.closed:
+            return
+        self._router.close(_LINGER_MS)
+        while self._monitor.poll(2 * _LINGER_MS):
+            if recv_monitor_message(self._monitor)["event"] == zmq.EVENT_MONITOR_STOPPED:
+                break
+        self._monitor.close()
 
-    def _write_later(self, slot: _Slot, rest: list[memoryview]) -> None:
-        slot.is_free.clear()
-        if self._writer is None:
-            self._writer = threading.Thread(target=self._write, name="hetis-tcp-writer", daemon=True)
-            self._writer.start()
-        self._rest.put((slot, rest))
+    def _has_message(self) -> bool:
+        """Waits a while for the name above the peer's next message."""
+        try:
+            while self._router.recv() != self._token:
+                self._router.recv_multipart()
+        except zmq.Again:
+            return False
+        return True
 
-    def _write(self) -> None:
-        while (entry := self._rest.get()) is not None:
-            slot, rest = entry
-            try:
-                while rest and self._error is None:
-                    rest = _advance(rest, self._socket.sendmsg(rest))
-            except OSError as error:
-                self._error = error
-            slot.is_free.set()
+    def _look_around(self) -> None:
+        """What has happened to the connection; a message that came before its end is still found after this."""
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            if (event["event"], event["value"]) == (zmq.EVENT_DISCONNECTED, self._descriptor):
+                self._is_lost = True
 
-    def _lost(self, error: OSError) -> ConnectionError:
-        return ConnectionError(f"the connection to rank {self._peer_rank} was lost: {error.strerror or error}.")
-
-
-def _advance(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of `buffers` after their first `count` bytes."""
-    rest: list[memoryview] = []
-    for buffer in buffers:
-        if count < len(buffer):
-            rest.append(buffer[count:])
-        count = max(0, count - len(buffer))
-    return rest
-
-
-def _tune(connection: socket.socket) -> None:
-    """No waiting for more to send; a host that lost its power is noticed although it says nothing.
-
-    No TCP_USER_TIMEOUT: it would also end the connection to a peer that merely does not read for a while.
-    """
-    connection.settimeout(None)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
+    def _lost(self) -> ConnectionError:
+        return ConnectionError(f"the connection to rank {self._peer_rank} was lost.")
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
 class _Offer(msgspec.Struct):
-    host: str
-    port: int
+    endpoint: str
     token: bytes
     limits: tuple[int, int]
 
@@ -176,58 +140,83 @@ def open_tcp(
 ) -> TcpLink:
     """Opens this rank's end. The primary listens on its `address` (never on all interfaces), on a free port.
 
-    Whoever connects must show a token that went over the rendezvous. TimeoutError if the peer does not come within
-    `timeout` seconds; ValueError if `address` is not one of this host.
+    TimeoutError or ConnectionError if the peer does not come, or cannot be reached, within `timeout` seconds;
+    ValueError if `address` is not one of this host.
     """
     if is_primary:
-        token = secrets.token_bytes(32)
-        with _listen(address) as listener:
-            host, port = listener.getsockname()[:2]
-            rendezvous.set(f"{key}/tcp", msgspec.msgpack.encode(_Offer(host, port, token, limits)))
-            connection = _accept(listener, token, peer_rank, timeout)
-        return TcpLink(connection, peer_rank, limits[0], limits[1], pinned)
+        router = _router(limits[1])
+        offer = _Offer(_listen(router, address), secrets.token_hex(16).encode(), limits)
+        rendezvous.set(f"{key}/tcp", msgspec.msgpack.encode(offer))
+        descriptor = _accept(router, offer, peer_rank, timeout)
+        return TcpLink(router, offer.token, descriptor, peer_rank, limits[0], limits[1], pinned)
     offer = msgspec.msgpack.decode(rendezvous.get(f"{key}/tcp", timeout), type=_Offer)
     assert offer.limits == limits, f"the ends of {key} plan messages of {offer.limits} and {limits} bytes"
-    try:
-        connection = socket.create_connection((offer.host, offer.port), timeout)
-        connection.sendall(offer.token)
-    except OSError as error:
-        raise ConnectionError(
-            f"rank {peer_rank} at {offer.host}:{offer.port} cannot be reached ({error}): is the address right?"
-        ) from None
-    return TcpLink(connection, peer_rank, limits[1], limits[0], pinned)
+    router = _router(limits[0])
+    descriptor = _connect(router, offer, peer_rank, timeout)
+    return TcpLink(router, offer.token, descriptor, peer_rank, limits[1], limits[0], pinned)
 
 
-def _listen(address: str) -> socket.socket:
+def _router(max_recv_bytes: int) -> zmq.Socket[bytes]:
+    """A socket that does not wait to send, waits a while to receive, and says when a connection ends."""
+    router = zmq.Context.instance().socket(zmq.ROUTER)  # one context with one thread for all links of this process
+    router.get_monitor_socket(_EVENTS | zmq.EVENT_MONITOR_STOPPED)
+    router.copy_threshold = ZERO_COPY_BYTES
+    for option, value in (
+        (zmq.ROUTER_MANDATORY, 1),  # sending to a peer that is gone is an error
+        (zmq.RECONNECT_IVL, -1),  # what was lost with a connection stays lost
+        (zmq.SNDHWM, 0),
+        (zmq.RCVHWM, 0),
+        (zmq.RCVTIMEO, _LOOK_AROUND_MS),
+        (zmq.MAXMSGSIZE, max(max_recv_bytes, _LARGEST_GREETING)),
+        (zmq.LINGER, 0),
+        # No TCP_MAXRT: it would also end the connection to a peer that is merely stopped for a while.
+        (zmq.TCP_KEEPALIVE, 1),
+        (zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_SECONDS),
+        (zmq.TCP_KEEPALIVE_INTVL, 1),
+        (zmq.TCP_KEEPALIVE_CNT, 5),
+    ):
+        router.setsockopt(option, value)
+    return router
+
+
+def _listen(router: zmq.Socket[bytes], address: str) -> str:
     try:
-        family, _, _, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(place[:2], family=family, backlog=8)
-    except OSError as error:
+        host = str(socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][4][0])
+        if ipaddress.ip_address(host).is_unspecified:
+            raise OSError("it means all interfaces")
+        router.ipv6 = ":" in host
+        router.bind(f"tcp://[{host}]:0" if router.ipv6 else f"tcp://{host}:0")
+    except OSError as error:  # zmq's are among them
         raise ValueError(f"cannot listen on {address} ({error}): give an address of this host.") from None
+    return router.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
-def _accept(listener: socket.socket, token: bytes, peer_rank: int, timeout: float) -> socket.socket:
-    """The first connection that shows the token."""
+def _accept(router: zmq.Socket[bytes], offer: _Offer, peer_rank: int, timeout: float) -> int:
+    """Waits for the peer's greeting; the descriptor that it came over."""
     deadline = time.monotonic() + timeout
-    while (left := deadline - time.monotonic()) > 0:
-        listener.settimeout(left)
+    while time.monotonic() < deadline:
         try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            break
-        if hmac.compare_digest(_shown_by(connection, len(token)), token):
-            return connection
-        connection.close()
-    raise TimeoutError(f"rank {peer_rank} did not connect to {listener.getsockname()[:2]} within {timeout:g} s.")
+            name, *frames = router.recv_multipart(copy=False)
+        except zmq.Again:
+            continue
+        if secrets.compare_digest(name.bytes, offer.token):
+            monitor = router.get_monitor_socket()
+            while monitor.poll(0):  # connections of others that ended before
+                recv_monitor_message(monitor)
+            return int(frames[0].get(zmq.SRCFD))
+    raise TimeoutError(f"rank {peer_rank} did not connect to {offer.endpoint} within {timeout:g} s.")
 
 
-def _shown_by(connection: socket.socket, num_bytes: int) -> bytes:
-    """The first bytes of a newcomer, fewer if it does not send them soon."""
-    connection.settimeout(_HELLO_SECONDS)
-    shown = b""
-    try:
-        while len(shown) < num_bytes and (piece := connection.recv(num_bytes - len(shown))):
-            shown += piece
-    except OSError:
-        pass  # too slow, or gone again
-    return shown
+def _connect(router: zmq.Socket[bytes], offer: _Offer, peer_rank: int, timeout: float) -> int:
+    """Greets the primary; the descriptor of the connection."""
+    router.setsockopt(zmq.ROUTING_ID, offer.token)
+    router.setsockopt(zmq.CONNECT_ROUTING_ID, offer.token)
+    router.ipv6 = "[" in offer.endpoint
+    router.connect(offer.endpoint)
+    router.send_multipart([offer.token, b""])
+    monitor = router.get_monitor_socket()
+    if monitor.poll(int(1000 * timeout)):
+        event = recv_monitor_message(monitor)
+        if event["event"] == zmq.EVENT_CONNECTED:
+            return event["value"]
+    raise ConnectionError(f"rank {peer_rank} at {offer.endpoint} cannot be reached: is its address right?")

@@ -1,0 +1,25 @@
+"""Put on PYTHONPATH by tests: lets one rank raise, in a step or while it loads. Product code has no such hook."""
+
+import os
+import sys
+
+_RANK, _, _WHEN = os.environ.get("FAILING_RANK", "").partition(":")
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise MemoryError("planted failure")
+
+
+if (
+    _RANK
+    and os.environ.get("RANK") == _RANK
+    and "HETIS_FRONT" not in os.environ
+    and "hetis.engine.driver" not in sys.orig_argv
+):
+    from hetis.workers import rank
+
+    if _WHEN == "loading":
+        rank.build_member = _fail
+    else:
+        rank.PrimaryRank.run_step = _fail  # type: ignore[assignment, method-assign]
+        rank.AttentionRank.run_step = _fail  # type: ignore[assignment, method-assign]

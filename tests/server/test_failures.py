@@ -1,0 +1,136 @@
+"""Whatever dies takes the job down: soon, with the reason in the last line, and with nothing left over."""
+
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hetis.models.hub import PACKAGED
+from tests.server.fleet_process import SHIM, FleetProcess
+
+END_SECONDS = 15.0
+STEP_TIMEOUT = 5.0
+
+NAMES = {"rank 0": "rank 0 (primary on cpu)", "rank 1": "rank 1 (attention worker on cpu)", "driver": "the driver"}
+LONG = ("generate", "--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--device", "cpu")
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A short path, for sockets; nothing may be left in it."""
+    path = Path(tempfile.mkdtemp(prefix="t"))
+    yield path
+    shutil.rmtree(path)
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if "hetis" in name}
+
+
+def check_end(fleet: FleetProcess, *words: str, seconds: float = END_SECONDS) -> None:
+    """All processes ended, badly, and the last line has all `words`."""
+    code = fleet.wait(seconds)
+    assert code != 0
+    last = verdict(fleet)
+    assert all(word in last for word in words), f"{words} are not all in {last!r}:\n{fleet.text()}"
+    assert fleet.leftovers() == []
+    assert not shared_memory()
+
+
+def verdict(fleet: FleetProcess) -> str:
+    """The last line of stderr; under torchrun its own report follows after ours."""
+    ours = [
+        line
+        for line in fleet.err
+        if line.startswith("hetis: ") or "EngineDeadError: " in line or "ValueError: " in line
+    ]
+    assert ours, fleet.text()
+    return ours[-1] if any("ChildFailedError" in line for line in fleet.err) else fleet.err[-1]
+
+
+def start_busy(directory: Path, plan: str = "1+1", *options: str) -> FleetProcess:
+    fleet = FleetProcess.script(directory, plan, "busy", *options)
+    fleet.wait_for("token")
+    return fleet
+
+
+def start_idle(directory: Path, plan: str = "1+1", *options: str) -> FleetProcess:
+    fleet = FleetProcess.script(directory, plan, "idle", *options)
+    fleet.wait_for("ready")
+    return fleet
+
+
+# --- under LLM --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "driver", "launcher"])
+def test_a_killed_process_takes_a_busy_fleet_down(directory: Path, victim: str) -> None:
+    with start_busy(directory) as fleet:
+        fleet.hurt(victim, signal.SIGKILL)
+        check_end(fleet, NAMES.get(victim, "the launcher"), "was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("victim", ["rank 1", "driver"])
+def test_a_killed_process_takes_an_idle_fleet_down(directory: Path, victim: str) -> None:
+    with start_idle(directory) as fleet:
+        fleet.hurt(victim, signal.SIGKILL)
+        ranks = [process for role, process in fleet.members().items() if role.startswith("rank")]
+        fleet.until(lambda: not any(process.is_running() for process in ranks), "the ranks have ended")
+        fleet.say("go on")  # the user's own process learns of it when it uses the fleet
+        check_end(fleet, NAMES[victim], "was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "launcher"])
+def test_a_killed_process_takes_a_loading_fleet_down(directory: Path, victim: str) -> None:
+    with FleetProcess.script(directory, "1+2", "idle") as fleet:
+        fleet.hurt("rank 2", signal.SIGSTOP)  # it never joins, so the others wait
+        fleet.member("driver")
+        fleet.hurt(victim, signal.SIGKILL)
+        check_end(fleet, NAMES.get(victim, "the launcher"), "was killed by SIGKILL")
+
+
+def test_a_front_end_that_is_killed_leaves_nothing(directory: Path) -> None:
+    with start_busy(directory) as fleet:
+        fleet.hurt("front", signal.SIGKILL)
+        assert fleet.wait(END_SECONDS) == -signal.SIGKILL
+        assert fleet.leftovers() == []
+
+
+@pytest.mark.parametrize("when", ["loading", "step"])
+def test_a_rank_that_raises_shows_its_traceback(directory: Path, when: str) -> None:
+    variables = {"PYTHONPATH": str(SHIM), "FAILING_RANK": f"1:{when}"}
+    with FleetProcess.script(directory, "1+1", "busy", **variables) as fleet:
+        check_end(fleet, NAMES["rank 1"], "MemoryError: planted failure", seconds=60)
+        tracebacks = [line for line in fleet.err if line.startswith("Traceback")]
+        assert "hetis: rank 1 on cpu failed:" in fleet.err[0]
+        assert fleet.err[1] == tracebacks[0]
+
+
+@pytest.mark.parametrize("phase", ["idle", "busy"])
+@pytest.mark.parametrize("victim", ["rank 1", "driver"])
+def test_a_stopped_process_is_named_after_the_step_timeout(directory: Path, victim: str, phase: str) -> None:
+    start = start_busy if phase == "busy" else start_idle
+    with start(directory, "1+1", f"step_timeout={STEP_TIMEOUT}") as fleet:
+        fleet.hurt(victim, signal.SIGSTOP)
+        if phase == "idle":
+            fleet.say("go on")
+        check_end(fleet, NAMES[victim], "stopped", seconds=STEP_TIMEOUT + END_SECONDS)
+
+
+def test_another_primary_that_is_killed_is_named(directory: Path) -> None:
+    with start_busy(directory, "2+1") as fleet:
+        fleet.hurt("rank 1", signal.SIGKILL)
+        check_end(fleet, "rank 1 (primary on cpu)", "was killed by SIGKILL")
+
+
+def test_a_truncated_checkpoint_is_told_in_one_sentence(directory: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(PACKAGED, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with FleetProcess.script(directory, "1+1", "idle", f"model={broken}") as fleet:
+        check_end(fleet, "ValueError: ", str(weights), seconds=60)
+        assert not any("rank" in line for line in fleet.err), "ranks must not show tracebacks of a user's mistake"
