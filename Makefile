@@ -19,7 +19,7 @@ $(STAMP): $(SOURCES)
 	@touch $(STAMP)
 
 demo: install
-	$(BIN)/torchrun --standalone --nproc-per-node 3 -m hetis generate --plan 1+2 --demo
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 3 -m hetis generate --plan 1+2
 
 test: install
 	$(BIN)/python -m pytest

@@ -41,7 +41,9 @@ def use_plain(plain: bool) -> None:
 def pack_linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
     """Checks a weight [N, K] and its bias [N] and prepares them for `linear`; both are shared, not copied.
 
-    The weight may be a slice of a larger one. Raises ValueError for shapes, dtypes or devices that do not fit together.
+    The weight may be a slice of a larger one and must hold its values already: on the CPU its pages are gathered into
+    huge ones, which costs 1 to 2 s per GB and gives a quarter more bandwidth; it is free where the allocator did so
+    (THP_MEM_ALLOC_ENABLE=1). Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     if weight_NK.dim() != 2:
         raise ValueError(f"linear weight has shape {tuple(weight_NK.shape)}; give a matrix [outputs, inputs]")
@@ -51,6 +53,8 @@ def pack_linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear
         raise ValueError("linear bias and weight differ in dtype or device; convert one of them")
     check_floats(weight_NK=weight_NK)
     on_cpu = weight_NK.device.type == "cpu"
+    if on_cpu and cpu_op("advise_huge_pages") is not None:
+        torch.ops.hetis.advise_huge_pages(weight_NK, True)
     return PackedLinear(weight_NK, bias_N, kernel_tokens(weight_NK.dtype) if on_cpu else 0)
 
 

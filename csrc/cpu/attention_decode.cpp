@@ -15,6 +15,9 @@ namespace {
 // A call that reads less runs on the calling thread: waking others takes longer.
 constexpr int64_t kAloneBytes = 256 * 1024;
 
+// How far ahead of the arithmetic rows are fetched: memory answers after about that much could have been read.
+constexpr int64_t kBytesAhead = 16 * 1024;
+
 struct Call {
   const AttentionKernels& kernels;
   const char* q;
@@ -26,7 +29,7 @@ struct Call {
   const int32_t *lane_U, *row_U, *length_U;
   int64_t window;
   float scale_log2;
-  int M, D, element_size;
+  int M, D, element_size, tokens_ahead;
   char* out;
   int64_t out_stride_n, out_stride_m;
   float* lse2;
@@ -81,14 +84,14 @@ class SplitRows {
     for (int64_t i = 0; i < tokens_; ++i) rows_[tokens_ + i] = rows_[i] + call.value_bytes;
   }
 
-  void follow_with(const SplitRows& next) {
-    for (int64_t i = 0; i < kTokensAhead; ++i)
+  void follow_with(const SplitRows& next, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
       rows_[2 * tokens_ + i] = i < 2 * next.tokens_ ? next.rows_[i] : rows_[2 * tokens_ - 1];
   }
 
  private:
   int64_t tokens_ = 0;
-  const char* rows_[2 * kSplitTokens + kTokensAhead];
+  const char* rows_[2 * kSplitTokens + kMaxTokensAhead + kTouchAhead];
 };
 
 void merge_lane(const Call& call, const Plan& plan, int64_t u, int64_t num_parts, const float* parts) {
@@ -116,10 +119,10 @@ void run_splits(const Call& call, Plan& plan, float* parts, const Claim& claim) 
     SplitRows &current = rows[turn], &next = rows[turn ^ 1];
     const int64_t next_split = claim();
     if (next_split < num_splits) find(next_split, next);
-    current.follow_with(next_split < num_splits ? next : current);
+    current.follow_with(next_split < num_splits ? next : current, call.tokens_ahead + kTouchAhead);
     const int32_t u = plan.lane[split];
     const char* q = call.q + call.row_U[u] * call.q_stride_n * call.element_size;
-    call.kernels.decode_split({q, call.q_stride_m, current.rows(), current.tokens(), call.M, call.D, call.scale_log2,
+    call.kernels.decode_split({q, call.q_stride_m, current.rows(), current.tokens(), call.tokens_ahead, call.M, call.D, call.scale_log2,
                                parts + split * part_floats, floats});
     if (__atomic_sub_fetch(&plan.splits_left[u], 1, __ATOMIC_ACQ_REL) == 0) {
       const int64_t end = u + 1 < static_cast<int64_t>(plan.first_split.size()) ? plan.first_split[u + 1] : num_splits;
@@ -168,6 +171,7 @@ void paged_decode(const at::Tensor& q_NMD, const at::Tensor& pool_2PSD, const at
        pool_2PSD.size(2), page_table_BW.const_data_ptr<int32_t>(), page_table_BW.stride(0),
        lane_U.const_data_ptr<int32_t>(), row_U.const_data_ptr<int32_t>(), length_U.const_data_ptr<int32_t>(), window,
        static_cast<float>(scale * 1.4426950408889634), static_cast<int>(q_NMD.size(1)), static_cast<int>(D), element_size,
+       static_cast<int>(std::clamp<int64_t>(getenv("AHEAD")?atoi(getenv("AHEAD")):kBytesAhead / (D * element_size), kMinTokensAhead, kMaxTokensAhead)),
        static_cast<char*>(out_NMD.mutable_data_ptr()), out_NMD.stride(0), out_NMD.stride(1),
        lse2_NM.mutable_data_ptr<float>(), lse2_NM.stride(0)},
       num_lanes);

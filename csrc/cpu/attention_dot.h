@@ -9,19 +9,33 @@ template <class T>
 struct WideDot {
   using Element = T;
   using Query = float;   // of decode
+  using Weight = float;  // of decode
   using Packed = float;  // of prefill
-  static constexpr int kStep = kWidth, kPair = 1;
+  static constexpr int kStep = kWidth, kPair = 1, kValueTokens = 1;
 
-  static HETIS_INLINE Vector load_row(const T* x, int /* values left */) { return widen(x); }
-  static HETIS_INLINE Vector load_query(const float* x, int) { return load(x); }
+  // Decode: scores
+  static HETIS_INLINE void pack_query(const T* x, float* packed) { store(packed, widen(x)); }
+  static HETIS_INLINE Vector load_query(const float* x, int /* values left */) { return load(x); }
+  static HETIS_INLINE Vector load_row(const T* x, int) { return widen(x); }
+  static HETIS_INLINE Vector add_product(Vector a, Vector b, Vector sum) { return multiply_add(a, b, sum); }
+
+  // Decode: weighted sums of V, kValueTokens rows at a time
+  static HETIS_INLINE void pack_weights(Vector x, float* packed) { store(packed, x); }
+  static HETIS_INLINE Vector broadcast_weight(const float* x) { return set(*x); }
+  template <int kColumns>
+  static HETIS_INLINE void load_values(const char* const* rows, int /* rows left */, int column, Vector (&value)[kColumns]) {
+    const T* row = reinterpret_cast<const T*>(rows[0]) + column;
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) value[c] = widen(row + c * kWidth);
+  }
+  static HETIS_INLINE Vector add_weighted(Vector a, Vector b, Vector sum) { return multiply_add(a, b, sum); }
+  // Puts the columns of a sum of values into their order.
+  static HETIS_INLINE void order_columns(float*, int) {}
+
+  // Prefill
   static HETIS_INLINE Vector load_packed(const float* x) { return load(x); }
   static HETIS_INLINE void store_packed(float* x, Vector v) { store(x, v); }
   static HETIS_INLINE Vector broadcast(const float* x) { return set(*x); }
-  static HETIS_INLINE Vector add_product(Vector a, Vector b, Vector sum) { return multiply_add(a, b, sum); }
-
-  // kWidth values of a row
-  static HETIS_INLINE void pack_query(const T* x, float* packed) { store(packed, widen(x)); }
-  static HETIS_INLINE void pack_weights(Vector x, float* packed) { store(packed, x); }
   // kWidth columns of kPair rows of V
   static HETIS_INLINE void pack_values(const T* const* rows, int column, float* packed) {
     store(packed, widen(rows[0] + column));

@@ -25,8 +25,9 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kMaxQueries = 64;
 // A lane is cut into splits of so many tokens, counted from its first visible one: the unit of work and of the softmax.
 constexpr int kSplitTokens = 256;
-// Rows of K and V are asked for so many tokens before they are used.
-constexpr int kTokensAhead = 32;
+// Rows of K and V are fetched at least and at most so many tokens before they are used; every eighth of them is touched
+// kTouchAhead tokens before that.
+constexpr int kMinTokensAhead = 16, kMaxTokensAhead = 128, kTouchRows = 8, kTouchAhead = 64;
 
 // 2^x on [-0.5, 0.5], relative error below 1e-7; exactly 1 at 0.
 constexpr float kExp2[7] = {1.0f,           0.69314718246f,  0.24022646248f, 0.05550328642f,
@@ -36,8 +37,9 @@ constexpr float kExp2[7] = {1.0f,           0.69314718246f,  0.24022646248f, 0.0
 struct DecodeSplit {
   const void* q;            // [M, D]
   int64_t q_stride;         // elements from one query head to the next
-  const char* const* rows;  // K of each token, then V of each token, then kTokensAhead rows to fetch for the next split
+  const char* const* rows;  // K of each token, then V of each token, then tokens_ahead + kTouchAhead rows of the next
   int64_t tokens;           // 1 ... kSplitTokens
+  int tokens_ahead;         // kMinTokensAhead ... kMaxTokensAhead
   int M, D;
   float scale_log2;  // the softmax scale times log2(e)
   float* part;       // result, decode_part_floats(M, D) of them

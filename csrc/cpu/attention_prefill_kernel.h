@@ -235,6 +235,6 @@ struct Prefill {
 // One entry of the table.
 template <class Dot>
 constexpr AttentionKernels attention_table() {
-  return {decode_split<Dot>, decode_merge<typename Dot::Element>, Prefill<Dot>::run, kBlockRows,
+  return {decode_split<Dot>, decode_merge<Dot>, Prefill<Dot>::run, kBlockRows,
           Prefill<Dot>::scratch_bytes};
 }

@@ -81,21 +81,23 @@ struct LinearTile {
     }
   }
 
-  // The chains of R weight rows times V vectors of x; fetches the R rows that follow meanwhile.
+  // The chains of R weight rows times V vectors of x. Prefetches 24 cache lines ahead in every row, at its end in the rows
+  // that follow: 16 or 48 lines are 5 to 10 % slower, a whole block of long rows would push x out of the L1 cache.
   template <int R, int V>
   static HETIS_INLINE void multiply_tile(const Element* weight, int64_t stride, const Packed* x, int64_t inputs,
                                          Vector (&sum)[R][V]) {
-    constexpr int64_t kLine = kLineBytes / sizeof(Element), kWidth = V * kTokens;
-    const auto next = reinterpret_cast<uintptr_t>(weight) + R * stride * sizeof(Element);
+    constexpr int64_t kLine = kLineBytes / sizeof(Element), kAhead = 24 * kLine, kWidth = V * kTokens;
+    const auto here = reinterpret_cast<uintptr_t>(weight);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sum[r][v] = Lanes::zero();
     int64_t k = 0;
     for (; k + kLine <= inputs; k += kLine) {
+      const int64_t ahead = k + kAhead < inputs ? k + kAhead : R * stride + k + kAhead - inputs;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
-        __builtin_prefetch(reinterpret_cast<const void*>(next + (r * stride + k) * sizeof(Element)));
+        __builtin_prefetch(reinterpret_cast<const void*>(here + (r * stride + ahead) * sizeof(Element)));
 #pragma GCC unroll 2
       for (int64_t i = k; i < k + kLine; i += kStep) multiply_step<R, V>(weight + i, stride, x + i * kWidth, sum);
     }

@@ -1,7 +1,7 @@
 """The control plane: typed messages over zmq, one ROUTER per kind of client at the driver, one DEALER at each client.
 
-Unix sockets in a private directory inside a host, one configured address between hosts. Once everyone has connected the
-socket files are removed (`ControlServer.hide`): established connections stay, nobody else can join, nothing is left over.
+Unix sockets in a private directory inside a host, one configured address between hosts. Once everyone has connected
+the socket files are removed (`ControlServer.hide`): established connections stay, nobody else can join in.
 """
 
 import os

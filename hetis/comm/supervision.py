@@ -6,8 +6,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -15,18 +15,34 @@ import msgspec
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _VERDICT = "verdict"
+_PARENT = "HETIS_PARENT"  # environment variable
 _BY_REQUEST = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
 # --- families ---------------------------------------------------------------------------------------------------------
 
 
-def die_with_parent(with_signal: int = signal.SIGKILL) -> None:
-    """Ask the kernel for `with_signal` when the parent ends, so that nothing is orphaned whatever kills it (Linux)."""
-    parent = os.getppid()
-    _prctl(_PR_SET_PDEATHSIG, int(with_signal))
+@contextmanager
+def hold(*signals: signal.Signals) -> Iterator[None]:
+    """Signals wait until the end of the block; children started in it never see them. Main thread only."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def child_environment() -> dict[str, str]:
+    """For a child that will call `die_with_parent`: who its parent is, which it could not tell if that ended before."""
+    return {**os.environ, _PARENT: str(os.getpid())}
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the parent ends, so that nothing is orphaned whatever kills it (Linux)."""
+    parent = int(os.environ.get(_PARENT, os.getppid()))
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
-        os.kill(os.getpid(), with_signal)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def adopt_orphans() -> None:

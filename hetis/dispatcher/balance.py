@@ -6,67 +6,77 @@ the head groups, the others are attention workers. With x_ji lanes of sequence j
     minimise    T
     subject to  sum_i x_ji = G                                                   every lane lives somewhere    for all j
                 max(floor_i, start_i + sum_j lane_us_ji x_ji) <= T  if y_i = 1   no used device takes longer   for all i
-                sum_j pages_ji x_ji <= free_i                                    the lanes fit                 for all i
-                0 <= x_ji <= most_i, integer                                     a home takes its own lanes only
+                sum_j pages_ji x_ji <= free_pages_i                              the lanes fit                 for all i
+                0 <= x_ji <= most_lanes_i, integer                               a home takes its own lanes only
 
-Lanes of one sequence are alike, so this says everything: a home h with G_h groups has most_h = G_h, a worker has most_i
-= G, and any such x can be turned into owners of head groups. The floor and the constants in `start_us` of a device that
-is idle count only if it is used; a busy device that gets nothing has no part in T (it could not be helped anyway).
+Lanes of one sequence are alike, so this says everything: a home with G_h groups has most_lanes = G_h, a worker G, and any
+such x can be turned into owners of head groups. The floor and the constants in `start_us` of a device that is idle count
+only if it is used; a busy device that gets nothing has no part in T (it could not be helped anyway).
 
-One sequence is solved exactly. Several are NP-hard (two like devices: partition); `balance` inserts them one by one,
-longest first, then exchanges lanes (`exchange.py`), and stops when a lower bound says that it is within 2 %.
+One sequence is solved exactly. Several are NP-hard (two like devices: partition): `balance` inserts them one by one, or
+fits them under a limit, and exchanges lanes (`exchange.py`) until a lower bound says that it is within 2 %.
 """
 
+from collections.abc import Iterable
 from heapq import heapify, heappop, heapreplace
+from operator import mul
 
 import msgspec
 
 from hetis.dispatcher.exchange import Exchange
 
-Counts = list[list[int]]  # [J][N] lanes
+Counts = list[list[int]]  # [N][J] lanes
 
 TOLERANCE = 0.02  # a solution known to be this near the optimum is good enough
-FITS = 7  # bisections of first fit
-SHORT, SHORT_CHAIN = 1600, 400
-LONG, LONG_CHAIN = 20000, 4000
+FITS = 8  # limits that first fit tries
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """Times are microseconds for one layer. Homes come first among the devices, since ties go to the first device."""
+    """Times are microseconds for one layer. Homes come first among the devices: ties go to the first."""
 
     num_lanes: int  # G, of each sequence
+    num_homes: int
     start_us: list[float]  # [N] of a device that is used: what it holds already, its constants, its link's latency
     floor_us: list[float]  # [N] least time of a device that is used
-    lane_us: list[list[float]]  # [J][N] each lane more
+    lane_us: list[list[float]]  # [N][J] each lane more, > 0
     most_lanes: list[int]  # [N] of one sequence
-    lane_pages: list[list[int]]  # [J][N]
-    free_pages: list[int]  # [N]
+    home_pages: list[int]  # [J] of a lane that lives at home
+    worker_pages: list[int]  # [J] of one that lives on a worker
+    free_pages: list[int]  # [N], >= 0
 
     @property
     def num_sequences(self) -> int:
-        return len(self.lane_us)
+        return len(self.home_pages)
 
     @property
     def num_devices(self) -> int:
         return len(self.start_us)
 
+    def pages(self, device: int) -> list[int]:
+        """[J] pages of a lane on a device."""
+        return self.home_pages if device < self.num_homes else self.worker_pages
+
 
 def balance(problem: Problem) -> Counts | None:
-    """Lanes per sequence and device, with the least possible `peak_us`; None when no placement was found that fits.
+    """Lanes per device and sequence with the least `peak_us`; None when no placement was found that fits.
 
-    Exact for one sequence. For several within 2 % of the optimum wherever that could be checked (docs/dispatch.md).
-    Among equals as many lanes as possible are at home.
+    Exact for one sequence; for several see docs/dispatch.md. Then as many lanes as the peak allows go home.
     """
     if problem.num_sequences <= 1:
-        return insert(problem, list(range(problem.num_sequences)))
+        return insert(problem, range(problem.num_sequences))
     order = longest_first(problem)
-    best = insert(problem, order)
-    if best is not None and not _is_good(problem, order, best):
-        best = _improve(problem, order, best)
-    if best is None:
-        best = first_fit(problem, order, float("inf"))
-        best = None if best is None else _improve(problem, order, best)
-    return None if best is None else _homeward(problem, best)
+    inserted = insert(problem, order)
+    if inserted is not None and _is_good(problem, order, peak_us(problem, inserted)):
+        return _homeward(problem, inserted)
+    starts = [counts for counts in (_fit(problem, order, inserted), inserted) if counts is not None]
+    if not starts:
+        return None
+    best = min(starts, key=lambda counts: peak_us(problem, counts))
+    if not _is_good(problem, order, peak_us(problem, best)):
+        exchange = Exchange(problem, best)
+        exchange.descend()
+        best = exchange.counts()
+    return _homeward(problem, best)
 
 
 def peak_us(problem: Problem, counts: Counts) -> float:
@@ -76,166 +86,198 @@ def peak_us(problem: Problem, counts: Counts) -> float:
 
 def times_us(problem: Problem, counts: Counts) -> list[float]:
     """Time of each device; 0 for those that get no lanes."""
-    times = [0.0] * problem.num_devices
-    for device in range(problem.num_devices):
-        added = [(row[device], cost[device]) for row, cost in zip(counts, problem.lane_us, strict=True) if row[device]]
-        if added:
-            total = problem.start_us[device] + sum(count * lane_us for count, lane_us in added)
-            times[device] = max(problem.floor_us[device], total)
-    return times
+    return [
+        max(floor, start + sum(map(mul, held, lane_us))) if any(held) else 0.0
+        for held, lane_us, start, floor in zip(counts, problem.lane_us, problem.start_us, problem.floor_us, strict=True)
+    ]
 
 
 def longest_first(problem: Problem) -> list[int]:
-    """Sequences in the order of what a lane costs, ties in the order they came."""
-    return sorted(range(problem.num_sequences), key=lambda j: -sum(problem.lane_us[j]))
+    """Sequences in the order of what their lanes cost, ties in the order they came."""
+    cost_us = [-sum(costs) for costs in zip(*problem.lane_us, strict=True)]
+    return sorted(range(problem.num_sequences), key=cost_us.__getitem__)
 
 
-def insert(problem: Problem, order: list[int]) -> Counts | None:
-    """One sequence after the other, each as well as can be, given those before it.
+def insert(problem: Problem, order: Iterable[int]) -> Counts | None:
+    """One sequence after the other, each as well as can be, given those before it. None where one does not fit.
 
     Lane by lane to the device that is then least loaded. For one sequence that is exact: the time of device i with n
     lanes rises with n, so T is the G-th smallest among the times of all (i, n), and the lanes taken are the G smallest.
     """
-    num_devices = problem.num_devices
-    busy_us, free, floor_us = list(problem.start_us), list(problem.free_pages), problem.floor_us
-    counts: Counts = [[0] * num_devices for _ in range(problem.num_sequences)]
+    busy_us, free, floor_us, most = (
+        list(problem.start_us),
+        list(problem.free_pages),
+        problem.floor_us,
+        problem.most_lanes,
+    )
+    counts: Counts = [[0] * problem.num_sequences for _ in busy_us]
+    pages = [problem.pages(device) for device in range(problem.num_devices)]
     for j in order:
-        lane_us, pages, row = problem.lane_us[j], problem.lane_pages[j], counts[j]
         places = [
-            (busy + lane if busy + lane > floor else floor, device)
-            for device, (busy, lane, floor, most, page, room) in enumerate(
-                zip(busy_us, lane_us, floor_us, problem.most_lanes, pages, free, strict=True)
-            )
-            if most and page <= room
+            (max(floor_us[device], busy_us[device] + lane_us[j]), device)
+            for device, lane_us in enumerate(problem.lane_us)
+            if most[device] and pages[device][j] <= free[device]
         ]
         heapify(places)
         for _ in range(problem.num_lanes):
             if not places:
                 return None
             device = places[0][1]
-            row[device] += 1
-            busy_us[device] += lane_us[device]
-            free[device] -= pages[device]
-            if row[device] < problem.most_lanes[device] and pages[device] <= free[device]:
-                time_us = max(floor_us[device], busy_us[device] + lane_us[device])
-                heapreplace(places, (time_us, device))
+            lane_us, pages_here = problem.lane_us[device][j], pages[device][j]
+            busy_us[device] += lane_us
+            free[device] -= pages_here
+            held = counts[device]
+            held[j] += 1
+            if held[j] < most[device] and pages_here <= free[device]:
+                heapreplace(places, (max(floor_us[device], busy_us[device] + lane_us), device))
             else:
                 heappop(places)
     return counts
+
+
+# --- under a limit ----------------------------------------------------------------------------------------------------
 
 
 def first_fit(problem: Problem, order: list[int], limit_us: float) -> Counts | None:
     """All lanes with no device above `limit_us`, or None if this rule finds no way.
 
     Devices take what fits, longest lanes first, in the order of how well they do long lanes in comparison to short ones.
+    Homes that divide the lanes among them go before, each beginning with the lengths that would fall to it in that order.
     """
-    lane_us, lane_pages, num_devices = problem.lane_us, problem.lane_pages, problem.num_devices
     left = [problem.num_lanes] * problem.num_sequences
-    counts: Counts = [[0] * num_devices for _ in left]
-    for device in _by_scarcity(problem, order, limit_us):
-        budget = limit_us - problem.start_us[device]
-        if budget <= 0 or problem.floor_us[device] > limit_us:
-            continue
-        free, most = problem.free_pages[device], problem.most_lanes[device]
-        for j in order:
-            cost = lane_us[j][device]
-            if cost > budget:
+    counts: Counts = [[0] * problem.num_sequences for _ in problem.start_us]
+    for device, wishes in _wishes(problem, order, limit_us):
+        budget_us, free, most = (
+            limit_us - problem.start_us[device],
+            problem.free_pages[device],
+            problem.most_lanes[device],
+        )
+        lane_us, pages, held = problem.lane_us[device], problem.pages(device), counts[device]
+        for j in wishes:
+            cost_us = lane_us[j]
+            if cost_us > budget_us or not left[j]:
                 continue
-            count = min(left[j], most, int(min(budget / cost, left[j])))
-            pages = lane_pages[j][device]
-            if pages * count > free:
-                count = max(0, free // pages)
-            if count:
-                counts[j][device] = count
-                left[j] -= count
-                budget -= count * cost
-                free -= count * pages
-        order = [j for j in order if left[j]]
-        if not order:
-            return counts
-    return None
+            count = min(int(min(budget_us / cost_us, most)), left[j])
+            if pages[j] * count > free:
+                count = free // pages[j]
+            held[j] = count
+            left[j] -= count
+            budget_us -= count * cost_us
+            free -= count * pages[j]
+    return None if any(left) else counts
 
 
-def _by_scarcity(problem: Problem, order: list[int], limit_us: float) -> list[int]:
-    longest, shortest = order[0], order[-1]
-
-    def advantage(device: int) -> float:
-        budget, free = limit_us - problem.start_us[device], problem.free_pages[device]
-        if budget <= 0 or free <= 0:
-            return 0.0
-        shares = [problem.lane_us[j][device] / budget + problem.lane_pages[j][device] / free for j in (longest, shortest)]
-        return shares[0] / shares[1]
-
-    return sorted(range(problem.num_devices), key=lambda i: (problem.most_lanes[i] >= problem.num_lanes, advantage(i)))
-
-
-def _by_advantage(problem: Problem, order: list[int]) -> list[int]:
-    longest, shortest = problem.lane_us[order[0]], problem.lane_us[order[-1]]
-    return sorted(range(problem.num_devices), key=lambda i: (longest[i] / shortest[i], -shortest[i]))
-
-
-def is_possible(problem: Problem, order: list[int], limit_us: float) -> bool:
-    """Whether lanes that can be cut could be computed within `limit_us`: if not, nothing can.
-
-    Memory and homes do not count here. Then short lanes belong on devices that do short lanes comparatively well, long
-    ones on the others: in an optimum of this linear program the order of one is the order of the other.
-    """
-    lengths = reversed(order)
-    j = next(lengths)
-    left = float(problem.num_lanes)
-    for device in reversed(_by_advantage(problem, order)):
-        budget = limit_us - problem.start_us[device]
-        if problem.floor_us[device] > limit_us:
-            continue
-        while budget > 0:
-            cost = problem.lane_us[j][device]
-            if left * cost > budget:
-                left -= budget / cost
-                break
-            budget -= left * cost
-            left = float(problem.num_lanes)
-            following = next(lengths, None)
-            if following is None:
-                return True
-            j = following
-    return False
+def _wishes(problem: Problem, order: list[int], limit_us: float) -> list[tuple[int, list[int]]]:
+    """The devices that can help, in the order in which they may choose, each with the sequences it likes best."""
+    longest, middle, shortest = order[0], order[len(order) // 2], order[-1]
+    rated: list[tuple[float, int, float]] = []  # price of a long lane in short ones, device, middle lanes that fit
+    for device in _helpful(problem, limit_us):
+        budget_us, free = limit_us - problem.start_us[device], max(problem.free_pages[device], 1e-9)
+        lane_us, pages = problem.lane_us[device], problem.pages(device)
+        shares = [lane_us[j] / budget_us + pages[j] / free for j in (longest, middle, shortest)]
+        rated.append((shares[0] / shares[2], device, 1 / shares[1]))
+    rated.sort()
+    total = sum(fitting for _, _, fitting in rated)
+    homes, others, passed = [], [], 0.0
+    for _, device, fitting in rated:
+        if problem.most_lanes[device] == problem.num_lanes:
+            others.append((device, order))
+        else:
+            at = len(order) * passed / max(total - fitting, passed, 1e-300)
+            homes.append((device, [j for _, j in sorted((abs(rank + 0.5 - at), j) for rank, j in enumerate(order))]))
+        passed += fitting
+    return homes + others
 
 
-def _is_good(problem: Problem, order: list[int], counts: Counts) -> bool:
-    return not is_possible(problem, order, peak_us(problem, counts) / (1 + TOLERANCE))
+def _helpful(problem: Problem, limit_us: float) -> list[int]:
+    return [
+        device
+        for device, (start, floor, most) in enumerate(
+            zip(problem.start_us, problem.floor_us, problem.most_lanes, strict=True)
+        )
+        if start < limit_us and floor <= limit_us and most
+    ]
 
 
-def _improve(problem: Problem, order: list[int], first: Counts) -> Counts:
-    """Exchanges lanes, from `first` and from what first fit finds; then further from the better of both."""
-    starts = [first]
-    fitted = _fit(problem, order, peak_us(problem, first))
-    if fitted is not None:
-        starts.insert(0, fitted)
-    best: Exchange | None = None
-    for start in starts:
-        exchange = Exchange(problem, start)
-        exchange.descend(SHORT, SHORT_CHAIN)
-        if best is None or exchange.peak_us() < best.peak_us():
-            best = exchange
-        if _is_good(problem, order, best.counts()):
-            return best.counts()
-    assert best is not None
-    best.descend(LONG, LONG_CHAIN)
-    return best.counts()
-
-
-def _fit(problem: Problem, order: list[int], limit_us: float) -> Counts | None:
-    """First fit with the least limit for which it finds a way, by bisection."""
-    best, lowest_us, highest_us = None, limit_us * 0.5, limit_us * 1.05
+def _fit(problem: Problem, order: list[int], inserted: Counts | None) -> Counts | None:
+    """First fit with the least limit for which it finds a way, by bisection; the limit is near or below `inserted`'s."""
+    if inserted is None:
+        return first_fit(problem, order, float("inf"))
+    best, limit_us = None, peak_us(problem, inserted)
+    lowest_us, next_us, highest_us = limit_us * 0.5, limit_us * 0.98, limit_us * 1.05
     for _ in range(FITS):
-        middle_us = (lowest_us + highest_us) / 2
-        found = first_fit(problem, order, middle_us)
+        found = first_fit(problem, order, next_us)
         if found is None:
-            lowest_us = middle_us
+            lowest_us = next_us
         else:
             best, highest_us = found, peak_us(problem, found)
+            if _is_good(problem, order, highest_us):
+                break
+        next_us = (lowest_us + highest_us) / 2
     return best
 
 
+# --- a bound ----------------------------------------------------------------------------------------------------------
+
+
+def is_possible(problem: Problem, order: list[int], limit_us: float) -> bool:
+    """False: no placement keeps every device within `limit_us`, not even one of lanes that can be cut. True: unknown.
+
+    Each device is given its scarcer resource alone, time or pages, of which a lane takes a share. Filling the devices
+    that do long lanes comparatively badly with the shortest lanes, and so on, is then the best there is; the sequence
+    that two neighbours divide sets their relative price. If at these prices all lanes, each where it is cheapest, cost
+    more than all devices are worth, nothing can fit (weak duality), however the prices came about.
+    """
+    devices = [_shares(problem, device, limit_us) for device in _helpful(problem, limit_us)]
+    if not devices:
+        return False
+    longest, shortest = order[0], order[-1]
+    devices.sort(key=lambda shares: shares[shortest] / shares[longest])
+    lengths = reversed(order)
+    j, left, price, prices = next(lengths), float(problem.num_lanes), 1.0, [1.0]
+    for shares, following in zip(devices, [*devices[1:], None], strict=True):
+        room = 1.0
+        while left * shares[j] <= room:
+            room -= left * shares[j]
+            longer = next(lengths, None)
+            if longer is None:
+                return True
+            j, left = longer, float(problem.num_lanes)
+        left -= room / shares[j]
+        if following is not None:
+            price *= shares[j] / following[j]
+            prices.append(price)
+    priced = [[price * share for share in shares] for price, shares in zip(prices, devices, strict=True)]
+    cost = problem.num_lanes * sum(map(min, zip(*priced, strict=True)))
+    return cost <= sum(prices) * (1 + 1e-9)
+
+
+def _shares(problem: Problem, device: int, limit_us: float) -> list[float]:
+    """[J] the share that one lane takes of a device's time or pages, whichever is scarcer for all lanes together."""
+    budget_us, free, pages = limit_us - problem.start_us[device], problem.free_pages[device], problem.pages(device)
+    if sum(pages) * budget_us > sum(problem.lane_us[device]) * free and all(pages):
+        return [count / max(free, 0.5) for count in pages]
+    return [cost_us / budget_us for cost_us in problem.lane_us[device]]
+
+
+def _is_good(problem: Problem, order: list[int], reached_us: float) -> bool:
+    return not is_possible(problem, order, reached_us / (1 + TOLERANCE))
+
+
 def _homeward(problem: Problem, counts: Counts) -> Counts:
+    """Takes lanes from workers home wherever that keeps the peak."""
+    times = times_us(problem, counts)
+    for home in range(problem.num_homes):
+        held, lane_us, most = counts[home], problem.lane_us[home], problem.most_lanes[home]
+        budget_us = max(times) - times[home]
+        if not times[home] or budget_us < min(lane_us):
+            continue
+        free = problem.free_pages[home] - sum(map(mul, held, problem.home_pages))
+        for j, pages in enumerate(problem.home_pages):
+            for worker in counts[problem.num_homes :]:
+                while worker[j] and held[j] < most and lane_us[j] <= budget_us and pages <= free:
+                    worker[j] -= 1
+                    held[j] += 1
+                    budget_us -= lane_us[j]
+                    free -= pages
     return counts

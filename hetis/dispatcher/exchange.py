@@ -7,6 +7,7 @@ counts and not by a clock, so that the result is the same wherever it is compute
 """
 
 from math import ceil
+from operator import mul
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 STEP = 2e-3  # what counts as an improvement
 DEPTH = 4  # moves of a chain after the first
 WIDTH = 12  # ways to make room that are tried at each move, those first that drive away least
-MOST_DRIVEN = 3  # lanes that may be driven away at once
+LOOKS, LOOKS_PER_CHAIN = 8000, 2500  # devices, or sequences on devices, looked at: about half a microsecond each
 
 
 class Exchange:
@@ -23,41 +24,36 @@ class Exchange:
 
     def __init__(self, problem: "Problem", counts: "Counts") -> None:
         self._problem = problem
-        self._held: list[dict[int, int]] = [
-            {j: row[device] for j, row in enumerate(counts) if row[device]} for device in range(problem.num_devices)
-        ]
+        self._pages = [problem.pages(device) for device in range(problem.num_devices)]
+        self._held = [{j: count for j, count in enumerate(held) if count} for held in counts]  # by device
         self._busy_us = [
-            start + sum(count * problem.lane_us[j][device] for j, count in held.items())
-            for device, (start, held) in enumerate(zip(problem.start_us, self._held, strict=True))
+            start + sum(map(mul, held, lane_us))
+            for start, held, lane_us in zip(problem.start_us, counts, problem.lane_us, strict=True)
         ]
         self._free = [
-            free - sum(count * problem.lane_pages[j][device] for j, count in held.items())
-            for device, (free, held) in enumerate(zip(problem.free_pages, self._held, strict=True))
+            free - sum(map(mul, held, pages))
+            for free, held, pages in zip(problem.free_pages, counts, self._pages, strict=True)
         ]
-        self._weight = [sum(row) for row in problem.lane_us]  # what to compare unlike lanes by
-        self._fastest_first = [sorted(range(problem.num_devices), key=row.__getitem__) for row in problem.lane_us]
-        self._tries = 0
+        self._weight = [sum(costs) for costs in zip(*problem.lane_us, strict=True)]  # to compare unlike lanes by
+        self._looks = 0
 
     def counts(self) -> "Counts":
-        """[J][N]"""
-        return [[held.get(j, 0) for held in self._held] for j in range(self._problem.num_sequences)]
+        """[N][J]"""
+        return [[held.get(j, 0) for j in range(self._problem.num_sequences)] for held in self._held]
 
-    def peak_us(self) -> float:
-        return max(map(self._time_us, range(self._problem.num_devices)))
-
-    def descend(self, tries: int, tries_per_chain: int) -> None:
-        """Relieves the slowest device again and again, looking at no more than `tries` places in all."""
-        while tries > 0:
-            slowest = max(range(self._problem.num_devices), key=self._time_us)
+    def descend(self) -> None:
+        """Relieves the slowest device again and again."""
+        looks = LOOKS
+        while looks > 0:
+            slowest = max(range(len(self._held)), key=self._time_us)
             limit_us = self._time_us(slowest) * (1 - STEP)
             relieved = False
             for j in sorted(self._held[slowest], key=self._weight.__getitem__):
                 self._put(j, slowest, -1)
                 if self._time_us(slowest) <= limit_us:
-                    self._tries = min(tries, tries_per_chain)
-                    before = self._tries
+                    self._looks = allowed = min(looks, LOOKS_PER_CHAIN)
                     relieved = self._place(j, 1, slowest, limit_us, DEPTH)
-                    tries -= before - self._tries
+                    looks -= allowed - self._looks
                 if relieved:
                     break
                 self._put(j, slowest, 1)
@@ -74,23 +70,24 @@ class Exchange:
             held[j] = now
         else:
             del held[j]
-        self._busy_us[device] += count * self._problem.lane_us[j][device]
-        self._free[device] -= count * self._problem.lane_pages[j][device]
+        self._busy_us[device] += count * self._problem.lane_us[device][j]
+        self._free[device] -= count * self._pages[device][j]
 
     def _place(self, j: int, count: int, origin: int, limit_us: float, depth: int) -> bool:
         """Finds places for lanes of `j` off `origin` with no device above `limit_us`. If not, nothing is changed."""
-        self._tries -= 1
+        problem = self._problem
+        self._looks -= len(self._held)
         placed: list[tuple[int, int]] = []
-        for device in self._fastest_first[j]:
-            fitting = self._room(j, device, limit_us) if device != origin else 0
-            if fitting > 0:
-                fitting = min(fitting, count)
-                self._put(j, device, fitting)
-                placed.append((device, fitting))
-                count -= fitting
-                if not count:
-                    return True
-        if depth and self._tries > 0:
+        for device, lane_us in enumerate(problem.lane_us):
+            if self._busy_us[device] + lane_us[j] <= limit_us and device != origin:
+                fitting = min(count, self._room(j, device, limit_us))
+                if fitting > 0:
+                    self._put(j, device, fitting)
+                    placed.append((device, fitting))
+                    count -= fitting
+                    if not count:
+                        return True
+        if depth and self._looks > 0:
             for device, other, driven in self._ways(j, count, origin, limit_us):
                 self._put(other, device, -driven)
                 self._put(j, device, count)
@@ -98,42 +95,39 @@ class Exchange:
                     return True
                 self._put(j, device, -count)
                 self._put(other, device, driven)
-                if self._tries <= 0:
+                if self._looks <= 0:
                     break
         for device, fitting in placed:
             self._put(j, device, -fitting)
         return False
 
     def _room(self, j: int, device: int, limit_us: float) -> int:
-        """Lanes of `j` that a device can take as it is."""
-        problem = self._problem
-        fitting = int((limit_us - self._busy_us[device]) / problem.lane_us[j][device])
-        if fitting <= 0 or problem.floor_us[device] > limit_us:
+        """Lanes of `j` that a device with time for one can take as it is."""
+        problem, pages = self._problem, self._pages[device][j]
+        if problem.floor_us[device] > limit_us:
             return 0
+        fitting = int((limit_us - self._busy_us[device]) / problem.lane_us[device][j])
         fitting = min(fitting, problem.most_lanes[device] - self._held[device].get(j, 0))
-        pages = problem.lane_pages[j][device]
         return min(fitting, self._free[device] // pages) if pages else fitting
 
     def _ways(self, j: int, count: int, origin: int, limit_us: float) -> list[tuple[int, int, int]]:
         """(device, other sequence, its lanes to drive away) after which `count` lanes of `j` fit there."""
-        problem = self._problem
+        problem, weights = self._problem, self._weight
         ways: list[tuple[float, int, int, int]] = []
-        weight = self._weight[j] * count
         for device, held in enumerate(self._held):
-            if device == origin or not held or problem.floor_us[device] > limit_us:
+            lane_us, pages = problem.lane_us[device], self._pages[device]
+            over_us = self._busy_us[device] + count * lane_us[j] - limit_us
+            lacking = count * pages[j] - self._free[device]
+            if not held or device == origin or problem.floor_us[device] > limit_us:
                 continue
             if held.get(j, 0) + count > problem.most_lanes[device]:
                 continue
-            over_us = self._busy_us[device] + count * problem.lane_us[j][device] - limit_us
-            lacking = count * problem.lane_pages[j][device] - self._free[device]
+            self._looks -= len(held)
             for other, present in held.items():
-                driven = 1
-                if over_us > 0:
-                    driven = ceil(over_us / problem.lane_us[other][device])
+                driven = ceil(over_us / lane_us[other]) if over_us > 0 else 1
                 if lacking > 0:
-                    pages = problem.lane_pages[other][device]
-                    driven = max(driven, -(-lacking // pages)) if pages else MOST_DRIVEN + 1
-                if driven <= MOST_DRIVEN and driven <= present and other != j:
-                    ways.append((driven * self._weight[other] - weight, device, other, driven))
+                    driven = max(driven, -(-lacking // pages[other])) if pages[other] else present + 1
+                if driven <= present and other != j:
+                    ways.append((driven * weights[other], device, other, driven))
         ways.sort()
         return [way[1:] for way in ways[:WIDTH]]

@@ -1,17 +1,17 @@
 """The driver process: carries messages between front ends, the engine and the ranks, and watches over all of them.
 
-Started by rank 0 with `DriverArgs` as one JSON line on standard input; answers with `Joining` on standard output. The end
-of standard input means: shut down in order. Whatever happens, the driver outlives the ranks of its host: those that do not
-end by themselves within some seconds it kills.
+Started by rank 0 with `DriverArgs` as one JSON line on standard input; answers with `Joining` on standard output. A
+second line there means: shut down in order; its end without that: rank 0 died, explain it and end the others. Whatever
+happens, the driver outlives the ranks of its host: those that do not end by themselves it kills.
 """
 
 import os
 import shutil
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import NoReturn
 
 import msgspec
@@ -24,7 +24,7 @@ from hetis.core.fleet import DeviceInfo, RankStats
 from hetis.dispatcher.dispatcher import make_dispatcher
 from hetis.engine.engine import Engine
 from hetis.engine.setup import make_setup
-from hetis.engine.watch import FleetFailed, Watch
+from hetis.engine.watch import FleetFailedError, Watch
 
 POLL_MILLISECONDS = 200
 END_SECONDS = 1.5  # for the ranks to end, when all is well
@@ -49,7 +49,7 @@ class Driver:
         self._parent = os.getppid()
 
     def run(self) -> None:
-        """Serves until shutdown; FleetFailed when the fleet cannot go on."""
+        """Serves until shutdown; FleetFailedError when the fleet cannot go on."""
         self._server.poller.register(sys.stdin.fileno())
         while not self._ending:
             events = self._wait(POLL_MILLISECONDS)
@@ -72,12 +72,15 @@ class Driver:
         return events
 
     def _on_end_of_input(self) -> None:
-        """Rank 0 closed our input: shut down. If it did so by dying, the watch finds out how."""
+        """Rank 0 has a word for us: shut down. Without a word it died; the kernel closes its files a little earlier."""
         self._server.poller.unregister(sys.stdin.fileno())
-        if os.getppid() == self._parent:
+        if sys.stdin.buffer.readline():
             self._ending = True
-        else:
-            self._watch.on_parent_death(self._parent)
+            return
+        deadline = time.monotonic() + 1.0
+        while os.getppid() == self._parent and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self._watch.on_parent_death(self._parent)
 
     def _outlive(self, ranks: list[int], seconds: float) -> None:
         """Waits for the end of these ranks, then sees to it. (Rank 0, our parent, waits for us when all is well.)"""
@@ -195,7 +198,7 @@ class Driver:
         self._waiting_for_stats.clear()
         self._stats = {}
 
-    def fail(self, failure: FleetFailed) -> None:
+    def fail(self, failure: FleetFailedError) -> None:
         """Says why, once and to everybody; has stopped processes killed by their neighbours; ends when all have."""
         verdict = supervision.Verdict(str(failure), failure.refused)
         if supervision.leave_verdict(self._args.run_directory, verdict) and self._args.announce:
@@ -216,26 +219,26 @@ class Driver:
 
 
 def main() -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides what Ctrl-C means
-    signal.signal(signal.SIGTERM, lambda *_: None)  # from the kernel when rank 0 dies: the watch says so and ends us
-    supervision.die_with_parent(signal.SIGTERM)
-    args = msgspec.json.decode(sys.stdin.buffer.readline(), type=DriverArgs)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        sys.exit(1)  # rank 0 is gone already
+    args = msgspec.json.decode(line, type=DriverArgs)
     server = ControlServer(args.run_directory, args.address)
     joining = Joining(endpoints=server.endpoints, devices=[member.device for member in args.plan.members()])
-    sys.stdout.buffer.write(msgspec.json.encode(joining) + b"\n")
-    sys.stdout.flush()
+    with suppress(BrokenPipeError):  # its end is noticed in the loop
+        os.write(sys.stdout.fileno(), msgspec.json.encode(joining) + b"\n")
     driver = Driver(args, server)
     code = 1
     try:
         driver.run()
         code = 0
-    except FleetFailed as failure:
+    except FleetFailedError as failure:
         driver.fail(failure)
     except ValueError as error:  # a plan that does not fit, found when the devices were known
-        driver.fail(FleetFailed(str(error), refused=True))
+        driver.fail(FleetFailedError(str(error), refused=True))
     except Exception as error:
         traceback.print_exc()
-        driver.fail(FleetFailed(f"the driver failed: {type(error).__name__}: {error}"))
+        driver.fail(FleetFailedError(f"the driver failed: {type(error).__name__}: {error}"))
     server.close()
     sys.exit(code)
 

@@ -21,7 +21,7 @@ JOIN_SECONDS = 300.0
 SILENT_SECONDS = 2.0  # eight heartbeats: long enough to be suspected when something else is wrong
 
 
-class FleetFailed(Exception):
+class FleetFailedError(Exception):
     """The verdict. `culprits`: pids to kill by host, for a process that is stopped cannot end itself."""
 
     def __init__(self, reason: str, culprits: Mapping[str, list[int]] | None = None, refused: bool = False) -> None:
@@ -77,9 +77,11 @@ class Watch:
         self._note()
 
     def on_parent_death(self, pid: int) -> None:
-        """Rank 0, which started the driver, is gone."""
-        self._ended.setdefault(0, supervision.wait_status(pid))
+        """Rank 0, which started the driver, is gone; if its launcher wanted that, everybody else is going, too."""
+        status = self._ended.setdefault(0, supervision.wait_status(pid))
         self._note()
+        if supervision.ended_by_request(status):
+            self._first_sign = self._begin - GRACE_SECONDS  # nobody is left to explain anything
 
     def _note(self) -> None:
         if self._first_sign is None:
@@ -99,7 +101,7 @@ class Watch:
     # --- what it means ------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """FleetFailed when the fleet cannot go on."""
+        """FleetFailedError when the fleet cannot go on."""
         now = self._clock()
         if self._first_sign is not None:
             if self._own_errors() or now - self._first_sign > GRACE_SECONDS:
@@ -111,28 +113,29 @@ class Watch:
         if self._started and now - min(self._started.values()) > self._timeout:
             self._condemn_late(min(self._started))
         if self._missing() and now - self._begin > JOIN_SECONDS:
-            raise FleetFailed(f"{self._names(self._missing())} did not join within {JOIN_SECONDS:.0f} s.")
+            raise FleetFailedError(f"{self._names(self._missing())} did not join within {JOIN_SECONDS:.0f} s.")
 
     def _condemn(self) -> None:
         """The best explanation of what was seen."""
         for failure in self._own_errors():
             if not failure.traceback:  # a mistake of the user's, told in one sentence
-                raise FleetFailed(failure.reason, refused=True)
-            raise FleetFailed(f"{self._name(failure.rank)} failed: {failure.reason}")
+                raise FleetFailedError(failure.reason, refused=True)
+            raise FleetFailedError(f"{self._name(failure.rank)} failed: {failure.reason}")
         spoke = {failure.rank for failure in self._failures}
         for rank, status in self._ended.items():
             if rank not in spoke and not supervision.ended_by_request(status):
-                raise FleetFailed(f"{self._name(rank)} {supervision.describe_end(status)}.")
+                raise FleetFailedError(f"{self._name(rank)} {supervision.describe_end(status)}.")
         silent = self._silent(set(self._infos) - set(self._ended) - spoke, SILENT_SECONDS)
         if silent:
             self._condemn_silent(silent)
-        if self._missing():
-            raise FleetFailed(f"{self._names(self._missing())} ended before the fleet was up, or never started.")
+        missing = [rank for rank in self._missing() if rank not in self._ended]
+        if missing:
+            raise FleetFailedError(f"{self._names(missing)} ended before the fleet was up, or never started.")
         for failure in self._failures:
             if failure.reason != TOLD_TO_END:
-                raise FleetFailed(f"{self._name(failure.rank)} failed: {failure.reason}")
+                raise FleetFailedError(f"{self._name(failure.rank)} failed: {failure.reason}")
         told = sorted(spoke | set(self._ended))
-        raise FleetFailed(f"{self._names(told)} {TOLD_TO_END}.")
+        raise FleetFailedError(f"{self._names(told)} {TOLD_TO_END}.")
 
     def _own_errors(self) -> list[Failure]:
         return [failure for failure in self._failures if not failure.is_consequence]
@@ -153,7 +156,7 @@ class Watch:
         culprits: dict[str, list[int]] = {}
         for rank in ranks:
             culprits.setdefault(self._infos[rank].host, []).append(self._infos[rank].pid)
-        raise FleetFailed(f"{self._names(ranks)} {what}.", culprits)
+        raise FleetFailedError(f"{self._names(ranks)} {what}.", culprits)
 
     def _silent(self, ranks: Iterable[int], seconds: float) -> list[int]:
         now = self._clock()

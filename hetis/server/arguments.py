@@ -8,14 +8,22 @@ from hetis.core.sampling_params import SamplingParams
 from hetis.core.sizes import parse_bytes
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something; for the others the help text does."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or isinstance(action.default, bool)
+        return action.help if silent else super()._get_help_string(action)
+
+
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `EngineConfig`, with vLLM's names where the meaning is the same."""
     default = EngineConfig()
     group = parser.add_argument_group("engine")
     add = group.add_argument
     add("model", nargs="?", help="directory or hub id; left out: the small model in the package")
-    add("--revision", help="branch, tag or commit on the hub")
-    add("--tokenizer", help="directory or hub id of the tokenizer, if it is not the model's")
+    add("--revision", help="branch, tag or commit on the hub; left out: main")
+    add("--tokenizer", help="directory or hub id of the tokenizer, if not the model's")
     add("--plan", default=default.plan, help="P+A (primaries + attention workers) or a plan file (JSON)")
     add(
         "--device",
@@ -38,7 +46,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", type=int, default=default.max_num_seqs, help="sequences running at once")
     add("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens, help="tokens in one step")
     add("--block-size", type=int, default=default.block_size, help="tokens per cache page")
-    add("--kv-cache-memory", type=_memory, help="cache per rank, like 2GiB, or by rank, like 0=1GiB,1=4GiB")
+    add(
+        "--kv-cache-memory",
+        type=_memory,
+        help="cache per rank, like 2GiB, or 0=1GiB,1=4GiB; left out: from free memory",
+    )
     add("--seed", type=int, default=default.seed, help="seed of requests that bring none, and of dummy weights")
     add("--enforce-eager", action="store_true", help="plain torch linears, for debugging")
     add(
@@ -55,25 +67,26 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
     default = SamplingParams()
     group = parser.add_argument_group("sampling")
     add = group.add_argument
     add("--max-tokens", type=int, default=max_tokens, help="new tokens per prompt")
-    add("--temperature", type=float, default=default.temperature, help="0: the most likely token")
-    add("--top-p", type=float, default=default.top_p)
+    add("--temperature", type=float, default=temperature, help="0: the most likely token")
+    add("--top-p", type=float, default=default.top_p, help="smallest set of tokens with this probability; 1: all")
     add("--top-k", type=int, default=default.top_k, help="0: all")
-    add("--min-p", type=float, default=default.min_p)
-    add("--repetition-penalty", type=float, default=default.repetition_penalty)
-    add("--sampling-seed", type=int, help="seed of the requests")
-    add("--ignore-eos", action="store_true")
+    add("--min-p", type=float, default=default.min_p, help="least probability, as a share of the best token's; 0: all")
+    add("--repetition-penalty", type=float, default=default.repetition_penalty, help="of tokens seen; 1: none")
+    add("--sampling-seed", type=int, help="of every request; left out: each its own, made from --seed")
+    add("--ignore-eos", action="store_true", help="go on after the model's end of sequence")
 
 
 def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `LLM`, from parsed options."""
     names = (
         "model", "revision", "tokenizer", "plan", "device", "dtype", "load_format", "max_model_len", "max_num_seqs",
-        "max_num_batched_tokens", "block_size", "kv_cache_memory", "seed", "enforce_eager", "max_logprobs", "step_timeout",
+        "max_num_batched_tokens", "block_size", "kv_cache_memory", "seed", "enforce_eager", "max_logprobs",
+        "step_timeout",
     )  # fmt: skip
     return {name: getattr(options, name) for name in names}
 

@@ -1,6 +1,6 @@
 """`hetis bench throughput | latency`: random prompts of given lengths; the JSON has vLLM's key names.
 
-throughput: all requests at once; requests and tokens per second, from the first request sent to the last token received.
+throughput: all requests at once; requests and tokens per second, from the first request sent to the last token.
 latency: one batch at a time, from sending to the last token; average and percentiles over the iterations.
 """
 
@@ -13,21 +13,17 @@ import time
 from pathlib import Path
 
 from hetis.core.sampling_params import SamplingParams
-from hetis.server.arguments import add_engine_arguments, engine_arguments
+from hetis.server.arguments import HelpFormatter, add_engine_arguments, engine_arguments
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    throughput = kinds.add_parser(
-        "throughput", help="many requests at once", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    throughput = kinds.add_parser("throughput", help="many requests at once", formatter_class=HelpFormatter)
     throughput.add_argument("--num-prompts", type=int, default=16, help="requests")
     throughput.set_defaults(run=run_throughput)
-    latency = kinds.add_parser(
-        "latency", help="one batch at a time", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    latency = kinds.add_parser("latency", help="one batch at a time", formatter_class=HelpFormatter)
     latency.add_argument("--batch-size", type=int, default=1, help="requests in a batch")
     latency.add_argument("--num-iters-warmup", type=int, default=1, help="batches that do not count")
     latency.add_argument("--num-iters", type=int, default=5, help="batches that count")

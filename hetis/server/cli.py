@@ -1,4 +1,4 @@
-"""`hetis generate | bench`: the command line. Under torchrun the same command line makes a process one rank of the fleet."""
+"""`hetis generate | bench`. Under torchrun the same command line makes a process one rank of the fleet."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from typing import NoReturn
 from hetis.comm.supervision import die_with_parent
 from hetis.core.config import EngineConfig
 from hetis.server import launch
-from hetis.server.arguments import add_engine_arguments, engine_arguments
+from hetis.server.arguments import HelpFormatter, add_engine_arguments, engine_arguments
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -26,9 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("generate", generate.add_arguments, generate.run, "write on from prompts, several at once"),
         ("bench", bench.add_arguments, None, "measure throughput or latency with random prompts"),
     ):
-        command = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        command = commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
         add_arguments(command)
         if run is not None:
             add_engine_arguments(command)

@@ -23,6 +23,10 @@ class EngineDeadError(RuntimeError):
     """The fleet is gone; the message says which rank on which device, and why."""
 
 
+class FleetRefusedError(EngineDeadError, ValueError):
+    """The fleet ended because it cannot be what was asked for."""
+
+
 class EngineClient:
     """One fleet. Not thread-safe: one thread sends and receives."""
 
@@ -48,7 +52,7 @@ class EngineClient:
         return self._finalizer.alive
 
     def wait_until_ready(self) -> m.EngineReady:
-        """EngineDeadError when the fleet fails, ValueError when it refuses to be what was asked for."""
+        """EngineDeadError when the fleet fails, FleetRefusedError when it cannot be what was asked for."""
         message = self.receive()
         assert isinstance(message, m.EngineReady)
         return message
@@ -60,7 +64,7 @@ class EngineClient:
         self._control.send(message)
 
     def receive(self) -> m.Message:
-        """The next message; EngineDeadError (or ValueError: see `wait_until_ready`) when there will be none."""
+        """The next message; EngineDeadError when there will be none."""
         while self.is_open:
             message: m.Message | None = self._control.receive(POLL_SECONDS)
             if isinstance(message, m.EngineDead) or (message is None and self._has_ended()):
@@ -85,7 +89,7 @@ class EngineClient:
         self._reason = reason
         self.close()
         if verdict is not None and verdict.refused:
-            raise ValueError(reason)
+            raise FleetRefusedError(reason)
 
     def close(self) -> None:
         """Ends the fleet; it has some seconds to do so in order. Harmless when called again."""

@@ -3,18 +3,29 @@
 import argparse
 import sys
 import time
+from typing import TYPE_CHECKING
 
+from hetis.core.messages import FleetStats
 from hetis.core.sizes import format_bytes
 from hetis.server.arguments import add_sampling_arguments, engine_arguments, sampling_params
 
-DEMO_PROMPTS = ("The", "In the beginning", "He said", "It was")
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DEMO_PROMPTS = (  # the model in the package has read the documentation of Python
+    "The function returns",
+    "If the file does not exist,",
+    "A list is a sequence of",
+    "This module provides",
+)
+TEMPERATURE = 0.7  # small models wander off at 1
 WIDTH = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", help="may be given several times; left out: some examples")
     parser.add_argument("--no-stats", dest="stats", action="store_false", help="no table of devices at the end")
-    add_sampling_arguments(parser, max_tokens=96)
+    add_sampling_arguments(parser, max_tokens=96, temperature=TEMPERATURE)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -30,13 +41,13 @@ def run(options: argparse.Namespace) -> None:
         for piece in llm.stream(prompts, params):
             num_tokens += len(piece.token_ids)
             printer.add(piece.prompt_index, piece.text, piece.finished)
-        end = time.perf_counter()
+        seconds = time.perf_counter() - ready
         if options.stats:
-            print_fleet(llm)
-        print(
-            f"\n{num_tokens} tokens in {end - ready:.2f} s: {num_tokens / (end - ready):.1f} tokens/s "
-            f"({len(prompts)} prompts at once; the fleet was up after {ready - begin:.1f} s)"
-        )
+            print_fleet(llm.fleet_stats())
+    print(
+        f"\n{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s, "
+        f"{len(prompts)} prompts at once (the fleet was up after {ready - begin:.1f} s)"
+    )
 
 
 class LinePrinter:
@@ -45,22 +56,23 @@ class LinePrinter:
     def __init__(self, prompts: list[str]) -> None:
         self._pending = [*prompts]
         self._prefix = [f"[{index}] " for index in range(len(prompts))]
+        self._width = WIDTH - len(self._prefix[-1])
 
     def add(self, index: int, text: str, finished: bool) -> None:
         """Prints the lines of one prompt's text that `text` completes, at word borders."""
         self._pending[index] += text
-        while "\n" in self._pending[index] or len(self._pending[index]) > WIDTH:
+        while "\n" in self._pending[index] or len(self._pending[index]) > self._width:
             self._print(index, *self._split(self._pending[index]))
         if finished and self._pending[index]:
             self._print(index, self._pending[index], "")
 
-    @staticmethod
-    def _split(text: str) -> tuple[str, str]:
+    def _split(self, text: str) -> tuple[str, str]:
+        """(a line, the rest)."""
         line, newline, rest = text.partition("\n")
-        if newline and len(line) <= WIDTH:
+        if newline and len(line) <= self._width:
             return line, rest
-        border = text.rfind(" ", 0, WIDTH)
-        border = WIDTH if border <= 0 else border
+        border = text.rfind(" ", 0, self._width + 1)
+        border = self._width if border <= 0 else border
         return text[:border], text[border:].removeprefix(" ")
 
     def _print(self, index: int, line: str, rest: str) -> None:
@@ -70,32 +82,37 @@ class LinePrinter:
             sys.stdout.flush()
 
 
-def print_fleet(llm: object) -> None:
+def print_fleet(stats: FleetStats) -> None:
     """One line per device: role, heads held, pages, share of attention time, bytes over each link."""
     from rich.console import Console
+
+    # a pipe has no width; a table that is cut is worse than a line that wraps
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print()
+    console.print(fleet_table(stats))
+
+
+def fleet_table(stats: FleetStats) -> "Table":
     from rich.table import Table
 
-    stats = llm.fleet_stats()  # type: ignore[attr-defined]
-    table = Table(title="fleet")
-    for title in (
-        "rank",
-        "role",
-        "device",
-        "heads (peak)",
-        "KV pages used (peak) / all",
-        "attention time",
-        "sent over links",
-    ):
-        table.add_column(title, justify="left" if title in ("role", "device", "sent over links") else "right")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("rank", "role", "device"):
+        table.add_column(title, no_wrap=True)
+    for title in ("heads", "peak", "KV pages", "peak", "of", "attention"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("sent to", no_wrap=True)
     for member in stats.members:
-        sent = ", ".join(f"{link} {format_bytes(count)}" for link, count in member.bytes_sent.items()) or "-"
+        sent = [f"{link.partition('->')[2]}: {format_bytes(count)}" for link, count in member.bytes_sent.items()]
         table.add_row(
             str(member.rank),
             member.role,
             member.device,
-            f"{member.heads} ({member.heads_peak})",
-            f"{member.pages_used} ({member.pages_peak}) / {member.pages_total}",
-            f"{member.attention_seconds:.3f} s, {member.attention_share:.0%}",
-            sent,
+            str(member.heads),
+            str(member.heads_peak),
+            str(member.pages_used),
+            str(member.pages_peak),
+            str(member.pages_total),
+            f"{member.attention_seconds:.2f} s {member.attention_share:>4.0%}",
+            "\n".join(sent) or "-",  # a line for each link
         )
-    Console().print(table)
+    return table

@@ -48,7 +48,11 @@ def plan_for(config: EngineConfig) -> tuple[Path, ModelSpec, Plan]:
     """(directory of the model, what it is, who does what). ValueError for what does not fit together."""
     directory = resolve_model(config.model, config.revision, weights=False)
     spec = read_model_spec(directory)
-    return directory, spec, resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
+    plan = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
+    by_rank = config.kv_cache_memory if isinstance(config.kv_cache_memory, dict) else {}
+    for rank in by_rank.keys() - range(plan.world_size):
+        raise ValueError(f"kv_cache_memory names rank {rank}, but the plan has ranks 0 to {plan.world_size - 1}.")
+    return directory, spec, plan
 
 
 # --- one rank ---------------------------------------------------------------------------------------------------------
@@ -129,13 +133,21 @@ class Children:
             address=own_address() if many_hosts else None,
             announce=front_argv is not None,
         )
-        self._driver = self._start_driver()
-        self._front = None if front_argv is None else self._start_front(front_argv)
+        self._ending = threading.Lock()
+        # Launchers end whole process groups. These two end when rank 0 and its heart want it: the driver has to explain
+        # the end, and the front end to show the explanation and what was computed before.
+        with supervision.hold(signal.SIGTERM, signal.SIGINT):
+            self._driver = self._start_driver()
+        with supervision.hold(signal.SIGTERM):  # Ctrl-C is the front end's business
+            self._front = None if front_argv is None else self._start_front(front_argv)
         threading.Thread(target=self._watch_driver, daemon=True).start()
 
     def _start_driver(self) -> "subprocess.Popen[bytes]":
         driver = subprocess.Popen(
-            [sys.executable, "-m", "hetis.engine.driver"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "hetis.engine.driver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=supervision.child_environment(),
         )
         assert driver.stdin is not None
         with suppress(BrokenPipeError):  # it is gone already: `_watch_driver` says so
@@ -144,7 +156,7 @@ class Children:
         return driver
 
     def _start_front(self, argv: list[str]) -> "subprocess.Popen[bytes]":
-        environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+        environment = {k: v for k, v in supervision.child_environment().items() if k not in RANK_VARIABLES}
         environment[FRONT_VARIABLE] = str(self._run_directory)
         front = subprocess.Popen([sys.executable, "-m", "hetis", *argv], env=environment)
         threading.Thread(target=self._watch_front, args=(front,), daemon=True).start()
@@ -159,12 +171,14 @@ class Children:
         return msgspec.json.encode(msgspec.json.decode(line, type=Joining))
 
     def _watch_front(self, front: "subprocess.Popen[bytes]") -> None:
-        """When the front end ends, for whatever reason, so does the driver: it reads the end of its standard input."""
+        """When the front end ends, for whatever reason, the driver shuts down."""
         code = front.wait()
         if code < 0 and -code != signal.SIGINT:
             self._announce(f"the front end (child of rank 0) was killed by {signal.Signals(-code).name}.")
         assert self._driver.stdin is not None
-        self._driver.stdin.close()
+        with suppress(BrokenPipeError):
+            self._driver.stdin.write(b"end\n")
+            self._driver.stdin.flush()
 
     def _watch_driver(self) -> None:
         """No driver, no fleet. It goes before this rank does, so in good order there is a moment left to end."""
@@ -173,7 +187,8 @@ class Children:
         self.on_lost_driver("ended")
 
     def on_lost_driver(self, how: str) -> NoReturn:
-        """Ends this rank, and the driver if it only seems to run."""
+        """Ends this rank, and the driver if it only seems to run. Two threads may see it; the first one acts."""
+        self._ending.acquire()
         if how != "ended":
             supervision.kill([self._driver.pid])
             self._announce(f"the driver (child of rank 0, pid {self._driver.pid}) {how}.")

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from hetis.core.config import EngineConfig
 from hetis.core.messages import FleetQuery, FleetStats, Outputs, TokenOutput
 from hetis.core.outputs import RequestOutput
@@ -13,7 +15,7 @@ from hetis.core.sampling_params import SamplingParams
 from hetis.core.sizes import parse_bytes
 from hetis.server.client import EngineClient
 from hetis.server.launch import plan_for
-from hetis.server.requests import Piece, Request, RequestFailed
+from hetis.server.requests import Piece, Request, RequestFailedError
 from hetis.server.tokenizer import load_tokenizer
 
 Prompt = str | Sequence[int]
@@ -22,8 +24,8 @@ Prompt = str | Sequence[int]
 class LLM:
     """One model over one fleet. A context manager; `close` ends all processes.
 
-    Keyword arguments carry vLLM's names where the meaning is the same (see `EngineConfig`). `plan`: "P+A" or a plan file.
-    `kv_cache_memory`: bytes or text like "2GiB", for every rank or by rank; None: decided from free memory.
+    Keyword arguments carry vLLM's names where the meaning is the same (see `EngineConfig`). `plan`: "P+A" or a plan
+    file. `kv_cache_memory`: bytes or text like "2GiB", for every rank or by rank; None: decided from free memory.
     Raises ValueError for whatever does not fit together, and EngineDeadError when the fleet fails.
     """
 
@@ -127,7 +129,7 @@ class LLM:
         request = stream.running[request_id]
         try:
             piece, abort = request.add(new)
-        except RequestFailed as error:
+        except RequestFailedError as error:
             stream.error = error
             return
         if piece is not None:
@@ -174,7 +176,8 @@ class LLM:
             raise ValueError("stop strings need a tokenizer: give stop_token_ids, or a tokenizer directory.")
         if len(ids) >= self.max_model_len:
             raise ValueError(
-                f"prompt {index} has {len(ids)} tokens and leaves no room for an answer: max_model_len is {self.max_model_len}."
+                f"prompt {index} has {len(ids)} tokens and leaves no room for an answer: "
+                f"max_model_len is {self.max_model_len}."
             )
         self._num_requests += 1
         return Request(str(self._num_requests), index, text, ids, params, self.tokenizer)
@@ -186,11 +189,11 @@ class _Stream:
     def __init__(self, requests: list[Request]) -> None:
         self.running = {request.id: request for request in requests}
         self.pieces: deque[Piece] = deque()
-        self.error: RequestFailed | None = None
+        self.error: RequestFailedError | None = None
 
 
 def make_config(**options: Any) -> EngineConfig:
-    """An `EngineConfig` from loose keyword arguments; ValueError names an unknown one."""
+    """An `EngineConfig` from loose keyword arguments; ValueError names an unknown or impossible one."""
     unknown = sorted(set(options) - set(EngineConfig.__struct_fields__))
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}: the options are {', '.join(EngineConfig.__struct_fields__)}.")
@@ -200,6 +203,12 @@ def make_config(**options: Any) -> EngineConfig:
         options["kv_cache_memory"] = {int(rank): parse_bytes(size) for rank, size in memory.items()}
     elif memory is not None:
         options["kv_cache_memory"] = parse_bytes(memory)
+    for field in msgspec.structs.fields(EngineConfig):
+        try:
+            msgspec.convert(options.get(field.name, field.default), field.type)
+        except msgspec.ValidationError as error:
+            what = str(error).partition(" - at ")[0]
+            raise ValueError(f"{field.name} is {options[field.name]!r}: {what}.") from None
     return EngineConfig(**options)
 
 

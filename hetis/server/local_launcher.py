@@ -1,8 +1,8 @@
 """All ranks of one host without torchrun: `python -m hetis.server.local_launcher DIRECTORY`.
 
-A process between the front end and the ranks, so that the ranks end when the front end does, however it ends, and so that
-the front end's threads and signals are left alone. It imports no torch (a second, on every start), needs no port (ranks
-meet in a file), and ends only when nothing that it started is left, grandchildren included.
+A process between the front end and the ranks, so that the ranks end when the front end does, however it ends, and so
+that the front end's threads and signals are left alone. It imports no torch (a second, on every start), needs no port
+(ranks meet in a file), and ends only when nothing that it started is left, grandchildren included.
 """
 
 import os
@@ -122,7 +122,7 @@ class Launcher:
 def start_rank(rank: int, world_size: int, directory: Path) -> int:
     """The pid of a new rank."""
     values = (rank, rank, world_size, world_size, 0, 1)
-    environment = os.environ | dict(zip(RANK_VARIABLES, map(str, values), strict=True))
+    environment = supervision.child_environment() | dict(zip(RANK_VARIABLES, map(str, values), strict=True))
     return os.posix_spawn(
         sys.executable,
         [sys.executable, "-m", "hetis.server.local_launcher", str(directory), "rank"],

@@ -13,7 +13,7 @@ from hetis.server.detokenizer import Detokenizer
 Decode = Callable[[int], str]
 
 
-class RequestFailed(RuntimeError):
+class RequestFailedError(RuntimeError):
     """One request could not be served; the others go on."""
 
 
@@ -118,13 +118,13 @@ class Request:
     def add(self, new: TokenOutput) -> tuple[Piece | None, AbortRequest | None]:
         """New tokens of a completion: what to stream, and whether the engine should stop (a stop string was found).
 
-        Raises RequestFailed when the engine refused or lost the request.
+        Raises RequestFailedError when the engine refused or lost the request.
         """
         completion = self._completions[int(new.id.rpartition("/")[2])]
         if completion.finished:  # tokens drawn before the abort arrived
             return None, None
         if new.error is not None:
-            raise RequestFailed(new.error)
+            raise RequestFailedError(new.error)
         if new.prompt_logprobs is not None and self._prompt_logprobs is not None:
             self._prompt_logprobs += [named_logprobs(row, self._decode) for row in new.prompt_logprobs]
         text = completion.add(new)

@@ -9,11 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+import zmq
 
 from hetis.comm.links import choose_link, open_link
 from hetis.comm.links.base import ALIGNMENT, NUM_SLOTS, Link
 from hetis.comm.links.shm import ShmLink
-from hetis.comm.links.tcp import _Offer
+from hetis.comm.links.tcp import ZERO_COPY_BYTES, _Offer
 from hetis.comm.rendezvous import LocalRendezvous
 from tests.comm.comm_helpers import (
     CPU,
@@ -198,30 +199,83 @@ def test_open_names_what_is_missing() -> None:
         open_end("carrier pigeon", LocalRendezvous(), 0, 1, 1)
 
 
-def test_tcp_turns_strangers_away() -> None:
-    rendezvous = LocalRendezvous()
+def stranger_of(endpoint: str, password: bytes | None) -> zmq.Socket[bytes]:
+    """Connects as a worker does, or without showing anything; has a message for the primary."""
+    stranger = zmq.Context().socket(zmq.PAIR)
+    stranger.linger, stranger.rcvtimeo = 0, 50
+    if password is not None:
+        stranger.plain_username, stranger.plain_password = b"hetis", password
+    stranger.connect(endpoint)
+    stranger.send(b"ten bytes!")
+    return stranger
 
-    def join_after_a_stranger() -> object:
-        offer = msgspec.msgpack.decode(rendezvous.get("link/0-1/tcp"), type=_Offer)
-        with socket.create_connection((offer.host, offer.port)) as stranger:
-            stranger.sendall(bytes(len(offer.token)))
-            assert stranger.recv(1) == b""
+
+def test_tcp_turns_strangers_away() -> None:
+    """Some are at the door before the worker and stay there; one even shows the token, but after the worker."""
+    rendezvous = LocalRendezvous()
+    offer = partial(rendezvous.get, "link/0-1/tcp")
+    silent = socket.socket()
+    strangers: list[zmq.Socket[bytes]] = []
+
+    def join_after_strangers() -> object:
+        endpoint = msgspec.msgpack.decode(offer(), type=_Offer).endpoint
+        host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
+        silent.connect((host, int(port)))
+        strangers.extend(stranger_of(endpoint, password) for password in (None, b"guess", b"0" * 32))
         return open_end("tcp", rendezvous, 1, 10, 10)
 
-    primary, worker = together(lambda: open_end("tcp", rendezvous, 0, 10, 10), join_after_a_stranger)
-    transmit(primary, random_bytes(10, 4))
-    assert torch.equal(receive(worker, 10), random_bytes(10, 4))
-    with pytest.raises(ValueError, match="give an address of this host"):
-        open_link(
+    primary, worker = together(lambda: open_end("tcp", rendezvous, 0, 10, 10), join_after_strangers)
+    late = msgspec.msgpack.decode(offer(), type=_Offer)
+    strangers.append(stranger_of(late.endpoint, late.token))
+    for message in (random_bytes(10, seed) for seed in range(3)):
+        for sender, receiver in ((primary, worker), (worker, primary)):
+            transmit(sender, message)
+            assert torch.equal(receive(receiver, 10), message)
+        for stranger in strangers:
+            with pytest.raises(zmq.Again):
+                stranger.recv()
+        strangers.pop().close()  # their end is not the link's
+    worker.close()
+    with pytest.raises(ConnectionError, match="rank 1"):
+        primary.recv(10)
+    primary.close()
+    silent.close()
+
+
+def test_tcp_slots_keep_their_message_until_it_has_left() -> None:
+    """More messages than slots, sent without a copy while nobody reads; all arrive although the sender has closed."""
+    size = 2 * ZERO_COPY_BYTES
+    primary, worker = open_pair("tcp", size, 1)
+    for seed in range(4 * NUM_SLOTS):
+        transmit(primary, random_bytes(size, seed))
+    primary.close()
+    for seed in range(4 * NUM_SLOTS):
+        assert torch.equal(receive(worker, size), random_bytes(size, seed))
+    worker.close()
+
+
+def test_tcp_names_who_does_not_come() -> None:
+    def open_tcp_at(address: str, is_primary: bool, rendezvous: LocalRendezvous) -> Link:
+        return open_link(
             "tcp",
             rendezvous,
-            primary=device_info(0, address="192.0.2.1"),
+            primary=device_info(0, address=address),
             worker=device_info(1),
-            is_primary=True,
+            is_primary=is_primary,
             device=CPU,
             max_send_bytes=1,
             max_recv_bytes=1,
+            timeout=0.05,
         )
+
+    rendezvous = LocalRendezvous()
+    with pytest.raises(TimeoutError, match="rank 1"):
+        open_tcp_at("127.0.0.1", True, rendezvous)
+    with pytest.raises(ConnectionError, match="rank 0"):
+        open_tcp_at("127.0.0.1", False, rendezvous)  # nobody listens any more
+    for address in ("192.0.2.1", "0.0.0.0", "no such name"):
+        with pytest.raises(ValueError, match="give an address of this host"):
+            open_tcp_at(address, True, LocalRendezvous())
 
 
 def test_choice_of_link() -> None:

@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,7 @@ def verdict(fleet: FleetProcess) -> str:
     ours = [
         line
         for line in fleet.err
-        if line.startswith("hetis: ") or "EngineDeadError: " in line or "ValueError: " in line
+        if line.startswith("hetis: ") or "EngineDeadError: " in line or "RefusedError: " in line
     ]
     assert ours, fleet.text()
     return ours[-1] if any("ChildFailedError" in line for line in fleet.err) else fleet.err[-1]
@@ -87,8 +89,9 @@ def test_a_killed_process_takes_an_idle_fleet_down(directory: Path, victim: str)
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "launcher"])
 def test_a_killed_process_takes_a_loading_fleet_down(directory: Path, victim: str) -> None:
     with FleetProcess.script(directory, "1+2", "idle") as fleet:
-        fleet.hurt("rank 2", signal.SIGSTOP)  # it never joins, so the others wait
         fleet.member("driver")
+        if victim != "launcher":
+            fleet.hurt("rank 2", signal.SIGSTOP)  # it never joins, so the others wait
         fleet.hurt(victim, signal.SIGKILL)
         check_end(fleet, NAMES.get(victim, "the launcher"), "was killed by SIGKILL")
 
@@ -132,5 +135,102 @@ def test_a_truncated_checkpoint_is_told_in_one_sentence(directory: Path, tmp_pat
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with FleetProcess.script(directory, "1+1", "idle", f"model={broken}") as fleet:
-        check_end(fleet, "ValueError: ", str(weights), seconds=60)
+        check_end(fleet, "FleetRefusedError: ", str(weights), seconds=60)
         assert not any("rank" in line for line in fleet.err), "ranks must not show tracebacks of a user's mistake"
+
+
+# --- under torchrun ---------------------------------------------------------------------------------------------------
+
+
+def start_torchrun(directory: Path, plan: str = "1+1", num_ranks: int = 2, **variables: str) -> FleetProcess:
+    options = (*LONG, "--plan", plan, "--step-timeout", str(STEP_TIMEOUT))
+    return FleetProcess.torchrun(directory, num_ranks, *options, **variables)
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "driver", "front"])
+def test_under_torchrun_a_killed_process_takes_a_busy_fleet_down(directory: Path, victim: str) -> None:
+    with start_torchrun(directory) as fleet:
+        fleet.wait_for("[0]")
+        fleet.hurt(victim, signal.SIGKILL)
+        check_end(fleet, NAMES.get(victim, "the front end"), "was killed by SIGKILL")
+
+
+def test_under_torchrun_a_killed_process_takes_a_loading_fleet_down(directory: Path) -> None:
+    with start_torchrun(directory, "1+2", 3) as fleet:
+        fleet.until(lambda: list(directory.glob("hetis-*/ranks")), "the driver listens")
+        fleet.hurt("rank 2", signal.SIGKILL)
+        check_end(fleet, "rank 2 (attention worker on cpu)")
+
+
+def test_under_torchrun_its_own_summary_has_the_reason(directory: Path) -> None:
+    with start_torchrun(directory, PYTHONPATH=str(SHIM), FAILING_RANK="1:step") as fleet:
+        check_end(fleet, NAMES["rank 1"], "MemoryError: planted failure", seconds=60)
+        root_cause = fleet.err[max(i for i, line in enumerate(fleet.err) if "Root Cause" in line) :]
+        assert any("MemoryError: planted failure" in line for line in root_cause), fleet.text()
+
+
+@pytest.mark.parametrize("victim", ["rank 1", "driver"])
+def test_under_torchrun_a_stopped_process_is_named(directory: Path, victim: str) -> None:
+    with start_torchrun(directory) as fleet:
+        fleet.wait_for("[0]")
+        fleet.hurt(victim, signal.SIGSTOP)
+        check_end(fleet, NAMES[victim], "stopped", seconds=STEP_TIMEOUT + END_SECONDS)
+
+
+def test_killing_torchrun_leaves_nothing(directory: Path) -> None:
+    with start_torchrun(directory) as fleet:
+        fleet.wait_for("[0]")
+        fleet.hurt("torchrun", signal.SIGKILL)
+        assert fleet.wait(END_SECONDS) == -signal.SIGKILL
+        assert fleet.leftovers() == []
+
+
+# --- Ctrl-C, many at once ---------------------------------------------------------------------------------------------
+
+CTRL_C_SECONDS = 5.0
+
+
+@pytest.mark.parametrize("phase", ["busy", "idle", "loading"])
+def test_ctrl_c_ends_everything(directory: Path, phase: str) -> None:
+    with FleetProcess.script(directory, "1+1", phase) as fleet:
+        if phase == "loading":
+            fleet.until(lambda: list(directory.glob("hetis-*/ranks")), "the driver listens")
+        else:
+            fleet.wait_for("token" if phase == "busy" else "ready")
+        fleet.hurt("front", signal.SIGINT)
+        assert fleet.wait(CTRL_C_SECONDS) == -signal.SIGINT  # as Python ends a script on Ctrl-C; shells say 130
+        assert "KeyboardInterrupt" in fleet.err[-1]
+        assert fleet.leftovers() == []
+
+
+def test_ctrl_c_ends_the_command_line(directory: Path) -> None:
+    with FleetProcess([sys.executable, "-m", "hetis", *LONG, "--plan", "1+1"], directory) as fleet:
+        fleet.wait_for("[0]")
+        fleet.hurt("front", signal.SIGINT)
+        assert fleet.wait(CTRL_C_SECONDS) == 130
+        assert fleet.err == []
+        assert fleet.leftovers() == []
+
+
+def test_ctrl_c_ends_everything_under_torchrun(directory: Path) -> None:
+    with start_torchrun(directory) as fleet:
+        fleet.wait_for("[0]")
+        fleet.members()
+        os.killpg(fleet.process.pid, signal.SIGINT)  # as a terminal does
+        assert fleet.wait(CTRL_C_SECONDS) != 0
+        assert not [line for line in fleet.err if line.startswith("hetis: ")], "nothing failed"
+        assert fleet.leftovers() == []
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_many_fleets_start_at_once(directory: Path, count: int) -> None:
+    fleets = [FleetProcess.script(directory, "1+0", "idle") for _ in range(count)]
+    with ExitStack() as stack:
+        for fleet in fleets:
+            stack.enter_context(fleet)
+        for fleet in fleets:
+            fleet.wait_for("ready")
+        for fleet in fleets:
+            fleet.say("go on")
+        assert [fleet.wait(60) for fleet in fleets] == [0] * count
+    assert os.listdir(directory) == []

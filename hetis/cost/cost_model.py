@@ -1,0 +1,208 @@
+"""How long attention takes: predicted from profiles, corrected by what the ranks measure while they serve.
+
+Times are microseconds for one layer. Heads are query heads, bytes of KV those of one layer, as in `profile.py`.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
+from hetis.cost.profile import AttentionProfile, DeviceProfile, FleetProfile, LinkProfile
+
+LSE_BYTES = 4  # of the log-sum-exp that comes back with each head: float32
+
+PRIOR_SPREAD = 1.0  # how far off a profile may be, as a factor's standard deviation
+PRIOR_TOGETHER = 0.9  # how much of that all terms of a device share: it is throttled as a whole
+NOISE = 0.2  # of one measurement, relative
+FORGETTING = 2e-3  # how fast trust in the estimate goes back to the prior's, per measurement
+LARGEST_STEP = 1.0  # a measurement counts for no more than this, relative to the prediction
+SMALLEST_FACTOR, LARGEST_FACTOR = 1 / 16, 64.0
+RELAXING = 0.01  # of the way back to the profile, per step without work
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """The time of a device in a stage: max(floor_us, constant_us + us_per_head * heads + us_per_byte * kv_bytes).
+
+    For an attention worker its link is in it. Nothing without heads.
+    """
+
+    us_per_head: float
+    us_per_byte: float
+    constant_us: float
+    floor_us: float
+
+    def time_us(self, heads: float, kv_bytes: float) -> float:
+        line_us = self.constant_us + self.us_per_head * heads + self.us_per_byte * kv_bytes
+        return max(self.floor_us, line_us) if heads else 0.0
+
+
+class Follower:
+    """Factors on the terms of a prediction that follow measurements: recursive least squares with forgetting.
+
+    measured = sum_k factor_k * term_k + noise. All factors start at 1 with a joint prior, so that a device that slows
+    down as a whole is understood from any one mix of work. Forgetting pulls the covariance towards that prior, which
+    bounds it: terms that are not excited for long do not go astray. Errors are clipped and factors stay in bounds.
+    """
+
+    def __init__(self, num_terms: int) -> None:
+        self._prior = [
+            [PRIOR_SPREAD**2 * (1.0 if i == k else PRIOR_TOGETHER) for k in range(num_terms)] for i in range(num_terms)
+        ]
+        self._covariance = [list(row) for row in self._prior]
+        self.factors = [1.0] * num_terms
+
+    def observe(self, terms: Sequence[float], measured: float) -> None:
+        """`terms`: what each contributes according to the profile, not all 0."""
+        predicted = _dot(self.factors, terms)
+        shares = [term / predicted for term in terms]
+        error = min(max(measured / predicted - 1, -LARGEST_STEP), LARGEST_STEP)
+        for row, prior in zip(self._covariance, self._prior, strict=True):
+            row[:] = [value + FORGETTING * (limit - value) for value, limit in zip(row, prior, strict=True)]
+        spread = [_dot(row, shares) for row in self._covariance]
+        total = NOISE**2 + _dot(shares, spread)
+        for k, row in enumerate(self._covariance):
+            row[:] = [value - spread[k] * other / total for value, other in zip(row, spread, strict=True)]
+            moved = self.factors[k] + spread[k] / total * error
+            self.factors[k] = min(max(moved, SMALLEST_FACTOR), LARGEST_FACTOR)
+
+    def relax(self) -> None:
+        """A step without work: the factors move a little towards 1, so that the device is tried again some day."""
+        self.factors = [factor + RELAXING * (1 - factor) for factor in self.factors]
+
+
+class CostModel:
+    """Predictions for the ranks of a fleet that serves one model. Ranks may come and go."""
+
+    def __init__(self, profile: FleetProfile, spec: ModelSpec, dtype: str) -> None:
+        """`dtype`: of activations and KV, as resolved by `core.model_spec.resolve_dtype`."""
+        width = spec.head_dim * DTYPE_BYTES[dtype]
+        self.queries_per_group = spec.queries_per_group
+        self.kv_bytes_per_token = spec.kv_bytes_per_token(1, dtype)  # of one lane in one layer
+        self._windows = [window for window in spec.windows if window]
+        self._num_layers = spec.num_layers
+        # per query head: its q, and its share of the group's k and v; its output and log-sum-exp
+        self.request_bytes_per_head = width * (spec.queries_per_group + 2) / spec.queries_per_group
+        self.reply_bytes_per_head = width + LSE_BYTES
+        self._devices: dict[int, AttentionProfile] = {}
+        self._links: dict[int, list[LinkProfile]] = {}  # by worker
+        self._attention: dict[int, Follower] = {}
+        self._link: dict[int, Follower] = {}
+        for rank, device in profile.devices.items():
+            self.add(rank, device, [link for link in profile.links if link.worker == rank])
+
+    # --- who is there -------------------------------------------------------------------------------------------------
+
+    def add(self, rank: int, device: DeviceProfile, links: Sequence[LinkProfile] = ()) -> None:
+        """A rank joins, or is profiled anew. `links`: of a worker, to its primaries."""
+        self._devices[rank], self._attention[rank] = device.attention, Follower(3)
+        self._links[rank], self._link[rank] = list(links), Follower(2)
+
+    def remove(self, rank: int) -> None:
+        for known in (self._devices, self._attention, self._links, self._link):
+            known.pop(rank, None)
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted(self._devices)
+
+    def kv_bytes(self, num_tokens: float) -> float:
+        """What attention reads of one lane, on average over the layers: no more than their windows."""
+        seen = sum(min(num_tokens, window) for window in self._windows)
+        seen += num_tokens * (self._num_layers - len(self._windows))
+        return self.kv_bytes_per_token * seen / self._num_layers
+
+    # --- predictions --------------------------------------------------------------------------------------------------
+
+    def attention_us(self, rank: int, heads: float, kv_bytes: float) -> float:
+        """Decode attention alone, as the rank measures it. 0 without heads."""
+        return _attention_rates(self._profile(rank), self._attention[rank].factors).time_us(heads, kv_bytes)
+
+    def link_us(self, worker: int, heads: float) -> float:
+        """Both ways between a worker and its primaries, as if all heads went over the slowest of its links."""
+        if not heads:
+            return 0.0
+        return sum(
+            f * term for f, term in zip(self._link[worker].factors, self._link_terms(worker, heads), strict=True)
+        )
+
+    def rates(self, rank: int, *, is_worker: bool) -> Rates:
+        """What the dispatcher solves with: attention, and for a worker its link."""
+        rates = _attention_rates(self._profile(rank), self._attention[rank].factors)
+        if not is_worker:
+            return rates
+        alpha_us, beta_us = (f * t for f, t in zip(self._link[rank].factors, self._link_terms(rank, 1), strict=True))
+        return Rates(
+            us_per_head=rates.us_per_head + beta_us,
+            us_per_byte=rates.us_per_byte,
+            constant_us=rates.constant_us + alpha_us,
+            floor_us=rates.floor_us + alpha_us,
+        )
+
+    def prompt_us_per_byte(self, worker: int) -> float:
+        """Sending one byte of a prompt's KV to a worker."""
+        beta = max((link.request.beta_us_per_byte for link in self._links[worker]), default=0.0)
+        return beta * self._link[worker].factors[1]
+
+    def factors(self, rank: int) -> list[float]:
+        """How much longer than in the profile: per head, per byte, constant. To be shown."""
+        return list(self._attention[rank].factors)
+
+    # --- following ----------------------------------------------------------------------------------------------------
+
+    def observe(self, rank: int, heads: int, kv_bytes: int, measured_us: float) -> None:
+        """A rank measured the decode attention of a layer, on average over a step. Without heads it says nothing."""
+        if not heads or rank not in self._devices:
+            return
+        profile, follower = self._devices[rank], self._attention[rank]
+        terms = [profile.a_us_per_head * heads, profile.b_us_per_byte * kv_bytes, profile.c_us]
+        if _attention_rates(profile, follower.factors).time_us(heads, kv_bytes) > _dot(follower.factors, terms):
+            terms = [0.0, 0.0, profile.floor_us]
+        if any(terms):
+            follower.observe(terms, measured_us)
+
+    def observe_link(self, worker: int, heads: int, measured_us: float) -> None:
+        """The round trip of a layer's message, less the worker's attention."""
+        terms = self._link_terms(worker, heads) if worker in self._devices else []
+        if heads and any(terms):
+            self._link[worker].observe(terms, measured_us)
+
+    def relax(self, idle: Iterable[int]) -> None:
+        """To be called once per step with the ranks that had no heads in it."""
+        for rank in idle:
+            if rank in self._devices:
+                self._attention[rank].relax()
+                self._link[rank].relax()
+
+    def _profile(self, rank: int) -> AttentionProfile:
+        if rank not in self._devices:
+            raise ValueError(
+                f"rank {rank} has no profile; the profile has ranks {self.ranks}: run `hetis profile` anew."
+            )
+        return self._devices[rank]
+
+    def _link_terms(self, worker: int, heads: float) -> list[float]:
+        """(latency, transfer) of both ways, each of the slowest link."""
+        links = self._links[worker]
+        return [
+            max((link.request.alpha_us + link.reply.alpha_us for link in links), default=0.0),
+            heads * max((self._transfer_us(link) for link in links), default=0.0),
+        ]
+
+    def _transfer_us(self, link: LinkProfile) -> float:
+        """Of one head, both ways."""
+        request_us = link.request.beta_us_per_byte * self.request_bytes_per_head
+        return request_us + link.reply.beta_us_per_byte * self.reply_bytes_per_head
+
+
+def _attention_rates(profile: AttentionProfile, factors: Sequence[float]) -> Rates:
+    return Rates(
+        us_per_head=profile.a_us_per_head * factors[0],
+        us_per_byte=profile.b_us_per_byte * factors[1],
+        constant_us=profile.c_us * factors[2],
+        floor_us=profile.floor_us * factors[2],
+    )
+
+
+def _dot(factors: Sequence[float], terms: Sequence[float]) -> float:
+    return sum(factor * term for factor, term in zip(factors, terms, strict=True))

@@ -1,0 +1,195 @@
+"""From new sequences and the state of the fleet to min-max problems, one per pipeline stage, and back to placements."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from hetis.core.placement import FleetView, Placement, pages_for
+from hetis.core.request import Sequence as Request
+from hetis.cost.cost_model import CostModel
+from hetis.dispatcher.balance import Counts, Problem
+from hetis.dispatcher.load import FleetLoad, StageDevices, stage_devices
+from hetis.dispatcher.room import Pages, Room, pages_of
+
+Solve = Callable[[Problem], Counts | None]
+
+HORIZON = 256  # steps over which sending a prompt's KV to a worker is spread
+RESERVE_PRICE = 0.1  # how much slower a step may become to keep pages at home for the next prompts
+LARGEST_RESERVE = 0.25  # of a home's pages
+UNLIMITED = 1 << 40  # pages
+
+
+class Lane(NamedTuple):
+    """One lane of a new sequence."""
+
+    pages: Pages
+    kv_bytes: float  # that attention reads in a layer
+    sent_bytes: float  # of its prompt, in a layer, if it goes to a worker; per step over the horizon
+
+
+class Decision(NamedTuple):
+    """Lanes per stage, device and sequence, and the time of one step of the slowest stage."""
+
+    counts: list[Counts]
+    cycle_us: float
+
+
+class Admission:
+    """One call of `HetisDispatcher.assign`: what could be done with the first n of the new sequences."""
+
+    def __init__(
+        self,
+        cost: CostModel,
+        solve: Solve,
+        sequences: Sequence[Request],
+        view: FleetView,
+        dense_us: Sequence[float] = (),
+        staging_tokens: int = 0,
+    ) -> None:
+        """For `dense_us` and `staging_tokens` see `HetisDispatcher`."""
+        self._cost, self._solve, self._view = cost, solve, view
+        self._stages = stage_devices(view.plan)
+        self._layers = [stage.num_layers for stage in view.plan.stages]
+        self._dense_us = dense_us or [0.0] * len(self._stages)
+        self._load = FleetLoad.of_view(view, cost)
+        self._lanes = [self._lane(sequence) for sequence in sequences]
+        self._homeward = self._first_fitting()
+        self._reserved_tokens = max([staging_tokens, *(len(sequence.token_ids) for sequence in sequences)])
+
+    @property
+    def num_fitting(self) -> int:
+        """Sequences, from the first on, for which there is room."""
+        return len(self._homeward)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that are placed already."""
+        first = self._stages[0]
+        return sum(self._view.held_lanes[pool] for pool in first.pools) // first.num_lanes
+
+    def decide(self, count: int, *, limited: bool = True) -> Decision:
+        """The best placement of the first `count` sequences. Not `limited`: as if memory were no matter."""
+        decision = self._decide(count, limited=limited, careful=False)
+        assert decision is not None, "a placement that fits is at hand"
+        if not limited or self._keeps_reserve(decision):
+            return decision
+        careful = self._decide(count, limited=True, careful=True)
+        if careful is None or careful.cycle_us > (1 + RESERVE_PRICE) * decision.cycle_us:
+            return decision
+        return careful
+
+    def rate(self, decision: Decision, count: int) -> float:
+        """Sequences that advance per microsecond, with `count` new ones."""
+        return (self.num_running + count) / decision.cycle_us if decision.cycle_us else 0.0
+
+    def placements(self, decision: Decision) -> list[Placement]:
+        by_stage = [
+            [stage.owners(row) for row in zip(*counts, strict=True)]
+            for stage, counts in zip(self._stages, decision.counts, strict=True)
+        ]
+        return [Placement(owners=owners) for owners in zip(*by_stage, strict=True)]
+
+    def _lane(self, sequence: Request) -> Lane:
+        num_tokens = len(sequence.token_ids)
+        return Lane(
+            pages=pages_of(sequence, self._view.page_size),
+            kv_bytes=self._cost.kv_bytes(num_tokens),
+            sent_bytes=num_tokens * self._cost.kv_bytes_per_token / HORIZON,
+        )
+
+    def _first_fitting(self) -> list[list[list[int]]]:
+        """For each sequence up to the first that does not fit: lanes per stage and device, at home if possible."""
+        room, found = Room(self._stages, self._view), []
+        for lane in self._lanes:
+            counts = room.homeward(lane.pages) if room.take_prompt(lane.pages) else None
+            if counts is None:
+                break
+            room.take_lanes(counts, lane.pages)
+            found.append(counts)
+        return found
+
+    # --- problems -----------------------------------------------------------------------------------------------------
+
+    def _decide(self, count: int, *, limited: bool, careful: bool) -> Decision | None:
+        """Stage by stage, and once more where stages share workers, since the first did not know of the others.
+
+        None: leaving homes their reserve is impossible (only when `careful`).
+        """
+        load, room = self._load.copy(), Room(self._stages, self._view)
+        for lane in self._lanes[:count]:
+            room.take_prompt(lane.pages)
+        chosen: list[Counts] = []
+        for turn in range(len(self._stages) * (2 if len(self._stages) > 1 and self._view.plan.workers else 1)):
+            index = turn % len(self._stages)
+            if turn >= len(self._stages):
+                self._add(load, index, chosen[index], -1)
+            counts = self._solve_stage(index, count, load, room, limited=limited, careful=careful)
+            if counts is None:
+                return None
+            self._add(load, index, counts, 1)
+            chosen[index : index + 1] = [counts]
+        cycles = zip(self._stages, self._layers, self._dense_us, strict=True)
+        return Decision(chosen, max(layers * (dense + load.peak_us(stage.pools)) for stage, layers, dense in cycles))
+
+    def _solve_stage(
+        self, index: int, count: int, load: FleetLoad, room: Room, *, limited: bool, careful: bool
+    ) -> Counts | None:
+        stage, free = self._stages[index], [max(0, pages) for pages in room.free[index]]
+        lanes = self._lanes[:count]
+        home_pages = [lane.pages.growth for lane in lanes]
+        if careful:
+            home_pages = [lane.pages.later for lane in lanes]
+            free[: stage.num_homes] = [max(0, room_left) for room_left in self._beyond_reserve(stage)]
+        problem = Problem(
+            num_lanes=stage.num_lanes,
+            num_homes=stage.num_homes,
+            start_us=[load.start_us(pool) for pool in stage.pools],
+            floor_us=[load.rates(pool.rank).floor_us for pool in stage.pools],
+            lane_us=[self._lane_us(load, stage, device, lanes) for device in range(len(stage.pools))],
+            most_lanes=list(stage.most_lanes),
+            home_pages=home_pages,
+            worker_pages=[lane.pages.later for lane in lanes],
+            free_pages=free if limited else [UNLIMITED] * len(free),
+        )
+        counts = self._solve(problem)
+        if counts is not None and careful and not self._grows_at_home(stage, room.free[index], counts, lanes):
+            return None
+        if counts is None and not careful:
+            return [list(row) for row in zip(*(at_home[index] for at_home in self._homeward[:count]), strict=True)]
+        return counts
+
+    def _lane_us(self, load: FleetLoad, stage: StageDevices, device: int, lanes: list[Lane]) -> list[float]:
+        rank = stage.pools[device].rank
+        sending = self._cost.prompt_us_per_byte(rank) if device >= stage.num_homes else 0.0
+        return [load.lane_us(rank, lane.kv_bytes) + sending * lane.sent_bytes for lane in lanes]
+
+    def _add(self, load: FleetLoad, index: int, counts: Counts, sign: int) -> None:
+        for pool, held in zip(self._stages[index].pools, counts, strict=True):
+            for lane, count in zip(self._lanes, held, strict=False):
+                if count:
+                    load.add(pool, sign * count, lane.kv_bytes)
+
+    # --- room for prompts ---------------------------------------------------------------------------------------------
+
+    def _beyond_reserve(self, stage: StageDevices) -> list[int]:
+        """Pages of each home less those for the next prompts; what its lanes may take."""
+        view, left = self._view, []
+        for home in range(stage.num_homes):
+            pool = stage.pools[home]
+            total = view.free_pages[pool] + 2 * view.held_lanes[pool] + view.held_tokens[pool] // view.page_size
+            wanted = stage.most_lanes[home] * pages_for(self._reserved_tokens, view.page_size)
+            left.append(view.free_pages[pool] - min(wanted, int(LARGEST_RESERVE * total)))
+        return left
+
+    def _keeps_reserve(self, decision: Decision) -> bool:
+        for stage, counts in zip(self._stages, decision.counts, strict=True):
+            for left, held in zip(self._beyond_reserve(stage), counts, strict=False):
+                taken = sum(count * lane.pages.later for count, lane in zip(held, self._lanes, strict=False))
+                if taken > max(0, left):
+                    return False
+        return True
+
+    def _grows_at_home(self, stage: StageDevices, free: list[int], counts: Counts, lanes: list[Lane]) -> bool:
+        return all(
+            sum(count * lane.pages.growth for count, lane in zip(counts[home], lanes, strict=True)) <= free[home]
+            for home in range(stage.num_homes)
+        )

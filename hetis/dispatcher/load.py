@@ -1,0 +1,112 @@
+"""What the devices of a fleet have to do already, in the words of the min-max problem.
+
+Of one pipeline stage all times are microseconds for one of its layers. A worker serves all stages at once, so what it does
+for another stage counts here as well, in proportion to the layers: while this stage computes one layer, the other one
+computes (its layers / this stage's layers) of them.
+"""
+
+from collections.abc import Iterable, Sequence
+from copy import copy
+
+import msgspec
+
+from hetis.core.placement import FleetView, PoolId
+from hetis.core.plan import Plan
+from hetis.cost.cost_model import CostModel, Rates
+
+
+class StageDevices(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the lanes of one stage may live: homes first, then workers."""
+
+    stage: int
+    pools: tuple[PoolId, ...]
+    num_homes: int
+    most_lanes: tuple[int, ...]  # of one sequence
+    num_lanes: int
+
+    def owners(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """[G] ranks for lanes per device: the first groups of each home stay there, the others go to workers in turn."""
+        on_workers = zip(self.pools[self.num_homes :], counts[self.num_homes :], strict=True)
+        away = iter([pool.rank for pool, count in on_workers for _ in range(count)])
+        owners: list[int] = []
+        for pool, count, groups in zip(self.pools[: self.num_homes], counts, self.most_lanes, strict=False):
+            owners += [pool.rank] * count
+            owners += [next(away) for _ in range(groups - count)]
+        return tuple(owners)
+
+
+def stage_devices(plan: Plan) -> list[StageDevices]:
+    return [
+        StageDevices(
+            stage=index,
+            pools=tuple(
+                PoolId(rank, index) for rank in [*(p.rank for p in stage.primaries), *(w.rank for w in plan.workers)]
+            ),
+            num_homes=len(stage.primaries),
+            most_lanes=(
+                *(p.num_groups for p in stage.primaries),
+                *(sum(p.num_groups for p in stage.primaries) for _ in plan.workers),
+            ),
+            num_lanes=sum(p.num_groups for p in stage.primaries),
+        )
+        for index, stage in enumerate(plan.stages)
+    ]
+
+
+class FleetLoad:
+    """Query heads and KV bytes of every pool, and the times that follow."""
+
+    def __init__(self, plan: Plan, cost: CostModel) -> None:
+        self._cost = cost
+        self._layers = [stage.num_layers for stage in plan.stages]
+        workers = {worker.rank for worker in plan.workers}
+        self._is_worker = {member.rank: member.rank in workers for member in plan.members()}
+        self._rates = {rank: cost.rates(rank, is_worker=works) for rank, works in self._is_worker.items()}
+        self._heads: dict[PoolId, float] = {}
+        self._kv_bytes: dict[PoolId, float] = {}
+
+    @classmethod
+    def of_view(cls, view: FleetView, cost: CostModel) -> "FleetLoad":
+        load = cls(view.plan, cost)
+        for pool, lanes in view.held_lanes.items():
+            if lanes:
+                load.add(pool, lanes, cost.kv_bytes(view.held_tokens[pool] / lanes))
+        return load
+
+    def add(self, pool: PoolId, num_lanes: int, lane_kv_bytes: float) -> None:
+        """Lanes come to a pool; with a negative number they go."""
+        self._heads[pool] = self._heads.get(pool, 0) + num_lanes * self._cost.queries_per_group
+        self._kv_bytes[pool] = self._kv_bytes.get(pool, 0.0) + num_lanes * lane_kv_bytes
+
+    def copy(self) -> "FleetLoad":
+        other = copy(self)
+        other._heads, other._kv_bytes = dict(self._heads), dict(self._kv_bytes)
+        return other
+
+    def rates(self, rank: int) -> Rates:
+        return self._rates[rank]
+
+    def is_worker(self, rank: int) -> bool:
+        return self._is_worker[rank]
+
+    def start_us(self, pool: PoolId) -> float:
+        """A device's time as soon as it has work in this stage, without any new lane: floor aside."""
+        rates = self._rates[pool.rank]
+        stages = range(len(self._layers)) if self._is_worker[pool.rank] else [pool.stage]
+        total = rates.constant_us
+        for stage in stages:
+            held = PoolId(pool.rank, stage)
+            work_us = rates.us_per_head * self._heads.get(held, 0) + rates.us_per_byte * self._kv_bytes.get(held, 0.0)
+            total += work_us * self._layers[stage] / self._layers[pool.stage]
+        return total
+
+    def time_us(self, pool: PoolId) -> float:
+        """0 for a device without lanes of the stage."""
+        return max(self._rates[pool.rank].floor_us, self.start_us(pool)) if self._heads.get(pool, 0) else 0.0
+
+    def peak_us(self, pools: Iterable[PoolId]) -> float:
+        return max(map(self.time_us, pools), default=0.0)
+
+    def lane_us(self, rank: int, lane_kv_bytes: float) -> float:
+        rates = self._rates[rank]
+        return max(rates.us_per_head * self._cost.queries_per_group + rates.us_per_byte * lane_kv_bytes, 1e-9)

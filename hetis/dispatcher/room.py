@@ -1,0 +1,89 @@
+"""Pages: what a new sequence takes where, and whether it can be placed at all.
+
+While its prompt is computed a sequence has its pages at home, wherever its lanes live (staging). A lane at home then
+takes only its room to grow besides; one on a worker takes all its pages there.
+"""
+
+from typing import NamedTuple
+
+from hetis.core.placement import FleetView, PoolId, Shortage
+from hetis.core.request import Sequence
+from hetis.dispatcher.dispatcher import pages_per_lane
+from hetis.dispatcher.load import StageDevices, stage_devices
+
+
+class Pages(NamedTuple):
+    """Of one lane."""
+
+    now: int  # of all known tokens
+    later: int  # with some room to grow
+
+    @property
+    def growth(self) -> int:
+        return self.later - self.now
+
+
+class Room:
+    """Free pages, per stage and device, while sequences are placed one after the other."""
+
+    def __init__(self, stages: list[StageDevices], view: FleetView) -> None:
+        self._stages = stages
+        self.free = [[view.free_pages[pool] for pool in stage.pools] for stage in stages]
+
+    def take_prompt(self, pages: Pages) -> bool:
+        """The prompt of a sequence, at its homes; False if it does not fit (then this object is of no more use)."""
+        fits = True
+        for free, stage in zip(self.free, self._stages, strict=True):
+            for home in range(stage.num_homes):
+                free[home] -= stage.most_lanes[home] * pages.now
+                fits = fits and free[home] >= 0
+        return fits
+
+    def take_lanes(self, counts: list[list[int]], pages: Pages) -> None:
+        """The lanes of a sequence, [stage][N], after its prompt."""
+        for free, stage, row in zip(self.free, self._stages, counts, strict=True):
+            for device, count in enumerate(row):
+                free[device] -= count * (pages.growth if device < stage.num_homes else pages.later)
+
+    def homeward(self, pages: Pages) -> list[list[int]] | None:
+        """[stage][N] lanes of a sequence whose prompt is taken, as many at home as can grow there.
+
+        None if that fails: then all placements do, since each takes as many pages of the workers, or more.
+        """
+        found = []
+        for free, stage in zip(self.free, self._stages, strict=True):
+            counts, left = [], stage.num_lanes
+            for device, room in enumerate(free):
+                need = pages.growth if device < stage.num_homes else pages.later
+                fitting = max(0, room) // need if need else left
+                counts.append(min(left, stage.most_lanes[device], fitting))
+                left -= counts[-1]
+            if left:
+                return None
+            found.append(counts)
+        return found
+
+
+def pages_of(sequence: Sequence, page_size: int) -> Pages:
+    return Pages(*pages_per_lane(sequence, page_size))
+
+
+def shortage_of(sequence: Sequence, view: FleetView) -> Shortage | None:
+    """What keeps a sequence from being placed now; None if it fits.
+
+    It is said of the homes: with so many pages more the sequence fits, however little room the workers have.
+    """
+    stages, pages = stage_devices(view.plan), pages_of(sequence, view.page_size)
+    room = Room(stages, view)
+    if room.take_prompt(pages) and room.homeward(pages) is not None:
+        return None
+    missing: dict[PoolId, int] = {}
+    for stage in stages:
+        on_workers = sum(max(0, view.free_pages[pool]) // pages.later for pool in stage.pools[stage.num_homes :])
+        for pool, lanes in zip(stage.pools[: stage.num_homes], stage.most_lanes, strict=False):
+            spare = view.free_pages[pool] - lanes * pages.now
+            growing = lanes - max(0, spare) // pages.growth if pages.growth else 0
+            away = min(on_workers, max(0, growing))
+            on_workers -= away
+            missing[pool] = max(0, -spare, (lanes - away) * pages.growth - spare)
+    return Shortage({pool: count for pool, count in missing.items() if count > 0})

@@ -1,0 +1,14 @@
+"""Running fleets, one for each module that wants it: starting one takes seconds."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from hetis import LLM
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[LLM]:
+    """The model in the package on one primary and two workers."""
+    with LLM(plan="1+2", device="cpu", dtype="float32", kv_cache_memory="32MiB", max_logprobs=50) as llm:
+        yield llm
