@@ -14,8 +14,8 @@ $(STAMP): $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "make: cannot create a virtual environment: install the python3-venv package of your system." >&2; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
-	$(BIN)/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch numpy
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev]'
 	@touch $(STAMP)
 
 demo: install

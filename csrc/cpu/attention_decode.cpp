@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kAloneBytes = 256 * 1024;
 
 // How far ahead of the arithmetic rows are fetched: memory answers after about that much could have been read.
-constexpr int64_t kBytesAhead = 16 * 1024;
+constexpr int64_t kBytesAhead = 12 * 1024;
 
 struct Call {
   const AttentionKernels& kernels;

@@ -170,7 +170,8 @@ HETIS_INLINE void add_values(const DecodeSplit& split, const typename Dot::Weigh
   }
 }
 
-// A head_dim known to the compiler saves a third of the instructions; kHeadDim of 0 stands for any.
+// kHeadDim is a head_dim known to the compiler, or 0 for any. It saves a third of the instructions, and yet only rows of
+// 64 values are read faster: with longer ones the loads run too far into what has been asked for and not arrived.
 template <class Dot, int kHeadDim>
 void decode_split_of(const DecodeSplit& any) {
   DecodeSplit split = any;
@@ -197,7 +198,6 @@ void decode_split_of(const DecodeSplit& any) {
 template <class Dot>
 void decode_split(const DecodeSplit& split) {
   if (split.D == 64) return decode_split_of<Dot, 64>(split);
-  if (split.D == 128) return decode_split_of<Dot, 128>(split);
   decode_split_of<Dot, 0>(split);
 }
 

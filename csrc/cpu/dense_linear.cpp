@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <optional>
 
 #include "dense_isa.h"
 
@@ -19,6 +20,7 @@ namespace {
 
 constexpr int64_t kSlabTokens = 512;       // bounds the packed copy of x: 3 MB for 3,072 inputs in bfloat16
 constexpr int64_t kGrainWeights = 1 << 18;  // weights that keep one thread busy for about 10 us, several wake-ups long
+constexpr int64_t kGrainPacked = 1 << 15;   // values of x to pack, likewise
 
 // Memory of the calling thread for packed x, kept between calls.
 void* scratch(size_t bytes) {
@@ -36,11 +38,12 @@ void* scratch(size_t bytes) {
 template <class T>
 void run(const LinearProblem<T>& problem, const LinearKernel<T>& kernel) {
   void* packed = scratch(static_cast<size_t>(kernel.packed_bytes(problem.tokens, problem.inputs)));
-  at::parallel_for(0, kernel.num_panels(problem.tokens), 4,
+  const int64_t panels = kernel.num_panels(problem.tokens), panel_values = problem.tokens * problem.inputs / panels;
+  at::parallel_for(0, panels, std::max<int64_t>(1, kGrainPacked / std::max<int64_t>(1, panel_values)),
                    [&](int64_t begin, int64_t end) { kernel.pack(problem, packed, begin, end); });
   // the last two blocks share rows, hence a thread
   const int64_t blocks = (problem.outputs + kBlockRows - 1) / kBlockRows, units = std::max<int64_t>(1, blocks - 1);
-  const int64_t block_weights = kBlockRows * problem.inputs * (1 + problem.tokens / 16);
+  const int64_t block_weights = std::max<int64_t>(1, kBlockRows * problem.inputs * (1 + problem.tokens / 16));
   at::parallel_for(0, units, std::max<int64_t>(1, kGrainWeights / block_weights), [&](int64_t begin, int64_t end) {
     kernel.multiply(problem, packed, begin, end == units ? blocks : end);
   });

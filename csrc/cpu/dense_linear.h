@@ -1,4 +1,5 @@
-// y_TN = x_TK w_NK^T + b_N by a kernel that reads the weight as the checkpoint holds it: row-major, not packed, not copied.
+// y_TN = x_TK w_NK^T + b_N by a kernel that reads the weight as the checkpoint holds it: row-major, not packed, not
+// copied.
 //
 // T tokens, N outputs, K inputs.
 #pragma once
@@ -20,8 +21,8 @@ struct LinearProblem {
   int64_t tokens, outputs, inputs;
 };
 
-// How one instruction set does it: `pack` copies x, panel by panel, in the order in which `multiply` reads it for blocks of
-// weight rows. The last two blocks may share rows, so that one thread must do both.
+// How one instruction set does it: `pack` copies x, panel by panel, in the order in which `multiply` reads it for
+// blocks of weight rows. The last two blocks may share rows, so that one thread must do both.
 template <class T>
 struct LinearKernel {
   int64_t (*packed_bytes)(int64_t tokens, int64_t inputs);

@@ -92,9 +92,7 @@ struct PairLanes : avx512::WideLanes<BFloat16> {
   static HETIS_INLINE Vector broadcast(const BFloat16* piece) {
     return _mm512_castsi512_ps(_mm512_broadcast_i32x4(avx2::load_halves(piece)));
   }
-  static HETIS_INLINE void round(Vector x, BFloat16* out) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(x));
-  }
+  static HETIS_INLINE void round(Vector x, BFloat16* out) { store(x, out); }
   static HETIS_INLINE void pack(const BFloat16* x, BFloat16* piece) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(piece), avx2::load_halves(x));
   }

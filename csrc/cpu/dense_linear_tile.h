@@ -1,14 +1,15 @@
-// The kernel of `linear`, compiled once for each instruction set: included between HETIS_TARGET_BEGIN and HETIS_TARGET_END,
-// inside a namespace of its own. No include guard, for that reason.
+// The kernel of `linear`, compiled once for each instruction set: included between HETIS_TARGET_BEGIN and
+// HETIS_TARGET_END, inside a namespace of its own. No include guard, for that reason.
 //
-// A vector holds `kTokens` tokens times four chains of K: lane 4 t + j adds up every fourth group of inputs of token t. One
-// 4-lane piece of a weight row, broadcast to all tokens of the vector, meets several vectors of x, so that a tile of 6 rows x
-// 4 vectors needs 10 loads for 24 multiply-adds at any number of tokens. The chains are joined at the end in one fixed
-// order: the result for a token depends on its own x alone, not on the tokens beside it or on the thread that computes it,
-// and decode at T = 1 equals prefill bit for bit.
+// A vector holds `kTokens` tokens times four chains of K: lane 4 t + j adds up every fourth group of inputs of token
+// t. One 4-lane piece of a weight row, broadcast to all tokens of the vector, meets several vectors of x, so that a
+// tile of 6 rows x 4 vectors needs 10 loads for 24 multiply-adds at any number of tokens. The chains are joined at
+// the end in one fixed order: the result for a token depends on its own x alone, not on the tokens beside it or on
+// the thread that computes it, and decode at T = 1 equals prefill bit for bit.
 //
-// Traffic: rows are taken in chunks that stay in the L2 cache while all panels of x, each about as large as the L1 cache, pass
-// over them. So the weight is read from memory once per call; the next rows are prefetched while these are in work.
+// Traffic: rows are taken in chunks that stay in the L2 cache while all panels of x, each about as large as the L1
+// cache, pass over them. So the weight is read from memory once per call; the next rows are prefetched while these
+// are in work.
 
 template <class Lanes>
 struct LinearTile {
@@ -81,8 +82,9 @@ struct LinearTile {
     }
   }
 
-  // The chains of R weight rows times V vectors of x. Prefetches 24 cache lines ahead in every row, at its end in the rows
-  // that follow: 16 or 48 lines are 5 to 10 % slower, a whole block of long rows would push x out of the L1 cache.
+  // The chains of R weight rows times V vectors of x. Prefetches 24 cache lines ahead in every row, at its end in the
+  // rows that follow: 16 or 48 lines are 5 to 10 % slower, a whole block of long rows would push x out of the L1
+  // cache.
   template <int R, int V>
   static HETIS_INLINE void multiply_tile(const Element* weight, int64_t stride, const Packed* x, int64_t inputs,
                                          Vector (&sum)[R][V]) {
@@ -110,8 +112,8 @@ struct LinearTile {
     }
   }
 
-  // Joins the chains of rows FIRST ... FIRST + COUNT - 1 (at most 4) of all tokens of one vector, adds the bias, rounds, and
-  // writes COUNT neighbouring outputs of each token.
+  // Joins the chains of rows FIRST ... FIRST + COUNT - 1 (at most 4) of all tokens of one vector, adds the bias,
+  // rounds, and writes COUNT neighbouring outputs of each token.
   template <int FIRST, int COUNT, int R, int V>
   static HETIS_INLINE void store_rows(const Problem& problem, int64_t row, int64_t token, int v,
                                       const Vector (&sum)[R][V]) {

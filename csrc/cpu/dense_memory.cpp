@@ -1,4 +1,5 @@
-// Huge pages for weights: a stream of 4 KB pages loses a quarter of the memory bandwidth to page walks (measured, Zen 5).
+// Huge pages for weights: a stream of 4 KB pages loses a quarter of the memory bandwidth to page walks (measured, Zen
+// 5).
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -13,8 +14,8 @@ namespace {
 
 constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 
-// Asks the kernel to keep the whole huge pages inside `tensor` as such; with `now`, to gather them before it returns (the
-// tensor must be filled, for that makes all of it resident). Advice: nothing changes where the system declines.
+// Asks the kernel to keep the whole huge pages inside `tensor` as such; with `now`, to gather them before it returns
+// (the tensor must be filled, for that makes all of it resident). Advice: nothing changes where the system declines.
 void advise_huge_pages(const at::Tensor& tensor, bool now) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (tensor.numel() == 0) return;

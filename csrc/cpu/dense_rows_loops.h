@@ -1,5 +1,5 @@
-// Loops over rows, compiled once for each instruction set: included between HETIS_TARGET_BEGIN and HETIS_TARGET_END, inside a
-// namespace that has Floats, Ints, load, store and rounded. No include guard, for that reason.
+// Loops over rows, compiled once for each instruction set: included between HETIS_TARGET_BEGIN and HETIS_TARGET_END,
+// inside a namespace that has Floats, Ints, load, store and rounded. No include guard, for that reason.
 
 constexpr int64_t kLanes = sizeof(Floats) / sizeof(float);
 

@@ -150,6 +150,26 @@ HETIS_INLINE Floats rounded(Floats x) {
 }  // namespace avx512
 HETIS_TARGET_END
 
+// bfloat16 alone, rounded by an instruction instead of seven (denormals become zero, which nobody will miss).
+HETIS_TARGET_BEGIN(HETIS_AVX512_BF16)
+namespace avx512_bf16 {
+
+using avx512::Floats;
+using avx512::Ints;
+using avx512::load;
+
+HETIS_INLINE __m256i halves_of(Floats x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+HETIS_INLINE void store(Floats x, BFloat16* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), halves_of(x));
+}
+template <class T>
+HETIS_INLINE Floats rounded(Floats x) {
+  return avx512::widened(halves_of(x), static_cast<const T*>(nullptr));
+}
+
+}  // namespace avx512_bf16
+HETIS_TARGET_END
+
 #endif  // HETIS_X86
 
 }  // namespace hetis

@@ -4,13 +4,20 @@
 
 #include <c10/util/Exception.h>
 
+#include "dense_isa.h"
 #include "operations.h"
 
 namespace hetis {
 namespace {
 
+#if HETIS_X86
+#define HETIS_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define HETIS_CLONES
+#endif
+
 // 32 sums, which is enough for any vector unit to wait for memory only.
-int64_t sum_of(const int64_t* words, int64_t count) {
+HETIS_CLONES int64_t sum_of(const int64_t* words, int64_t count) {
   constexpr int64_t kSums = 32;
   uint64_t sums[kSums] = {};
   int64_t i = 0;

@@ -204,7 +204,7 @@ class Heart(threading.Thread):
             self._read(client)
             self._listen(client)
             self._check(client)
-        client.close()
+        client.close(linger=0)
 
     def _read(self, client: ControlClient) -> None:
         while (message := client.receive(0)) is not None:

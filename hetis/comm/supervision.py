@@ -16,6 +16,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _VERDICT = "verdict"
 _PARENT = "HETIS_PARENT"  # environment variable
+END, TOLD = b"end\n", b"told\n"  # rank 0's last word to the driver: shut down in order; my launcher ends me
 _BY_REQUEST = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
@@ -33,13 +34,18 @@ def hold(*signals: signal.Signals) -> Iterator[None]:
 
 
 def child_environment() -> dict[str, str]:
-    """For a child that will call `die_with_parent`: who its parent is, which it could not tell if that ended before."""
+    """For a child that will ask for its `parent_pid`, which it could not tell if that ended before."""
     return {**os.environ, _PARENT: str(os.getpid())}
+
+
+def parent_pid() -> int:
+    """Who started this process, even if it has ended."""
+    return int(os.environ.get(_PARENT, os.getppid()))
 
 
 def die_with_parent() -> None:
     """Ask the kernel for SIGKILL when the parent ends, so that nothing is orphaned whatever kills it (Linux)."""
-    parent = int(os.environ.get(_PARENT, os.getppid()))
+    parent = parent_pid()
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os.kill(os.getpid(), signal.SIGKILL)
@@ -83,6 +89,14 @@ def wait_status(pid: int) -> int | None:
         return int(fields[49]) if fields[0] in "ZX" else None
     except (OSError, ValueError, IndexError):
         return None
+
+
+def await_status(pid: int, seconds: float) -> int | None:
+    """`wait_status` of a process that is about to end, or has: the kernel closes its files before it notes how."""
+    deadline = time.monotonic() + seconds
+    while (status := wait_status(pid)) is None and Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return status
 
 
 def describe_end(status: int | None) -> str:

@@ -1,8 +1,8 @@
 """Coefficients from measurements: least squares of the relative error, no coefficient below zero.
 
-Relative, because a fleet decides by ratios and because the points span four orders of magnitude; not below zero, because
-more work never takes less time and an extrapolation must not say so. Accuracy is that of points left out of the fit:
-every point is left out once, in one of a few folds.
+Relative, because decisions are about ratios and the points span four orders of magnitude; not below zero, because more
+work never takes less time and an extrapolation must not say so. Accuracy is that of points left out of the fit: every
+point is left out once, in one of a few folds.
 """
 
 from collections.abc import Callable, Sequence

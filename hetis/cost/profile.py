@@ -36,8 +36,8 @@ class AttentionProfile(msgspec.Struct, frozen=True, kw_only=True):
     """Decode attention: max(floor_us, a_us_per_head * heads + b_us_per_byte * kv_bytes + c_us); 0 without heads.
 
     The straight line is equation (3) of the paper. The floor is the one term more: as long as lanes are too few or too
-    short to keep a GPU busy, they all run side by side, below full bandwidth, and the call takes as long as one of them.
-    On a CPU the floor is 0.
+    short to keep a GPU busy they run side by side, below full bandwidth, and the call takes as long as one of them. A
+    fit leaves it at 0 where it is not needed, as on CPUs.
     """
 
     a_us_per_head: float

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from hetis.core.placement import FleetView, Placement, pages_for
 from hetis.core.request import Sequence as Request
 from hetis.cost.cost_model import CostModel
-from hetis.dispatcher.balance import Counts, Problem
 from hetis.dispatcher.load import FleetLoad, StageDevices, stage_devices
+from hetis.dispatcher.problem import Counts, Problem
 from hetis.dispatcher.room import Pages, Room, pages_of
 
 Solve = Callable[[Problem], Counts | None]
@@ -134,6 +134,8 @@ class Admission:
         self, index: int, count: int, load: FleetLoad, room: Room, *, limited: bool, careful: bool
     ) -> Counts | None:
         stage, free = self._stages[index], [max(0, pages) for pages in room.free[index]]
+        if count == 0:
+            return [[] for _ in stage.pools]
         lanes = self._lanes[:count]
         home_pages = [lane.pages.growth for lane in lanes]
         if careful:

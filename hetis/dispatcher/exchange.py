@@ -1,4 +1,4 @@
-"""Exchanging lanes between devices until the slowest one cannot be relieved any more (see `balance.py` for the problem).
+"""Exchanging lanes between devices until the slowest one cannot be relieved any more (`problem.py`).
 
 A lane of the slowest device goes elsewhere; where it does not fit, other lanes make room and go on to a third device,
 and so on: a chain of moves that ends with every device it touched below the old maximum. Direct moves, swaps, one for
@@ -8,10 +8,8 @@ counts and not by a clock, so that the result is the same wherever it is compute
 
 from math import ceil
 from operator import mul
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hetis.dispatcher.balance import Counts, Problem
+from hetis.dispatcher.problem import Counts, Problem
 
 STEP = 2e-3  # what counts as an improvement
 DEPTH = 4  # moves of a chain after the first
@@ -22,7 +20,7 @@ LOOKS, LOOKS_PER_CHAIN = 8000, 2500  # devices, or sequences on devices, looked 
 class Exchange:
     """A placement that changes lane by lane."""
 
-    def __init__(self, problem: "Problem", counts: "Counts") -> None:
+    def __init__(self, problem: Problem, counts: Counts) -> None:
         self._problem = problem
         self._pages = [problem.pages(device) for device in range(problem.num_devices)]
         self._held = [{j: count for j, count in enumerate(held) if count} for held in counts]  # by device
@@ -37,7 +35,7 @@ class Exchange:
         self._weight = [sum(costs) for costs in zip(*problem.lane_us, strict=True)]  # to compare unlike lanes by
         self._looks = 0
 
-    def counts(self) -> "Counts":
+    def counts(self) -> Counts:
         """[N][J]"""
         return [[held.get(j, 0) for j in range(self._problem.num_sequences)] for held in self._held]
 

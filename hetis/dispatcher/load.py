@@ -1,8 +1,8 @@
 """What the devices of a fleet have to do already, in the words of the min-max problem.
 
-Of one pipeline stage all times are microseconds for one of its layers. A worker serves all stages at once, so what it does
-for another stage counts here as well, in proportion to the layers: while this stage computes one layer, the other one
-computes (its layers / this stage's layers) of them.
+All times of a pipeline stage are microseconds for one of its layers. A worker serves all stages at once, so what it
+does for another stage counts here as well, in proportion to the layers: while this stage computes one layer, the other
+one computes (its layers / this stage's layers) of them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ class StageDevices(msgspec.Struct, frozen=True, kw_only=True):
     num_lanes: int
 
     def owners(self, counts: Sequence[int]) -> tuple[int, ...]:
-        """[G] ranks for lanes per device: the first groups of each home stay there, the others go to workers in turn."""
+        """[G] ranks for lanes per device: the first groups of each home stay, the others go to the workers in turn."""
         on_workers = zip(self.pools[self.num_homes :], counts[self.num_homes :], strict=True)
         away = iter([pool.rank for pool, count in on_workers for _ in range(count)])
         owners: list[int] = []

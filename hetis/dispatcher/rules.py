@@ -1,7 +1,8 @@
 """Rules of placement beside the proportional one, all behind `core.placement.Dispatcher`.
 
-`HetisDispatcher` solves the min-max problem over predicted times; `EvenDispatcher` and `PrimaryOnlyDispatcher` are there to
-be compared with. Each is a function of its arguments; the first one also of a cost model that follows measurements.
+`HetisDispatcher` solves the min-max problem over predicted times; `EvenDispatcher` and `PrimaryOnlyDispatcher` are
+there to be compared with. Each is a function of its arguments, the first one of a cost model too, which follows what is
+measured.
 """
 
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ from hetis.core.placement import FleetView, Placement
 from hetis.core.request import Sequence as Request
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.admission import Admission, Solve
-from hetis.dispatcher.balance import Problem, balance
+from hetis.dispatcher.balance import balance
 from hetis.dispatcher.load import StageDevices, stage_devices
+from hetis.dispatcher.problem import Problem
 from hetis.dispatcher.room import Pages, Room, pages_of, shortage_of
 
 FORCED = 0.5  # memory dictates a placement if without limits it would be this much faster
@@ -70,7 +72,7 @@ def _worthwhile(admission: Admission) -> int:
         return count
     rates = {count: admission.rate(whole, count)}
     while count > (0 if admission.num_running else 1):
-        count //= 2
+        count -= max(1, count // 4)
         rates[count] = admission.rate(admission.decide(count), count)
     return max(rates, key=lambda count: rates[count])
 

@@ -1,12 +1,13 @@
 """The driver process: carries messages between front ends, the engine and the ranks, and watches over all of them.
 
 Started by rank 0 with `DriverArgs` as one JSON line on standard input; answers with `Joining` on standard output. A
-second line there means: shut down in order; its end without that: rank 0 died, explain it and end the others. Whatever
+second line there is rank 0's last word: shut down in order, or its launcher ends it; without a word it died. Whatever
 happens, the driver outlives the ranks of its host: those that do not end by themselves it kills.
 """
 
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -46,7 +47,7 @@ class Driver:
         self._hellos: dict[int, DeviceInfo] = {}
         self._num_ready = 0
         self._ending = False
-        self._parent = os.getppid()
+        self._parent = supervision.parent_pid()
 
     def run(self) -> None:
         """Serves until shutdown; FleetFailedError when the fleet cannot go on."""
@@ -72,15 +73,15 @@ class Driver:
         return events
 
     def _on_end_of_input(self) -> None:
-        """Rank 0 has a word for us: shut down. Without a word it died; the kernel closes its files a little earlier."""
+        """Rank 0 has a word for us, or died without one."""
         self._server.poller.unregister(sys.stdin.fileno())
-        if sys.stdin.buffer.readline():
+        word = sys.stdin.buffer.readline()
+        if word == supervision.END:
             self._ending = True
-            return
-        deadline = time.monotonic() + 1.0
-        while os.getppid() == self._parent and time.monotonic() < deadline:
-            time.sleep(0.001)
-        self._watch.on_parent_death(self._parent)
+        elif word == supervision.TOLD:
+            self._watch.on_parent_death(signal.SIGTERM)
+        else:
+            self._watch.on_parent_death(supervision.await_status(self._parent, 1.0))
 
     def _outlive(self, ranks: list[int], seconds: float) -> None:
         """Waits for the end of these ranks, then sees to it. (Rank 0, our parent, waits for us when all is well.)"""

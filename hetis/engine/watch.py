@@ -7,6 +7,7 @@ sign opens a short time of grace in which better explanations may come in. The b
     a lost connection; an end that was asked for.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -76,12 +77,12 @@ class Watch:
         self._ended[rank] = supervision.wait_status(self._infos[rank].pid)
         self._note()
 
-    def on_parent_death(self, pid: int) -> None:
+    def on_parent_death(self, status: int | None) -> None:
         """Rank 0, which started the driver, is gone; if its launcher wanted that, everybody else is going, too."""
-        status = self._ended.setdefault(0, supervision.wait_status(pid))
+        self._ended.setdefault(0, status)
         self._note()
         if supervision.ended_by_request(status):
-            self._first_sign = self._begin - GRACE_SECONDS  # nobody is left to explain anything
+            self._first_sign = -math.inf  # nobody is left to explain anything
 
     def _note(self) -> None:
         if self._first_sign is None:

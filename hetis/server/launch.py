@@ -138,6 +138,7 @@ class Children:
         # the end, and the front end to show the explanation and what was computed before.
         with supervision.hold(signal.SIGTERM, signal.SIGINT):
             self._driver = self._start_driver()
+            signal.signal(signal.SIGTERM, self._on_early_end)  # until the rank's heart takes over
         with supervision.hold(signal.SIGTERM):  # Ctrl-C is the front end's business
             self._front = None if front_argv is None else self._start_front(front_argv)
         threading.Thread(target=self._watch_driver, daemon=True).start()
@@ -175,10 +176,18 @@ class Children:
         code = front.wait()
         if code < 0 and -code != signal.SIGINT:
             self._announce(f"the front end (child of rank 0) was killed by {signal.Signals(-code).name}.")
+        self._tell_driver(supervision.END)
+
+    def _tell_driver(self, word: bytes) -> None:
         assert self._driver.stdin is not None
         with suppress(BrokenPipeError):
-            self._driver.stdin.write(b"end\n")
+            self._driver.stdin.write(word)
             self._driver.stdin.flush()
+
+    def _on_early_end(self, *_: object) -> None:
+        """The launcher ends this rank before it has joined. The driver could not tell why by looking at it."""
+        self._tell_driver(supervision.TOLD)
+        os._exit(128 + signal.SIGTERM)
 
     def _watch_driver(self) -> None:
         """No driver, no fleet. It goes before this rank does, so in good order there is a moment left to end."""
@@ -198,7 +207,7 @@ class Children:
         verdict = supervision.read_verdict(self._run_directory)
         if verdict is not None:
             supervision.tell_torchrun(verdict.reason)
-        os._exit(self.wait() or 1)
+        os._exit(self.wait())
 
     def _announce(self, reason: str) -> None:
         """A verdict that the driver could not give."""

@@ -78,6 +78,7 @@ class Launcher:
             for pid in [pid for pid in self._ranks if has_ended(pid)]:
                 self._on_end(pid)
             if self._deadline is not None and time.monotonic() > self._deadline:
+                self._explain()  # before the driver explains what we do
                 supervision.kill(self._ranks)
         self._end_orphans()
         if self._front_ended:
@@ -98,7 +99,7 @@ class Launcher:
         self._deadline = min(self._deadline or float("inf"), time.monotonic() + seconds)
 
     def _on_end(self, pid: int) -> None:
-        """The first bad end counts; unless the driver says more about it, we say what we saw."""
+        """The first bad end counts."""
         rank, status = self._ranks.pop(pid), supervision.wait_status(pid)
         if status == 0:
             return
@@ -115,6 +116,10 @@ class Launcher:
                 supervision.kill(descendants())
             self._poll.poll(50)
             self._bell.heard()
+        self._explain()
+
+    def _explain(self) -> None:
+        """What we saw, unless the driver has said more about it."""
         if self._own_verdict is not None:
             supervision.leave_verdict(self._directory, self._own_verdict)
 

@@ -66,7 +66,7 @@ def run_rank(
     except Exception as error:
         fail(error)
     heart.stop()
-    control.close()
+    control.close(linger=0)  # the driver may have ended
 
 
 def _join(

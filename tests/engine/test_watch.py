@@ -189,3 +189,15 @@ def test_the_living(process: "subprocess.Popen[bytes]") -> None:
     assert fd is not None
     fleet.watch.on_death(fd)
     assert fleet.watch.living() == [1]
+
+
+def test_when_rank_0_is_told_to_end_while_loading_the_driver_speaks_at_once() -> None:
+    """Nobody is left to explain, and the launcher ends before a time of grace does."""
+    fleet = Fleet(())
+    fleet.watch.on_parent_death(15)
+    with pytest.raises(FleetFailedError) as caught:
+        fleet.watch.check()
+    assert "rank 1 (attention worker on cpu), rank 2 (attention worker on cpu) ended before" in str(caught.value)
+    fleet = Fleet(())
+    fleet.watch.on_parent_death(9)
+    assert str(fleet.verdict()).startswith("rank 0 (primary on cpu) was killed by SIGKILL")

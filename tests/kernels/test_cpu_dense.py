@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 HIDDEN = [1, 7, 16, 37, 64, 100, 1024]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"], autouse=True)
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"], autouse=True)
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     """Limits the kernels to one instruction set that this machine has."""
     if torch.ops.hetis.limit_dense_isa(request.param) != request.param:

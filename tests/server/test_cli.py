@@ -120,7 +120,6 @@ def test_what_cannot_be_is_one_sentence(arguments: list[str], word: str, tmp_pat
         (["--plan", "1+1", "--max-num-seqs", "0"], "max_num_seqs"),
         (["--plan", "1+1", "--kv-cache-memory", "1KiB"], "rank 0"),
         (["--plan", "1+1", "--no-such-option"], "--no-such-option"),
-        (["--plan", "1+1", "--temperature", "-1"], "temperature"),
     ],
 )
 def test_under_torchrun_what_cannot_be_is_said_once(arguments: list[str], word: str, tmp_path: Path) -> None:

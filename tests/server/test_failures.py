@@ -113,8 +113,15 @@ def test_a_rank_that_raises_shows_its_traceback(directory: Path, when: str) -> N
         assert fleet.err[1] == tracebacks[0]
 
 
-@pytest.mark.parametrize("phase", ["idle", "busy"])
-@pytest.mark.parametrize("victim", ["rank 1", "driver"])
+@pytest.mark.parametrize(
+    ("victim", "phase"),
+    [
+        ("rank 1", "busy"),
+        ("rank 1", "idle"),
+        ("driver", "busy"),
+        pytest.param("driver", "idle", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_process_is_named_after_the_step_timeout(directory: Path, victim: str, phase: str) -> None:
     start = start_busy if phase == "busy" else start_idle
     with start(directory, "1+1", f"step_timeout={STEP_TIMEOUT}") as fleet:
@@ -169,6 +176,7 @@ def test_under_torchrun_its_own_summary_has_the_reason(directory: Path) -> None:
         assert any("MemoryError: planted failure" in line for line in root_cause), fleet.text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank 1", "driver"])
 def test_under_torchrun_a_stopped_process_is_named(directory: Path, victim: str) -> None:
     with start_torchrun(directory) as fleet:

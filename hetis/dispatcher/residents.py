@@ -1,0 +1,190 @@
+"""Running sequences, where their lanes are, and the load and free pages that follow: what rebalancing works on."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from hetis.core.placement import FleetView, PoolId, pages_for
+from hetis.cost.cost_model import CostModel
+from hetis.dispatcher.balance import insert
+from hetis.dispatcher.bound import least_possible_us
+from hetis.dispatcher.load import FleetLoad, StageDevices, stage_devices
+from hetis.dispatcher.problem import Problem
+
+UNLIMITED = 1 << 40  # pages
+
+
+class Resident(msgspec.Struct, frozen=True, kw_only=True):
+    """A running sequence."""
+
+    slot: int
+    arrival: int
+    num_tokens: int
+    owners: tuple[tuple[int, ...], ...]  # [stage][G] ranks
+    movable: bool = True  # not while its prompt is computed, nor while lanes of it are on the move
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """One lane goes to another rank."""
+
+    slot: int
+    stage: int
+    group: int
+    source: int
+    target: int
+
+
+class Residents:
+    """Residents, load and free pages in one call, as they will be after the moves found so far.
+
+    Pages that a lane leaves behind are not given to others: they come free only when it has arrived.
+    """
+
+    def __init__(self, cost: CostModel, residents: Sequence[Resident], view: FleetView) -> None:
+        self._cost, self._view = cost, view
+        self.page_size = view.page_size
+        self.stages = stage_devices(view.plan)
+        self.load = FleetLoad(view.plan, cost)
+        self.moved: set[tuple[int, int]] = set()  # (slot, stage)
+        self._residents = {resident.slot: resident for resident in residents}
+        self._owners = {resident.slot: [list(owners) for owners in resident.owners] for resident in residents}
+        self._homes = [
+            [home for home, groups in enumerate(stage.most_lanes[: stage.num_homes]) for _ in range(groups)]
+            for stage in self.stages
+        ]
+        self._free = dict(view.free_pages)
+        self._known = {pool for stage in self.stages for pool in stage.pools}
+        for resident in residents:
+            kv_bytes = cost.kv_bytes(resident.num_tokens)
+            for index, owners in enumerate(resident.owners):
+                for rank in owners:
+                    if PoolId(rank, index) in self._known:
+                        self.load.add(PoolId(rank, index), 1, kv_bytes)
+
+    def by_arrival(self) -> list[Resident]:
+        return sorted(self._residents.values(), key=lambda resident: resident.arrival)
+
+    def holders(self, pool: PoolId) -> list[Resident]:
+        return [r for slot, r in self._residents.items() if pool.rank in self._owners[slot][pool.stage]]
+
+    def groups(self, resident: Resident, pool: PoolId) -> list[int]:
+        return [group for group, rank in enumerate(self._owners[resident.slot][pool.stage]) if rank == pool.rank]
+
+    def work_us(self, resident: Resident, pool: PoolId) -> float:
+        """What a sequence's lanes add to a device's time."""
+        lane_us = self.load.lane_us(pool.rank, self._cost.kv_bytes(resident.num_tokens))
+        return len(self.groups(resident, pool)) * lane_us
+
+    def bytes_of(self, move: Move) -> float:
+        layers = self._view.plan.stages[move.stage].num_layers
+        return self._residents[move.slot].num_tokens * self._cost.kv_bytes_per_token * layers
+
+    def ideal_us(self, stage: StageDevices) -> float:
+        """The least peak of a stage if lanes could be cut and memory were pooled; other stages' lanes stay."""
+        if not self._residents:
+            return 0.0
+        empty = self.load.copy()
+        for resident in self._residents.values():
+            kv_bytes = self._cost.kv_bytes(resident.num_tokens)
+            for rank in self._owners[resident.slot][stage.stage]:
+                if PoolId(rank, stage.stage) in self._known:
+                    empty.add(PoolId(rank, stage.stage), -1, kv_bytes)
+        lengths = [self._cost.kv_bytes(resident.num_tokens) for resident in self._residents.values()]
+        problem = Problem(
+            num_lanes=stage.num_lanes,
+            num_homes=stage.num_homes,
+            start_us=[empty.start_us(pool) for pool in stage.pools],
+            floor_us=[empty.rates(pool.rank).floor_us for pool in stage.pools],
+            lane_us=[[empty.lane_us(pool.rank, kv_bytes) for kv_bytes in lengths] for pool in stage.pools],
+            most_lanes=list(stage.most_lanes),
+            home_pages=[0] * len(lengths),
+            worker_pages=[0] * len(lengths),
+            free_pages=[UNLIMITED] * len(stage.pools),
+        )
+        return least_possible_us(problem, self.load.peak_us(stage.pools))
+
+    def place(
+        self,
+        stage: StageDevices,
+        resident: Resident,
+        groups: Sequence[int],
+        source: PoolId,
+        *,
+        most_stay: int,
+        limit_us: float,
+    ) -> list[Move] | None:
+        """Where these lanes of a sequence, now in `source`, had better be; the moves that lead there.
+
+        None if they find no pages, or if a device that gets lanes would take longer than `limit_us`.
+        """
+        pages, kv_bytes = pages_for(resident.num_tokens, self.page_size) + 1, self._cost.kv_bytes(resident.num_tokens)
+        load = self.load.copy()
+        if source in self._known:
+            load.add(source, -len(groups), kv_bytes)
+        at_home = [[g for g in groups if self._homes[stage.stage][g] == home] for home in range(stage.num_homes)]
+        most = [len(own) for own in at_home] + [len(groups)] * (len(stage.pools) - stage.num_homes)
+        free = [max(0, self._free[pool]) for pool in stage.pools]
+        for device, pool in enumerate(stage.pools):
+            if pool == source:
+                most[device] = min(most[device], most_stay)
+                free[device] += most_stay * pages
+        problem = Problem(
+            num_lanes=len(groups),
+            num_homes=stage.num_homes,
+            start_us=[load.start_us(pool) for pool in stage.pools],
+            floor_us=[load.rates(pool.rank).floor_us for pool in stage.pools],
+            lane_us=[[load.lane_us(pool.rank, kv_bytes)] for pool in stage.pools],
+            most_lanes=most,
+            home_pages=[pages],
+            worker_pages=[pages],
+            free_pages=free,
+        )
+        counts = insert(problem, [0])
+        if counts is None:
+            return None
+        targets = self._targets(stage, groups, [held[0] for held in counts], source)
+        for pool in targets.values():
+            load.add(pool, 1, kv_bytes)
+        if any(load.time_us(pool) > limit_us for pool in targets.values() if pool != source):
+            return None
+        return [
+            Move(slot=resident.slot, stage=stage.stage, group=group, source=source.rank, target=pool.rank)
+            for group, pool in targets.items()
+            if pool != source
+        ]
+
+    def _targets(
+        self, stage: StageDevices, groups: Sequence[int], counts: list[int], source: PoolId
+    ) -> dict[int, PoolId]:
+        """A pool for each group: homes get their own, the source keeps the first of the others."""
+        targets: dict[int, PoolId] = {}
+        devices = sorted(
+            range(len(counts)), key=lambda device: (device >= stage.num_homes, stage.pools[device] != source)
+        )
+        for device in devices:
+            fitting = [
+                group
+                for group in groups
+                if group not in targets and (device >= stage.num_homes or self._homes[stage.stage][group] == device)
+            ]
+            targets |= dict.fromkeys(fitting[: counts[device]], stage.pools[device])
+        return targets
+
+    def apply(self, move: Move) -> None:
+        resident = self._residents[move.slot]
+        source, target = PoolId(move.source, move.stage), PoolId(move.target, move.stage)
+        kv_bytes = self._cost.kv_bytes(resident.num_tokens)
+        if source in self._known:
+            self.load.add(source, -1, kv_bytes)
+        self.load.add(target, 1, kv_bytes)
+        self._free[target] -= pages_for(resident.num_tokens, self.page_size) + 1
+        self._owners[move.slot][move.stage][move.group] = move.target
+        self.moved.add((move.slot, move.stage))
+
+    def lost(self, resident: Resident) -> list[tuple[StageDevices, PoolId]]:
+        """Where a sequence has lanes on ranks that the plan does not name."""
+        return [
+            (stage, pool)
+            for stage in self.stages
+            for pool in sorted({PoolId(rank, stage.stage) for rank in resident.owners[stage.stage]} - self._known)
+        ]

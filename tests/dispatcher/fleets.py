@@ -1,0 +1,78 @@
+"""Small fleets with known speeds, and views of them, for the rules and for rebalancing."""
+
+from collections.abc import Sequence
+
+from hetis.cache.lane_table import pools_of
+from hetis.core.model_spec import ModelSpec
+from hetis.core.placement import FleetView, PoolId
+from hetis.core.plan import Plan
+from hetis.cost.cost_model import CostModel
+from hetis.cost.profile import (
+    AttentionProfile,
+    DeviceProfile,
+    FleetProfile,
+    LinkProfile,
+    ProfileKey,
+    TransferProfile,
+)
+
+PAGE_SIZE = 4
+KEY = ProfileKey(device="test", driver="1", dtype="float32", head_dim=64, queries_per_group=2, backend="none")
+
+
+def make_spec(num_groups: int, num_layers: int = 1, windows: tuple[int, ...] = ()) -> ModelSpec:
+    """M = 2, D = 64: 512 bytes of KV per token and lane in float32."""
+    return ModelSpec(
+        family="llama",
+        num_layers=num_layers,
+        hidden_size=64,
+        num_query_heads=2 * num_groups,
+        num_head_groups=num_groups,
+        head_dim=64,
+        intermediate_size=64,
+        vocab_size=97,
+        max_position=4096,
+        dtype="float32",
+        windows=windows,
+    )
+
+
+def device(speed: float = 1.0, constant_us: float = 0.0, floor_us: float = 0.0) -> DeviceProfile:
+    """At speed 1 a head takes half a microsecond, so a lane of 2 heads 1, and 512 bytes (a token) a hundredth."""
+    attention = AttentionProfile(
+        a_us_per_head=0.5 / speed, b_us_per_byte=0.01 / 512 / speed, c_us=constant_us, floor_us=floor_us
+    )
+    return DeviceProfile(key=KEY, attention=attention, read_bytes_per_us=1.0, usable_bytes=0)
+
+
+def link(primary: int, worker: int, alpha_us: float, beta_us_per_byte: float = 0.0) -> LinkProfile:
+    """`alpha_us`: of a round trip."""
+    way = TransferProfile(alpha_us=alpha_us / 2, beta_us_per_byte=beta_us_per_byte)
+    return LinkProfile(primary=primary, worker=worker, request=way, reply=way)
+
+
+def make_cost(plan: Plan, devices: Sequence[DeviceProfile], alpha_us: float = 0.0, **shape: int) -> CostModel:
+    """`devices`: by rank. All links have the same latency."""
+    homes = [primary.rank for stage in plan.stages for primary in stage.primaries]
+    links = [link(home, worker.rank, alpha_us) for home in homes for worker in plan.workers]
+    num_groups = sum(primary.num_groups for primary in plan.stages[0].primaries)
+    profile = FleetProfile(devices=dict(enumerate(devices)), links=tuple(links))
+    return CostModel(profile, make_spec(num_groups, **shape), "float32")
+
+
+def make_view(
+    plan: Plan,
+    free_pages: Sequence[int],
+    held_lanes: dict[PoolId, int] | None = None,
+    held_tokens: dict[PoolId, int] | None = None,
+) -> FleetView:
+    """`free_pages`: in the order of `pools_of`."""
+    pools = pools_of(plan)
+    nothing = dict.fromkeys(pools, 0)
+    return FleetView(
+        plan=plan,
+        page_size=PAGE_SIZE,
+        free_pages=dict(zip(pools, free_pages, strict=True)),
+        held_lanes=nothing | (held_lanes or {}),
+        held_tokens=nothing | (held_tokens or {}),
+    )

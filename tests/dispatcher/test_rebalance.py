@@ -1,0 +1,277 @@
+"""Which lanes move, and which do not: balance, memory, budget, and fleets that change."""
+
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.cache.lane_table import pools_of
+from hetis.core.placement import FleetView, PoolId, pages_for
+from hetis.core.plan import Plan
+from hetis.cost.cost_model import CostModel
+from hetis.dispatcher.rebalance import THETA, MigrationBudget, Outcome, Rebalancer
+from hetis.dispatcher.residents import Move, Resident, Residents
+from tests.dispatcher.fleets import PAGE_SIZE, device, make_cost, make_view
+from tests.scheduler.toy_engine import make_plan
+
+PLENTY = 10_000
+
+
+def resident(slot: int, owners: list[int], num_tokens: int = 8, **fields: object) -> Resident:
+    """Of one stage."""
+    return Resident(slot=slot, arrival=slot, num_tokens=num_tokens, owners=(tuple(owners),), **fields)
+
+
+def ample() -> MigrationBudget:
+    return MigrationBudget(1e12, 1e12)
+
+
+def after(residents: list[Resident], moves: list[Move]) -> list[Resident]:
+    """Where everything is when all moves are done."""
+    owners = {r.slot: [list(ranks) for ranks in r.owners] for r in residents}
+    for move in moves:
+        assert owners[move.slot][move.stage][move.group] == move.source
+        owners[move.slot][move.stage][move.group] = move.target
+    return [
+        Resident(
+            slot=r.slot,
+            arrival=r.arrival,
+            num_tokens=r.num_tokens,
+            owners=tuple(map(tuple, owners[r.slot])),
+            movable=r.movable,
+        )
+        for r in residents
+    ]
+
+
+def above_ideal(cost: CostModel, residents: list[Resident], view: FleetView) -> float:
+    """Of the first stage: (slowest - ideal) / ideal."""
+    fleet = Residents(cost, residents, view)
+    return fleet.load.peak_us(fleet.stages[0].pools) / fleet.ideal_us(fleet.stages[0]) - 1
+
+
+def one_home_two_workers() -> tuple[Plan, FleetView]:
+    plan = make_plan([[4]], 2)
+    return plan, make_view(plan, [PLENTY] * 3)
+
+
+def test_a_balanced_fleet_is_left_alone() -> None:
+    plan, view = one_home_two_workers()
+    cost = make_cost(plan, [device()] * 3)
+    residents = [resident(0, [0, 0, 1, 2]), resident(1, [0, 1, 2, 1]), resident(2, [0, 2, 1, 2])]
+    assert Rebalancer(cost).compute(residents, view, ample()) == Outcome([], [])
+
+
+def test_a_little_out_of_balance_is_left_alone() -> None:
+    """5 : 4 : 3 is a quarter above the ideal."""
+    plan, view = one_home_two_workers()
+    cost = make_cost(plan, [device()] * 3)
+    residents = [resident(0, [0, 0, 1, 2]), resident(1, [0, 0, 1, 2]), resident(2, [0, 1, 1, 2])]
+    assert 0.2 < above_ideal(cost, residents, view) < THETA
+    assert Rebalancer(cost).compute(residents, view, ample()).moves == []
+
+
+def test_the_slowest_device_is_relieved_until_all_is_well() -> None:
+    plan, view = one_home_two_workers()
+    cost = make_cost(plan, [device()] * 3)
+    residents = [resident(slot, [0, 0, 0, 0]) for slot in range(6)]
+    outcome = Rebalancer(cost).compute(residents, view, ample())
+    assert outcome.preempt == []
+    assert {move.source for move in outcome.moves} == {0}
+    assert above_ideal(cost, after(residents, outcome.moves), view) <= THETA / 2
+    again = Rebalancer(cost).compute(after(residents, outcome.moves), view, ample())
+    assert again.moves == [], "and stays so"
+
+
+def test_the_biggest_contributor_goes_first_and_lanes_not_in_the_way_stay() -> None:
+    plan, view = one_home_two_workers()
+    cost = make_cost(plan, [device()] * 3)
+    residents = [resident(0, [0, 0, 0, 0], 8), resident(1, [0, 0, 0, 1], 900), resident(2, [0, 0, 0, 0], 8)]
+    moves = Rebalancer(cost).compute(residents, view, ample()).moves
+    assert moves[0].slot == 1
+    assert all(move.group != 3 for move in moves if move.slot == 1)
+
+
+def test_a_device_that_slows_down_loses_lanes() -> None:
+    plan, view = one_home_two_workers()
+    cost = make_cost(plan, [device()] * 3)
+    residents = [resident(slot, [0, 0, 1, 2]) for slot in range(6)]
+    heads, kv_bytes = 6 * 2, 6 * 8 * 512
+    for _ in range(60):
+        cost.observe(2, heads, kv_bytes, 4 * (heads * 0.5 + kv_bytes * 0.01 / 512))
+    moves = Rebalancer(cost).compute(residents, view, ample()).moves
+    assert moves
+    assert {move.source for move in moves} == {2}
+
+
+def test_budget_bounds_what_moves_and_lets_it_go_on_later() -> None:
+    plan, view = one_home_two_workers()
+    cost = make_cost(plan, [device()] * 3)
+    residents = [resident(slot, [0, 0, 0, 0], 8) for slot in range(6)]
+    rebalancer, lane = Rebalancer(cost), 8 * 512
+    budget = MigrationBudget(bytes_per_second=2 * lane, burst_bytes=3 * lane)
+    first = rebalancer.compute(residents, view, budget).moves
+    assert len(first) == 3
+    residents = after(residents, first)
+    assert rebalancer.compute(residents, view, budget).moves == []
+    total = len(first)
+    for _ in range(20):
+        budget.refill(1.0)
+        moves = rebalancer.compute(residents, view, budget).moves
+        assert len(moves) <= 3
+        residents, total = after(residents, moves), total + len(moves)
+    assert above_ideal(cost, residents, view) <= THETA / 2
+    assert total <= 20
+
+
+def test_a_lane_larger_than_the_burst_moves_too() -> None:
+    plan, view = one_home_two_workers()
+    cost = make_cost(plan, [device()] * 3)
+    residents = [resident(0, [0, 0, 0, 0], 800)]
+    budget = MigrationBudget(bytes_per_second=512, burst_bytes=1000)
+    assert len(Rebalancer(cost).compute(residents, view, budget).moves) == 1
+    assert budget.left_bytes < 0
+
+
+def test_what_cannot_move_stays() -> None:
+    plan, view = one_home_two_workers()
+    cost = make_cost(plan, [device()] * 3)
+    residents = [resident(slot, [0, 0, 0, 0], movable=slot == 3) for slot in range(6)]
+    assert {move.slot for move in Rebalancer(cost).compute(residents, view, ample()).moves} == {3}
+    full = make_view(plan, [0, 0, 0])
+    assert Rebalancer(cost).compute(residents, full, ample()).moves == []
+
+
+def test_lanes_go_home_to_their_own_home_only() -> None:
+    plan = make_plan([[2, 2]], 1)
+    view = make_view(plan, [PLENTY] * 3)
+    cost = make_cost(plan, [device(), device(), device(0.01)])
+    residents = [resident(slot, [2, 2, 2, 2]) for slot in range(3)]
+    moves = Rebalancer(cost).compute(residents, view, ample()).moves
+    assert moves
+    assert all(move.target == (0 if move.group < 2 else 1) for move in moves)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_found_where_the_latest_arrival_with_lanes_there_can_go() -> None:
+    """Sequence 3 came last but has nothing on rank 1; sequence 2 moves as many lanes as are needed, no more."""
+    plan = make_plan([[4]], 2)
+    cost = make_cost(plan, [device()] * 3)
+    view = make_view(plan, [0, 0, PLENTY])
+    residents = [resident(slot, [1, 1, 1, 1]) for slot in range(3)] + [resident(3, [0, 0, 2, 2])]
+    outcome = Rebalancer(cost).memory(residents, view, {PoolId(1, 0): 3})
+    assert outcome.preempt == []
+    assert [(move.slot, move.source, move.target) for move in outcome.moves] == [(2, 1, 2), (2, 1, 2)]
+
+
+def test_a_home_can_be_freed_for_the_next_prompt() -> None:
+    plan = make_plan([[4]], 1)
+    cost = make_cost(plan, [device(), device()])
+    residents = [resident(slot, [0, 0, 0, 0]) for slot in range(4)]
+    outcome = Rebalancer(cost).memory(residents, make_view(plan, [0, PLENTY]), {PoolId(0, 0): 12})
+    assert {move.target for move in outcome.moves} == {1}
+    assert len(outcome.moves) == 6, "two pages each"
+
+
+def test_a_full_fleet_preempts_the_latest_arrival_there() -> None:
+    plan = make_plan([[4]], 2)
+    cost = make_cost(plan, [device()] * 3)
+    residents = [resident(slot, [1, 1, 1, 1]) for slot in range(3)] + [resident(3, [0, 0, 2, 2])]
+    outcome = Rebalancer(cost).memory(residents, make_view(plan, [0, 0, 2]), {PoolId(1, 0): 3})
+    assert outcome == Outcome([], [2])
+
+
+def test_a_move_that_would_break_the_balance_preempts_instead() -> None:
+    plan = make_plan([[4]], 1)
+    cost = make_cost(plan, [device(), device(0.01)])
+    residents = [resident(slot, [0, 0, 0, 0]) for slot in range(3)]
+    outcome = Rebalancer(cost).memory(residents, make_view(plan, [0, PLENTY]), {PoolId(0, 0): 1})
+    assert outcome == Outcome([], [2])
+
+
+# --- fleets that change -----------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_leaves_loses_all_its_lanes() -> None:
+    cost = make_cost(make_plan([[4]], 2), [device()] * 3)
+    plan = make_plan([[4]], 1)
+    residents = [resident(slot, [0, 1, 2, 2]) for slot in range(3)]
+    outcome = Rebalancer(cost).compute(residents, make_view(plan, [PLENTY] * 2), MigrationBudget(0.0, 0.0))
+    assert outcome.preempt == []
+    assert all(2 not in r.owners[0] for r in after(residents, outcome.moves))
+
+
+def test_whom_nobody_can_take_in_starts_over() -> None:
+    cost = make_cost(make_plan([[4]], 2), [device()] * 3)
+    plan = make_plan([[4]], 1)
+    residents = [resident(0, [0, 0, 2, 2]), resident(1, [2, 2, 2, 2]), resident(2, [0, 0, 0, 2], movable=False)]
+    view = make_view(plan, [4, 5])  # a lane takes 2 pages and one to grow
+    outcome = Rebalancer(cost).compute(residents, view, MigrationBudget(0.0, 0.0))
+    assert {move.slot for move in outcome.moves} == {0}
+    assert outcome.preempt == [1, 2]
+
+
+def test_a_device_that_joins_gets_lanes() -> None:
+    plan = make_plan([[4]], 2)
+    cost = make_cost(make_plan([[4]], 1), [device()] * 2)
+    residents = [resident(slot, [0, 0, 1, 1]) for slot in range(6)]
+    cost.add(2, device(8.0))
+    outcome = Rebalancer(cost).compute(residents, make_view(plan, [PLENTY] * 3), ample())
+    assert {move.target for move in outcome.moves} == {2}
+
+
+# --- always -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 1 << 30))
+@settings(max_examples=150, deadline=None)
+def test_moves_fit_are_possible_and_come_to_an_end(seed: int) -> None:
+    """Whatever moves finds pages that are free now, and a steady fleet soon has nothing more to move."""
+    rng = Random(seed)
+    plan = make_plan(rng.choice([[[3]], [[2, 1]], [[2], [1, 1]]]), rng.randint(1, 3))
+    workers = [worker.rank for worker in plan.workers]
+    devices = [
+        device(rng.choice((0.1, 1, 1, 4)), rng.uniform(0, 3), rng.choice((0, 5))) for _ in range(plan.world_size)
+    ]
+    cost = make_cost(plan, devices, rng.choice((0.0, 5.0)), num_layers=len(plan.stages))
+    homes = [[stage.home(g).rank for g in range(stage.primaries[-1].groups[1])] for stage in plan.stages]
+    residents = [
+        Resident(
+            slot=slot,
+            arrival=slot,
+            num_tokens=rng.randint(1, 60),
+            owners=tuple(tuple(rng.choice([home, *workers]) for home in stage) for stage in homes),
+            movable=rng.random() < 0.9,
+        )
+        for slot in range(rng.randint(0, 8))
+    ]
+    free = {pool: rng.choice((rng.randint(0, 30), 1000)) for pool in pools_of(plan)}
+    rebalancer = Rebalancer(cost)
+    for _ in range(6):
+        view = make_view(plan, list(free.values()))
+        outcome = rebalancer.compute(residents, view, ample())
+        assert outcome.preempt == []
+        for move in outcome.moves:
+            moving = next(r for r in residents if r.slot == move.slot)
+            assert moving.movable
+            assert move.target in (homes[move.stage][move.group], *workers)
+            pages = pages_for(moving.num_tokens, PAGE_SIZE) + 1
+            free[PoolId(move.target, move.stage)] -= pages
+            assert free[PoolId(move.target, move.stage)] >= 0
+        for move in outcome.moves:  # what they leave is free when they have arrived
+            moving = next(r for r in residents if r.slot == move.slot)
+            free[PoolId(move.source, move.stage)] += pages_for(moving.num_tokens, PAGE_SIZE) + 1
+        residents = after(residents, outcome.moves)
+    assert outcome.moves == []
+
+
+@pytest.mark.parametrize("num_residents", [0, 1])
+def test_nobody_and_one(num_residents: int) -> None:
+    plan, view = one_home_two_workers()
+    rebalancer = Rebalancer(make_cost(plan, [device()] * 3))
+    residents = [resident(0, [0, 1, 2, 0])][:num_residents]
+    assert rebalancer.compute(residents, view, ample()).preempt == []
+    assert rebalancer.memory(residents, view, {}) == Outcome([], [])

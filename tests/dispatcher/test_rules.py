@@ -1,0 +1,200 @@
+"""The rules of placement: what they decide in cases that can be decided by hand, and what holds in all."""
+
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.core.placement import Dispatcher, FleetView, Placement, PoolId
+from hetis.core.plan import Plan
+from hetis.core.request import Sequence
+from hetis.dispatcher.dispatcher import pages_per_lane
+from hetis.dispatcher.room import shortage_of
+from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
+from tests.dispatcher.fleets import device, make_cost, make_view
+from tests.scheduler.toy_engine import make_plan, make_sequence
+
+PLENTY = 10_000
+
+
+def check_fits(view: FleetView, placements: list[Placement | None], sequences: list[Sequence]) -> None:
+    """Counts pages lane by lane; all placements together."""
+    free = dict(view.free_pages)
+    for placement, sequence in zip(placements, sequences, strict=True):
+        if placement is None:
+            continue
+        now, later = pages_per_lane(sequence, view.page_size)
+        for stage, owners in enumerate(placement.owners):
+            for group, owner in enumerate(owners):
+                pool, home = PoolId(owner, stage), PoolId(view.plan.stages[stage].home(group).rank, stage)
+                assert pool == home or owner in {worker.rank for worker in view.plan.workers}
+                free[pool] -= later
+                free[home] -= now if pool != home else 0
+    touched = any(placement is not None for placement in placements)
+    assert not touched or all(count >= min(0, view.free_pages[pool]) for pool, count in free.items())
+
+
+def counts_of(placement: Placement | None, stage: int = 0) -> dict[int, int]:
+    assert placement is not None
+    owners = placement.owners[stage]
+    return {rank: owners.count(rank) for rank in sorted(set(owners))}
+
+
+def test_lanes_follow_speed() -> None:
+    """A worker three times as fast gets three of four lanes."""
+    plan = make_plan([[8]], 1)
+    rule = HetisDispatcher(make_cost(plan, [device(), device(3.0)]))
+    [placement] = rule.assign([make_sequence(0, 10, 50)], make_view(plan, [PLENTY, PLENTY]))
+    assert counts_of(placement) == {0: 2, 1: 6}
+
+
+def test_a_far_worker_stays_idle_until_it_pays() -> None:
+    """Its link takes 20 us, a lane about 1 us: the first sequences stay at home, and so do all of few lanes."""
+    plan = make_plan([[8]], 1)
+    rule = HetisDispatcher(make_cost(plan, [device(), device()], alpha_us=20.0))
+    placements = rule.assign([make_sequence(i, 1, 50) for i in range(6)], make_view(plan, [PLENTY, PLENTY]))
+    away = [counts_of(placement).get(1, 0) for placement in placements]
+    assert 0 < sum(away) < 24
+    [alone] = rule.assign([make_sequence(0, 1, 50)], make_view(plan, [PLENTY, PLENTY]))
+    assert counts_of(alone) == {0: 8}
+
+
+def test_what_devices_hold_counts() -> None:
+    plan = make_plan([[4]], 1)
+    rule = HetisDispatcher(make_cost(plan, [device(), device()]))
+    busy = make_view(plan, [PLENTY, PLENTY], {PoolId(0, 0): 8}, {PoolId(0, 0): 80})
+    [placement] = rule.assign([make_sequence(0, 10, 50)], busy)
+    assert counts_of(placement) == {1: 4}
+
+
+def test_a_worker_works_for_all_stages() -> None:
+    """Two like stages share one worker: it must not get half the lanes of each."""
+    plan = make_plan([[6], [6]], 1)
+    rule = HetisDispatcher(make_cost(plan, [device()] * 3, num_layers=2))
+    [placement] = rule.assign([make_sequence(0, 10, 50)], make_view(plan, [PLENTY] * 4))
+    assert [counts_of(placement, stage)[2] for stage in (0, 1)] == [2, 2]
+
+
+def test_a_home_keeps_pages_for_the_next_prompts() -> None:
+    """The home is much faster but its memory is short: some lanes leave it room to compute another prompt."""
+    plan = make_plan([[4]], 1)
+    cost = make_cost(plan, [device(), device()])
+    sequences = [make_sequence(i, 16, 100) for i in range(3)]  # 4 pages now, 5 later
+    view = make_view(plan, [60, PLENTY], {PoolId(1, 0): 100}, {PoolId(1, 0): 1600})
+    placements = HetisDispatcher(cost).assign(sequences, view)
+    check_fits(view, placements, sequences)
+    assert sum(counts_of(placement).get(0, 0) for placement in placements) <= (60 - 15) // 5
+
+
+def test_waiting_is_better_than_crawling() -> None:
+    """There is room only on a worker behind a link of 20 ms; one more sequence would slow eight down."""
+    plan = make_plan([[4]], 1)
+    rule = HetisDispatcher(make_cost(plan, [device(), device(0.05)], alpha_us=20_000.0), dense_us=[100.0])
+    # room at home for the prompt, not for growing
+    crowded = make_view(plan, [16, PLENTY], {PoolId(0, 0): 32}, {PoolId(0, 0): 512})
+    sequence = make_sequence(8, 16, 100)
+    assert rule.assign([sequence], crowded) == [None]
+    assert "so slow that a step would take" in rule.why_not(sequence, crowded)
+    alone = make_view(plan, [16, PLENTY])
+    [placement] = rule.assign([sequence], alone)
+    assert counts_of(placement) == {1: 4}, "somebody must run"
+    assert rule.why_not(sequence, alone) == ""
+
+
+def test_a_sequence_that_is_long_by_itself_does_not_wait() -> None:
+    """It slows the others, but not because memory forces it where it is slow."""
+    plan = make_plan([[4]], 1)
+    rule = HetisDispatcher(make_cost(plan, [device(), device()]))
+    view = make_view(plan, [PLENTY, PLENTY], {PoolId(0, 0): 8}, {PoolId(0, 0): 80})
+    [placement] = rule.assign([make_sequence(2, 4000, 10)], view)
+    assert placement is not None
+
+
+def test_of_many_only_those_that_pay_are_taken() -> None:
+    """An empty fleet, room at home for two sequences to grow; part of the third one would have to crawl."""
+    plan = make_plan([[4]], 1)
+    rule = HetisDispatcher(make_cost(plan, [device(), device(0.02)], alpha_us=20_000.0), dense_us=[100.0])
+    sequences = [make_sequence(i, 16, 100) for i in range(4)]
+    placements = rule.assign(sequences, make_view(plan, [58, PLENTY]))
+    assert [placement is not None for placement in placements] == [True, True, False, False]
+
+
+def test_shortage_says_who_lacks_how_much() -> None:
+    plan = make_plan([[4]], 1)
+    sequence = make_sequence(0, 16, 100)  # 4 pages now, 5 later
+    assert shortage_of(sequence, make_view(plan, [20, 0])) is None
+    assert shortage_of(sequence, make_view(plan, [16, 20])) is None
+    assert str(shortage_of(sequence, make_view(plan, [17, 10]))) == "rank 0 lacks 1 page for stage 0"
+    assert str(shortage_of(sequence, make_view(plan, [12, 1000]))) == "rank 0 lacks 4 pages for stage 0"
+    assert str(shortage_of(sequence, make_view(plan, [-3, 0]))) == "rank 0 lacks 23 pages for stage 0"
+
+
+def test_even_and_primary_only() -> None:
+    plan = make_plan([[8]], 2)
+    sequences = [make_sequence(i, 4, 100) for i in range(2)]
+    view = make_view(plan, [PLENTY, PLENTY, 6])
+    assert [counts_of(p) for p in EvenDispatcher().assign(sequences, view)] == [{0: 3, 1: 3, 2: 2}, {0: 4, 1: 3, 2: 1}]
+    assert [counts_of(p) for p in PrimaryOnlyDispatcher().assign(sequences, view)] == [{0: 8}, {0: 8}]
+    full = make_view(plan, [8, PLENTY, PLENTY])
+    assert PrimaryOnlyDispatcher().assign(sequences, full) == [None, None]
+
+
+def test_nobody_overtakes() -> None:
+    plan = make_plan([[4]], 1)
+    view = make_view(plan, [30, 0])
+    sequences = [make_sequence(0, 100, 5), make_sequence(1, 4, 5)]
+    for rule in (EvenDispatcher(), PrimaryOnlyDispatcher(), HetisDispatcher(make_cost(plan, [device()] * 2))):
+        assert rule.assign(sequences, view) == [None, None]
+
+
+def random_case(rng: Random) -> tuple[Plan, FleetView, list[Sequence], HetisDispatcher]:
+    plan = make_plan(rng.choice([[[3]], [[2, 1]], [[1, 1, 1]], [[4], [1, 3]], [[2], [2], [2]]]), rng.randint(0, 3))
+    devices = [
+        device(rng.choice((0.1, 1, 1, 4)), rng.uniform(0, 9), rng.choice((0, 5))) for _ in range(plan.world_size)
+    ]
+    rule = HetisDispatcher(
+        make_cost(plan, devices, rng.choice((0.0, 30.0)), num_layers=len(plan.stages)),
+        dense_us=[rng.uniform(0, 50)] * len(plan.stages),
+        staging_tokens=rng.choice((0, 20)),
+    )
+    pools = make_view(plan, [0] * len(make_pools(plan))).free_pages
+    lanes = {pool: rng.choice((0, rng.randint(1, 9))) for pool in pools}
+    tokens = {pool: count * rng.randint(1, 30) for pool, count in lanes.items()}
+    view = make_view(plan, [rng.choice((rng.randint(-3, 9), rng.randint(0, 60), 500)) for _ in pools], lanes, tokens)
+    sequences = [make_sequence(i, rng.randint(1, 25), rng.randint(1, 40)) for i in range(rng.randint(1, 5))]
+    return plan, view, sequences, rule
+
+
+def make_pools(plan: Plan) -> list[int]:
+    return [0] * (sum(len(stage.primaries) for stage in plan.stages) + len(plan.workers) * len(plan.stages))
+
+
+@given(st.integers(0, 1 << 30))
+@settings(max_examples=250, deadline=None)
+def test_all_rules_keep_what_a_dispatcher_promises(seed: int) -> None:
+    _, view, sequences, hetis = random_case(Random(seed))
+    rules: list[Dispatcher] = [hetis, EvenDispatcher(), PrimaryOnlyDispatcher()]
+    for rule in rules:
+        placements = rule.assign(sequences, view)
+        assert placements == rule.assign(sequences, view), "the same view gives the same placements"
+        check_fits(view, placements, sequences)
+        missing = [placement is None for placement in placements]
+        assert missing == sorted(missing), "nobody overtakes"
+
+
+@given(st.integers(0, 1 << 30))
+@settings(max_examples=100, deadline=None)
+def test_who_fits_an_empty_fleet_is_placed(seed: int) -> None:
+    """No deadlock: with nobody running, the first sequence is taken if there is any way."""
+    plan, view, sequences, rule = random_case(Random(seed))
+    pages = [max(0, count) for count in view.free_pages.values()]
+    [placement] = rule.assign(sequences[:1], make_view(plan, pages))
+    assert (placement is None) == (shortage_of(sequences[0], make_view(plan, pages)) is not None)
+
+
+def test_a_rank_without_profile_is_named() -> None:
+    plan = make_plan([[2]], 1)
+    cost = make_cost(plan, [device()])
+    with pytest.raises(ValueError, match="rank 1 has no profile"):
+        HetisDispatcher(cost).assign([make_sequence(0, 4, 4)], make_view(plan, [PLENTY] * 2))

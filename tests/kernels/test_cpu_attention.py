@@ -1,0 +1,331 @@
+"""The C++ attention and cache operations against their references, on every instruction set that this processor has."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetis_kernels import extension
+from hetis_kernels.kv_append import kv_append, kv_append_ref
+from hetis_kernels.lane_pack import lane_pack, lane_unpack
+from hetis_kernels.merge_states import merge_states
+from hetis_kernels.page_copy import page_gather, page_scatter
+from hetis_kernels.paged_decode import paged_decode
+from hetis_kernels.varlen_prefill import paged_prefill
+
+pytestmark = pytest.mark.skipif(not extension.load(), reason="the C++ extension is not built")
+
+SPLIT = 256  # tokens of a lane that the decode kernel handles at once
+Outputs = tuple[torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if torch.ops.hetis.limit_dense_isa(request.param) != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    torch.ops.hetis.limit_dense_isa("avx512_bf16")
+
+
+def on_every_isa(run: Callable[[], Outputs]) -> Iterator[tuple[str, Outputs]]:
+    """Results by instruction set, so that many can be held against one (slow) reference."""
+    for name in ("portable", "avx2", "avx512", "avx512_bf16"):
+        if torch.ops.hetis.limit_dense_isa(name) == name:
+            yield name, run()
+    torch.ops.hetis.limit_dense_isa("avx512_bf16")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[Callable[[int], None]]:
+    """One thread, because references of many tiny operations are ten times slower on two; or as many as a test asks for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+class Decode:
+    """A decode call with shuffled lanes, rows of q inside fused QKV rows, and rows that no lane names."""
+
+    def __init__(
+        self, make_lanes: Any, lengths: list[int], queries: int, dim: int, dtype: torch.dtype, page: int
+    ) -> None:
+        num_lanes, num_rows = len(lengths), len(lengths) + 2
+        self.lanes = make_lanes(lengths, dim, dtype, page_size=page)
+        self.q_NMD = torch.randn(num_rows, queries + 2, dim).to(dtype)[:, :queries]
+        self.lane_U = torch.randperm(num_lanes).int()
+        self.row_U = torch.randperm(num_rows)[:num_lanes].int()
+        self.length_U = torch.tensor(lengths).int()[self.lane_U.long()]
+
+    def run(self, backend: Any, window: int = 0, chosen: slice = slice(None), scale: float | None = None) -> Outputs:
+        """out and lse2, with 7 in every place that was not written."""
+        out = torch.full(self.q_NMD.shape, 7.0, dtype=self.q_NMD.dtype)
+        lse2 = torch.full(self.q_NMD.shape[:2], 7.0)
+        indices = (self.lane_U[chosen], self.row_U[chosen], self.length_U[chosen])
+        scale = self.q_NMD.shape[2] ** -0.5 if scale is None else scale
+        pool, table = self.lanes.pool_2PSD, self.lanes.page_table_BW
+        paged_decode(self.q_NMD, pool, table, *indices, scale, window, out, lse2, backend=backend)
+        return out, lse2
+
+
+class Prefill:
+    """Chunks of prompts, one lane for each (chunk, group)."""
+
+    def __init__(
+        self,
+        make_lanes: Any,
+        chunks: list[tuple[int, int]],
+        groups: int,
+        queries: int,
+        dim: int,
+        dtype: torch.dtype,
+        page: int,
+    ) -> None:
+        self.lanes = make_lanes([context for _, context in chunks for _ in range(groups)], dim, dtype, page_size=page)
+        shuffle = torch.randperm(len(chunks) * groups)
+        self.table = self.lanes.page_table_BW[shuffle]
+        self.lane_CG = shuffle.argsort().int().view(len(chunks), groups)
+        self.new_C = torch.tensor([new for new, _ in chunks])
+        self.context_C = torch.tensor([context for _, context in chunks]).int()
+        self.q_TGMD = torch.randn(int(self.new_C.sum()), groups, queries + 2, dim).to(dtype)[:, :, :queries]
+
+    def run(self, backend: Any, window: int = 0) -> Outputs:
+        start = torch.cat([torch.zeros(1), self.new_C.cumsum(0)]).int()
+        return self.call(backend, window, self.q_TGMD, start, self.lane_CG, self.context_C)
+
+    def call(self, backend: Any, window: int, q_TGMD: torch.Tensor, *indices: torch.Tensor) -> Outputs:
+        out, lse2 = torch.full(q_TGMD.shape, 7.0, dtype=q_TGMD.dtype), torch.full(q_TGMD.shape[:3], 7.0)
+        scale = q_TGMD.shape[3] ** -0.5
+        paged_prefill(q_TGMD, self.lanes.pool_2PSD, self.table, *indices, scale, window, out, lse2, backend=backend)
+        return out, lse2
+
+
+def close(result: Outputs, expected: Outputs, tolerance: dict[str, float], isa: str = "") -> None:
+    say = f"on {isa}: {{}}".format
+    torch.testing.assert_close(result[0], expected[0], **tolerance, msg=say)
+    torch.testing.assert_close(result[1], expected[1], rtol=1e-5, atol=1e-5, msg=say)
+
+
+def equal(a: Outputs, b: Outputs) -> bool:
+    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
+def test_decode_is_reference(make_lanes: Any, dtype: torch.dtype, tolerance: dict[str, float], head_dim: int) -> None:
+    for i, queries in enumerate([1, 2, 3, 8, 15]):
+        page = (16, 8, 32, 5, 64)[i]
+        lengths = [1, page - 1, page, page + 1, SPLIT, SPLIT + 1, 2 * SPLIT + 77]
+        problem = Decode(make_lanes, lengths, queries, head_dim, dtype, page)
+        for window in ((0, 33), (0, 300), (1, 270), (0, 17), (0, SPLIT))[i]:
+            expected = problem.run("reference", window)
+            for isa, result in on_every_isa(lambda: problem.run("cpu", window)):  # noqa: B023
+                close(result, expected, tolerance, isa)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+def test_prefill_is_reference(make_lanes: Any, dtype: torch.dtype, tolerance: dict[str, float], head_dim: int) -> None:
+    chunks = [(1, 1), (1, 64), (64, 64), (65, 65), (3, 67), (50, 130), (17, 33)]
+    for i, queries in enumerate([1, 2, 3, 8]):
+        problem = Prefill(make_lanes, chunks, 2, queries, head_dim, dtype, (16, 5, 64, 8)[i])
+        for window in ((0, 1), (0, 33), (0, 70), (0, 64))[i]:
+            expected = problem.run("reference", window)
+            for isa, result in on_every_isa(lambda: problem.run("cpu", window)):  # noqa: B023
+                close(result, expected, tolerance, isa)
+
+
+def test_many_queries_share_one_lane(make_lanes: Any, dtype: torch.dtype, tolerance: dict[str, float]) -> None:
+    decode = Decode(make_lanes, [3, 300], 64, 64, dtype, 16)
+    expected = decode.run("reference")
+    for isa, result in on_every_isa(lambda: decode.run("cpu")):
+        close(result, expected, tolerance, isa)
+    prefill = Prefill(make_lanes, [(5, 70)], 1, 64, 64, dtype, 16)
+    expected = prefill.run("reference")
+    for isa, result in on_every_isa(lambda: prefill.run("cpu")):
+        close(result, expected, tolerance, isa)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 30.0])
+def test_scores_far_apart_and_a_negative_scale(make_lanes: Any, scale: float) -> None:
+    problem = Decode(make_lanes, [20, 600], 2, 64, torch.float32, 16)
+    expected = problem.run("reference", scale=scale)
+    for isa, result in on_every_isa(lambda: problem.run("cpu", scale=scale)):
+        close(result, expected, {"rtol": 1e-3, "atol": 1e-4}, isa)
+
+
+def test_no_tokens_give_zero_and_minus_infinity(make_lanes: Any, isa: str, dtype: torch.dtype) -> None:
+    problem = Decode(make_lanes, [5, 40], 2, 64, dtype, 16)
+    problem.length_U[0] = 0
+    out, lse2 = problem.run("cpu")
+    assert (out[problem.row_U[0]] == 0).all()
+    assert (lse2[problem.row_U[0]] == -math.inf).all()
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [0, 300])
+def test_a_lane_alone_is_the_lane_in_a_batch(
+    make_lanes: Any, isa: str, dtype: torch.dtype, threads: Callable[[int], None], window: int
+) -> None:
+    """Bit for bit, on one thread as on three."""
+    problem = Decode(make_lanes, [1, 17, SPLIT, SPLIT + 1, 900, 2000], 3, 64, dtype, 16)
+    threads(3)
+    batch = problem.run("cpu", window)
+    threads(1)
+    assert equal(batch, problem.run("cpu", window))
+    for u, row in enumerate(problem.row_U.tolist()):
+        alone = problem.run("cpu", window, slice(u, u + 1))
+        assert torch.equal(alone[0][row], batch[0][row])
+        assert torch.equal(alone[1][row], batch[1][row])
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_where_a_prompt_is_cut_into_chunks_changes_nothing(
+    make_lanes: Any, isa: str, dtype: torch.dtype, threads: Callable[[int], None], window: int
+) -> None:
+    """Bit for bit: the prompt at once, in uneven chunks, beside another prompt, on one thread or three."""
+    problem = Prefill(make_lanes, [(300, 300), (40, 80)], 2, 3, 64, dtype, 16)
+    threads(3)
+    out, lse2 = problem.run("cpu", window)
+    threads(1)
+    start = 0
+    for new in (1, 129, 63, 107):
+        indices = torch.tensor([0, new]).int(), problem.lane_CG[:1], torch.tensor([start + new]).int()
+        chunk, chunk_lse2 = problem.call("cpu", window, problem.q_TGMD[start : start + new], *indices)
+        assert torch.equal(chunk, out[start : start + new])
+        assert torch.equal(chunk_lse2, lse2[start : start + new])
+        start += new
+
+
+def test_the_page_size_changes_nothing(make_lanes: Any, isa: str, dtype: torch.dtype) -> None:
+    results = []
+    for page in (4, 64):
+        torch.manual_seed(1)
+        problem = Decode(make_lanes, [700], 2, 80, dtype, page)
+        for half, values in zip(problem.lanes.pool_2PSD, (problem.lanes.k[0], problem.lanes.v[0]), strict=True):
+            torch.manual_seed(2)
+            values.copy_(torch.randn(700, 80))
+            token = torch.arange(700)
+            half[problem.lanes.page_table_BW[0, token // page].long(), token % page] = values
+        problem.q_NMD = torch.randn(3, 2, 80).to(dtype)
+        problem.row_U[0] = 1
+        results.append(problem.run("cpu", 650))
+    assert equal(*results)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 3000])  # the last is shared by threads
+def test_copies_are_copies(dtype: torch.dtype, num_rows: int) -> None:
+    rows = torch.randn(num_rows + 3, 5, 64).to(dtype)
+    row = torch.randperm(num_rows + 3)[:num_rows].int()
+    k_ND, v_ND = rows[:, 3], rows[:, 4]
+    pool, expected = (torch.full((2, num_rows + 1, 4, 64), torch.nan, dtype=dtype) for _ in range(2))
+    slot = torch.randperm(4 * num_rows + 4)[:num_rows]
+    kv_append(k_ND, v_ND, pool, row, slot, backend="cpu")
+    kv_append_ref(k_ND, v_ND, expected, row, slot)
+    torch.testing.assert_close(pool, expected, rtol=0, atol=0, equal_nan=True)
+
+    packed = torch.empty(num_rows, 130, dtype=dtype)[:, :128]
+    lane_pack(rows.flatten(1)[:, 64:192], row, packed, backend="cpu")
+    assert torch.equal(packed, rows.flatten(1)[row.long(), 64:192])
+    unpacked = torch.zeros_like(rows)
+    lane_unpack(packed, row, unpacked.flatten(1)[:, 64:192], backend="cpu")
+    assert torch.equal(unpacked[row.long(), 1:3], rows[row.long(), 1:3])
+    assert unpacked.count_nonzero() == packed.count_nonzero()
+
+
+@pytest.mark.parametrize("num_pages", [0, 1, 30])
+def test_pages_travel(dtype: torch.dtype, num_pages: int) -> None:
+    pool = torch.randn(3, 2, 40, 16, 64).to(dtype)
+    page = torch.randperm(40)[:num_pages].int()
+    buffer = torch.empty(num_pages, 3, 2, 16, 64, dtype=dtype)
+    page_gather(pool, page, buffer, backend="cpu")
+    assert torch.equal(buffer, pool[:, :, page.long()].permute(2, 0, 1, 3, 4))
+    elsewhere, expected = torch.zeros_like(pool), torch.zeros_like(pool)
+    expected[:, :, page.long()] = pool[:, :, page.long()]
+    page_scatter(buffer, page, elsewhere, backend="cpu")
+    assert torch.equal(elsewhere, expected)
+
+
+def test_merged_states_are_the_reference(dtype: torch.dtype, tolerance: dict[str, float]) -> None:
+    a, b = torch.randn(2, 700, 3, 80).to(dtype)
+    lse2_a, lse2_b = 20 * torch.randn(2, 700, 3)
+    lse2_a[:5], lse2_b[3:9] = -math.inf, -math.inf
+    a[:5], b[3:9] = torch.nan, torch.inf
+    results = []
+    for backend in ("cpu", "reference"):
+        out, lse2 = torch.empty_like(a), torch.empty_like(lse2_a)
+        merge_states(a, lse2_a, b, lse2_b, out, lse2, backend=backend)  # type: ignore[arg-type]
+        results.append((out, lse2))
+    close(*results, tolerance)
+    assert torch.equal(results[0][0][5:9], a[5:9])
+
+
+def test_operations_check_what_would_break_memory(make_lanes: Any) -> None:
+    problem = Decode(make_lanes, [5, 40], 2, 64, torch.float32, 16)
+    pool, table = problem.lanes.pool_2PSD, problem.lanes.page_table_BW
+    out, lse2 = torch.empty(4, 2, 64), torch.empty(4, 2)
+    indices = [problem.lane_U, problem.row_U, problem.length_U]
+
+    def call(**changed: Any) -> None:
+        given = {
+            "q": problem.q_NMD,
+            "pool": pool,
+            "table": table,
+            "indices": indices,
+            "out": out,
+            "lse2": lse2,
+        } | changed
+        torch.ops.hetis.paged_decode(
+            given["q"], given["pool"], given["table"], *given["indices"], 0.1, 0, given["out"], given["lse2"]
+        )
+
+    call()
+    for changed, message in [
+        ({"pool": pool.bfloat16()}, "pool must be a CPU tensor of 4 dimensions, of dtype Float"),
+        ({"pool": pool.transpose(1, 2)}, "contiguous halves"),
+        ({"table": table.long()}, "page_table must be a contiguous int32"),
+        ({"indices": [*indices[:2], indices[2][:1]]}, "do not fit together"),
+        ({"out": torch.empty(4, 3, 64)}, "do not fit together"),
+        ({"lse2": lse2.half()}, "lse2 must be a float32"),
+        ({"q": problem.q_NMD.double(), "pool": pool.double(), "out": out.double()}, "use float32, bfloat16 or float16"),
+        (
+            {"q": torch.empty(4, 2, 24), "pool": pool[..., :24].contiguous(), "out": torch.empty(4, 2, 24)},
+            "multiple of 16",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call(**changed)
+
+
+def test_a_missing_extension_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
+    extension.load.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert not extension.load()
+            assert not extension.available()
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "install g++" in caplog.text
+    finally:
+        monkeypatch.undo()
+        extension.load.cache_clear()
+    assert extension.load()
+
+
+def test_an_unusable_extension_counts_as_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "_cpu.so").write_bytes(b"built for another machine")
+    monkeypatch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
+    extension.load.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert not extension.load()
+        assert "cannot be loaded" in caplog.text
+    finally:
+        monkeypatch.undo()
+        extension.load.cache_clear()
