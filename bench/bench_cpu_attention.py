@@ -2,18 +2,23 @@
 
 Decode reads every cached byte once, so its yardstick is a plain sum over the same bytes, in order, with the same
 threads. It goes through several pools in turn, as a model with several layers does, so that nothing is left in a cache
-from last time. Prefill multiplies, so its yardsticks are FLOP/s and `scaled_dot_product_attention` on the same, already
-gathered, keys and values (repeated for grouped queries, as torch's CPU kernel wants them). The two sides alternate in one
-process and the best of all rounds counts for each, so that whatever else runs on the machine disturbs both alike.
+from last time. Pages lie in order, as the allocator gives them to sequences that come one after the other, or shuffled,
+as they do at worst after a long time. Prefill multiplies, so its yardsticks are FLOP/s and
+`scaled_dot_product_attention` on the same, already gathered, keys and values (repeated for grouped queries, as torch's
+CPU kernel wants them). The two sides alternate in one process and the best of all rounds counts for each, so that
+whatever else runs on the machine disturbs both alike.
 
     python bench/bench_cpu_attention.py [decode|pages|small|prefill ...] [--threads N] [--rounds N] [--isa NAME]
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, as in a rank; before torch
 
 import torch
 from torch.nn import functional
@@ -37,7 +42,9 @@ def best_seconds(rounds: int, *sides: list[Callable[[], Any]]) -> list[float]:
     return best
 
 
-def make_pool(num_lanes: int, tokens: int, head_dim: int, page_size: int, dtype: torch.dtype) -> tuple[Any, Any]:
+def make_pool(
+    num_lanes: int, tokens: int, head_dim: int, page_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A pool of random values and a table that spreads every lane's pages over all of it."""
     pages = -(-tokens // page_size)
     pool = torch.randn(2, num_lanes * pages, page_size, head_dim).to(dtype)
@@ -46,19 +53,24 @@ def make_pool(num_lanes: int, tokens: int, head_dim: int, page_size: int, dtype:
 
 def decode_calls(
     num_lanes: int, tokens: int, queries: int, head_dim: int, page_size: int, dtype: torch.dtype, layers: int
-) -> tuple[list[Callable[[], Any]], list[Callable[[], Any]]]:
-    """Functions that run one layer's decode, functions that read one layer's pool."""
-    pool, table = make_pool(num_lanes, tokens, head_dim, page_size, dtype)
+) -> tuple[list[Callable[[], Any]], list[Callable[[], Any]], list[Callable[[], Any]]]:
+    """Functions that run one layer's decode, with pages in order and shuffled, and that read one layer's pool."""
+    pool, shuffled = make_pool(num_lanes, tokens, head_dim, page_size, dtype)
+    in_order = torch.arange(shuffled.numel()).int().view_as(shuffled)
     q = torch.randn(num_lanes, queries, head_dim).to(dtype)
     out, lse2 = torch.empty_like(q), torch.empty(num_lanes, queries)
     lane = torch.arange(num_lanes).int()
     length = torch.full_like(lane, tokens)
 
-    def decode(pool: torch.Tensor) -> None:
+    def decode(pool: torch.Tensor, table: torch.Tensor) -> None:
         paged_decode(q, pool, table, lane, lane, length, head_dim**-0.5, 0, out, lse2, backend="cpu")
 
     pools = [pool.clone() for _ in range(layers)]
-    return [partial(decode, pool) for pool in pools], [partial(torch.ops.hetis.stream_read, pool) for pool in pools]
+    return (
+        [partial(decode, pool, in_order) for pool in pools],
+        [partial(decode, pool, shuffled) for pool in pools],
+        [partial(torch.ops.hetis.stream_read, pool) for pool in pools],
+    )
 
 
 def decode_row(
@@ -66,15 +78,16 @@ def decode_row(
 ) -> None:
     num_bytes = 2 * lanes * tokens * head_dim * DTYPES[name].itemsize
     layers = max(1, 2**28 // num_bytes)
-    decode, stream = best_seconds(
-        rounds, *decode_calls(lanes, tokens, queries, head_dim, page_size, DTYPES[name], layers)
-    )
-    read, possible = num_bytes / decode / 1e9, num_bytes / stream / 1e9
+    seconds = best_seconds(rounds, *decode_calls(lanes, tokens, queries, head_dim, page_size, DTYPES[name], layers))
+    in_order, shuffled, stream = (num_bytes / best / 1e9 for best in seconds)
     label = f"{name} D={head_dim} M={queries} S={page_size}"
-    print(f"{label:28s} {num_bytes / 2**20:7.1f} MiB {read:8.1f} GB/s {possible:8.1f} GB/s {read / possible:7.0%}")
+    print(
+        f"{label:28s} {num_bytes / 2**20:7.1f} MiB {stream:8.1f} GB/s"
+        f" {in_order:8.1f} GB/s {in_order / stream:4.0%} {shuffled:8.1f} GB/s {shuffled / stream:4.0%}"
+    )
 
 
-HEADER = "              read        decode        stream   ratio"
+HEADER = "        read        stream  decode, in order   decode, shuffled"
 
 
 def bench_decode(rounds: int) -> None:
@@ -84,7 +97,7 @@ def bench_decode(rounds: int) -> None:
         *(("bf16", 2, 64), ("bf16", 2, 80)),
         *(("fp16", 2, 128), ("fp32", 2, 128), ("fp32", 2, 64)),
     ]:
-        decode_row(rounds, name, queries, head_dim, 16)
+        decode_row(rounds, name, queries, head_dim, 32)
 
 
 def bench_pages(rounds: int) -> None:
@@ -99,7 +112,7 @@ def bench_small(rounds: int) -> None:
         "\nsmall decode calls, bf16 D=128 M=2: the call, and reading as much (from the processor's caches if it fits)"
     )
     for lanes, tokens in ((1, 1), (8, 16), (8, 300), (64, 300), (1, 4096), (1, 32768)):
-        decode, stream = best_seconds(max(rounds, 200), *decode_calls(lanes, tokens, 2, 128, 16, torch.bfloat16, 1))
+        _, decode, stream = best_seconds(max(rounds, 200), *decode_calls(lanes, tokens, 2, 128, 32, torch.bfloat16, 1))
         print(f"{lanes:3d} lanes of {tokens:5d} tokens {decode * 1e6:9.1f} us {stream * 1e6:9.1f} us")
 
 

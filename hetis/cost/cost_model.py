@@ -13,9 +13,9 @@ from hetis.cost.profile import AttentionProfile, DeviceProfile, FleetProfile, Li
 LSE_BYTES = 4  # of the log-sum-exp that comes back with each head: float32
 
 PRIOR_SPREAD = 1.0  # how far off a profile may be, as a factor's standard deviation
-PRIOR_TOGETHER = 0.9  # how much of that all terms of a device share: it is throttled as a whole
+PRIOR_TOGETHER = 0.98  # how much of that all terms of a device share: it is throttled as a whole
 NOISE = 0.2  # of one measurement, relative
-FORGETTING = 2e-3  # how fast trust in the estimate goes back to the prior's, per measurement
+FORGETTING = 5e-3  # how fast trust in the estimate goes back to the prior's, per measurement
 LARGEST_STEP = 1.0  # a measurement counts for no more than this, relative to the prediction
 SMALLEST_FACTOR, LARGEST_FACTOR = 1 / 16, 64.0
 RELAXING = 0.01  # of the way back to the profile, per step without work
@@ -154,12 +154,12 @@ class CostModel:
         """A rank measured the decode attention of a layer, on average over a step. Without heads it says nothing."""
         if not heads or rank not in self._devices:
             return
-        profile, follower = self._devices[rank], self._attention[rank]
+        profile = self._devices[rank]
         terms = [profile.a_us_per_head * heads, profile.b_us_per_byte * kv_bytes, profile.c_us]
-        if _attention_rates(profile, follower.factors).time_us(heads, kv_bytes) > _dot(follower.factors, terms):
+        if sum(terms) < profile.floor_us:  # by the profile: what is learned must not decide what is learned from
             terms = [0.0, 0.0, profile.floor_us]
         if any(terms):
-            follower.observe(terms, measured_us)
+            self._attention[rank].observe(terms, measured_us)
 
     def observe_link(self, worker: int, heads: int, measured_us: float) -> None:
         """The round trip of a layer's message, less the worker's attention."""

@@ -67,6 +67,7 @@ def run_member(config: EngineConfig, front_argv: list[str] | None, run_directory
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the rank's heart beats; no traceback of an import
     supervision.die_with_parent()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: ranks share cores with each other
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for weights and cache: less time in page walks
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     children = None
     if rank == 0:
