@@ -24,7 +24,7 @@ def load() -> bool:
         )
         return False
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(libraries[0]))  # type: ignore[no-untyped-call]
     except OSError as error:
         logger.warning(
             "the C++ extension %s cannot be loaded (%s); install hetis again with --no-build-isolation to build it for "

@@ -41,7 +41,7 @@ def on_every_isa(run: Callable[[], Outputs]) -> Iterator[tuple[str, Outputs]]:
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[Callable[[int], None]]:
-    """One thread, because references of many tiny operations are ten times slower on two; or as many as a test asks for."""
+    """One thread, as references of many tiny operations are ten times slower on two; or as many as a test asks for."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield torch.set_num_threads

@@ -136,8 +136,6 @@ class FleetProcess:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still there after {seconds} s: {self.members()}\n{self.text()}") from None
         left = psutil.wait_procs(list(self._seen.values()), timeout=max(0.0, deadline - time.monotonic()))[1]
-        for one in left:
-            print(Path(f"/proc/{one.pid}/status").read_text())
         assert not left, f"orphans after {seconds} s: {left}\n{self.text()}"
         for reader in self._readers:
             reader.join(DEADLINE)
