@@ -1,0 +1,45 @@
+"""Each rule under the scheduler: all requests complete on small fleets that run out of pages, and none is stuck."""
+
+from random import Random
+
+import pytest
+
+from hetis.core.placement import Dispatcher
+from hetis.core.plan import Plan
+from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
+from tests.dispatcher.fleets import device, make_cost
+from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence
+
+RULES = "hetis", "hetis with a useless worker", "even", "primary-only"
+
+
+def make_rule(name: str, plan: Plan) -> Dispatcher:
+    if name == "even":
+        return EvenDispatcher()
+    if name == "primary-only":
+        return PrimaryOnlyDispatcher()
+    useless = 1000.0 if "useless" in name else 1.0
+    devices = [device(1.0 / (useless if plan.role_of(rank) != "primary" else 1)) for rank in range(plan.world_size)]
+    cost = make_cost(plan, devices, alpha_us=useless, num_layers=len(plan.stages))
+    return HetisDispatcher(cost, dense_us=[10.0] * len(plan.stages), staging_tokens=8)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("groups", [[[8]], [[5, 3]], [[3], [3]], [[2, 1], [1, 1, 1], [3]]], ids=str)
+def test_all_requests_complete(rule: str, groups: list[list[int]]) -> None:
+    random = Random(f"{rule} {groups}")
+    plan = make_plan(groups, 2)
+    biggest = max(max(counts) for counts in groups)
+    num_pages = {rank: biggest * 7 if plan.role_of(rank) == "primary" else 30 for rank in range(plan.world_size)}
+    engine = ToyEngine(plan, num_pages, random=random)
+    engine.scheduler._dispatcher = make_rule(rule, plan)
+    assert engine.max_model_len is not None
+    sequences = [make_sequence(i, random.randint(1, 20), random.randint(1, 31)) for i in range(25)]
+    expected = [alone(sequence, engine.max_model_len) for sequence in sequences]
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    engine.run()
+    engine.check_idle()
+    assert [sequence.token_ids for sequence in sequences] == expected
+    owners = {owner for batch in engine.batches for _, placement in batch.admitted for owner in placement.owners[0]}
+    assert owners.isdisjoint({worker.rank for worker in plan.workers}) == (rule == "primary-only" or "useless" in rule)
