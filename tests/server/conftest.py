@@ -1,10 +1,14 @@
 """Running fleets, one for each module that wants it: starting one takes seconds."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from hetis import LLM
+
+# a shell's background job starts with Ctrl-C ignored, and what it starts inherits that: the fleets under test must not
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
