@@ -1,20 +1,20 @@
 """From new sequences and the state of the fleet to min-max problems, one per pipeline stage, and back to placements."""
 
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from typing import NamedTuple
 
-from hetis.core.placement import FleetView, Placement, pages_for
+from hetis.core.placement import FleetView, Placement
 from hetis.core.request import Sequence as Request
 from hetis.cost.cost_model import CostModel
-from hetis.dispatcher.load import FleetLoad, StageDevices, stage_devices
+from hetis.dispatcher.load import FleetLoad, StageDevices, is_worth, stage_devices, weak_workers
 from hetis.dispatcher.problem import Counts, Problem
-from hetis.dispatcher.room import Pages, Room, pages_of
+from hetis.dispatcher.room import Pages, Room, pages_of, reserve
 
 Solve = Callable[[Problem], Counts | None]
 
 HORIZON = 256  # steps over which sending a prompt's KV to a worker is spread
-RESERVE_PRICE = 0.1  # how much slower a step may become to keep pages at home for the next prompts
-LARGEST_RESERVE = 0.25  # of a home's pages
+TOKENS_AHEAD = 64  # lanes are weighed as they will be after so many steps: on slow devices they grow faster in time
 UNLIMITED = 1 << 40  # pages
 
 
@@ -31,6 +31,15 @@ class Decision(NamedTuple):
 
     counts: list[Counts]
     cycle_us: float
+
+
+class Memory(Enum):
+    """How much of it lanes may take."""
+
+    POOLED = auto()  # as if it were no matter
+    CAREFUL = auto()  # homes keep some pages for the next prompts
+    ALL = auto()
+    ALL_EVERYWHERE = auto()  # weak devices' too
 
 
 class Admission:
@@ -50,9 +59,10 @@ class Admission:
         self._stages = stage_devices(view.plan)
         self._layers = [stage.num_layers for stage in view.plan.stages]
         self._dense_us = dense_us or [0.0] * len(self._stages)
-        self._load = FleetLoad.of_view(view, cost)
+        self._load = FleetLoad.of_view(view, cost, TOKENS_AHEAD)
         self._lanes = [self._lane(sequence) for sequence in sequences]
         self._homeward = self._first_fitting()
+        self._decided: dict[int, Decision] = {}
         self._reserved_tokens = max([staging_tokens, *(len(sequence.token_ids) for sequence in sequences)])
 
     @property
@@ -66,20 +76,27 @@ class Admission:
         first = self._stages[0]
         return sum(self._view.held_lanes[pool] for pool in first.pools) // first.num_lanes
 
-    def decide(self, count: int, *, limited: bool = True) -> Decision:
-        """The best placement of the first `count` sequences. Not `limited`: as if memory were no matter."""
-        decision = self._decide(count, limited=limited, careful=False)
+    def decide(self, count: int) -> Decision:
+        """The best placement of the first `count` sequences."""
+        if count not in self._decided:
+            self._decided[count] = self._decide_carefully(count)
+        return self._decided[count]
+
+    def _decide_carefully(self, count: int) -> Decision:
+        decision = self._decide(count, Memory.ALL) or self._decide(count, Memory.ALL_EVERYWHERE)
         assert decision is not None, "a placement that fits is at hand"
-        if not limited or self._keeps_reserve(decision):
+        if self._keeps_reserve(decision):
             return decision
-        careful = self._decide(count, limited=True, careful=True)
-        if careful is None or careful.cycle_us > (1 + RESERVE_PRICE) * decision.cycle_us:
-            return decision
+        careful = self._decide(count, Memory.CAREFUL)
+        if careful is None or not is_worth(1, self.num_running + count, careful.cycle_us, decision.cycle_us):
+            return decision  # one more sequence, for which the pages are kept, would not make up for it
         return careful
 
-    def rate(self, decision: Decision, count: int) -> float:
-        """Sequences that advance per microsecond, with `count` new ones."""
-        return (self.num_running + count) / decision.cycle_us if decision.cycle_us else 0.0
+    def ideal_us(self, count: int) -> float:
+        """The time of a step if memory were no matter."""
+        decision = self._decide(count, Memory.POOLED)
+        assert decision is not None
+        return decision.cycle_us
 
     def placements(self, decision: Decision) -> list[Placement]:
         by_stage = [
@@ -92,7 +109,7 @@ class Admission:
         num_tokens = len(sequence.token_ids)
         return Lane(
             pages=pages_of(sequence, self._view.page_size),
-            kv_bytes=self._cost.kv_bytes(num_tokens),
+            kv_bytes=self._cost.kv_bytes(num_tokens + TOKENS_AHEAD),
             sent_bytes=num_tokens * self._cost.kv_bytes_per_token / HORIZON,
         )
 
@@ -109,10 +126,10 @@ class Admission:
 
     # --- problems -----------------------------------------------------------------------------------------------------
 
-    def _decide(self, count: int, *, limited: bool, careful: bool) -> Decision | None:
+    def _decide(self, count: int, memory: Memory) -> Decision | None:
         """Stage by stage, and once more where stages share workers, since the first did not know of the others.
 
-        None: leaving homes their reserve is impossible (only when `careful`).
+        None if nothing was found within such memory; with all of it everywhere there is always something.
         """
         load, room = self._load.copy(), Room(self._stages, self._view)
         for lane in self._lanes[:count]:
@@ -122,41 +139,51 @@ class Admission:
             index = turn % len(self._stages)
             if turn >= len(self._stages):
                 self._add(load, index, chosen[index], -1)
-            counts = self._solve_stage(index, count, load, room, limited=limited, careful=careful)
+            counts = self._solve_stage(index, self._lanes[:count], load, room, memory)
             if counts is None:
                 return None
             self._add(load, index, counts, 1)
             chosen[index : index + 1] = [counts]
-        cycles = zip(self._stages, self._layers, self._dense_us, strict=True)
-        return Decision(chosen, max(layers * (dense + load.peak_us(stage.pools)) for stage, layers, dense in cycles))
+        peaks_us = [self._peak_us(load, stage, memory) for stage in self._stages]
+        cycles = zip(self._layers, self._dense_us, peaks_us, strict=True)
+        return Decision(chosen, max(layers * (dense_us + peak_us) for layers, dense_us, peak_us in cycles))
 
-    def _solve_stage(
-        self, index: int, count: int, load: FleetLoad, room: Room, *, limited: bool, careful: bool
-    ) -> Counts | None:
+    def _peak_us(self, load: FleetLoad, stage: StageDevices, memory: Memory) -> float:
+        """The slowest device's time. Weak devices' is added to it: most of the time they will be in the way."""
+        if memory is not Memory.ALL_EVERYWHERE:
+            return load.peak_us(stage.pools)
+        lane_us = [self._lane_us(load, stage, device, self._lanes) for device in range(len(stage.pools))]
+        weak = {stage.pools[device] for device in weak_workers(stage, lane_us)} if self._lanes else set()
+        return load.peak_us(set(stage.pools) - weak) + load.peak_us(weak)
+
+    def _solve_stage(self, index: int, lanes: list[Lane], load: FleetLoad, room: Room, memory: Memory) -> Counts | None:
         stage, free = self._stages[index], [max(0, pages) for pages in room.free[index]]
-        if count == 0:
+        if not lanes:
             return [[] for _ in stage.pools]
-        lanes = self._lanes[:count]
-        home_pages = [lane.pages.growth for lane in lanes]
-        if careful:
-            home_pages = [lane.pages.later for lane in lanes]
-            free[: stage.num_homes] = [max(0, room_left) for room_left in self._beyond_reserve(stage)]
+        if memory is Memory.POOLED:
+            free = [UNLIMITED] * len(free)
+        if memory is Memory.CAREFUL:
+            free[: stage.num_homes] = [max(0, left) for left in self._beyond_reserve(stage)]
+        lane_us = [self._lane_us(load, stage, device, lanes) for device in range(len(stage.pools))]
+        weak = weak_workers(stage, lane_us) if memory is not Memory.ALL_EVERYWHERE else set()
         problem = Problem(
             num_lanes=stage.num_lanes,
             num_homes=stage.num_homes,
             start_us=[load.start_us(pool) for pool in stage.pools],
             floor_us=[load.rates(pool.rank).floor_us for pool in stage.pools],
-            lane_us=[self._lane_us(load, stage, device, lanes) for device in range(len(stage.pools))],
-            most_lanes=list(stage.most_lanes),
-            home_pages=home_pages,
+            lane_us=lane_us,
+            most_lanes=[0 if device in weak else most for device, most in enumerate(stage.most_lanes)],
+            home_pages=[lane.pages.later if memory is Memory.CAREFUL else lane.pages.growth for lane in lanes],
             worker_pages=[lane.pages.later for lane in lanes],
-            free_pages=free if limited else [UNLIMITED] * len(free),
+            free_pages=free,
         )
         counts = self._solve(problem)
-        if counts is not None and careful and not self._grows_at_home(stage, room.free[index], counts, lanes):
+        if counts is None and memory is Memory.ALL_EVERYWHERE:
+            return [
+                list(row) for row in zip(*(at_home[index] for at_home in self._homeward[: len(lanes)]), strict=True)
+            ]
+        if counts is None or (memory is Memory.CAREFUL and not _grows_at_home(stage, room.free[index], counts, lanes)):
             return None
-        if counts is None and not careful:
-            return [list(row) for row in zip(*(at_home[index] for at_home in self._homeward[:count]), strict=True)]
         return counts
 
     def _lane_us(self, load: FleetLoad, stage: StageDevices, device: int, lanes: list[Lane]) -> list[float]:
@@ -174,13 +201,9 @@ class Admission:
 
     def _beyond_reserve(self, stage: StageDevices) -> list[int]:
         """Pages of each home less those for the next prompts; what its lanes may take."""
-        view, left = self._view, []
-        for home in range(stage.num_homes):
-            pool = stage.pools[home]
-            total = view.free_pages[pool] + 2 * view.held_lanes[pool] + view.held_tokens[pool] // view.page_size
-            wanted = stage.most_lanes[home] * pages_for(self._reserved_tokens, view.page_size)
-            left.append(view.free_pages[pool] - min(wanted, int(LARGEST_RESERVE * total)))
-        return left
+        view = self._view
+        kept = [reserve(stage, home, view, self._reserved_tokens) for home in range(stage.num_homes)]
+        return [view.free_pages[pool] - pages for pool, pages in zip(stage.pools, kept, strict=False)]
 
     def _keeps_reserve(self, decision: Decision) -> bool:
         for stage, counts in zip(self._stages, decision.counts, strict=True):
@@ -190,8 +213,10 @@ class Admission:
                     return False
         return True
 
-    def _grows_at_home(self, stage: StageDevices, free: list[int], counts: Counts, lanes: list[Lane]) -> bool:
-        return all(
-            sum(count * lane.pages.growth for count, lane in zip(counts[home], lanes, strict=True)) <= free[home]
-            for home in range(stage.num_homes)
-        )
+
+def _grows_at_home(stage: StageDevices, free: list[int], counts: Counts, lanes: list[Lane]) -> bool:
+    """Whether the pages that homes have beside the prompts are enough for their lanes to grow."""
+    return all(
+        sum(count * lane.pages.growth for count, lane in zip(counts[home], lanes, strict=True)) <= free[home]
+        for home in range(stage.num_homes)
+    )

@@ -14,6 +14,9 @@ from hetis.core.placement import FleetView, PoolId
 from hetis.core.plan import Plan
 from hetis.cost.cost_model import CostModel, Rates
 
+WEAK = 0.1  # devices that can make attention faster by no more than this together are left out
+ALIKE = 1.5  # speeds that differ by no more than this factor
+
 
 class StageDevices(msgspec.Struct, frozen=True, kw_only=True):
     """Where the lanes of one stage may live: homes first, then workers."""
@@ -66,11 +69,12 @@ class FleetLoad:
         self._kv_bytes: dict[PoolId, float] = {}
 
     @classmethod
-    def of_view(cls, view: FleetView, cost: CostModel) -> "FleetLoad":
+    def of_view(cls, view: FleetView, cost: CostModel, tokens_ahead: int = 0) -> "FleetLoad":
+        """As it will be when every lane has `tokens_ahead` tokens more."""
         load = cls(view.plan, cost)
         for pool, lanes in view.held_lanes.items():
             if lanes:
-                load.add(pool, lanes, cost.kv_bytes(view.held_tokens[pool] / lanes))
+                load.add(pool, lanes, cost.kv_bytes(view.held_tokens[pool] / lanes + tokens_ahead))
         return load
 
     def add(self, pool: PoolId, num_lanes: int, lane_kv_bytes: float) -> None:
@@ -110,3 +114,20 @@ class FleetLoad:
     def lane_us(self, rank: int, lane_kv_bytes: float) -> float:
         rates = self._rates[rank]
         return max(rates.us_per_head * self._cost.queries_per_group + rates.us_per_byte * lane_kv_bytes, 1e-9)
+
+
+def is_worth(num_more: int, num_before: int, cycle_us: float, cycle_before_us: float) -> bool:
+    """Whether so many sequences more are worth a longer step: whether more sequences advance per second."""
+    return num_before * (cycle_us - cycle_before_us) <= num_more * cycle_before_us
+
+
+def weak_workers(stage: StageDevices, lane_us: list[list[float]]) -> set[int]:
+    """The slowest workers, if all that are like them or slower could together make attention faster by `WEAK` at most.
+
+    What they could bring is less than what they cost whenever they are a little out of balance. It is the paper's rule
+    for leaving devices out of the primaries, in the same closed form: their share of all speeds.
+    """
+    speeds = [1 / sum(costs) for costs in lane_us]
+    most = WEAK / (1 + WEAK) * sum(speeds)
+    workers = range(stage.num_homes, len(speeds))
+    return {i for i in workers if sum(speeds[k] for k in workers if speeds[k] <= ALIKE * speeds[i]) <= most}

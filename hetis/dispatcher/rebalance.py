@@ -19,6 +19,7 @@ SETTLED = 0.5  # of theta: once begun, rebalancing goes on down to there
 LEAST_GAIN = 0.1  # devices that get lanes must stay so far below the one that is relieved
 ATTEMPTS = 4  # sequences that are tried, those first that load the slowest device most
 ROUNDS = 16  # sequences that move in one call and stage
+MOVE_WORTH = 0.5  # of what one sequence more brings, that a longer step may cost
 
 
 class Outcome(NamedTuple):
@@ -47,8 +48,12 @@ class MigrationBudget:
 class Rebalancer:
     """A function of what it is given, but for the stages in which it has begun and is not done."""
 
-    def __init__(self, cost: CostModel, theta: float = THETA) -> None:
+    def __init__(
+        self, cost: CostModel, theta: float = THETA, *, dense_us: Sequence[float] = (), staging_tokens: int = 0
+    ) -> None:
+        """`dense_us`, `staging_tokens`: as for `HetisDispatcher`."""
         self._cost, self._theta = cost, theta
+        self._dense_us, self._staging_tokens = dense_us, staging_tokens
         self._unsettled: set[int] = set()
 
     def compute(self, residents: Sequence[Resident], view: FleetView, budget: MigrationBudget) -> Outcome:
@@ -59,6 +64,7 @@ class Rebalancer:
         """
         fleet = Residents(self._cost, residents, view)
         outcome = self._evacuate(fleet)
+        fleet.keep(self._staging_tokens)
         for stage in fleet.stages:
             outcome.moves.extend(self._settle(fleet, stage, budget))
         return outcome
@@ -86,7 +92,7 @@ class Rebalancer:
         ideal_us = fleet.ideal_us(stage)
         for _ in range(ROUNDS):
             slowest = max(stage.pools, key=fleet.load.time_us)
-            above = fleet.load.time_us(slowest) / ideal_us - 1 if ideal_us else 0.0
+            above = (fleet.load.time_us(slowest) - ideal_us) / (ideal_us + self._dense(stage)) if ideal_us else 0.0
             if above > self._theta:
                 self._unsettled.add(stage.stage)
             elif above <= SETTLED * self._theta:
@@ -104,6 +110,9 @@ class Rebalancer:
                     moves.append(move)
         return moves
 
+    def _dense(self, stage: StageDevices) -> float:
+        return self._dense_us[stage.stage] if self._dense_us else 0.0
+
     def _relieve(self, fleet: Residents, stage: StageDevices, slowest: PoolId) -> list[Move]:
         """Moves of one sequence with much work on the slowest device; none if nobody can take its lanes."""
         limit_us = fleet.load.time_us(slowest) * (1 - LEAST_GAIN)
@@ -119,8 +128,8 @@ class Rebalancer:
     def memory(self, residents: Sequence[Resident], view: FleetView, missing: Mapping[PoolId, int]) -> Outcome:
         """Makes room for `missing` pages: lanes of the latest arrivals that have lanes there go elsewhere.
 
-        Only as many lanes as are needed, and not onto devices that would then be more than theta above the ideal (or
-        slower than the slowest is now). If that is not enough, `preempt` names the latest arrival in the pool.
+        Only as many lanes as are needed, and only if one sequence more is worth the longer step. If that is not enough,
+        `preempt` names the latest arrival in the pool.
         """
         fleet = Residents(self._cost, residents, view)
         outcome = Outcome([], [])
@@ -136,7 +145,8 @@ class Rebalancer:
 
     def _make_room(self, fleet: Residents, pool: PoolId, lacking: int) -> list[Move] | None:
         stage = fleet.stages[pool.stage]
-        limit_us = max((1 + self._theta) * fleet.ideal_us(stage), fleet.load.peak_us(stage.pools))
+        peak_us = fleet.load.peak_us(stage.pools)
+        limit_us = peak_us + MOVE_WORTH * (peak_us + self._dense(stage)) / fleet.num_residents
         moves: list[Move] = []
         for resident in sorted(fleet.holders(pool), key=lambda resident: -resident.arrival):
             if lacking <= 0:

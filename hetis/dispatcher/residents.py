@@ -1,6 +1,7 @@
 """Running sequences, where their lanes are, and the load and free pages that follow: what rebalancing works on."""
 
 from collections.abc import Sequence
+from math import inf
 
 import msgspec
 
@@ -8,8 +9,9 @@ from hetis.core.placement import FleetView, PoolId, pages_for
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.balance import insert
 from hetis.dispatcher.bound import least_possible_us
-from hetis.dispatcher.load import FleetLoad, StageDevices, stage_devices
+from hetis.dispatcher.load import FleetLoad, StageDevices, stage_devices, weak_workers
 from hetis.dispatcher.problem import Problem
+from hetis.dispatcher.room import reserve
 
 UNLIMITED = 1 << 40  # pages
 
@@ -60,6 +62,16 @@ class Residents:
                 for rank in owners:
                     if PoolId(rank, index) in self._known:
                         self.load.add(PoolId(rank, index), 1, kv_bytes)
+
+    @property
+    def num_residents(self) -> int:
+        return len(self._residents)
+
+    def keep(self, num_tokens: int) -> None:
+        """From now on homes keep pages for a prompt of so many tokens."""
+        for stage in self.stages:
+            for home in range(stage.num_homes):
+                self._free[stage.pools[home]] -= reserve(stage, home, self._view, num_tokens)
 
     def by_arrival(self) -> list[Resident]:
         return sorted(self._residents.values(), key=lambda resident: resident.arrival)
@@ -128,12 +140,15 @@ class Residents:
             if pool == source:
                 most[device] = min(most[device], most_stay)
                 free[device] += most_stay * pages
+        lane_us = [[load.lane_us(pool.rank, kv_bytes)] for pool in stage.pools]
+        for device in weak_workers(stage, lane_us) if limit_us < inf else set():
+            most[device] = 0 if stage.pools[device] != source else most[device]
         problem = Problem(
             num_lanes=len(groups),
             num_homes=stage.num_homes,
             start_us=[load.start_us(pool) for pool in stage.pools],
             floor_us=[load.rates(pool.rank).floor_us for pool in stage.pools],
-            lane_us=[[load.lane_us(pool.rank, kv_bytes)] for pool in stage.pools],
+            lane_us=lane_us,
             most_lanes=most,
             home_pages=[pages],
             worker_pages=[pages],

@@ -6,10 +6,12 @@ takes only its room to grow besides; one on a worker takes all its pages there.
 
 from typing import NamedTuple
 
-from hetis.core.placement import FleetView, PoolId, Shortage
+from hetis.core.placement import FleetView, PoolId, Shortage, pages_for
 from hetis.core.request import Sequence
 from hetis.dispatcher.dispatcher import pages_per_lane
 from hetis.dispatcher.load import StageDevices, stage_devices
+
+LARGEST_RESERVE = 0.25  # of a home's pages
 
 
 class Pages(NamedTuple):
@@ -66,6 +68,14 @@ class Room:
 
 def pages_of(sequence: Sequence, page_size: int) -> Pages:
     return Pages(*pages_per_lane(sequence, page_size))
+
+
+def reserve(stage: StageDevices, home: int, view: FleetView, num_tokens: int) -> int:
+    """Pages that a home keeps for prompts to come: those of one of `num_tokens`, but no large part of all it has."""
+    pool = stage.pools[home]
+    held = view.held_tokens[pool] // view.page_size + 2 * view.held_lanes[pool]  # about; each has one promised
+    wanted = stage.most_lanes[home] * pages_for(num_tokens, view.page_size)
+    return min(wanted, int(LARGEST_RESERVE * max(0, view.free_pages[pool] + held)))
 
 
 def shortage_of(sequence: Sequence, view: FleetView) -> Shortage | None:

@@ -12,7 +12,7 @@ from hetis.core.request import Sequence as Request
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.admission import Admission, Solve
 from hetis.dispatcher.balance import balance
-from hetis.dispatcher.load import StageDevices, stage_devices
+from hetis.dispatcher.load import StageDevices, is_worth, stage_devices
 from hetis.dispatcher.problem import Problem
 from hetis.dispatcher.room import Pages, Room, pages_of, shortage_of
 
@@ -22,10 +22,11 @@ FORCED = 0.5  # memory dictates a placement if without limits it would be this m
 class HetisDispatcher:
     """Places new sequences so that the slowest device is as fast as can be (equation (7) of the paper).
 
-    Three rules are added, each because without it a device that joins can make serving slower:
+    Four rules are added, each because without it a device that joins can make serving slower (docs/dispatch.md):
     - Prompts are computed at home, so lanes leave a home some pages for the next prompts if that costs little. A fast
       home would otherwise fill up with lanes, and the fleet would wait for it.
     - The KV of a prompt must be sent to a worker once; its time is spread over many steps.
+    - Workers so slow that all like them could make attention only a little faster get lanes only if memory needs them.
     - Where memory alone forces lanes onto slow devices, sequences wait if taking them lowers sequences per second.
     """
 
@@ -61,20 +62,17 @@ class HetisDispatcher:
 
 
 def _worthwhile(admission: Admission) -> int:
-    """How many of the sequences that fit to take now."""
-    count = admission.num_fitting
-    if count == 0:
-        return 0
-    whole = admission.decide(count)
-    if admission.num_running and admission.rate(whole, count) >= admission.rate(admission.decide(0), 0):
-        return count
-    if whole.cycle_us <= (1 + FORCED) * admission.decide(count, limited=False).cycle_us:
-        return count
-    rates = {count: admission.rate(whole, count)}
-    while count > (0 if admission.num_running else 1):
+    """How many of the sequences that fit to take now: all but those that memory forces where they slow all others."""
+    running, count = admission.num_running, admission.num_fitting
+    while count:
+        cycle_us = admission.decide(count).cycle_us
+        fewer = 0 if running else count - max(1, count // 4)
+        if is_worth(count - fewer, running + fewer, cycle_us, admission.decide(fewer).cycle_us):
+            break
+        if cycle_us <= (1 + FORCED) * admission.ideal_us(count):
+            break
         count -= max(1, count // 4)
-        rates[count] = admission.rate(admission.decide(count), count)
-    return max(rates, key=lambda count: rates[count])
+    return count
 
 
 class EvenDispatcher:

@@ -120,6 +120,28 @@ def test_of_many_only_those_that_pay_are_taken() -> None:
     assert [placement is not None for placement in placements] == [True, True, False, False]
 
 
+def test_very_slow_workers_are_left_out_unless_there_are_many() -> None:
+    """One that is 20 times slower brings less than it costs; thirty of them together are worth it."""
+    for num_workers, is_used in ((1, False), (2, False), (30, True)):
+        plan = make_plan([[8]], num_workers)
+        rule = HetisDispatcher(make_cost(plan, [device(), *[device(0.05)] * num_workers]))
+        placements = rule.assign(
+            [make_sequence(i, 20, 50) for i in range(8)], make_view(plan, [PLENTY] * (num_workers + 1))
+        )
+        away = sum(count for placement in placements for rank, count in counts_of(placement).items() if rank)
+        assert (away > 0) == is_used
+
+
+def test_a_very_slow_worker_is_better_than_nothing_if_attention_hardly_matters() -> None:
+    """Memory needs it, and a step takes long for other reasons."""
+    plan = make_plan([[4]], 1)
+    crowded = make_view(plan, [16, PLENTY], {PoolId(0, 0): 32}, {PoolId(0, 0): 512})
+    for dense_us, expected in ((10.0, None), (100_000.0, {1: 4})):
+        rule = HetisDispatcher(make_cost(plan, [device(), device(0.05)]), dense_us=[dense_us])
+        [placement] = rule.assign([make_sequence(8, 16, 100)], crowded)
+        assert (None if placement is None else counts_of(placement)) == expected
+
+
 def test_shortage_says_who_lacks_how_much() -> None:
     plan = make_plan([[4]], 1)
     sequence = make_sequence(0, 16, 100)  # 4 pages now, 5 later

@@ -162,3 +162,12 @@ def test_the_kernel_checks_what_it_would_read() -> None:
         op(x, weight, torch.zeros(7), out)
     with pytest.raises(ValueError, match="unknown instruction set neon"):
         torch.ops.hetis.limit_dense_isa("neon")
+
+
+@needs_extension
+def test_huge_pages_change_no_value() -> None:
+    whole = torch.arange(3 << 20, dtype=torch.float32).view(1024, 3072)
+    expected = whole.clone()
+    for tensor in (whole, whole[:, 100:2000], whole[5:9], whole[:0], torch.zeros(())):
+        torch.ops.hetis.advise_huge_pages(tensor, True)
+    assert torch.equal(whole, expected)
