@@ -36,9 +36,9 @@ void check_value_tensor(const at::Tensor& tensor, const at::Tensor& like, int64_
 }
 
 void check_index_tensor(const at::Tensor& tensor, int64_t dim, const char* name) {
-  TORCH_CHECK_VALUE(tensor.dim() == dim && tensor.device().is_cpu() && tensor.scalar_type() == at::kInt &&
-                        tensor.is_contiguous(),
-                    name, " must be a contiguous int32 CPU tensor of ", dim, " dimensions");
+  TORCH_CHECK_VALUE(
+      tensor.dim() == dim && tensor.device().is_cpu() && tensor.scalar_type() == at::kInt && tensor.is_contiguous(),
+      name, " must be a contiguous int32 CPU tensor of ", dim, " dimensions");
 }
 
 void check_lse2(const at::Tensor& lse2, int64_t dim) {
@@ -56,8 +56,8 @@ void check_pool(const at::Tensor& pool_2PSD, const at::Tensor& q, int64_t num_qu
                     "] with contiguous halves");
   TORCH_CHECK_VALUE(head_dim % 16 == 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim is ", head_dim,
                     "; it must be a multiple of 16 up to ", kMaxHeadDim);
-  TORCH_CHECK_VALUE(num_queries > 0 && num_queries <= kMaxQueries, num_queries, " query heads per group; the kernel takes 1 to ",
-                    kMaxQueries);
+  TORCH_CHECK_VALUE(num_queries > 0 && num_queries <= kMaxQueries, num_queries,
+                    " query heads per group; the kernel takes 1 to ", kMaxQueries);
 }
 
 }  // namespace hetis

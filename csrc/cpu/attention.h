@@ -42,8 +42,9 @@ class Workspace {
   size_t size_ = 0;
 };
 
-// Calls work(claim) on torch's threads, or on this one alone if `alone`; claim() hands out 0 ... num_items - 1 in order and
-// then num_items. Who gets which item is up to chance, so items must not depend on it; unequal ones balance by themselves.
+// Calls work(claim) on torch's threads, or on this one alone if `alone`; claim() hands out 0 ... num_items - 1 in order
+// and then num_items. Who gets which item is up to chance, so items must not depend on it; unequal ones balance by
+// themselves.
 template <class Work>
 void share(int64_t num_items, bool alone, const Work& work) {
   const int64_t threads = alone ? 1 : std::min<int64_t>(num_items, at::get_num_threads());

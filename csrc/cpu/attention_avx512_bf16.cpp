@@ -15,8 +15,8 @@ HETIS_TARGET_BEGIN(HETIS_AVX512_BF16)
 #include "attention_decode_kernel.h"
 #include "attention_prefill_kernel.h"
 
-// As WideDot (attention_dot.h). The products of pairs are exact and added to a float sum; softmax weights are rounded to
-// bfloat16, as on tensor cores, the weights' sum is not.
+// As WideDot (attention_dot.h). The products of pairs are exact and added to a float sum; softmax weights are rounded
+// to bfloat16, as on tensor cores, the weights' sum is not.
 struct PairDot {
   using Element = Bf16;
   using Query = Bf16;
@@ -24,7 +24,9 @@ struct PairDot {
   using Packed = Bf16;
   static constexpr int kStep = 2 * kWidth, kPair = 2, kValueTokens = 2;
 
-  static HETIS_INLINE __m256i load_half(const Bf16* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+  static HETIS_INLINE __m256i load_half(const Bf16* x) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  }
   static HETIS_INLINE __m512i load_pairs(const void* x) { return _mm512_loadu_si512(x); }
   static HETIS_INLINE Vector add_product(Vector a, Vector b, Vector sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);

@@ -1,22 +1,21 @@
 // paged_decode on the CPU: cuts lanes into splits, shares the splits over torch's threads, merges each lane's splits.
 //
-// U lanes, N rows of q and out, M query heads per group, D head_dim, P pages, S tokens per page, B rows of the page table,
-// W entries of a row.
-
-#include "attention.h"
-#include "operations.h"
+// U lanes, N rows of q and out, M query heads per group, D head_dim, P pages, S tokens per page, B rows of the page
+// table, W entries of a row.
 
 #include <algorithm>
 #include <vector>
+
+#include <c10/util/Exception.h>
+
+#include "attention.h"
+#include "operations.h"
 
 namespace hetis {
 namespace {
 
 // A call that reads less runs on the calling thread: waking others takes longer.
-constexpr int64_t kAloneBytes = 256 * 1024;
-
-// How far ahead of the arithmetic rows are fetched: memory answers after about that much could have been read.
-constexpr int64_t kBytesAhead = 12 * 1024;
+constexpr int64_t kAloneBytes = 512 * 1024;
 
 struct Call {
   const AttentionKernels& kernels;
@@ -29,20 +28,29 @@ struct Call {
   const int32_t *lane_U, *row_U, *length_U;
   int64_t window;
   float scale_log2;
-  int M, D, element_size, tokens_ahead;
+  int M, D, element_size;
   char* out;
   int64_t out_stride_n, out_stride_m;
   float* lse2;
   int64_t lse2_stride;
 
+  int64_t num_rows, num_lanes, max_length;
+
+  // Indices are read here anyway; a wrong one would read or write memory that is not ours.
+  void check_lane(int64_t u) const {
+    TORCH_CHECK_VALUE(lane_U[u] >= 0 && lane_U[u] < num_lanes && row_U[u] >= 0 && row_U[u] < num_rows &&
+                          length_U[u] >= 0 && length_U[u] <= max_length,
+                      "paged_decode: lane ", lane_U[u], " of ", num_lanes, ", row ", row_U[u], " of ", num_rows,
+                      ", length ", length_U[u], " of ", max_length, "; an index is out of range");
+  }
   int64_t first_token(int64_t u) const { return window > 0 ? std::max<int64_t>(0, length_U[u] - window) : 0; }
 };
 
-// The splits of all lanes in order. They are numbered by lane, so that the parts of a lane lie side by side.
+// The splits of all lanes in order, so that the parts of a lane lie side by side.
 struct Plan {
-  std::vector<int32_t> lane;          // of each split
-  std::vector<int64_t> first_split;   // of each lane
-  std::vector<int32_t> splits_left;   // of each lane; who finishes the last one merges
+  std::vector<int32_t> lane;         // of each split
+  std::vector<int64_t> first_split;  // of each lane
+  std::vector<int32_t> splits_left;  // of each lane; who finishes the last one merges
   int64_t tokens = 0;
 
   void fill(const Call& call, int64_t num_lanes) {
@@ -51,6 +59,7 @@ struct Plan {
     splits_left.resize(num_lanes);
     tokens = 0;
     for (int64_t u = 0; u < num_lanes; ++u) {
+      call.check_lane(u);
       const int64_t count = call.length_U[u] - call.first_token(u);
       const int64_t splits = (count + kSplitTokens - 1) / kSplitTokens;
       first_split[u] = static_cast<int64_t>(lane.size());
@@ -84,20 +93,22 @@ class SplitRows {
     for (int64_t i = 0; i < tokens_; ++i) rows_[tokens_ + i] = rows_[i] + call.value_bytes;
   }
 
-  void follow_with(const SplitRows& next, int64_t count) {
-    for (int64_t i = 0; i < count; ++i)
-      rows_[2 * tokens_ + i] = i < 2 * next.tokens_ ? next.rows_[i] : rows_[2 * tokens_ - 1];
+  void follow_with(const SplitRows& next) {
+    const char** behind = rows_ + 2 * tokens_;
+    const int64_t known = std::min<int64_t>(kRowsAhead, 2 * next.tokens_);
+    std::copy(next.rows_, next.rows_ + known, behind);
+    std::fill(behind + known, behind + kRowsAhead, behind[-1]);
   }
 
  private:
   int64_t tokens_ = 0;
-  const char* rows_[2 * kSplitTokens + kMaxTokensAhead + kTouchAhead];
+  const char* rows_[2 * kSplitTokens + kRowsAhead];
 };
 
 void merge_lane(const Call& call, const Plan& plan, int64_t u, int64_t num_parts, const float* parts) {
   const int64_t row = call.row_U[u];
-  call.kernels.decode_merge({parts + plan.first_split[u] * decode_part_floats(call.M, call.D), num_parts, call.M, call.D,
-                             call.out + row * call.out_stride_n * call.element_size, call.out_stride_m,
+  call.kernels.decode_merge({parts + plan.first_split[u] * decode_part_floats(call.M, call.D), num_parts, call.M,
+                             call.D, call.out + row * call.out_stride_n * call.element_size, call.out_stride_m,
                              call.lse2 + row * call.lse2_stride});
 }
 
@@ -119,10 +130,10 @@ void run_splits(const Call& call, Plan& plan, float* parts, const Claim& claim) 
     SplitRows &current = rows[turn], &next = rows[turn ^ 1];
     const int64_t next_split = claim();
     if (next_split < num_splits) find(next_split, next);
-    current.follow_with(next_split < num_splits ? next : current, call.tokens_ahead + kTouchAhead);
+    current.follow_with(next_split < num_splits ? next : current);
     const int32_t u = plan.lane[split];
     const char* q = call.q + call.row_U[u] * call.q_stride_n * call.element_size;
-    call.kernels.decode_split({q, call.q_stride_m, current.rows(), current.tokens(), call.tokens_ahead, call.M, call.D, call.scale_log2,
+    call.kernels.decode_split({q, call.q_stride_m, current.rows(), current.tokens(), call.M, call.D, call.scale_log2,
                                parts + split * part_floats, floats});
     if (__atomic_sub_fetch(&plan.splits_left[u], 1, __ATOMIC_ACQ_REL) == 0) {
       const int64_t end = u + 1 < static_cast<int64_t>(plan.first_split.size()) ? plan.first_split[u + 1] : num_splits;
@@ -137,8 +148,8 @@ void run(const Call& call, int64_t num_lanes) {
   static thread_local Workspace parts_space;
   plan.fill(call, num_lanes);
   const auto num_splits = static_cast<int64_t>(plan.lane.size());
-  auto* parts = reinterpret_cast<float*>(
-      parts_space.reserve(num_splits * decode_part_floats(call.M, call.D) * sizeof(float)));
+  auto* parts =
+      reinterpret_cast<float*>(parts_space.reserve(num_splits * decode_part_floats(call.M, call.D) * sizeof(float)));
   for (int64_t u = 0; u < num_lanes; ++u)
     if (plan.splits_left[u] == 0) merge_lane(call, plan, u, 0, parts);
   Plan& shared = plan;  // a thread_local names another plan on another thread
@@ -166,14 +177,32 @@ void paged_decode(const at::Tensor& q_NMD, const at::Tensor& pool_2PSD, const at
   const Element element = element_of(q_NMD);
   const auto element_size = static_cast<int>(q_NMD.element_size());
   const int64_t D = q_NMD.size(2);
-  run({attention_kernels(element), static_cast<const char*>(q_NMD.const_data_ptr()), q_NMD.stride(0), q_NMD.stride(1),
-       static_cast<const char*>(pool_2PSD.const_data_ptr()), pool_2PSD.stride(0) * element_size, D * element_size,
-       pool_2PSD.size(2), page_table_BW.const_data_ptr<int32_t>(), page_table_BW.stride(0),
-       lane_U.const_data_ptr<int32_t>(), row_U.const_data_ptr<int32_t>(), length_U.const_data_ptr<int32_t>(), window,
-       static_cast<float>(scale * 1.4426950408889634), static_cast<int>(q_NMD.size(1)), static_cast<int>(D), element_size,
-       static_cast<int>(std::clamp<int64_t>(getenv("AHEAD")?atoi(getenv("AHEAD")):kBytesAhead / (D * element_size), kMinTokensAhead, kMaxTokensAhead)),
-       static_cast<char*>(out_NMD.mutable_data_ptr()), out_NMD.stride(0), out_NMD.stride(1),
-       lse2_NM.mutable_data_ptr<float>(), lse2_NM.stride(0)},
+  run({attention_kernels(element),
+       static_cast<const char*>(q_NMD.const_data_ptr()),
+       q_NMD.stride(0),
+       q_NMD.stride(1),
+       static_cast<const char*>(pool_2PSD.const_data_ptr()),
+       pool_2PSD.stride(0) * element_size,
+       D * element_size,
+       pool_2PSD.size(2),
+       page_table_BW.const_data_ptr<int32_t>(),
+       page_table_BW.stride(0),
+       lane_U.const_data_ptr<int32_t>(),
+       row_U.const_data_ptr<int32_t>(),
+       length_U.const_data_ptr<int32_t>(),
+       window,
+       static_cast<float>(scale * 1.4426950408889634),
+       static_cast<int>(q_NMD.size(1)),
+       static_cast<int>(D),
+       element_size,
+       static_cast<char*>(out_NMD.mutable_data_ptr()),
+       out_NMD.stride(0),
+       out_NMD.stride(1),
+       lse2_NM.mutable_data_ptr<float>(),
+       lse2_NM.stride(0),
+       q_NMD.size(0),
+       page_table_BW.size(0),
+       page_table_BW.size(1) * pool_2PSD.size(2)},
       num_lanes);
 }
 

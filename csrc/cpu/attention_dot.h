@@ -1,9 +1,9 @@
 // How rows of the cache are multiplied in float; PairDot (attention_avx512_bf16.cpp) is the same for pairs of bfloat16.
 // Included inside a namespace and a target region, after the vectors.
 //
-// Decode scores read rows of K as they are, kStep values at a time. Prefill packs its operands: kPair neighbours along the
-// summed dimension lie side by side, so that one `broadcast` of kPair values, times kPair values of each of kWidth columns,
-// adds to kWidth sums.
+// Decode scores read rows of K as they are, kStep values at a time. Prefill packs its operands: kPair neighbours along
+// the summed dimension lie side by side, so that one `broadcast` of kPair values, times kPair values of each of kWidth
+// columns, adds to kWidth sums.
 
 template <class T>
 struct WideDot {
@@ -23,7 +23,8 @@ struct WideDot {
   static HETIS_INLINE void pack_weights(Vector x, float* packed) { store(packed, x); }
   static HETIS_INLINE Vector broadcast_weight(const float* x) { return set(*x); }
   template <int kColumns>
-  static HETIS_INLINE void load_values(const char* const* rows, int /* rows left */, int column, Vector (&value)[kColumns]) {
+  static HETIS_INLINE void load_values(const char* const* rows, int /* rows left */, int column,
+                                       Vector (&value)[kColumns]) {
     const T* row = reinterpret_cast<const T*>(rows[0]) + column;
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) value[c] = widen(row + c * kWidth);

@@ -1,8 +1,8 @@
 // The part of attention that is compiled once for each instruction set, and the table to call it through.
 //
-// M query heads per group, D head_dim (a multiple of 16), S tokens per page. Element types are known to the kernels only,
-// so that this header needs nothing of torch: what is compiled for AVX-512 must contain no inline function that others
-// share (the linker keeps one copy for everybody).
+// M query heads per group, D head_dim (a multiple of 16), S tokens per page. Element types are known to the kernels
+// only, so that this header needs nothing of torch: what is compiled for AVX-512 must contain no inline function that
+// others share (the linker keeps one copy for everybody).
 #pragma once
 
 #include <cstddef>
@@ -25,21 +25,21 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kMaxQueries = 64;
 // A lane is cut into splits of so many tokens, counted from its first visible one: the unit of work and of the softmax.
 constexpr int kSplitTokens = 256;
-// Rows of K and V are fetched at least and at most so many tokens before they are used; every eighth of them is touched
-// kTouchAhead tokens before that.
-constexpr int kMinTokensAhead = 16, kMaxTokensAhead = 128, kTouchRows = 8, kTouchAhead = 64;
+// Rows of K and V are fetched kTokensAhead tokens before they are used and again kAgainAhead tokens before; every
+// kTouchRows-th is touched kTouchAhead tokens before it is fetched (attention_decode_kernel.h says why).
+constexpr int kTokensAhead = 48, kAgainAhead = 24, kTouchRows = 8, kTouchAhead = 64;
+constexpr int kRowsAhead = kTokensAhead + kTouchAhead;
 
 // 2^x on [-0.5, 0.5], relative error below 1e-7; exactly 1 at 0.
-constexpr float kExp2[7] = {1.0f,           0.69314718246f,  0.24022646248f, 0.05550328642f,
+constexpr float kExp2[7] = {1.0f,           0.69314718246f, 0.24022646248f, 0.05550328642f,
                             0.00961848907f, 0.00133999309f, 0.00015345812f};
 
 // One split of one lane.
 struct DecodeSplit {
   const void* q;            // [M, D]
   int64_t q_stride;         // elements from one query head to the next
-  const char* const* rows;  // K of each token, then V of each token, then tokens_ahead + kTouchAhead rows of the next
+  const char* const* rows;  // K of each token, then V of each token, then kRowsAhead rows of what comes next
   int64_t tokens;           // 1 ... kSplitTokens
-  int tokens_ahead;         // kMinTokensAhead ... kMaxTokensAhead
   int M, D;
   float scale_log2;  // the softmax scale times log2(e)
   float* part;       // result, decode_part_floats(M, D) of them

@@ -1,13 +1,15 @@
 // paged_prefill on the CPU: cuts chunks into blocks of queries and shares them over torch's threads.
 //
-// T tokens of all chunks, C chunks, G head groups, M query heads per group, D head_dim, P pages, S tokens per page, B rows of
-// the page table.
-
-#include "attention.h"
-#include "operations.h"
+// T tokens of all chunks, C chunks, G head groups, M query heads per group, D head_dim, P pages, S tokens per page, B
+// rows of the page table.
 
 #include <algorithm>
 #include <vector>
+
+#include <c10/util/Exception.h>
+
+#include "attention.h"
+#include "operations.h"
 
 namespace hetis {
 namespace {
@@ -18,13 +20,17 @@ struct TokenBlock {
 };
 
 // Blocks of few keys come last, where they even out what threads have to do.
-void cut_chunks(const at::Tensor& query_start_C1, const at::Tensor& context_C, int64_t block_tokens,
-                std::vector<TokenBlock>& blocks) {
+void cut_chunks(const at::Tensor& query_start_C1, const at::Tensor& context_C, int64_t num_tokens, int64_t max_context,
+                int64_t block_tokens, std::vector<TokenBlock>& blocks) {
   const auto* start = query_start_C1.const_data_ptr<int32_t>();
   const auto* context = context_C.const_data_ptr<int32_t>();
   blocks.clear();
   for (int64_t chunk = 0; chunk < context_C.numel(); ++chunk) {
     const int64_t tokens = start[chunk + 1] - start[chunk];
+    TORCH_CHECK_VALUE(start[chunk] >= 0 && tokens >= 0 && start[chunk + 1] <= num_tokens && context[chunk] >= tokens &&
+                          context[chunk] <= max_context,
+                      "paged_prefill: chunk ", chunk, " has tokens ", start[chunk], " to ", start[chunk + 1], " of ",
+                      num_tokens, " and a context of ", context[chunk], " of at most ", max_context);
     for (int64_t t = 0; t < tokens; t += block_tokens)
       blocks.push_back({start[chunk] + t, std::min(block_tokens, tokens - t), context[chunk] - tokens + t, chunk});
   }
@@ -56,15 +62,15 @@ void check(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const at::Tens
   const int64_t C = context_C.numel();
   TORCH_CHECK_VALUE(out_TGMD.sizes() == q_TGMD.sizes() && lse2_TGM.sizes() == q_TGMD.sizes().slice(0, 3) &&
                         query_start_C1.numel() == C + 1 && lane_CG.size(0) == C && lane_CG.size(1) == q_TGMD.size(1),
-                    "paged_prefill: shapes of q ", q_TGMD.sizes(), ", out ", out_TGMD.sizes(), ", lse2 ", lse2_TGM.sizes(),
-                    ", lanes ", lane_CG.sizes(), " and ", C, " contexts do not fit together");
+                    "paged_prefill: shapes of q ", q_TGMD.sizes(), ", out ", out_TGMD.sizes(), ", lse2 ",
+                    lse2_TGM.sizes(), ", lanes ", lane_CG.sizes(), " and ", C, " contexts do not fit together");
 }
 
 }  // namespace
 
 void paged_prefill(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const at::Tensor& page_table_BW,
-                   const at::Tensor& query_start_C1, const at::Tensor& lane_CG, const at::Tensor& context_C, double scale,
-                   int64_t window, const at::Tensor& out_TGMD, const at::Tensor& lse2_TGM) {
+                   const at::Tensor& query_start_C1, const at::Tensor& lane_CG, const at::Tensor& context_C,
+                   double scale, int64_t window, const at::Tensor& out_TGMD, const at::Tensor& lse2_TGM) {
   check(q_TGMD, pool_2PSD, page_table_BW, query_start_C1, lane_CG, context_C, out_TGMD, lse2_TGM);
   const AttentionKernels& kernels = attention_kernels(element_of(q_TGMD));
   const int64_t G = q_TGMD.size(1), M = q_TGMD.size(2), D = q_TGMD.size(3), element_size = q_TGMD.element_size();
@@ -75,9 +81,14 @@ void paged_prefill(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const 
   auto* out = static_cast<char*>(out_TGMD.mutable_data_ptr());
   auto* lse2 = lse2_TGM.mutable_data_ptr<float>();
 
+  for (int64_t i = 0; i < lane_CG.numel(); ++i)
+    TORCH_CHECK_VALUE(lanes[i] >= 0 && lanes[i] < page_table_BW.size(0), "paged_prefill: lane ", lanes[i],
+                      " is not a row of the page table");
+
   static thread_local std::vector<TokenBlock> thread_blocks;
   std::vector<TokenBlock>& blocks = thread_blocks;
-  cut_chunks(query_start_C1, context_C, std::max<int64_t>(1, kernels.prefill_rows / M), blocks);
+  cut_chunks(query_start_C1, context_C, q_TGMD.size(0), page_table_BW.size(1) * pool_2PSD.size(2),
+             std::max<int64_t>(1, kernels.prefill_rows / M), blocks);
   const auto num_items = static_cast<int64_t>(blocks.size()) * G;
   share(num_items, count_products(blocks, M, G) < kAloneProducts, [&](const auto& claim) {
     static thread_local Workspace scratch;
@@ -90,8 +101,8 @@ void paged_prefill(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const 
            block.tokens, block.first_position, window, pool, pool_2PSD.stride(0) * element_size,
            table + lanes[block.chunk * G + g] * page_table_BW.stride(0), pool_2PSD.size(2), static_cast<int>(M),
            static_cast<int>(D), static_cast<float>(scale * 1.4426950408889634),
-           out + (t * out_TGMD.stride(0) + g * out_TGMD.stride(1)) * element_size, out_TGMD.stride(0), out_TGMD.stride(2),
-           lse2 + t * lse2_TGM.stride(0) + g * lse2_TGM.stride(1), lse2_TGM.stride(0), memory});
+           out + (t * out_TGMD.stride(0) + g * out_TGMD.stride(1)) * element_size, out_TGMD.stride(0),
+           out_TGMD.stride(2), lse2 + t * lse2_TGM.stride(0) + g * lse2_TGM.stride(1), lse2_TGM.stride(0), memory});
     }
   });
 }

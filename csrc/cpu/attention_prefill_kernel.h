@@ -1,10 +1,10 @@
-// Prefill: a block of queries of one head group against all keys they see. Included inside a namespace and a target region,
-// after the vectors.
+// Prefill: a block of queries of one head group against all keys they see. Included inside a namespace and a target
+// region, after the vectors.
 //
-// Rows are (token, query head) pairs. Keys come in blocks that begin at multiples of kKeyBlock of the lane's tokens: where
-// a chunk of a prompt begins does not change what is computed for a query. Each block of K and V is packed once, then tile
-// after tile of kTileRows rows multiplies it: scores, weights relative to the row's largest score so far, and the row's
-// weighted sum of V, shrunk when a larger score appears.
+// Rows are (token, query head) pairs. Keys come in blocks that begin at multiples of kKeyBlock of the lane's tokens:
+// where a chunk of a prompt begins does not change what is computed for a query. Each block of K and V is packed once,
+// then tile after tile of kTileRows rows multiplies it: scores, weights relative to the row's largest score so far, and
+// the row's weighted sum of V, shrunk when a larger score appears.
 
 constexpr int kKeyBlock = 64;
 constexpr int kBlockRows = 96;  // the work of packing is shared by so many rows
@@ -21,28 +21,30 @@ struct Prefill {
 
   // The block's memory, carved out of its scratch: hot and small things first.
   struct Memory {
-    float* scores;    // [kTileRows, kKeyBlock]
-    Packed* weights;  // [kTileRows, kKeyBlock]
-    float* largest;   // [kBlockRows]
-    float* total;     // [kBlockRows]
-    Element* zeros;   // [D]
-    Packed* keys;     // [kKeyBlock / kPanelKeys, D / kPair, kPanelKeys, kPair]
-    Packed* values;   // [kKeyBlock / kPair, D, kPair]
-    Packed* queries;  // [kBlockRows, D]
-    float* sums;      // [kBlockRows, D]
+    float* scores;      // [kTileRows, kKeyBlock]
+    Packed* weights;    // [kTileRows, kKeyBlock]
+    int64_t* position;  // [kBlockRows] of the row's query
+    float* largest;     // [kBlockRows]
+    float* total;       // [kBlockRows]
+    Element* zeros;     // [D]
+    Packed* keys;       // [kKeyBlock / kPanelKeys, D / kPair, kPanelKeys, kPair]
+    Packed* values;     // [kKeyBlock / kPair, D, kPair]
+    Packed* queries;    // [kBlockRows, D]
+    float* sums;        // [kBlockRows, D]
   };
 
   template <class T>
-  static HETIS_INLINE T* carve(char*& memory, size_t count) {
+  static HETIS_INLINE T* carve(uintptr_t& memory, size_t count) {
     T* result = reinterpret_cast<T*>(memory);
     memory += (count * sizeof(T) + 63) / 64 * 64;
     return result;
   }
 
-  static Memory carve_all(char*& memory, int D) {
+  static Memory carve_all(uintptr_t& memory, int D) {
     Memory all;
     all.scores = carve<float>(memory, kTileRows * kKeyBlock);
     all.weights = carve<Packed>(memory, kTileRows * kKeyBlock);
+    all.position = carve<int64_t>(memory, kBlockRows);
     all.largest = carve<float>(memory, kBlockRows);
     all.total = carve<float>(memory, kBlockRows);
     all.zeros = carve<Element>(memory, D);
@@ -54,9 +56,9 @@ struct Prefill {
   }
 
   static size_t scratch_bytes(int D) {
-    char* end = nullptr;
+    uintptr_t end = 0;
     carve_all(end, D);
-    return reinterpret_cast<size_t>(end);
+    return end;
   }
 
   // sum[kTileRows][kColumns] += a[kTileRows, steps * kPair] b[steps, columns, kPair]
@@ -92,7 +94,8 @@ struct Prefill {
   }
 
   template <int kColumns>
-  static void add_values(const Packed* weights, const Packed* values, int keys, int D, const float* shrink, float* sums) {
+  static void add_values(const Packed* weights, const Packed* values, int keys, int D, const float* shrink,
+                         float* sums) {
     Vector sum[kTileRows][kColumns];
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r)
@@ -105,7 +108,8 @@ struct Prefill {
       for (int c = 0; c < kColumns; ++c) store(sums + r * D + c * kWidth, sum[r][c]);
   }
 
-  // Scores of one row become weights; keys outside [from, to) are not seen. Returns what to multiply the row's sum with.
+  // Scores of one row become weights; keys outside [from, to) are not seen. Returns what to multiply the row's sum
+  // with.
   static HETIS_INLINE float softmax(float* scores, int keys, int from, int to, float scale_log2, float& largest,
                                     float& total, Packed* weights) {
     Vector best = set(largest);
@@ -175,15 +179,14 @@ struct Prefill {
   }
 
   // One tile of rows against one packed key block.
-  static void attend(const PrefillBlock& block, const Memory& memory, int first_row, int num_rows, int64_t first_key,
-                     int keys) {
+  static void attend(const PrefillBlock& block, const Memory& memory, int first_row, int64_t first_key, int keys) {
     const int D = block.D;
     for (int key = 0; key < keys; key += kPanelKeys)
       score(memory.queries + first_row * D, memory.keys + key * D, D, memory.scores + key);
     float shrink[kTileRows];
     for (int r = 0; r < kTileRows; ++r) {
       const int row = first_row + r;
-      const int64_t position = block.first_position + (row < num_rows ? row : num_rows - 1) / block.M;
+      const int64_t position = memory.position[row];
       const int64_t oldest = block.window > 0 ? position - block.window + 1 : 0;
       shrink[r] = softmax(memory.scores + r * kKeyBlock, keys, clamp(oldest - first_key, keys),
                           clamp(position + 1 - first_key, keys), block.scale_log2, memory.largest[row],
@@ -211,10 +214,13 @@ struct Prefill {
 
   static void run(const PrefillBlock& block) {
     const int D = block.D, num_rows = static_cast<int>(block.tokens * block.M);
-    char* scratch = block.scratch;
+    auto scratch = reinterpret_cast<uintptr_t>(block.scratch);
     const Memory memory = carve_all(scratch, D);
-    memset(block.scratch, 0, static_cast<size_t>(scratch - block.scratch));  // rows that fill up a tile are zeros, too
-    for (int row = 0; row < kBlockRows; ++row) memory.largest[row] = -__builtin_inff();
+    memset(block.scratch, 0, scratch_bytes(D));  // rows that fill up a tile are zeros, too
+    for (int row = 0; row < kBlockRows; ++row) {
+      memory.position[row] = block.first_position + (row < num_rows ? row : num_rows - 1) / block.M;
+      memory.largest[row] = -__builtin_inff();
+    }
     pack_queries(block, memory.queries);
 
     const int64_t end = block.first_position + block.tokens;
@@ -226,7 +232,7 @@ struct Prefill {
       find_rows(block, memory.zeros, key, begin, end, rows);
       pack_keys(rows, keys, D, memory.keys);
       pack_values(rows + kKeyBlock, keys, D, memory.values);
-      for (int row = 0; row < num_rows; row += kTileRows) attend(block, memory, row, num_rows, key, keys);
+      for (int row = 0; row < num_rows; row += kTileRows) attend(block, memory, row, key, keys);
     }
     finish(block, memory);
   }
@@ -235,6 +241,5 @@ struct Prefill {
 // One entry of the table.
 template <class Dot>
 constexpr AttentionKernels attention_table() {
-  return {decode_split<Dot>, decode_merge<Dot>, Prefill<Dot>::run, kBlockRows,
-          Prefill<Dot>::scratch_bytes};
+  return {decode_split<Dot>, decode_merge<Dot>, Prefill<Dot>::run, kBlockRows, Prefill<Dot>::scratch_bytes};
 }

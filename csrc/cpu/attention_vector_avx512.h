@@ -49,8 +49,8 @@ HETIS_INLINE Vector exp2_of(Vector x) {
 // Keeps the lanes [from, to) and puts -inf into the others.
 HETIS_INLINE Vector hide_outside(Vector v, int from, int to) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __mmask16 inside = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(from)) &
-                           _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(to));
+  const __mmask16 inside =
+      _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(from)) & _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(to));
   return _mm512_mask_mov_ps(set(-__builtin_inff()), inside, v);
 }
 

@@ -1,4 +1,5 @@
-// 4 floats in the vector extension of GCC and Clang: SSE2, NEON or whatever the compiler finds. Included inside a namespace.
+// 4 floats in the vector extension of GCC and Clang: SSE2, NEON or whatever the compiler finds. Included inside a
+// namespace.
 
 typedef float Vector __attribute__((vector_size(16)));
 constexpr int kWidth = 4;

@@ -1,7 +1,7 @@
 // Copies between the cache, messages and buffers, and the exact merge of two partial attentions.
 //
-// A appended rows, N rows, U rows of a message, F values per row, L layers, P pages, S tokens per page, M query heads per
-// group, D head_dim.
+// A appended rows, N rows, U rows of a message, F values per row, L layers, P pages, S tokens per page, M query heads
+// per group, D head_dim.
 
 #include <algorithm>
 #include <cmath>
@@ -107,10 +107,11 @@ void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor&
                         slot_A.device().is_cpu() && slot_A.is_contiguous(),
                     "kv_append: slot must be a contiguous int64 CPU tensor of ", A, " values");
   const int64_t size = k_ND.element_size(), row_bytes = D * size;
-  const auto *row = row_A.const_data_ptr<int32_t>();
-  const auto *slot = slot_A.const_data_ptr<int64_t>();
+  const auto* row = row_A.const_data_ptr<int32_t>();
+  const auto* slot = slot_A.const_data_ptr<int64_t>();
   char* pool[2] = {bytes_of(pool_2PSD), bytes_of(pool_2PSD) + pool_2PSD.stride(0) * size};
-  const char* source[2] = {static_cast<const char*>(k_ND.const_data_ptr()), static_cast<const char*>(v_ND.const_data_ptr())};
+  const char* source[2] = {static_cast<const char*>(k_ND.const_data_ptr()),
+                           static_cast<const char*>(v_ND.const_data_ptr())};
   const int64_t stride[2] = {k_ND.stride(0) * size, v_ND.stride(0) * size};
   copy_pieces(2 * A, row_bytes, [&](int64_t i) {
     return Piece{pool[i & 1] + slot[i / 2] * row_bytes, source[i & 1] + row[i / 2] * stride[i & 1]};
@@ -120,17 +121,19 @@ void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor&
 void lane_pack(const at::Tensor& source_NF, const at::Tensor& row_U, const at::Tensor& out_UF) {
   check_rows(out_UF, row_U, source_NF);
   const int64_t size = source_NF.element_size(), from = source_NF.stride(0) * size, to = out_UF.stride(0) * size;
-  copy_pieces(row_U.size(0), source_NF.size(1) * size,
-              [source = static_cast<const char*>(source_NF.const_data_ptr()), out = bytes_of(out_UF), from, to,
-               row = row_U.const_data_ptr<int32_t>()](int64_t u) { return Piece{out + u * to, source + row[u] * from}; });
+  copy_pieces(
+      row_U.size(0), source_NF.size(1) * size,
+      [source = static_cast<const char*>(source_NF.const_data_ptr()), out = bytes_of(out_UF), from, to,
+       row = row_U.const_data_ptr<int32_t>()](int64_t u) { return Piece{out + u * to, source + row[u] * from}; });
 }
 
 void lane_unpack(const at::Tensor& source_UF, const at::Tensor& row_U, const at::Tensor& out_NF) {
   check_rows(source_UF, row_U, out_NF);
   const int64_t size = out_NF.element_size(), from = source_UF.stride(0) * size, to = out_NF.stride(0) * size;
-  copy_pieces(row_U.size(0), out_NF.size(1) * size,
-              [source = static_cast<const char*>(source_UF.const_data_ptr()), out = bytes_of(out_NF), from, to,
-               row = row_U.const_data_ptr<int32_t>()](int64_t u) { return Piece{out + row[u] * to, source + u * from}; });
+  copy_pieces(
+      row_U.size(0), out_NF.size(1) * size,
+      [source = static_cast<const char*>(source_UF.const_data_ptr()), out = bytes_of(out_NF), from, to,
+       row = row_U.const_data_ptr<int32_t>()](int64_t u) { return Piece{out + row[u] * to, source + u * from}; });
 }
 
 void page_gather(const at::Tensor& pool_L2PSD, const at::Tensor& page_N, const at::Tensor& out_NL2SD) {

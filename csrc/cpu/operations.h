@@ -9,8 +9,8 @@ void paged_decode(const at::Tensor& q_NMD, const at::Tensor& pool_2PSD, const at
                   const at::Tensor& lane_U, const at::Tensor& row_U, const at::Tensor& length_U, double scale,
                   int64_t window, const at::Tensor& out_NMD, const at::Tensor& lse2_NM);
 void paged_prefill(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const at::Tensor& page_table_BW,
-                   const at::Tensor& query_start_C1, const at::Tensor& lane_CG, const at::Tensor& context_C, double scale,
-                   int64_t window, const at::Tensor& out_TGMD, const at::Tensor& lse2_TGM);
+                   const at::Tensor& query_start_C1, const at::Tensor& lane_CG, const at::Tensor& context_C,
+                   double scale, int64_t window, const at::Tensor& out_TGMD, const at::Tensor& lse2_TGM);
 
 void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor& pool_2PSD, const at::Tensor& row_A,
                const at::Tensor& slot_A);

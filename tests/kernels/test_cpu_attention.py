@@ -288,6 +288,8 @@ def test_operations_check_what_would_break_memory(make_lanes: Any) -> None:
         ({"table": table.long()}, "page_table must be a contiguous int32"),
         ({"indices": [*indices[:2], indices[2][:1]]}, "do not fit together"),
         ({"out": torch.empty(4, 3, 64)}, "do not fit together"),
+        ({"indices": [problem.lane_U + 1, *indices[1:]]}, "an index is out of range"),
+        ({"indices": [*indices[:2], problem.length_U + 60]}, "an index is out of range"),
         ({"lse2": lse2.half()}, "lse2 must be a float32"),
         ({"q": problem.q_NMD.double(), "pool": pool.double(), "out": out.double()}, "use float32, bfloat16 or float16"),
         (
