@@ -2,7 +2,7 @@
 
     python bench/bench_dispatcher.py [--count 60] [--seed 0] [--no-highs]
 
-Claims: at most 200 us for 8 new sequences on 8 devices and 5 ms for 64 on 64, in the median over random fleets, models
+Aims: at most 200 us for 8 new sequences on 8 devices and 5 ms for 64 on 64, in the median over random fleets, models
 and loads (`dispatch_problems.py`); exact for one sequence, within 2 % of the optimum for several. Each problem is
 solved five times and its fastest time counts, so that a busy machine does not show. HiGHS needs scipy.
 """

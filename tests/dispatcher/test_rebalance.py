@@ -146,11 +146,30 @@ def test_what_cannot_move_stays() -> None:
 def test_lanes_go_home_to_their_own_home_only() -> None:
     plan = make_plan([[2, 2]], 1)
     view = make_view(plan, [PLENTY] * 3)
-    cost = make_cost(plan, [device(), device(), device(0.01)])
+    cost = make_cost(plan, [device(4.0), device(), device(0.01)])
     residents = [resident(slot, [2, 2, 2, 2]) for slot in range(3)]
     moves = Rebalancer(cost).compute(residents, view, ample()).moves
-    assert moves
     assert all(move.target == (0 if move.group < 2 else 1) for move in moves)
+    assert len(moves) == 12, "nobody wants to stay"
+
+
+def test_nobody_moves_to_be_the_next_bottleneck() -> None:
+    """The long lane would make the idle worker nearly as slow as the home is now; the short one goes instead."""
+    plan = make_plan([[1]], 1)
+    cost = make_cost(plan, [device(), device()])
+    residents = [resident(0, [0], 850), resident(1, [0], 1)]
+    moves = Rebalancer(cost).compute(residents, make_view(plan, [PLENTY] * 2), ample()).moves
+    assert moves == [Move(slot=1, stage=0, group=0, source=0, target=1)]
+
+
+def test_homes_keep_pages_for_prompts() -> None:
+    plan = make_plan([[4]], 1)
+    cost = make_cost(plan, [device(4.0), device()])
+    residents = [resident(slot, [1, 1, 1, 1]) for slot in range(6)]
+    view = make_view(plan, [40, PLENTY])
+    eager = Rebalancer(cost).compute(residents, view, ample()).moves
+    careful = Rebalancer(cost, staging_tokens=8).compute(residents, view, ample()).moves
+    assert (len(eager), len(careful)) == (13, 10), "3 pages a lane; 8 of 40 are kept, 10 at most"
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -184,12 +203,15 @@ def test_a_full_fleet_preempts_the_latest_arrival_there() -> None:
     assert outcome == Outcome([], [2])
 
 
-def test_a_move_that_would_break_the_balance_preempts_instead() -> None:
+@pytest.mark.parametrize(("speed", "missing", "moves"), [(0.25, 4, 2), (0.25, 8, 0), (0.01, 1, 0)])
+def test_a_move_that_would_cost_more_than_it_brings_preempts_instead(speed: float, missing: int, moves: int) -> None:
+    """Two lanes on a worker four times as slow do not show, four would; and one 100 times as slow gets nothing."""
     plan = make_plan([[4]], 1)
-    cost = make_cost(plan, [device(), device(0.01)])
+    cost = make_cost(plan, [device(), device(speed)])
     residents = [resident(slot, [0, 0, 0, 0]) for slot in range(3)]
-    outcome = Rebalancer(cost).memory(residents, make_view(plan, [0, PLENTY]), {PoolId(0, 0): 1})
-    assert outcome == Outcome([], [2])
+    outcome = Rebalancer(cost).memory(residents, make_view(plan, [0, PLENTY]), {PoolId(0, 0): missing})
+    assert len(outcome.moves) == moves
+    assert outcome.preempt == ([] if moves else [2])
 
 
 # --- fleets that change -----------------------------------------------------------------------------------------------
