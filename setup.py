@@ -27,7 +27,7 @@ REQUIREMENTS = [
 ]
 EXTRAS = {
     "flash": ["flash-attn"],
-    "test": ["pytest", "hypothesis"],
+    "test": ["pytest", "hypothesis", "scipy"],
     "dev": ["ruff", "mypy"],
     "bench": ["matplotlib"],
 }
