@@ -29,7 +29,6 @@ EXTRAS = {
     "flash": ["flash-attn"],
     "test": ["pytest", "hypothesis", "scipy"],
     "dev": ["ruff", "mypy"],
-    "bench": ["matplotlib"],
 }
 
 

@@ -21,8 +21,6 @@ class RankStats(msgspec.Struct, kw_only=True):
     """Counters of one rank since start; what `LLM.fleet_stats()` shows is made of these."""
 
     rank: int
-    steps: int = 0
-    step_seconds: float = 0.0
     attention_seconds: float = 0.0
     bytes_sent: dict[str, int] = {}  # per link, keyed "primary->worker"
     bytes_received: dict[str, int] = {}

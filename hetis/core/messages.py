@@ -25,7 +25,6 @@ class Hello(Message):
 
 class Ready(Message):
     rank: int
-    load_seconds: float
 
 
 class StepResult(Message):

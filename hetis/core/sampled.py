@@ -2,6 +2,8 @@
 
 import msgspec
 
+SCORED_ROWS = 128  # prompt positions whose logits exist at once when a prompt is scored, which bounds their memory
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One chosen (or given) token and the best `k` of the vocabulary.

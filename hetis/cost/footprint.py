@@ -6,8 +6,8 @@ primary, V vocabulary rows of a primary, S tokens per page.
 
 from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
+from hetis.core.sampled import SCORED_ROWS
 
-SCORED_ROWS = 128  # rows whose logits exist at once when prompts are scored
 LOGIT_COPIES = 3  # float32 copies of the logits that sampling makes: scaled, sorted, cumulated
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from hetis.core.fleet import DeviceInfo
 from hetis.core.model_spec import ModelSpec
+from hetis.core.placement import pages_for
 from hetis.core.plan import AttentionWorker, Plan, Primary
 from hetis.core.sizes import format_bytes
 from hetis.cost.footprint import fixed_bytes, page_bytes_of
@@ -88,7 +89,7 @@ def plan_memory(
         member.rank: page[member.rank]
         * max_num_seqs
         * _num_lanes(spec, member)
-        * pages_of(min(max_model_len or spec.max_position, spec.max_position), block_size)
+        * pages_for(min(max_model_len or spec.max_position, spec.max_position), block_size)
         for member in plan.members()
     }
     kv, refusals = _divide(plan, infos, {rank: sum(both) for rank, both in fixed.items()}, useful)
@@ -117,11 +118,6 @@ def plan_memory(
     if refusals:
         raise ValueError(f"{refusals[0]}\n{ledger}")
     return ledger
-
-
-def pages_of(num_tokens: int, block_size: int) -> int:
-    """Pages of one lane of `num_tokens` tokens."""
-    return -(-num_tokens // block_size)
 
 
 def largest_context(plan: Plan, num_pages: Mapping[int, int], block_size: int) -> int:

@@ -7,6 +7,7 @@ import msgspec
 from hetis.core.config import DriverArgs
 from hetis.core.fleet import DeviceInfo
 from hetis.core.messages import Setup
+from hetis.core.model_spec import resolve_dtype
 from hetis.core.plan import Plan
 from hetis.cost.memory import plan_memory
 
@@ -18,7 +19,7 @@ def make_setup(args: DriverArgs, fleet: Sequence[DeviceInfo]) -> tuple[Setup, st
     """
     config, spec = args.config, args.spec
     plan = with_devices(args.plan, fleet)
-    dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    dtype = resolve_dtype(config.dtype, spec)
     ledger = plan_memory(
         spec,
         plan,

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import NoReturn
 
@@ -11,8 +10,6 @@ from hetis.comm.supervision import die_with_parent
 from hetis.core.config import EngineConfig
 from hetis.server import launch
 from hetis.server.arguments import HelpFormatter, add_engine_arguments, engine_arguments
-
-Command = Callable[[argparse.Namespace], None]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,8 +3,6 @@
 A step on a primary:  embed or receive, layers (with split attention), then hand on, or logits and sample.
 """
 
-from time import perf_counter
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,14 +11,12 @@ from hetis.comm.collectives import Pipeline, TensorParallel
 from hetis.comm.links.base import Link
 from hetis.core.fleet import RankStats
 from hetis.core.messages import Setup, StepCommand, StepResult
-from hetis.core.sampled import TokenLogprobs
+from hetis.core.sampled import SCORED_ROWS, TokenLogprobs
 from hetis.models.decoder import Decoder
 from hetis.workers.build import make_pool, wire_format
 from hetis.workers.sampler import Sampler
 from hetis.workers.split_attention import SplitAttention
 from hetis.workers.step_input import StepPlanner, StepRows
-
-PROMPT_LOGIT_ROWS = 128  # prompt positions scored at once, which bounds the memory of their logits
 
 
 class PrimaryRank:
@@ -67,12 +63,10 @@ class PrimaryRank:
                 logprobs_mode=setup.logprobs_mode,
                 device=device,
             )
-        self._steps, self._step_seconds = 0, 0.0
 
     @torch.inference_mode()
     def run_step(self, command: StepCommand) -> StepResult | None:
         """One step; the sampling rank returns its tokens."""
-        begin = perf_counter()
         self._planner.apply(command)
         self._update_sampler(command)
         step = self._planner.primary_input(command, self._primary.groups, self._workers)
@@ -87,8 +81,6 @@ class PrimaryRank:
             result = self._finish(command, hidden_TH)
         else:
             self._pipeline.send(hidden_TH)
-        self._steps += 1
-        self._step_seconds += perf_counter() - begin
         return result
 
     def _finish(self, command: StepCommand, hidden_TH: Tensor) -> StepResult | None:
@@ -130,8 +122,8 @@ class PrimaryRank:
             target = target[target >= 0]
             first = int(stops_R[row]) - count
             found: list[TokenLogprobs] = []
-            for block in range(0, len(target), PROMPT_LOGIT_ROWS):
-                wanted = target[block : block + PROMPT_LOGIT_ROWS]
+            for block in range(0, len(target), SCORED_ROWS):
+                wanted = target[block : block + SCORED_ROWS]
                 logits = self._logits(hidden_TH, np.arange(first + block, first + block + len(wanted)))
                 if self._sampler is not None and logits is not None:
                     found += self._sampler.score_prompt(logits, wanted, int(rows.slots_R[row]))
@@ -151,8 +143,6 @@ class PrimaryRank:
     def stats(self) -> RankStats:
         return RankStats(
             rank=self.rank,
-            steps=self._steps,
-            step_seconds=self._step_seconds,
             attention_seconds=self._attention.local_seconds,
             bytes_sent={f"{self.rank}->{peer}": link.bytes_sent for peer, link in self._links.items()},
             bytes_received={f"{peer}->{self.rank}": link.bytes_received for peer, link in self._links.items()},

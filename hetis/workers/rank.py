@@ -7,7 +7,6 @@ import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from time import perf_counter
 from typing import Any, NoReturn
 
 import msgspec
@@ -88,9 +87,8 @@ def _join(
     if not isinstance(setup, m.Setup):
         return None
     heart.timeout = setup.step_timeout
-    begin = perf_counter()
     member = build_member(setup, rank, device, rendezvous, on_failure)
-    control.send(m.Ready(rank=rank, load_seconds=perf_counter() - begin))
+    control.send(m.Ready(rank=rank))
     return member
 
 

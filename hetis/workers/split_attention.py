@@ -34,7 +34,6 @@ class SplitAttention:
         self._lse2_NM = torch.empty(max_rows, wire.num_queries, dtype=torch.float32, device=device)
         self._step: PrimaryInput
         self.local_seconds = 0.0  # attention over lanes and prompts of this rank
-        self.wait_seconds = 0.0  # for replies, after the local work was done
 
     def begin(self, step: PrimaryInput) -> None:
         self._step = step
@@ -47,10 +46,8 @@ class SplitAttention:
         self._send(qkv_NHD)
         begin = perf_counter()
         self._attend_here(layer, qkv_TGHD, qkv_NHD, out_TGMD, out_NMD)
-        middle = perf_counter()
+        self.local_seconds += perf_counter() - begin
         self._collect(out_NMD)
-        self.local_seconds += middle - begin
-        self.wait_seconds += perf_counter() - middle
 
     def _send(self, qkv_NHD: Tensor) -> None:
         wire = self._wire
