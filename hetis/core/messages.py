@@ -10,6 +10,7 @@ from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan
 from hetis.core.sampled import TokenLogprobs
 from hetis.core.sampling_params import SamplingParams
+from hetis.core.times import StageTimes
 
 
 class Message(msgspec.Struct, tag=True, kw_only=True):
@@ -35,6 +36,14 @@ class StepResult(Message):
     invalid: list[int] = []  # indices among sampled rows whose logits were not finite
     logprobs: list[TokenLogprobs | None] = []  # per sampled row, empty when nobody asked
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # row index -> its positions in this step
+
+
+class StepTimes(Message):
+    """From every rank, after every step it has finished."""
+
+    rank: int
+    step: int
+    stages: list[StageTimes]  # a worker's stages finish a step one by one
 
 
 class Stats(Message):
@@ -70,6 +79,7 @@ class Setup(Message):
     dtype: str
     block_size: int  # S
     num_pages: dict[int, int]  # rank -> P of each of its pools
+    pages_per_haul: int  # most pages of lanes on the move that one link carries in a step, each way
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
@@ -78,6 +88,7 @@ class Setup(Message):
     eos_token_ids: list[int]
     logprobs_mode: str
     step_timeout: float
+    trace: bool  # ranks report every lap of a step
 
 
 class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,9 +113,14 @@ class PageDelta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepCommand(Message):
-    """One step, the same bytes for every rank. Rows are in batch order, decode rows first."""
+    """One step, the same bytes for every rank. Rows are in batch order, decode rows first.
+
+    In this order: lanes that have arrived, new sequences and pages, the rows, and pages of lanes on the move, which hold
+    what the rows append. Without rows only pages travel.
+    """
 
     step: int
+    landed: bytes  # int32 [n, 4] (slot, stage, group, rank): where a lane lives from now on
     released: list[int]
     admitted: list[NewSequence]
     pages: list[PageDelta]
@@ -114,6 +130,7 @@ class StepCommand(Message):
     num_decode: int
     tokens: bytes  # [T] ids of the new tokens
     sampled: bytes  # indices of rows that draw a token
+    hauls: bytes  # int32 [n, 6] (stage, lane row, source, target, first page, stop page): see cache.migration
     prompt_logprobs: list[int] = []  # indices of rows whose prompt positions are to be scored
     prompt_targets: bytes = b""  # for those rows' new tokens in turn: the token that follows; -1 after the prompt's end
 
