@@ -27,6 +27,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_logprobs: int = 20  # -1: no limit
     logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs"
     dispatch: str = "proportional"
+    profile: str | None = None  # file of a FleetProfile; None: measured at start where there are attention workers
+    profile_cache: bool = True  # False: every rank is measured anew and by itself
+    measure: bool = False  # also where there are no attention workers: what `hetis profile` wants
     step_timeout: float = 60.0  # seconds without a sign of life before a rank counts as dead
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
-from hetis.cost.profile import AttentionProfile, DeviceProfile, FleetProfile, LinkProfile
+from hetis.core.profile import AttentionProfile, DeviceProfile, FleetProfile, LinkProfile
 
 LSE_BYTES = 4  # of the log-sum-exp that comes back with each head: float32
 
