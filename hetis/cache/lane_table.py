@@ -301,9 +301,7 @@ def pools_of(plan: Plan) -> list[PoolId]:
     return primaries + [PoolId(worker.rank, stage) for worker in plan.workers for stage in range(len(plan.stages))]
 
 
-def _without(
-    entry: tuple[PoolLanes, Int32, int, Int32], row: int
-) -> tuple[PoolLanes, Int32, int, Int32]:
+def _without(entry: tuple[PoolLanes, Int32, int, Int32], row: int) -> tuple[PoolLanes, Int32, int, Int32]:
     part, row_U, first, page_UK = entry
     keep = row_U != row
     return part, row_U[keep], first, page_UK[keep]

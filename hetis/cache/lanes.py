@@ -32,7 +32,7 @@ class PoolLanes:
         """Takes one lane out. Its pages."""
         keep = self.row_U != row
         assert keep.sum() == self.num_lanes - 1, f"row {row} is not in {self.pool}"
-        pages = self.pages[~keep].ravel()
+        pages: Int32 = self.pages[~keep].ravel()
         self.row_U, self.blocks = self.row_U[keep], [block[keep] for block in self.blocks]
         return pages
 

@@ -29,6 +29,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dispatch: Literal["hetis", "highs", "proportional", "even", "primary-only"] = "hetis"
     theta: float = 0.5  # how far the slowest device may be above the ideal before lanes move, as a share of a layer
     migration_budget: int = 256 << 20  # bytes of lanes per second that may move to balance the fleet
+    profile: str | None = None  # file of a FleetProfile; None: measured at start where there are attention workers
+    profile_cache: bool = True  # False: every rank is measured anew and by itself
+    measure: bool = False  # also where nothing depends on it: what `hetis profile` wants
     trace: str | None = None  # file for a Chrome trace of what every rank does
     step_timeout: float = 60.0  # seconds without a sign of life before a rank counts as dead
 

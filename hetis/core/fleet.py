@@ -15,6 +15,8 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     total_memory: int  # bytes
     free_memory: int  # bytes
+    driver: str = ""  # versions of driver and libraries that its speed depends on
+    backend: str = ""  # of attention: "triton", "cpu", "reference"
 
 
 class RankStats(msgspec.Struct, kw_only=True):

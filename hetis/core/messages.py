@@ -3,12 +3,16 @@
 Integer arrays travel as `bytes`, little-endian int32 unless said otherwise.
 """
 
+from typing import Literal
+
 import msgspec
 
 from hetis.core.fleet import DeviceInfo, RankStats
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan
+from hetis.core.profile import FleetProfile
 from hetis.core.sampled import TokenLogprobs
+from hetis.core.samples import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.times import StageTimes
 
@@ -26,6 +30,19 @@ class Hello(Message):
 
 class Ready(Message):
     rank: int
+
+
+class Measured(Message):
+    """Answer to `Measure` and `MeasureLink`: what was asked for; of a link the primary tells, the worker says done."""
+
+    rank: int
+    seconds: float  # that it took
+    read_bytes_per_us: float = 0.0
+    attention: list[AttentionSample] = []
+    dense: list[DenseSample] = []
+    prefill: list[PrefillSample] = []
+    request: list[TransferSample] = []  # primary to worker
+    reply: list[TransferSample] = []
 
 
 class StepResult(Message):
@@ -91,6 +108,25 @@ class Setup(Message):
     trace: bool  # ranks report every lap of a step
 
 
+class Measure(Message):
+    """One part of a device's speed, to be measured before the first step. Every rank that gets it answers `Measured`.
+
+    "attention": decode attention and reading of memory, by one rank alone. "dense": the layers' other work, and
+    attention of prompts, by all primaries of a stage at once, for they add up each other's results.
+    """
+
+    part: Literal["attention", "dense"]
+    seconds: float  # about how long it may take
+
+
+class MeasureLink(Message):
+    """A link, to be measured before the first step. For both of its ends; both answer `Measured`."""
+
+    primary: int  # rank
+    worker: int
+    seconds: float  # about how long it may take
+
+
 class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
     slot: int
     owners: bytes  # int32 [num_stages, G]
@@ -115,7 +151,7 @@ class PageDelta(msgspec.Struct, frozen=True, kw_only=True):
 class StepCommand(Message):
     """One step, the same bytes for every rank. Rows are in batch order, decode rows first.
 
-    In this order: lanes that have arrived, new sequences and pages, the rows, and pages of lanes on the move, which hold
+    In this order: lanes that have arrived, new sequences and pages, the rows, and pages of lanes on the move, with
     what the rows append. Without rows only pages travel.
     """
 
@@ -176,6 +212,17 @@ class AbortRequest(Message):
 
 class FleetQuery(Message):
     """Answered with `FleetStats`."""
+
+
+class ProfileQuery(Message):
+    """Answered with `ProfileReport`."""
+
+
+class ProfileReport(Message):
+    """What the cost model starts from."""
+
+    profile: FleetProfile | None  # None: nothing was measured, since nothing is placed
+    sources: dict[int, str] = {}  # rank -> where its numbers come from, printable
 
 
 class EngineReady(Message):

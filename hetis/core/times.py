@@ -27,7 +27,7 @@ class StageTimes(msgspec.Struct, frozen=True, kw_only=True):
 
     stage: int
     heads: int  # query heads of decode lanes
-    kv_tokens: float  # that attention reads in a layer, over these lanes; on average over the layers, windows considered
+    kv_tokens: float  # that attention reads in a layer, over these lanes; averaged over the layers, for windows
     num_prompt_tokens: int  # of the step
     span_us: list[float]  # by `Span`
     round_trip_us: dict[int, float] = {}  # worker -> of a layer's message, on average; only where the primary waited

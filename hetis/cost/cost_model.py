@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
-from hetis.cost.profile import AttentionProfile, DeviceProfile, FleetProfile, LinkProfile
+from hetis.core.profile import AttentionProfile, DeviceProfile, FleetProfile, LinkProfile
 
 LSE_BYTES = 4  # of the log-sum-exp that comes back with each head: float32
 
@@ -160,7 +160,7 @@ class CostModel:
 
     # --- following ----------------------------------------------------------------------------------------------------
 
-    def observe(self, rank: int, heads: int, kv_bytes: int, measured_us: float) -> None:
+    def observe(self, rank: int, heads: int, kv_bytes: float, measured_us: float) -> None:
         """A rank measured the decode attention of a layer, on average over a step. Without heads it says nothing."""
         if not heads or rank not in self._devices:
             return

@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis.cost.profile import AttentionProfile, DenseProfile, PrefillProfile, TransferProfile
+from hetis.core.profile import AttentionProfile, DenseProfile, PrefillProfile, TransferProfile
+from hetis.core.samples import AttentionSample, DenseSample, PrefillSample, TransferSample
 
 Floats = NDArray[np.float64]
 Sample = TypeVar("Sample", bound=tuple[float, ...])  # the last field is the measured time
@@ -23,25 +24,9 @@ FOLDS = 4
 CLEAR_GAIN = 0.8  # a floor must bring the squared error down to this, or it is noise
 
 
-class AttentionSample(NamedTuple):
-    heads: int
-    kv_bytes: int
-    time_us: float
-
-
-class TransferSample(NamedTuple):
-    num_bytes: int
-    time_us: float
-
-
-class DenseSample(NamedTuple):
+class _LayerSample(NamedTuple):
     weight_bytes: int
     flops: float
-    time_us: float
-
-
-class PrefillSample(NamedTuple):
-    pairs: int
     time_us: float
 
 
@@ -59,9 +44,14 @@ def fit_prefill(samples: Sequence[PrefillSample]) -> PrefillProfile:
     return _fitted(samples, _fit_prefill, lambda fitted, p: fitted.time_us(p.pairs))
 
 
-def fit_dense(samples: Sequence[DenseSample]) -> DenseProfile:
-    """Two pieces: few tokens are bound by reading the weights, many by computing. The border is searched for."""
-    return _fitted(samples, _fit_dense, lambda fitted, p: fitted.time_us(p.weight_bytes, p.flops))
+def fit_dense(samples: Sequence[DenseSample], num_weights: int, weight_bytes: int, num_ranks: int = 1) -> DenseProfile:
+    """Two pieces: few tokens are bound by reading the weights, many by computing. The border is searched for.
+
+    `num_weights`: values in this rank's share of the layer; `weight_bytes`: what they take; `num_ranks`: that split it.
+    """
+    layers = [_LayerSample(weight_bytes, 2.0 * num_weights * p.num_tokens, p.time_us) for p in samples]
+    fitted = _fitted(layers, _fit_dense, lambda fitted, p: fitted.time_us(p.weight_bytes, p.flops))
+    return msgspec.structs.replace(fitted, num_ranks=num_ranks)
 
 
 def accuracy(predicted: Sequence[float], measured: Sequence[float]) -> float:
@@ -101,7 +91,7 @@ def _fit_prefill(samples: Sequence[PrefillSample]) -> PrefillProfile:
     return PrefillProfile(fixed_us=fixed, us_per_pair=slope)
 
 
-def _fit_dense(samples: Sequence[DenseSample]) -> DenseProfile:
+def _fit_dense(samples: Sequence[_LayerSample]) -> DenseProfile:
     times = _times(samples)
     intensity = [p.flops / p.weight_bytes for p in samples]
     best, best_error = DenseProfile(fixed_us=0.0, us_per_weight_byte=0.0, us_per_flop=0.0), float("inf")

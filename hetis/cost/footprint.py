@@ -15,7 +15,7 @@ def weight_bytes(spec: ModelSpec, plan: Plan, stage_index: int, tp_index: int, d
     """What one primary's weights take: exactly the tensors that `models.loader.load_weights` keeps."""
     stage = plan.stages[stage_index]
     primary = stage.primaries[tp_index]
-    values = stage.num_layers * _layer_weights(spec, primary, tp_index)
+    values = stage.num_layers * layer_weights(spec, primary, tp_index)
     table = primary.num_vocab_rows * spec.hidden_size
     is_first, is_last = plan.is_first(stage_index), plan.is_last(stage_index)
     if is_first:
@@ -26,6 +26,21 @@ def weight_bytes(spec: ModelSpec, plan: Plan, stage_index: int, tp_index: int, d
         values += spec.hidden_size * _norm_vectors(spec)
         values += 0 if spec.tied_embeddings and is_first else table
     return values * DTYPE_BYTES[dtype]
+
+
+def layer_weights(spec: ModelSpec, primary: Primary, tp_index: int) -> int:
+    """Values in one layer of one primary. One token takes two operations with each of them."""
+    hidden, head_dim = spec.hidden_size, spec.head_dim
+    qkv_rows = primary.num_groups * spec.rows_per_group * head_dim
+    output_columns = primary.num_groups * spec.queries_per_group * head_dim
+    mlp_rows = primary.num_mlp_columns * spec.gate_factor
+    matrices = hidden * (qkv_rows + output_columns + mlp_rows + primary.num_mlp_columns)
+    vectors = 2 * hidden * _norm_vectors(spec) + (2 * head_dim if spec.qk_norm else 0)
+    vectors += qkv_rows if spec.qkv_bias else 0
+    vectors += mlp_rows if spec.mlp_bias else 0
+    if tp_index == 0:
+        vectors += hidden * (spec.output_bias + spec.mlp_bias)
+    return matrices + vectors
 
 
 def activation_bytes(
@@ -87,21 +102,6 @@ def fixed_bytes(
     per_lane = (spec.rows_per_group + spec.queries_per_group) * spec.head_dim * DTYPE_BYTES[dtype]
     per_lane += spec.queries_per_group * DTYPE_BYTES["float32"]
     return 0, max_num_seqs * spec.num_head_groups * per_lane
-
-
-def _layer_weights(spec: ModelSpec, primary: Primary, tp_index: int) -> int:
-    """Values in one layer of one primary."""
-    hidden, head_dim = spec.hidden_size, spec.head_dim
-    qkv_rows = primary.num_groups * spec.rows_per_group * head_dim
-    output_columns = primary.num_groups * spec.queries_per_group * head_dim
-    mlp_rows = primary.num_mlp_columns * spec.gate_factor
-    matrices = hidden * (qkv_rows + output_columns + mlp_rows + primary.num_mlp_columns)
-    vectors = 2 * hidden * _norm_vectors(spec) + (2 * head_dim if spec.qk_norm else 0)
-    vectors += qkv_rows if spec.qkv_bias else 0
-    vectors += mlp_rows if spec.mlp_bias else 0
-    if tp_index == 0:
-        vectors += hidden * (spec.output_bias + spec.mlp_bias)
-    return matrices + vectors
 
 
 def _norm_vectors(spec: ModelSpec) -> int:

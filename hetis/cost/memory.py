@@ -120,6 +120,11 @@ def plan_memory(
     return ledger
 
 
+def usable_share(device: str) -> float:
+    """Of a device's free memory, what hetis takes if it is not told."""
+    return CPU_SHARE if device == "cpu" else GPU_SHARE
+
+
 def largest_context(plan: Plan, num_pages: Mapping[int, int], block_size: int) -> int:
     """The longest sequence, in tokens, for which a placement exists in the empty fleet.
 
@@ -163,7 +168,7 @@ def _divide(
         needed = sum(fixed[member.rank] for member in members)
         given = {member.rank: member.kv_memory for member in members if member.kv_memory is not None}
         others = [member.rank for member in members if member.rank not in given]
-        share = (CPU_SHARE if device == "cpu" else GPU_SHARE) if others else 1.0
+        share = usable_share(device) if others else 1.0
         left = int(free * share) - needed - sum(given.values())
         if left < 0:
             refusals.append(_does_not_fit(device, members, needed, sum(given.values()), free, share))

@@ -5,7 +5,6 @@ there to be compared with. Each is a function of its arguments, the first one of
 measured.
 """
 
-
 from hetis.core.placement import FleetView, Placement
 from hetis.core.request import Sequence as Request
 from hetis.cost.cost_model import CostModel
@@ -29,9 +28,7 @@ class HetisDispatcher:
     - Where memory alone forces lanes onto slow devices, sequences wait if taking them lowers sequences per second.
     """
 
-    def __init__(
-        self, cost: CostModel, *, solve: Solve = balance, staging_tokens: int = 0
-    ) -> None:
+    def __init__(self, cost: CostModel, *, solve: Solve = balance, staging_tokens: int = 0) -> None:
         """`staging_tokens`: least to keep pages for."""
         self._cost, self._solve, self._staging_tokens = cost, solve, staging_tokens
 

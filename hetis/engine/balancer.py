@@ -3,7 +3,7 @@
 What should move is decided by `dispatcher.rebalance`; `cache.migration` carries it out.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from hetis.cache.lane_table import CacheManager
 from hetis.cache.migration import Hauler
@@ -39,7 +39,7 @@ class Balancer:
     def is_busy(self) -> bool:
         return self._hauler.is_busy
 
-    def balance(self, running: Iterable[Sequence], refused: Sequence | None) -> None:
+    def balance(self, running: Collection[Sequence], refused: Sequence | None) -> None:
         """Now and then: has lanes move off the slowest devices, and off homes that lack pages for `refused`.
 
         `refused`: the first of the queue, if it found no place.

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -22,8 +23,11 @@ from hetis.comm.control import ControlServer
 from hetis.core import messages as m
 from hetis.core.config import DriverArgs, Joining
 from hetis.core.fleet import DeviceInfo, RankStats
-from hetis.dispatcher.dispatcher import make_dispatcher
+from hetis.core.profile import FleetProfile
+from hetis.cost.profile import load
 from hetis.engine.engine import Engine
+from hetis.engine.policies import SOLVERS, make_policies
+from hetis.engine.profiling import Profiling, cached_profiles, report_of, save_profiles
 from hetis.engine.setup import make_setup
 from hetis.engine.watch import FleetFailedError, Watch
 
@@ -42,8 +46,11 @@ class Driver:
         self._fronts: set[bytes] = set()
         self._waiting_for_stats: set[bytes] = set()
         self._stats: dict[int, RankStats] = {}
+        self._setup: m.Setup | None = None
         self._ready: m.EngineReady | None = None
-        self._engine: Engine | None = None
+        self._profiling: Profiling | None = None
+        self._report = m.ProfileReport(profile=None)
+        self._engine: Engine | None = None  # once all is measured
         self._hellos: dict[int, DeviceInfo] = {}
         self._num_ready = 0
         self._ending = False
@@ -120,6 +127,13 @@ class Driver:
                     self._on_hello(message.info)
                 case m.Ready():
                     self._on_ready()
+                case m.StepTimes():
+                    assert self._engine is not None
+                    self._engine.on_times(message)
+                case m.Measured():
+                    assert self._profiling is not None
+                    self._send_each(self._profiling.on_measured(message))
+                    self._begin_if_measured()
                 case m.Stats():
                     self._on_stats(message.stats)
 
@@ -132,7 +146,9 @@ class Driver:
             return
         setup, ledger = make_setup(self._args, [self._hellos[rank] for rank in self._ranks])
         self._watch.plan = setup.plan
-        self._engine = Engine(setup, make_dispatcher(self._args.config.dispatch))
+        if (path := self._args.config.profile) is not None:  # before the ranks load: it may not fit
+            self._report = report_of(load(Path(path), FleetProfile), setup.plan, path)
+        self._setup = setup
         self._ready = m.EngineReady(
             max_model_len=setup.max_model_len,
             vocab_size=setup.spec.vocab_size,
@@ -143,9 +159,30 @@ class Driver:
 
     def _on_ready(self) -> None:
         self._num_ready += 1
-        if self._num_ready == len(self._ranks):
-            for front in self._fronts:
-                self._greet(front)
+        if self._num_ready < len(self._ranks):
+            return
+        assert self._setup is not None
+        config, plan = self._args.config, self._setup.plan
+        is_needed = bool(plan.workers) and config.dispatch in SOLVERS
+        if config.profile is None and (is_needed or config.measure):
+            known = cached_profiles(self._setup) if config.profile_cache else {}
+            self._profiling = Profiling(self._setup, known, share=config.profile_cache)
+            self._send_each(self._profiling.start())
+        self._begin_if_measured()
+
+    def _begin_if_measured(self) -> None:
+        """The fleet is up, unless somebody still measures."""
+        assert self._setup is not None
+        if self._profiling is not None:
+            if not self._profiling.is_finished:
+                return
+            self._report = self._profiling.report()
+            if self._args.config.profile_cache:
+                save_profiles(self._profiling.new())
+        policies = make_policies(self._args.config, self._setup, self._report.profile)
+        self._engine = Engine(self._setup, policies, self._args.config.migration_budget)
+        for front in self._fronts:
+            self._greet(front)
 
     def _greet(self, front: bytes) -> None:
         assert self._ready is not None
@@ -161,6 +198,10 @@ class Driver:
             elif isinstance(message, m.Failure):
                 self._watch.on_failure(message)
 
+    def _send_each(self, messages: Iterable[tuple[int, m.Message]]) -> None:
+        for rank, message in messages:
+            self._server.send("ranks", str(rank).encode(), message)
+
     def _broadcast(self, message: m.Message) -> None:
         payload = msgspec.msgpack.encode(message)
         for rank in self._hellos:
@@ -174,7 +215,7 @@ class Driver:
             match message:
                 case m.Attach():
                     self._fronts.add(front)
-                    if self._num_ready == len(self._ranks):
+                    if self._engine is not None:
                         self._greet(front)
                 case m.AddRequest():
                     assert self._engine is not None
@@ -185,6 +226,8 @@ class Driver:
                 case m.FleetQuery():
                     self._waiting_for_stats.add(front)
                     self._broadcast(m.StatsQuery())
+                case m.ProfileQuery():
+                    self._server.send("front", front, self._report)
                 case m.Shutdown():
                     self._ending = True
 

@@ -1,21 +1,26 @@
 """What `--dispatch` chooses: who places lanes, and who moves them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from hetis.core.config import EngineConfig
 from hetis.core.messages import Setup
+from hetis.core.model_spec import DTYPE_BYTES
 from hetis.core.placement import Dispatcher
 from hetis.core.profile import FleetProfile
 from hetis.cost.cost_model import CostModel
 from hetis.cost.footprint import layer_weights
-from hetis.cost.memory import DTYPE_BYTES
 from hetis.dispatcher.balance import balance
-from hetis.dispatcher.dispatcher import ProportionalDispatcher
 from hetis.dispatcher.milp import balance_by_highs
+from hetis.dispatcher.proportional import ProportionalDispatcher
 from hetis.dispatcher.rebalance import Rebalancer
 from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
 
-SIMPLE = {"proportional": ProportionalDispatcher, "even": EvenDispatcher, "primary-only": PrimaryOnlyDispatcher}
+SIMPLE: dict[str, Callable[[], Dispatcher]] = {
+    "proportional": ProportionalDispatcher,
+    "even": EvenDispatcher,
+    "primary-only": PrimaryOnlyDispatcher,
+}
 SOLVERS = {"hetis": balance, "highs": balance_by_highs}
 TYPICAL_DECODES = 16  # sequences in a step, for the first guess of its dense part
 

@@ -34,9 +34,7 @@ class StageServer:
         first, stop = stage.layers
         self._windows = setup.spec.windows[first:stop]
         self.pool = make_pool(setup, rank, stage_index, device)
-        self._planner = StepPlanner(
-            self.pool, setup.spec.num_head_groups, setup.max_num_seqs, self._windows, device
-        )
+        self._planner = StepPlanner(self.pool, setup.spec.num_head_groups, setup.max_num_seqs, self._windows, device)
         self._timer = StageTimer(stage_index, self._wire.num_queries, device, setup.trace)
 
     def run_step(self, command: StepCommand) -> StageTimes:

@@ -67,7 +67,8 @@ def hauls_of(command: StepCommand, stage: int, groups: Span, num_groups: int) ->
     """[n, 6] those that go over links of the primary that is the home of `groups`."""
     hauls = np.frombuffer(command.hauls, dtype=np.int32).reshape(-1, 6)
     group = hauls[:, ROW] % num_groups
-    return hauls[(hauls[:, STAGE] == stage) & (group >= groups[0]) & (group < groups[1])]
+    found: Hauls = hauls[(hauls[:, STAGE] == stage) & (group >= groups[0]) & (group < groups[1])]
+    return found
 
 
 def worker_haul(hauls: Hauls, pool: PagePool, home: int) -> LinkHaul:
@@ -104,7 +105,8 @@ def _sorted(hauls: Hauls, end: int, rank: int, home: int) -> Hauls:
     """Those that begin (or end) at `rank`: to or from the home first, then by the other end."""
     mine = hauls[hauls[:, end] == rank]
     other = mine[:, SOURCE + TARGET - end]
-    return mine[np.lexsort((other, other != home))]
+    ordered: Hauls = mine[np.lexsort((other, other != home))]
+    return ordered
 
 
 def _pages(pool: PagePool, hauls: Hauls) -> Tensor:

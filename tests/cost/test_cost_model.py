@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
+from hetis.core.profile import AttentionProfile, DeviceProfile, FleetProfile, LinkProfile, TransferProfile
 from hetis.cost.cost_model import LARGEST_FACTOR, SMALLEST_FACTOR, CostModel
-from hetis.cost.profile import AttentionProfile, DeviceProfile, FleetProfile, LinkProfile, TransferProfile
 from tests.cost.test_profile import KEY
 from tests.dispatcher.fleets import make_spec
 

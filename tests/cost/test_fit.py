@@ -7,18 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.cost.fit import (
-    AttentionSample,
-    DenseSample,
-    PrefillSample,
-    TransferSample,
-    fit_attention,
-    fit_dense,
-    fit_prefill,
-    fit_transfer,
-    non_negative,
-)
-from hetis.cost.profile import AttentionProfile, DenseProfile, PrefillProfile, TransferProfile
+from hetis.core.profile import AttentionProfile, DenseProfile, PrefillProfile, TransferProfile
+from hetis.core.samples import AttentionSample, DenseSample, PrefillSample, TransferSample
+from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer, non_negative
 
 HEADS = [8 * 2**k for k in range(8)]
 KV_BYTES = [2**k for k in range(16, 30, 2)]
@@ -74,15 +65,19 @@ def test_links() -> None:
 
 def test_dense_time_has_two_pieces() -> None:
     rng, truth = Random(2), DenseProfile(fixed_us=20.0, us_per_weight_byte=7e-7, us_per_flop=5e-9)
-    samples = [
-        DenseSample(weights, 1.0 * weights * tokens, truth.time_us(weights, weights * tokens) * rng.uniform(0.98, 1.02))
-        for weights in (10**8, 4 * 10**8)
-        for tokens in (1, 4, 16, 64, 256, 1024, 4096)
-    ]
-    found = fit_dense(samples)
-    assert found.us_per_weight_byte == pytest.approx(7e-7, rel=0.1)
+    weights = 10**8
+
+    def time_us(tokens: int) -> float:
+        return truth.time_us(2 * weights, 2.0 * weights * tokens)
+
+    samples = [DenseSample(2**k, time_us(2**k) * rng.uniform(0.98, 1.02)) for k in range(13)]
+    found = fit_dense(samples, weights, 2 * weights, num_ranks=3)
+    assert found.num_ranks == 3
     assert found.us_per_flop == pytest.approx(5e-9, rel=0.1)
     assert found.accuracy > 0.93
+    for tokens in (1, 64, 100, 1000):
+        expected = time_us(tokens)
+        assert found.time_us(2 * weights, 2.0 * weights * tokens) == pytest.approx(expected, rel=0.1)
 
 
 def test_prefill() -> None:

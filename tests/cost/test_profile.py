@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hetis.cost.profile import (
+from hetis.core.profile import (
     AttentionProfile,
     DenseProfile,
     DeviceProfile,
@@ -14,11 +14,8 @@ from hetis.cost.profile import (
     PrefillProfile,
     ProfileKey,
     TransferProfile,
-    cache_folder,
-    cached,
-    load,
-    save,
 )
+from hetis.cost.profile import cache_folder, cached, load, save
 
 KEY = ProfileKey(
     device="NVIDIA A100-SXM4-80GB",

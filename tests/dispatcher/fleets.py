@@ -6,8 +6,7 @@ from hetis.cache.lane_table import pools_of
 from hetis.core.model_spec import ModelSpec
 from hetis.core.placement import FleetView, PoolId
 from hetis.core.plan import Plan
-from hetis.cost.cost_model import CostModel
-from hetis.cost.profile import (
+from hetis.core.profile import (
     AttentionProfile,
     DeviceProfile,
     FleetProfile,
@@ -15,6 +14,7 @@ from hetis.cost.profile import (
     ProfileKey,
     TransferProfile,
 )
+from hetis.cost.cost_model import CostModel
 
 PAGE_SIZE = 4
 KEY = ProfileKey(device="test", driver="1", dtype="float32", head_dim=64, queries_per_group=2, backend="none")

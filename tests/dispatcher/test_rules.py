@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hetis.core.placement import Dispatcher, FleetView, Placement, PoolId
 from hetis.core.plan import Plan
 from hetis.core.request import Sequence
-from hetis.dispatcher.dispatcher import pages_per_lane
-from hetis.dispatcher.room import shortage_of
+from hetis.dispatcher.room import pages_of, shortage_of
 from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
 from tests.dispatcher.fleets import device, make_cost, make_view
 from tests.scheduler.toy_engine import make_plan, make_sequence
@@ -25,7 +24,7 @@ def check_fits(view: FleetView, placements: list[Placement | None], sequences: l
     for placement, sequence in zip(placements, sequences, strict=True):
         if placement is None:
             continue
-        now, later = pages_per_lane(sequence, view.page_size)
+        now, later = pages_of(sequence, view.page_size)
         for stage, owners in enumerate(placement.owners):
             for group, owner in enumerate(owners):
                 pool, home = PoolId(owner, stage), PoolId(view.plan.stages[stage].home(group).rank, stage)

@@ -10,9 +10,7 @@ from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequenc
 GROUPS = [[8]], [[5, 3]], [[1]], [[3], [3]], [[5, 3], [8]], [[2, 1], [1, 1, 1], [3]]
 
 
-def random_engine(
-    random: Random, groups: list[list[int]], num_workers: int, moves_per_step: float = 0.0
-) -> ToyEngine:
+def random_engine(random: Random, groups: list[list[int]], num_workers: int, moves_per_step: float = 0.0) -> ToyEngine:
     plan = make_plan(groups, num_workers)
     page_size = random.choice([1, 4, 7])
     biggest = max(max(counts) for counts in groups)

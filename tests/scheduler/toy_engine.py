@@ -22,7 +22,7 @@ from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, spans
 from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
 from hetis.cost.memory import largest_context
-from hetis.dispatcher.dispatcher import ProportionalDispatcher
+from hetis.dispatcher.proportional import ProportionalDispatcher
 from hetis.scheduler.scheduler import Scheduler
 
 VOCABULARY = 97

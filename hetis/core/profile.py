@@ -1,0 +1,113 @@
+"""What was measured of devices and links.
+
+Times are microseconds (`_us`) for one layer. Heads are query heads. Bytes of KV are those of one layer, over all lanes.
+Coefficients say how the prediction is made; `accuracy` how good it was on points left out of the fit (1 is perfect).
+"""
+
+from collections.abc import Mapping
+from hashlib import sha256
+
+import msgspec
+
+
+class ProfileKey(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """What a device's measurements hold for."""
+
+    device: str  # "NVIDIA A100-SXM4-80GB", "AMD EPYC 9555, 16 threads"
+    driver: str  # driver and library versions that matter
+    dtype: str
+    head_dim: int
+    queries_per_group: int  # M
+    backend: str  # of attention: "triton", "cpu", "reference"
+
+    @property
+    def file_name(self) -> str:
+        """Readable, and different for every key."""
+        digest = sha256(msgspec.json.encode(self)).hexdigest()[:12]
+        words = "".join(c if c.isalnum() else "-" for c in f"{self.device}-{self.dtype}-{self.backend}".lower())
+        return f"{words}-{digest}.json"
+
+
+class AttentionProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """Decode attention: max(floor_us, a_us_per_head * heads + b_us_per_byte * kv_bytes + c_us); 0 without heads.
+
+    The straight line is equation (3) of the paper. The floor is the one term more: as long as lanes are too few or too
+    short to keep a GPU busy they run side by side, below full bandwidth, and the call takes as long as one of them. A
+    fit leaves it at 0 where it is not needed, as on CPUs.
+    """
+
+    a_us_per_head: float
+    b_us_per_byte: float
+    c_us: float
+    floor_us: float = 0.0
+    accuracy: float = 0.0
+
+    def time_us(self, heads: float, kv_bytes: float) -> float:
+        line_us = self.a_us_per_head * heads + self.b_us_per_byte * kv_bytes + self.c_us
+        return max(self.floor_us, line_us) if heads else 0.0
+
+
+class DenseProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything in a layer but attention: fixed_us + max(time to read the weights, time to compute the tokens).
+
+    Where primaries split a layer, their sums are in it: they cannot be measured one by one.
+    """
+
+    fixed_us: float
+    us_per_weight_byte: float
+    us_per_flop: float
+    num_ranks: int = 1  # that split the layer
+    accuracy: float = 0.0
+
+    def time_us(self, weight_bytes: float, flops: float) -> float:
+        """`flops`: of all tokens together, 2 per weight and token."""
+        return self.fixed_us + max(self.us_per_weight_byte * weight_bytes, self.us_per_flop * flops)
+
+
+class PrefillProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """Attention of prompt chunks: fixed_us + us_per_pair * pairs, a pair being one query head that sees one token."""
+
+    fixed_us: float
+    us_per_pair: float
+    accuracy: float = 0.0
+
+    def time_us(self, pairs: float) -> float:
+        return self.fixed_us + self.us_per_pair * pairs if pairs else 0.0
+
+
+class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """One device. An attention worker has neither `dense` nor `prefill`."""
+
+    key: ProfileKey
+    attention: AttentionProfile
+    read_bytes_per_us: float  # sustained
+    usable_bytes: int
+    dense: DenseProfile | None = None
+    prefill: PrefillProfile | None = None
+
+
+class TransferProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """One direction of a link: alpha_us + beta_us_per_byte * bytes, equation (4) of the paper."""
+
+    alpha_us: float
+    beta_us_per_byte: float
+    accuracy: float = 0.0
+
+    def time_us(self, num_bytes: float) -> float:
+        return self.alpha_us + self.beta_us_per_byte * num_bytes
+
+
+class LinkProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """Both directions between a primary and an attention worker."""
+
+    primary: int  # rank
+    worker: int
+    request: TransferProfile  # primary to worker
+    reply: TransferProfile
+
+
+class FleetProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the cost model starts from: what `--profile FILE` reads and writes."""
+
+    devices: Mapping[int, DeviceProfile]  # by rank
+    links: tuple[LinkProfile, ...] = ()
