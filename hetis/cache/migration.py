@@ -20,8 +20,6 @@ from hetis.cache.lanes import Transit
 from hetis.core.placement import Move, pages_for
 from hetis.core.plan import Plan
 
-HAUL_FIELDS = 6
-
 
 class Haul(NamedTuple):
     """Pages `first .. stop - 1` of one lane, in one step."""
@@ -37,12 +35,22 @@ class Haul(NamedTuple):
 class Hauler:
     """Carries lanes from rank to rank."""
 
-    def __init__(self, cache: CacheManager, plan: Plan, num_groups: int, page_size: int, pages_per_haul: int) -> None:
-        """`pages_per_haul`: that one link carries in one direction in one step."""
+    def __init__(
+        self,
+        cache: CacheManager,
+        plan: Plan,
+        num_groups: int,
+        page_size: int,
+        token_bytes: int,
+        pages_per_haul: int,
+    ) -> None:
+        """`token_bytes`: of one lane in one layer. `pages_per_haul`: what one link carries each way in one step."""
         self._cache, self._num_groups, self._page_size = cache, num_groups, page_size
         self._homes = [[stage.home(group).rank for group in range(num_groups)] for stage in plan.stages]
         self._pages_per_haul = pages_per_haul
-        self.num_landed = 0
+        self._page_bytes = [page_size * token_bytes * stage.num_layers for stage in plan.stages]
+        self.num_landed = 0  # lanes
+        self.bytes_sent = 0  # once for each page, however many links it takes
 
     @property
     def is_busy(self) -> bool:
@@ -89,6 +97,7 @@ class Hauler:
     def _haul(self, transit: Transit, count: int) -> Haul:
         move, first = transit.move, transit.num_sent
         transit.num_sent += count
+        self.bytes_sent += count * self._page_bytes[move.stage]
         row = move.slot * self._num_groups + move.group
         return Haul(move.stage, row, move.source, move.target, first, first + count)
 

@@ -248,6 +248,21 @@ class Outputs(Message):
     outputs: list[TokenOutput]
 
 
+class DeviceModel(msgspec.Struct, kw_only=True):
+    """How a rank's decode attention is predicted now: max(floor, constant + per head + per byte), of a layer.
+
+    `docs/dispatch.md` has the formula. `factors`: how much longer than in its profile per head, per byte, and constant.
+    """
+
+    us_per_head: float
+    us_per_byte: float
+    constant_us: float
+    floor_us: float
+    factors: list[float]
+    link_constant_us: float  # 0 for primaries
+    link_us_per_head: float
+
+
 class MemberStats(msgspec.Struct, kw_only=True):
     """One line of the fleet table."""
 
@@ -263,12 +278,20 @@ class MemberStats(msgspec.Struct, kw_only=True):
     attention_share: float  # of all attention time in the fleet
     bytes_sent: dict[str, int]
     bytes_received: dict[str, int]
+    model: DeviceModel | None  # None where speeds are not followed
+    predicted_us: float  # decode attention of a layer, on average over the steps in which the rank had heads
+    measured_us: float
 
 
 class FleetStats(Message):
     members: list[MemberStats]
     num_steps: int
     num_preemptions: int
+    num_dispatches: int  # sequences that were placed
+    num_rebalances: int  # times that lanes moved for the sake of balance
+    num_reliefs: int  # times that lanes moved because pages ran out
+    num_migrations: int  # lanes that have moved
+    migrated_bytes: int
 
 
 class EngineDead(Message):

@@ -13,7 +13,6 @@ from hetis.core.fleet import RankStats
 from hetis.core.messages import (
     AddRequest,
     FleetStats,
-    MemberStats,
     NewSequence,
     Setup,
     StepCommand,
@@ -28,6 +27,7 @@ from hetis.dispatcher.room import shortage_when_empty
 from hetis.engine.balancer import Balancer
 from hetis.engine.observer import Observer
 from hetis.engine.policies import Policies
+from hetis.engine.statistics import member_stats
 from hetis.scheduler.scheduler import Scheduler
 
 LOG_SECONDS = 10.0  # between two lines about sequences that wait
@@ -54,7 +54,10 @@ class Engine:
         spec, plan = setup.spec, setup.plan
         self._setup, self._dispatcher, self._clock = setup, policies.dispatcher, clock
         self.cache = CacheManager(plan, spec.num_head_groups, setup.num_pages, setup.block_size, setup.max_num_seqs)
-        self.hauler = Hauler(self.cache, plan, spec.num_head_groups, setup.block_size, setup.pages_per_haul)
+        token_bytes = spec.kv_bytes_per_token(1, setup.dtype)
+        self.hauler = Hauler(
+            self.cache, plan, spec.num_head_groups, setup.block_size, token_bytes, setup.pages_per_haul
+        )
         self._balancer, self._observer = None, None
         if policies.rebalancer is not None and policies.cost is not None:
             self._balancer = Balancer(self.cache, self.hauler, policies.rebalancer, migration_budget, clock)
@@ -71,7 +74,7 @@ class Engine:
         self._in_flight: dict[int, Batch] = {}
         self._landed: list[Move] = []  # lanes that have arrived, and no command has said so
         self._logged = -LOG_SECONDS
-        self._num_steps = 0
+        self._num_steps, self._num_dispatches = 0, 0
         self._num_arrivals = 0
         self._outputs: list[TokenOutput] = []
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}  # by sequence, until its first token
@@ -131,6 +134,7 @@ class Engine:
         command = self._command(batch)
         self._in_flight[command.step] = batch
         self._num_steps += 1
+        self._num_dispatches += len(batch.admitted)
         return command
 
     def _move_lanes(self) -> None:
@@ -206,27 +210,18 @@ class Engine:
     # --- looking ------------------------------------------------------------------------------------------------------
 
     def fleet_stats(self, stats: Mapping[int, RankStats]) -> FleetStats:
-        """The fleet's table, from the cache and what the ranks counted."""
-        queries = self._setup.spec.queries_per_group
-        total = sum(counted.attention_seconds for counted in stats.values()) or 1.0
-        members = [
-            MemberStats(
-                rank=member.rank,
-                role=self._setup.plan.role_of(member.rank),
-                device=member.device,
-                heads=usage.num_lanes * queries,
-                heads_peak=usage.lanes_peak * queries,
-                pages_used=usage.pages_used,
-                pages_total=usage.pages_total,
-                pages_peak=usage.pages_peak,
-                attention_seconds=stats[member.rank].attention_seconds,
-                attention_share=stats[member.rank].attention_seconds / total,
-                bytes_sent=stats[member.rank].bytes_sent,
-                bytes_received=stats[member.rank].bytes_received,
-            )
-            for member, usage in zip(self._setup.plan.members(), self.cache.usage().values(), strict=True)
-        ]
-        return FleetStats(members=members, num_steps=self._num_steps, num_preemptions=self.scheduler.num_preemptions)
+        """The fleet's table, from the cache, the policies and what the ranks counted."""
+        balancer = self._balancer
+        return FleetStats(
+            members=member_stats(self._setup, self.cache, stats, self._observer),
+            num_steps=self._num_steps,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_dispatches=self._num_dispatches,
+            num_rebalances=balancer.num_rebalances if balancer else 0,
+            num_reliefs=balancer.num_reliefs if balancer else 0,
+            num_migrations=self.hauler.num_landed,
+            migrated_bytes=self.hauler.bytes_sent,
+        )
 
 
 def _new_sequence(sequence: Sequence, placement: Placement) -> NewSequence:

@@ -91,7 +91,7 @@ class LocalFleet:
         self.engine = Engine(self.setup, policies, config.migration_budget, clock)
         self._commands: list[queue.SimpleQueue[StepCommand | None]] = [queue.SimpleQueue() for _ in fleet]
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
-        self._times: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()
+        self.times: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()
         rendezvous = LocalRendezvous()
         self._threads = [
             threading.Thread(target=self._rank, args=(info.rank, self.setup, rendezvous), daemon=True) for info in fleet
@@ -110,7 +110,7 @@ class LocalFleet:
                 if result is not None:
                     self._results.put(result)
                 for times in member.take_times():
-                    self._times.put(times)
+                    self.times.put(times)
             member.close()
         except BaseException as error:
             self._results.put(error)
@@ -142,8 +142,8 @@ class LocalFleet:
             if isinstance(result, BaseException):
                 raise result
             self.engine.on_result(result)
-        while not self._times.empty():
-            self.engine.on_times(self._times.get())
+        while not self.times.empty():
+            self.engine.on_times(self.times.get())
         if check:
             self.engine.cache.check_integrity()
 

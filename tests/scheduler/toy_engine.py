@@ -172,7 +172,7 @@ class ToyEngine:
         self.max_model_len = self.max_model_len or capacity
         assert self.max_model_len <= capacity
         self.cache = CacheManager(self.plan, num_groups, self.num_pages, self.page_size, self.max_num_seqs)
-        self.hauler = Hauler(self.cache, self.plan, num_groups, self.page_size, self.pages_per_haul)
+        self.hauler = Hauler(self.cache, self.plan, num_groups, self.page_size, 1, self.pages_per_haul)
         self.scheduler = Scheduler(
             self.cache,
             ProportionalDispatcher(),
