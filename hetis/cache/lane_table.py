@@ -115,7 +115,8 @@ class CacheManager:
         lanes = self._sequences[move.slot]
         lanes.transits.remove(transit)
         source = lanes.owner_of(row, move.stage)
-        self._unseen = [_without(entry, row) if entry[0] is source else entry for entry in self._unseen]
+        unseen = [_without(entry, row) if entry[0] is source else entry for entry in self._unseen]
+        self._unseen = [entry for entry in unseen if entry[1].size]
         self._pools[source.pool].give(source.drop(row))
         self._num_lanes[source.pool] -= 1
         if not source.num_lanes:
