@@ -42,16 +42,18 @@ class TraceFile:
         if not laps:
             return
         self._epoch = laps[0][1] if self._epoch is None else self._epoch
-        self._bar(rank, times.stage, f"step {step}", laps[0][1], laps[-1][2])
+        told = {"heads": times.heads, "prompt_tokens": times.num_prompt_tokens, "page_layers": times.num_page_layers}
+        self._bar(rank, times.stage, f"step {step}", laps[0][1], laps[-1][2], told)
         for span, begin, end in laps:
             self._bar(rank, times.stage, Span(int(span)).label, begin, end)
 
-    def _bar(self, rank: int, stage: int, name: str, begin: float, end: float) -> None:
+    def _bar(
+        self, rank: int, stage: int, name: str, begin: float, end: float, told: dict[str, int] | None = None
+    ) -> None:
         assert self._epoch is not None
-        start_us, duration_us = 1e6 * (begin - self._epoch), 1e6 * (end - begin)
-        self._write(
-            {"ph": "X", "name": name, "pid": rank, "tid": stage, "ts": round(start_us, 3), "dur": round(duration_us, 3)}
-        )
+        start_us, duration_us = round(1e6 * (begin - self._epoch), 3), round(1e6 * (end - begin), 3)
+        event = {"ph": "X", "name": name, "pid": rank, "tid": stage, "ts": start_us, "dur": duration_us}
+        self._write(event if told is None else event | {"args": told})
 
     def _write(self, event: dict[str, Any]) -> None:
         self._file.write(self._separator + msgspec.json.encode(event))
