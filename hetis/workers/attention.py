@@ -17,6 +17,7 @@ from hetis.core.fleet import RankStats
 from hetis.core.messages import Setup, StepCommand
 from hetis.core.plan import Primary, Stage
 from hetis.workers.build import make_pool, wire_format
+from hetis.workers.measure import Measurer
 from hetis.workers.step_input import StepPlanner, WorkerInput
 from hetis_kernels import kv_append, paged_decode
 
@@ -91,6 +92,7 @@ class AttentionRank:
     ) -> None:
         """`on_failure` is called from the thread of a stage that failed; it ends the process."""
         self._rank, self._links, self._on_failure = rank, links, on_failure
+        self.measurer = Measurer(setup, rank, links, device)
         stages = range(len(setup.plan.stages))
         self._servers = [StageServer(setup, rank, stage, links, device) for stage in stages]
         self._queues: list[queue.SimpleQueue[StepCommand]] = []

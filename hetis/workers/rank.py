@@ -169,6 +169,8 @@ def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRa
             heart.step = command.step
             if result is not None:
                 control.send(result)
+        elif isinstance(command, m.Measure | m.MeasureLink):
+            control.send(member.measurer.measure(command))
         elif isinstance(command, m.StatsQuery):
             control.send(m.Stats(stats=member.stats()))
         elif isinstance(command, m.Shutdown):
