@@ -142,8 +142,9 @@ class CostModel:
         )
 
     def prompt_us_per_byte(self, worker: int) -> float:
-        """Sending one byte of a prompt's KV to a worker."""
-        beta = max((link.request.beta_us_per_byte for link in self._links[worker]), default=0.0)
+        """Sending one byte of a prompt's KV to a worker; such messages are large."""
+        ways = [link.request for link in self._links[worker]]
+        beta = max((way.beta_us_per_byte + way.more_us_per_byte for way in ways), default=0.0)
         return beta * self._link[worker].factors[1]
 
     def dense_us(self, ranks: Iterable[int]) -> float:

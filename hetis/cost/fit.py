@@ -21,7 +21,7 @@ Sample = TypeVar("Sample", bound=tuple[float, ...])  # the last field is the mea
 Fitted = TypeVar("Fitted", bound=msgspec.Struct)
 
 FOLDS = 4
-CLEAR_GAIN = 0.8  # a floor must bring the squared error down to this, or it is noise
+CLEAR_GAIN = 0.8  # a term more must bring the squared error down to this, or it is noise
 
 
 class _LayerSample(NamedTuple):
@@ -36,7 +36,7 @@ def fit_attention(samples: Sequence[AttentionSample]) -> AttentionProfile:
 
 
 def fit_transfer(samples: Sequence[TransferSample]) -> TransferProfile:
-    """alpha and beta of one direction of a link."""
+    """alpha and beta of one direction of a link, and a steeper slope for large messages where there clearly is one."""
     return _fitted(samples, _fit_transfer, lambda fitted, p: fitted.time_us(p.num_bytes))
 
 
@@ -82,8 +82,21 @@ def _fitted(
 
 
 def _fit_transfer(samples: Sequence[TransferSample]) -> TransferProfile:
-    alpha, beta = non_negative(np.array([[1.0, p.num_bytes] for p in samples]), _times(samples))
-    return TransferProfile(alpha_us=alpha, beta_us_per_byte=beta)
+    """A line, or two with a bend at one of the sizes if that is clearly better."""
+    times, sizes = _times(samples), np.array([float(p.num_bytes) for p in samples])
+    line = np.stack([np.ones_like(sizes), sizes], axis=1)
+    alpha, beta = non_negative(line, times)
+    best = TransferProfile(alpha_us=alpha, beta_us_per_byte=beta)
+    best_error = _squared_error(line @ [alpha, beta], times) * CLEAR_GAIN
+    for bend in np.unique(sizes)[1:-1]:
+        bent = np.column_stack([line, np.maximum(0.0, sizes - bend)])
+        alpha, beta, more = non_negative(bent, times)
+        if (error := _squared_error(bent @ [alpha, beta, more], times)) < best_error:
+            best_error = error
+            best = TransferProfile(
+                alpha_us=alpha, beta_us_per_byte=beta, large_bytes=float(bend), more_us_per_byte=more
+            )
+    return best
 
 
 def _fit_prefill(samples: Sequence[PrefillSample]) -> PrefillProfile:

@@ -109,10 +109,25 @@ class Decoder:
         self._reduce.all_reduce(hidden_TH)
         return hidden_TH
 
-    def forward(self, hidden_TH: Tensor, position_T: Tensor, attention: Attention) -> Tensor:
-        """The residual stream [T, H] after all layers of the stage, computed in place in `hidden_TH`."""
+    @property
+    def num_layers(self) -> int:
+        return len(self._weights.layers)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of the matrices in one layer of this shard."""
+        layer = self._weights.layers[0]
+        return sum(part.weight.nbytes for part in (layer.qkv, layer.output, layer.gate_up, layer.down))
+
+    def forward(
+        self, hidden_TH: Tensor, position_T: Tensor, attention: Attention, *, num_layers: int | None = None
+    ) -> Tensor:
+        """The residual stream [T, H] after all layers of the stage, computed in place in `hidden_TH`.
+
+        `num_layers`: through the first ones only, to see what a layer costs.
+        """
         w = self._workspace.of(hidden_TH.shape[0])
-        for index, layer in enumerate(self._weights.layers):
+        for index, layer in enumerate(self._weights.layers[:num_layers]):
             if index == 0:
                 normalise(hidden_TH, layer.attention_norm, self._spec, w.normed_TH)
             else:

@@ -51,6 +51,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         type=_memory,
         help="cache per rank, like 2GiB, or 0=1GiB,1=4GiB; left out: from free memory",
     )
+    add("--profile", metavar="FILE", help="speeds from `hetis profile`; left out: from the cache, or measured now")
+    add(
+        "--no-profile-cache",
+        dest="profile_cache",
+        action="store_false",
+        help="measure every rank anew, each by itself, and keep nothing",
+    )
     add("--seed", type=int, default=default.seed, help="seed of requests that bring none, and of dummy weights")
     add("--enforce-eager", action="store_true", help="plain torch linears, for debugging")
     add(
@@ -100,10 +107,10 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `LLM`, from parsed options."""
     names = (
         "model", "revision", "tokenizer", "plan", "device", "dtype", "load_format", "max_model_len", "max_num_seqs",
-        "max_num_batched_tokens", "block_size", "kv_cache_memory", "seed", "enforce_eager", "max_logprobs",
-        "step_timeout", "dispatch", "theta", "migration_budget", "trace",
+        "max_num_batched_tokens", "block_size", "kv_cache_memory", "profile", "profile_cache", "seed", "enforce_eager",
+        "max_logprobs", "step_timeout", "dispatch", "theta", "migration_budget", "trace",
     )  # fmt: skip
-    return {name: getattr(options, name) for name in names}
+    return {name: getattr(options, name) for name in names} | {"measure": options.command == "profile"}
 
 
 def sampling_params(options: argparse.Namespace) -> SamplingParams:

@@ -1,4 +1,4 @@
-"""`hetis generate | bench`. Under torchrun the same command line makes a process one rank of the fleet."""
+"""`hetis generate | bench | profile`. Under torchrun the same command line makes a process one rank of the fleet."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from hetis.server.arguments import HelpFormatter, add_engine_arguments, engine_a
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from hetis.server import bench, generate
+    from hetis.server import bench, generate, profile
 
     parser = argparse.ArgumentParser(
         prog="hetis", description="LLM serving over fleets of unlike devices, split by attention head."
@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, add_arguments, run, text in (
         ("generate", generate.add_arguments, generate.run, "write on from prompts, several at once"),
         ("bench", bench.add_arguments, None, "measure throughput or latency with random prompts"),
+        ("profile", profile.add_arguments, profile.run, "measure the speed of every device and link"),
     ):
         command = commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
         add_arguments(command)

@@ -17,6 +17,7 @@ from hetis.core.messages import Setup, StepCommand, StepTimes
 from hetis.core.plan import Stage
 from hetis.core.times import Span, StageTimes
 from hetis.workers.build import make_pool, wire_format
+from hetis.workers.measure import Measurer
 from hetis.workers.step_input import StepPlanner, WorkerInput
 from hetis.workers.timer import StageTimer, attention_seconds
 from hetis_kernels import kv_append, paged_decode
@@ -122,6 +123,7 @@ class AttentionRank:
     ) -> None:
         """`on_failure` is called from the thread of a stage that failed; it ends the process."""
         self._rank, self._links, self._on_failure = rank, links, on_failure
+        self.measurer = Measurer(setup, rank, links, device)
         stages = range(len(setup.plan.stages))
         self._servers = [StageServer(setup, rank, stage, links, device) for stage in stages]
         self._finished: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()

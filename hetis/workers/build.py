@@ -15,6 +15,7 @@ from hetis.core.messages import Setup
 from hetis.core.placement import PoolId
 from hetis.core.plan import Primary
 from hetis.workers.wire import WireFormat
+from hetis_kernels.dispatch import cpu_op
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,12 +77,15 @@ def describe_device(rank: int, device: torch.device, address: str) -> DeviceInfo
     """What this rank tells the driver about itself."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
+        name, backend = torch.cuda.get_device_name(device), "triton"
+        driver = f"torch {torch.__version__}, {_cuda_driver()}"
     else:
         import psutil
 
         memory = psutil.virtual_memory()
         free, total, name = memory.available, memory.total, _cpu_name()
+        driver = f"torch {torch.__version__}"
+        backend = "reference" if cpu_op("paged_decode") is None else "cpu"
     return DeviceInfo(
         rank=rank,
         device=str(device),
@@ -92,12 +96,24 @@ def describe_device(rank: int, device: torch.device, address: str) -> DeviceInfo
         num_threads=torch.get_num_threads(),
         total_memory=total,
         free_memory=free,
+        driver=driver,
+        backend=backend,
     )
 
 
 def share_of_cores(ranks_on_host: int) -> int:
     """Threads for one rank's operators: its share of the cores this process may use."""
     return max(1, len(os.sched_getaffinity(0)) // max(1, ranks_on_host))
+
+
+def _cuda_driver() -> str:
+    """Of the kernel's driver and of CUDA."""
+    try:
+        with open("/proc/driver/nvidia/version") as lines:
+            kernel = next((word for word in lines.readline().split() if word[0].isdigit()), "unknown")
+    except OSError:
+        kernel = "unknown"
+    return f"driver {kernel}, CUDA {torch.version.cuda}"
 
 
 def _cpu_name() -> str:

@@ -15,6 +15,7 @@ from hetis.core.sampled import SCORED_ROWS, TokenLogprobs
 from hetis.core.times import Span
 from hetis.models.decoder import Decoder
 from hetis.workers.build import make_pool, wire_format
+from hetis.workers.measure import Measurer
 from hetis.workers.sampler import Sampler
 from hetis.workers.split_attention import SplitAttention
 from hetis.workers.step_input import PrimaryInput, StepPlanner, StepRows
@@ -36,6 +37,7 @@ class PrimaryRank:
     ) -> None:
         self.rank, self._setup, self._links = rank, setup, links
         self._decoder, self._tensor_parallel, self._pipeline = decoder, tensor_parallel, pipeline
+        self.measurer = Measurer(setup, rank, links, device, decoder, tensor_parallel)
         self._stage_index, tp_index = setup.plan.position_of(rank)
         stage = setup.plan.stages[self._stage_index]
         self._primary = stage.primaries[tp_index]

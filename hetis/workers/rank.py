@@ -171,6 +171,8 @@ def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRa
                 control.send(result)
             for times in member.take_times():
                 control.send(times)
+        elif isinstance(command, m.Measure | m.MeasureLink):
+            control.send(member.measurer.measure(command))
         elif isinstance(command, m.StatsQuery):
             control.send(m.Stats(stats=member.stats()))
         elif isinstance(command, m.Shutdown):
