@@ -2,7 +2,7 @@
 
 The lanes of a sequence all have the same length, so they grow together: one new page per lane, or none. Row `slot * G +
 group` of a pool's page table belongs to a lane; with the home of a lane that lives elsewhere it belongs to the lane's
-staging pages, for as long as its prompt is computed.
+staging pages, for as long as its prompt is computed, and with the target of a lane that moves to the pages it moves to.
 
 Letters: U lanes of one sequence in one pool, K pages, W pages of a lane.
 """
@@ -12,43 +12,12 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from hetis.cache.allocator import PageAllocator
+from hetis.cache.lanes import Int32, PoolLanes, SequenceLanes, Transit
 from hetis.core.messages import PageDelta
-from hetis.core.placement import FleetView, Placement, PoolId, Shortage, pages_for
+from hetis.core.placement import FleetView, Move, Placement, PoolId, Shortage, pages_for
 from hetis.core.plan import Plan
-
-Int32 = NDArray[np.int32]
-
-
-class PoolLanes:
-    """Lanes of one sequence in one pool and their pages."""
-
-    def __init__(self, pool: PoolId, rows: list[int]) -> None:
-        self.pool = pool
-        self.num_lanes = len(rows)
-        self.row_U = np.asarray(rows, dtype=np.int32)
-        self.blocks: list[Int32] = []  # [U, K] each, in the order of the tokens
-
-    @property
-    def pages(self) -> Int32:
-        """[U, W]"""
-        return np.concatenate([np.empty((self.num_lanes, 0), dtype=np.int32), *self.blocks], axis=1)
-
-
-class SequenceLanes:
-    """All lanes of one sequence."""
-
-    def __init__(self, owned: list[PoolLanes], staging: list[PoolLanes]) -> None:
-        self.owned = owned
-        self.staging = staging  # on the homes of lanes that live elsewhere, until the end of prefill
-        self.num_pages = 0  # of each lane
-        self.num_tokens = 0
-
-    @property
-    def parts(self) -> list[PoolLanes]:
-        return self.owned + self.staging
 
 
 class RankUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,11 +39,14 @@ class CacheManager:
         """`num_pages`: of each pool of a rank. `page_size`: tokens per page."""
         self._plan, self._num_groups, self._page_size, self._max_num_seqs = plan, num_groups, page_size, max_num_seqs
         self._homes = [[stage.home(group).rank for group in range(num_groups)] for stage in plan.stages]
+        self._workers = {worker.rank for worker in plan.workers}
         self._pools = {pool: PageAllocator(num_pages[pool.rank]) for pool in pools_of(plan)}
         self._sequences: dict[int, SequenceLanes] = {}  # by slot
         self._num_lanes = dict.fromkeys(self._pools, 0)  # that live there
+        self._num_arriving = dict.fromkeys(self._pools, 0)  # that move there
         self._lanes_peak = dict.fromkeys(self._pools, 0)
-        self._unseen: list[tuple[PoolLanes, int, Int32]] = []  # lanes, their first new page index, the pages [U, K]
+        # part, rows of lanes [U], their first new page index, the pages [U, K]
+        self._unseen: list[tuple[PoolLanes, Int32, int, Int32]] = []
 
     # --- growing and shrinking ----------------------------------------------------------------------------------------
 
@@ -90,8 +62,7 @@ class CacheManager:
         if shortage is None:
             self._sequences[slot] = lanes
             for part in lanes.owned:
-                self._num_lanes[part.pool] += part.num_lanes
-                self._lanes_peak[part.pool] = max(self._lanes_peak[part.pool], self._num_lanes[part.pool])
+                self._count(part)
         return shortage
 
     def reserve(self, slot: int, num_tokens: int) -> Shortage | None:
@@ -113,14 +84,88 @@ class CacheManager:
         lanes = self._sequences.pop(slot)
         for part in lanes.owned:
             self._num_lanes[part.pool] -= part.num_lanes
+        for transit in lanes.transits:
+            self._num_arriving[transit.part.pool] -= 1
         self._free(lanes.parts)
+
+    # --- moving -------------------------------------------------------------------------------------------------------
+
+    def begin_move(self, move: Move) -> Shortage | None:
+        """Takes pages for a lane at its target; from now on it grows in both places. All or nothing."""
+        lanes, row = self._sequences[move.slot], self._row(move)
+        assert not lanes.staging, f"slot {move.slot} is in prefill: its lanes stay"
+        assert lanes.owner_of(row, move.stage).pool.rank == move.source, f"{move} starts from where the lane is not"
+        assert move.target in (self._homes[move.stage][move.group], *self._workers), f"{move} leads nowhere"
+        part = PoolLanes(PoolId(move.target, move.stage), [row])
+        lacking = lanes.num_pages - self._pools[part.pool].num_free
+        if lacking > 0:
+            return Shortage({part.pool: lacking})
+        self._take(part, 0, lanes.num_pages)
+        lanes.transits.append(Transit(move, part))
+        self._num_arriving[part.pool] += 1
+        return None
+
+    def transits(self) -> list[tuple[Transit, int]]:
+        """Lanes on the move with the tokens of each, sequence by sequence."""
+        return [(transit, lanes.num_tokens) for lanes in self._sequences.values() for transit in lanes.transits]
+
+    def land(self, transit: Transit) -> None:
+        """A lane lives at its target from now on; the pages at its source are free."""
+        move, row = transit.move, self._row(transit.move)
+        lanes = self._sequences[move.slot]
+        lanes.transits.remove(transit)
+        source = lanes.owner_of(row, move.stage)
+        unseen = [_without(entry, row) if entry[0] is source else entry for entry in self._unseen]
+        self._unseen = [entry for entry in unseen if entry[1].size]
+        self._pools[source.pool].give(source.drop(row))
+        self._num_lanes[source.pool] -= 1
+        if not source.num_lanes:
+            lanes.owned.remove(source)
+        lanes.owned.append(transit.part)
+        self._num_arriving[transit.part.pool] -= 1
+        self._count(transit.part)
+
+    def owners(self, slot: int) -> tuple[tuple[int, ...], ...]:
+        """[stage][G] ranks on which the lanes of a sequence live, or will when they arrive."""
+        lanes, first = self._sequences[slot], slot * self._num_groups
+        owners = [[0] * self._num_groups for _ in self._homes]
+        for part in [*lanes.owned, *(transit.part for transit in lanes.transits)]:
+            for row in part.row_U:
+                owners[part.pool.stage][int(row) - first] = part.pool.rank
+        return tuple(map(tuple, owners))
+
+    def is_moving(self, slot: int) -> bool:
+        return bool(self._sequences[slot].transits)
+
+    def num_tokens(self, slot: int) -> int:
+        """For which a sequence has pages."""
+        return self._sequences[slot].num_tokens
+
+    def num_leaving(self, pool: PoolId) -> int:
+        """Pages that come free when lanes which are on the move have arrived."""
+        return sum(
+            lanes.num_pages
+            for lanes in self._sequences.values()
+            for transit in lanes.transits
+            if PoolId(transit.move.source, transit.move.stage) == pool
+        )
+
+    def _row(self, move: Move) -> int:
+        return move.slot * self._num_groups + move.group
+
+    def _count(self, part: PoolLanes) -> None:
+        """Lanes that live in a pool from now on."""
+        self._num_lanes[part.pool] += part.num_lanes
+        self._lanes_peak[part.pool] = max(self._lanes_peak[part.pool], self._num_lanes[part.pool])
+
+    # --- news for the ranks -------------------------------------------------------------------------------------------
 
     def take_deltas(self) -> list[PageDelta]:
         """New entries of page tables since the last call; those freed again meanwhile are left out."""
         entries = defaultdict(list)
-        for part, first, page_UK in self._unseen:
+        for part, row_U, first, page_UK in self._unseen:
             entry_UK3 = np.empty((*page_UK.shape, 3), dtype=np.int32)
-            entry_UK3[..., 0] = part.row_U[:, None]
+            entry_UK3[..., 0] = row_U[:, None]
             entry_UK3[..., 1] = np.arange(first, first + page_UK.shape[1])
             entry_UK3[..., 2] = page_UK
             entries[part.pool].append(entry_UK3.tobytes())
@@ -132,13 +177,12 @@ class CacheManager:
     def _lanes(self, slot: int, placement: Placement) -> SequenceLanes:
         owned: dict[PoolId, list[int]] = defaultdict(list)
         staging: dict[PoolId, list[int]] = defaultdict(list)
-        workers = {worker.rank for worker in self._plan.workers}
         for stage, (owners, homes) in enumerate(zip(placement.owners, self._homes, strict=True)):
             for group, (owner, home) in enumerate(zip(owners, homes, strict=True)):
                 row = slot * self._num_groups + group
                 owned[PoolId(owner, stage)].append(row)
                 if owner != home:
-                    assert owner in workers, f"group {group} of stage {stage} cannot live on rank {owner}"
+                    assert owner in self._workers, f"group {group} of stage {stage} cannot live on rank {owner}"
                     staging[PoolId(home, stage)].append(row)
         return SequenceLanes(*([PoolLanes(pool, rows) for pool, rows in part.items()] for part in (owned, staging)))
 
@@ -152,12 +196,16 @@ class CacheManager:
         if missing:
             return Shortage(missing)
         for part in lanes.parts:
-            page_UK = self._pools[part.pool].take(part.num_lanes * count).reshape(part.num_lanes, count)
-            part.blocks.append(page_UK)
-            self._unseen.append((part, lanes.num_pages, page_UK))
+            self._take(part, lanes.num_pages, count)
         lanes.num_pages += count
         lanes.num_tokens = num_tokens
         return None
+
+    def _take(self, part: PoolLanes, first: int, count: int) -> None:
+        """`count` pages more for each lane, of which it has `first`."""
+        page_UK = self._pools[part.pool].take(part.num_lanes * count).reshape(part.num_lanes, count)
+        part.blocks.append(page_UK)
+        self._unseen.append((part, part.row_U, first, page_UK))
 
     def _free(self, parts: list[PoolLanes]) -> None:
         for part in parts:
@@ -175,16 +223,22 @@ class CacheManager:
         return any(part.pool in pools for part in self._sequences[slot].parts)
 
     def view(self) -> FleetView:
-        """What a dispatcher needs to know. Each lane that lives in a pool is promised one more page there."""
-        held_tokens = dict.fromkeys(self._pools, 0)
+        """What a dispatcher needs to know. Each lane that lives in a pool, or moves there, is promised a page more."""
+        promised = {pool: count + self._num_arriving[pool] for pool, count in self._num_lanes.items()}
+        held_lanes, held_tokens = dict(promised), dict.fromkeys(self._pools, 0)
         for lanes in self._sequences.values():
             for part in lanes.owned:
                 held_tokens[part.pool] += part.num_lanes * lanes.num_tokens
+            for transit in lanes.transits:
+                source = PoolId(transit.move.source, transit.move.stage)
+                held_lanes[source] -= 1
+                held_tokens[source] -= lanes.num_tokens
+                held_tokens[transit.part.pool] += lanes.num_tokens
         return FleetView(
             plan=self._plan,
             page_size=self._page_size,
-            free_pages={pool: pages.num_free - self._num_lanes[pool] for pool, pages in self._pools.items()},
-            held_lanes=dict(self._num_lanes),
+            free_pages={pool: pages.num_free - promised[pool] for pool, pages in self._pools.items()},
+            held_lanes=held_lanes,
             held_tokens=held_tokens,
         )
 
@@ -213,11 +267,15 @@ class CacheManager:
             found, expected = np.sort(np.concatenate(parts)), np.arange(self._pools[pool].num_pages)
             assert np.array_equal(found, expected), f"pages of {pool} are lost or owned twice"
         held: Counter[PoolId] = Counter()
+        arriving: Counter[PoolId] = Counter()
         for lanes in self._sequences.values():
-            held.update({part.pool: part.num_lanes for part in lanes.owned})
+            for part in lanes.owned:
+                held[part.pool] += part.num_lanes
+            arriving.update(transit.part.pool for transit in lanes.transits)
         assert held == Counter(self._num_lanes), "lanes are miscounted"
+        assert arriving == Counter(self._num_arriving), "lanes on the move are miscounted"
         known = {id(part) for lanes in self._sequences.values() for part in lanes.parts}
-        assert all(id(part) in known for part, _, _ in self._unseen), "a page of a freed lane is still to be announced"
+        assert all(id(part) in known for part, *_ in self._unseen), "a page of a freed lane is still to be announced"
 
     def _check_lanes(self, slot: int, lanes: SequenceLanes) -> None:
         assert lanes.num_pages >= pages_for(lanes.num_tokens, self._page_size), f"slot {slot} is short of pages"
@@ -229,6 +287,9 @@ class CacheManager:
             (stage, row) for stage in range(len(self._homes)) for row in range(first, first + self._num_groups)
         ]
         assert sorted(_stages_and_rows(lanes.owned)) == every_lane, f"slot {slot} misses a lane or has one twice"
+        for transit in lanes.transits:
+            source = lanes.owner_of(self._row(transit.move), transit.move.stage).pool.rank
+            assert source == transit.move.source != transit.part.pool.rank, f"slot {slot}: {transit.move} is astray"
         for stage, row in _stages_and_rows(lanes.staging):
             home = PoolId(self._homes[stage][row - first], stage)
             at_home = any(part.pool == home and row in part.row_U for part in lanes.owned)
@@ -239,6 +300,12 @@ def pools_of(plan: Plan) -> list[PoolId]:
     """One pool per primary, and one per worker and stage."""
     primaries = [PoolId(primary.rank, s) for s, stage in enumerate(plan.stages) for primary in stage.primaries]
     return primaries + [PoolId(worker.rank, stage) for worker in plan.workers for stage in range(len(plan.stages))]
+
+
+def _without(entry: tuple[PoolLanes, Int32, int, Int32], row: int) -> tuple[PoolLanes, Int32, int, Int32]:
+    part, row_U, first, page_UK = entry
+    keep = row_U != row
+    return part, row_U[keep], first, page_UK[keep]
 
 
 def _stages_and_rows(parts: Iterable[PoolLanes]) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ from hetis.core.config import Endpoints
 
 Client = Literal["ranks", "health", "front"]
 
-_FROM_RANK = m.Hello | m.Ready | m.Measured | m.StepResult | m.Stats | m.Failure | m.Heartbeat
+_FROM_RANK = m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Stats | m.Failure | m.Heartbeat
 _TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
 _FROM_FRONT = m.Attach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery | m.Shutdown
 _TO_FRONT = m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.EngineDead

@@ -26,10 +26,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enforce_eager: bool = False  # plain torch linears: for debugging
     max_logprobs: int = 20  # -1: no limit
     logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs"
-    dispatch: str = "proportional"
+    dispatch: Literal["hetis", "highs", "proportional", "even", "primary-only"] = "hetis"
+    theta: float = 0.5  # how far the slowest device may be above the ideal before lanes move, as a share of a layer
+    migration_budget: int = 256 << 20  # bytes of lanes per second that may move to balance the fleet
     profile: str | None = None  # file of a FleetProfile; None: measured at start where there are attention workers
     profile_cache: bool = True  # False: every rank is measured anew and by itself
-    measure: bool = False  # also where there are no attention workers: what `hetis profile` wants
+    measure: bool = False  # also where nothing depends on it: what `hetis profile` wants
+    trace: str | None = None  # file for a Chrome trace of what every rank does
     step_timeout: float = 60.0  # seconds without a sign of life before a rank counts as dead
 
     def __post_init__(self) -> None:
@@ -40,6 +43,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"max_model_len is {self.max_model_len}: it must be at least 1, or left out.")
         if self.step_timeout <= 0:
             raise ValueError(f"step_timeout is {self.step_timeout}: it must be a positive number of seconds.")
+        if self.theta <= 0:
+            raise ValueError(f"theta is {self.theta}: it must be positive; 0.5 moves lanes at half a layer too much.")
+        if self.migration_budget < 0:
+            raise ValueError(f"migration_budget is {self.migration_budget}: it must be 0 (never) or more bytes/s.")
         if self.max_logprobs < -1:
             raise ValueError(f"max_logprobs is {self.max_logprobs}: it must be -1 (no limit) or at least 0.")
 

@@ -14,6 +14,7 @@ from hetis.core.profile import FleetProfile
 from hetis.core.sampled import TokenLogprobs
 from hetis.core.samples import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.sampling_params import SamplingParams
+from hetis.core.times import StageTimes
 
 
 class Message(msgspec.Struct, tag=True, kw_only=True):
@@ -54,6 +55,14 @@ class StepResult(Message):
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # row index -> its positions in this step
 
 
+class StepTimes(Message):
+    """From every rank, after every step it has finished."""
+
+    rank: int
+    step: int
+    stages: list[StageTimes]  # a worker's stages finish a step one by one
+
+
 class Stats(Message):
     stats: RankStats
 
@@ -87,6 +96,7 @@ class Setup(Message):
     dtype: str
     block_size: int  # S
     num_pages: dict[int, int]  # rank -> P of each of its pools
+    pages_per_haul: int  # most pages of lanes on the move that one link carries in a step, each way
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
@@ -95,6 +105,7 @@ class Setup(Message):
     eos_token_ids: list[int]
     logprobs_mode: str
     step_timeout: float
+    trace: bool  # ranks report every lap of a step
 
 
 class Measure(Message):
@@ -138,9 +149,14 @@ class PageDelta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepCommand(Message):
-    """One step, the same bytes for every rank. Rows are in batch order, decode rows first."""
+    """One step, the same bytes for every rank. Rows are in batch order, decode rows first.
+
+    In this order: lanes that have arrived, new sequences and pages, the rows, and pages of lanes on the move, with
+    what the rows append. Without rows only pages travel.
+    """
 
     step: int
+    landed: bytes  # int32 [n, 4] (slot, stage, group, rank): where a lane lives from now on
     released: list[int]
     admitted: list[NewSequence]
     pages: list[PageDelta]
@@ -150,6 +166,7 @@ class StepCommand(Message):
     num_decode: int
     tokens: bytes  # [T] ids of the new tokens
     sampled: bytes  # indices of rows that draw a token
+    hauls: bytes  # int32 [n, 6] (stage, lane row, source, target, first page, stop page): see cache.migration
     prompt_logprobs: list[int] = []  # indices of rows whose prompt positions are to be scored
     prompt_targets: bytes = b""  # for those rows' new tokens in turn: the token that follows; -1 after the prompt's end
 
@@ -231,6 +248,21 @@ class Outputs(Message):
     outputs: list[TokenOutput]
 
 
+class DeviceModel(msgspec.Struct, kw_only=True):
+    """How a rank's decode attention is predicted now: max(floor, constant + per head + per byte), of a layer.
+
+    `docs/dispatch.md` has the formula. `factors`: how much longer than in its profile per head, per byte, and constant.
+    """
+
+    us_per_head: float
+    us_per_byte: float
+    constant_us: float
+    floor_us: float
+    factors: list[float]
+    link_constant_us: float  # 0 for primaries
+    link_us_per_head: float
+
+
 class MemberStats(msgspec.Struct, kw_only=True):
     """One line of the fleet table."""
 
@@ -246,12 +278,20 @@ class MemberStats(msgspec.Struct, kw_only=True):
     attention_share: float  # of all attention time in the fleet
     bytes_sent: dict[str, int]
     bytes_received: dict[str, int]
+    model: DeviceModel | None  # None where speeds are not followed
+    predicted_us: float  # decode attention of a layer, on average over the steps in which the rank had heads
+    measured_us: float
 
 
 class FleetStats(Message):
     members: list[MemberStats]
     num_steps: int
     num_preemptions: int
+    num_dispatches: int  # sequences that were placed
+    num_rebalances: int  # times that lanes moved for the sake of balance
+    num_reliefs: int  # times that lanes moved because pages ran out
+    num_migrations: int  # lanes that have moved
+    migrated_bytes: int
 
 
 class EngineDead(Message):

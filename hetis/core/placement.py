@@ -1,6 +1,6 @@
 """Where the lanes of a sequence live, and what a dispatcher gets to see when it decides that."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -13,6 +13,16 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """`owners[stage][group]` is a rank: the group's home primary or any attention worker."""
 
     owners: tuple[tuple[int, ...], ...]
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """One lane goes to another rank."""
+
+    slot: int
+    stage: int
+    group: int
+    source: int
+    target: int
 
 
 class PoolId(msgspec.Struct, frozen=True, order=True):
@@ -41,7 +51,7 @@ class FleetView(msgspec.Struct, frozen=True, kw_only=True):
     plan: Plan
     page_size: int
     free_pages: Mapping[PoolId, int]  # less one page for every lane there, for running sequences to grow; may be < 0
-    held_lanes: Mapping[PoolId, int]  # lanes that live there; staging does not count
+    held_lanes: Mapping[PoolId, int]  # lanes that live there, or will when they arrive; staging does not count
     held_tokens: Mapping[PoolId, int]  # of these lanes
 
 
@@ -55,6 +65,33 @@ class Dispatcher(Protocol):
         and of `token_ids` in staging with the homes of lanes that live elsewhere.
         """
         ...
+
+    def why_not(self, sequence: Sequence, view: FleetView) -> str:
+        """Why a sequence that got no placement waits, in words for the log."""
+        ...
+
+
+class Relief(Protocol):
+    """Makes room where pages run out, without making anybody start over."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether lanes are on the move, so that steps without rows bring them on."""
+        ...
+
+    def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> bool:
+        """Has lanes move off these pools. False: that does not help, somebody has to start over (or to wait)."""
+        ...
+
+
+class NoRelief:
+    """Lanes stay where they are."""
+
+    is_busy = False
+
+    def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> bool:
+        del missing, running
+        return False
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

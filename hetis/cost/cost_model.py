@@ -19,6 +19,7 @@ FORGETTING = 5e-3  # how fast trust in the estimate goes back to the prior's, pe
 LARGEST_STEP = 1.0  # a measurement counts for no more than this, relative to the prediction
 SMALLEST_FACTOR, LARGEST_FACTOR = 1 / 16, 64.0
 RELAXING = 0.01  # of the way back to the profile, per step without work
+DENSE_WEIGHT = 0.1  # of one measurement of the dense part in its moving average
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +89,7 @@ class CostModel:
         self._links: dict[int, list[LinkProfile]] = {}  # by worker
         self._attention: dict[int, Follower] = {}
         self._link: dict[int, Follower] = {}
+        self._dense_us: dict[int, float] = {}
         for rank, device in profile.devices.items():
             self.add(rank, device, [link for link in profile.links if link.worker == rank])
 
@@ -99,7 +101,7 @@ class CostModel:
         self._links[rank], self._link[rank] = list(links), Follower(2)
 
     def remove(self, rank: int) -> None:
-        for known in (self._devices, self._attention, self._links, self._link):
+        for known in (self._devices, self._attention, self._links, self._link, self._dense_us):
             known.pop(rank, None)
 
     @property
@@ -145,13 +147,21 @@ class CostModel:
         beta = max((way.beta_us_per_byte + way.more_us_per_byte for way in ways), default=0.0)
         return beta * self._link[worker].factors[1]
 
+    def dense_us(self, ranks: Iterable[int]) -> float:
+        """A layer's dense part in a decode step, on the slowest of some primaries; 0 where nothing is known."""
+        return max((self._dense_us.get(rank, 0.0) for rank in ranks), default=0.0)
+
+    def attention_profile(self, rank: int) -> AttentionProfile:
+        """As it was measured before serving."""
+        return self._profile(rank)
+
     def factors(self, rank: int) -> list[float]:
         """How much longer than in the profile: per head, per byte, constant. To be shown."""
         return list(self._attention[rank].factors)
 
     # --- following ----------------------------------------------------------------------------------------------------
 
-    def observe(self, rank: int, heads: int, kv_bytes: int, measured_us: float) -> None:
+    def observe(self, rank: int, heads: int, kv_bytes: float, measured_us: float) -> None:
         """A rank measured the decode attention of a layer, on average over a step. Without heads it says nothing."""
         if not heads or rank not in self._devices:
             return
@@ -167,6 +177,11 @@ class CostModel:
         terms = self._link_terms(worker, heads) if worker in self._devices else []
         if heads and any(terms):
             self._link[worker].observe(terms, measured_us)
+
+    def observe_dense(self, rank: int, measured_us: float) -> None:
+        """A primary measured a layer's dense part in a step without prompts (or its profile says so, at first)."""
+        known_us = self._dense_us.get(rank, measured_us)
+        self._dense_us[rank] = known_us + DENSE_WEIGHT * (measured_us - known_us)
 
     def relax(self, idle: Iterable[int]) -> None:
         """To be called once per step with the ranks that had no heads in it."""

@@ -5,7 +5,7 @@ primary, V vocabulary rows of a primary, S tokens per page.
 """
 
 from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
-from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
+from hetis.core.plan import AttentionWorker, Plan, Primary
 from hetis.core.sampled import SCORED_ROWS
 
 LOGIT_COPIES = 3  # float32 copies of the logits that sampling makes: scaled, sorted, cumulated
@@ -71,16 +71,16 @@ def activation_bytes(
     return total
 
 
-def page_bytes(spec: ModelSpec, stage: Stage, block_size: int, dtype: str) -> int:
-    """One page: K and V of `block_size` tokens of one lane, for all layers of the stage."""
-    return block_size * spec.kv_bytes_per_token(stage.num_layers, dtype)
+def page_bytes(spec: ModelSpec, num_layers: int, block_size: int, dtype: str) -> int:
+    """One page: K and V of `block_size` tokens of one lane, for so many layers."""
+    return block_size * spec.kv_bytes_per_token(num_layers, dtype)
 
 
 def page_bytes_of(spec: ModelSpec, plan: Plan, member: Primary | AttentionWorker, block_size: int, dtype: str) -> int:
     """One page in every pool of a rank: its stage's for a primary, all stages' for a worker."""
     if isinstance(member, Primary):
-        return page_bytes(spec, plan.stages[plan.position_of(member.rank)[0]], block_size, dtype)
-    return sum(page_bytes(spec, stage, block_size, dtype) for stage in plan.stages)
+        return page_bytes(spec, plan.stages[plan.position_of(member.rank)[0]].num_layers, block_size, dtype)
+    return sum(page_bytes(spec, stage.num_layers, block_size, dtype) for stage in plan.stages)
 
 
 def fixed_bytes(

@@ -51,15 +51,14 @@ class Admission:
         solve: Solve,
         sequences: Sequence[Request],
         view: FleetView,
-        dense_us: Sequence[float] = (),
         staging_tokens: int = 0,
     ) -> None:
-        """For `dense_us` and `staging_tokens` see `HetisDispatcher`."""
+        """For `staging_tokens` see `HetisDispatcher`."""
         self._cost, self._solve, self._view = cost, solve, view
         self._stages = stage_devices(view.plan)
         self._layers = [stage.num_layers for stage in view.plan.stages]
-        self._dense_us = dense_us or [0.0] * len(self._stages)
         self._load = FleetLoad.of_view(view, cost, TOKENS_AHEAD)
+        self._dense_us = [self._load.dense_us(stage) for stage in self._stages]
         self._lanes = [self._lane(sequence) for sequence in sequences]
         self._homeward = self._first_fitting()
         self._decided: dict[int, Decision] = {}

@@ -87,6 +87,10 @@ class FleetLoad:
         other._heads, other._kv_bytes = dict(self._heads), dict(self._kv_bytes)
         return other
 
+    def dense_us(self, stage: "StageDevices") -> float:
+        """A layer's dense part in a decode step."""
+        return self._cost.dense_us(pool.rank for pool in stage.pools[: stage.num_homes])
+
     def rates(self, rank: int) -> Rates:
         return self._rates[rank]
 

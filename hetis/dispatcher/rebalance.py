@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from math import inf
 from typing import NamedTuple
 
-from hetis.core.placement import FleetView, PoolId, pages_for
+from hetis.core.placement import FleetView, Move, PoolId, pages_for
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.load import StageDevices
-from hetis.dispatcher.residents import Move, Resident, Residents
+from hetis.dispatcher.residents import Resident, Residents
 
 THETA = 0.5  # how far above the ideal the slowest device may be
 SETTLED = 0.5  # of theta: once begun, rebalancing goes on down to there
@@ -48,12 +48,9 @@ class MigrationBudget:
 class Rebalancer:
     """A function of what it is given, but for the stages in which it has begun and is not done."""
 
-    def __init__(
-        self, cost: CostModel, theta: float = THETA, *, dense_us: Sequence[float] = (), staging_tokens: int = 0
-    ) -> None:
-        """`dense_us`, `staging_tokens`: as for `HetisDispatcher`."""
-        self._cost, self._theta = cost, theta
-        self._dense_us, self._staging_tokens = dense_us, staging_tokens
+    def __init__(self, cost: CostModel, theta: float = THETA, *, staging_tokens: int = 0) -> None:
+        """`staging_tokens`: as for `HetisDispatcher`."""
+        self._cost, self._theta, self._staging_tokens = cost, theta, staging_tokens
         self._unsettled: set[int] = set()
 
     def compute(self, residents: Sequence[Resident], view: FleetView, budget: MigrationBudget) -> Outcome:
@@ -92,7 +89,8 @@ class Rebalancer:
         ideal_us = fleet.ideal_us(stage)
         for _ in range(ROUNDS):
             slowest = max(stage.pools, key=fleet.load.time_us)
-            above = (fleet.load.time_us(slowest) - ideal_us) / (ideal_us + self._dense(stage)) if ideal_us else 0.0
+            whole_us = ideal_us + fleet.load.dense_us(stage)
+            above = (fleet.load.time_us(slowest) - ideal_us) / whole_us if ideal_us else 0.0
             if above > self._theta:
                 self._unsettled.add(stage.stage)
             elif above <= SETTLED * self._theta:
@@ -109,9 +107,6 @@ class Rebalancer:
                     fleet.apply(move)
                     moves.append(move)
         return moves
-
-    def _dense(self, stage: StageDevices) -> float:
-        return self._dense_us[stage.stage] if self._dense_us else 0.0
 
     def _relieve(self, fleet: Residents, stage: StageDevices, slowest: PoolId) -> list[Move]:
         """Moves of one sequence with much work on the slowest device; none if nobody can take its lanes."""
@@ -146,7 +141,7 @@ class Rebalancer:
     def _make_room(self, fleet: Residents, pool: PoolId, lacking: int) -> list[Move] | None:
         stage = fleet.stages[pool.stage]
         peak_us = fleet.load.peak_us(stage.pools)
-        limit_us = peak_us + MOVE_WORTH * (peak_us + self._dense(stage)) / fleet.num_residents
+        limit_us = peak_us + MOVE_WORTH * (peak_us + fleet.load.dense_us(stage)) / fleet.num_residents
         moves: list[Move] = []
         for resident in sorted(fleet.holders(pool), key=lambda resident: -resident.arrival):
             if lacking <= 0:

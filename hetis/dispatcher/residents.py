@@ -5,7 +5,7 @@ from math import inf
 
 import msgspec
 
-from hetis.core.placement import FleetView, PoolId, pages_for
+from hetis.core.placement import FleetView, Move, PoolId, pages_for
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.balance import insert
 from hetis.dispatcher.bound import least_possible_us
@@ -24,16 +24,6 @@ class Resident(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     owners: tuple[tuple[int, ...], ...]  # [stage][G] ranks
     movable: bool = True  # not while its prompt is computed, nor while lanes of it are on the move
-
-
-class Move(msgspec.Struct, frozen=True, kw_only=True):
-    """One lane goes to another rank."""
-
-    slot: int
-    stage: int
-    group: int
-    source: int
-    target: int
 
 
 class Residents:

@@ -4,11 +4,12 @@ While its prompt is computed a sequence has its pages at home, wherever its lane
 takes only its room to grow besides; one on a worker takes all its pages there.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from hetis.core.placement import FleetView, PoolId, Shortage, pages_for
+from hetis.core.plan import Plan
 from hetis.core.request import Sequence
-from hetis.dispatcher.dispatcher import pages_per_lane
 from hetis.dispatcher.load import StageDevices, stage_devices
 
 LARGEST_RESERVE = 0.25  # of a home's pages
@@ -67,7 +68,13 @@ class Room:
 
 
 def pages_of(sequence: Sequence, page_size: int) -> Pages:
-    return Pages(*pages_per_lane(sequence, page_size))
+    """Of all known tokens, and with one page more if the sequence can ever grow into it.
+
+    The last token of a sequence is never computed, so it needs no place in the cache.
+    """
+    num_tokens = len(sequence.token_ids)
+    longest = sequence.prompt_len + sequence.max_tokens - 1
+    return Pages(pages_for(num_tokens, page_size), pages_for(min(num_tokens + page_size, longest), page_size))
 
 
 def reserve(stage: StageDevices, home: int, view: FleetView, num_tokens: int) -> int:
@@ -97,3 +104,24 @@ def shortage_of(sequence: Sequence, view: FleetView) -> Shortage | None:
             on_workers -= away
             missing[pool] = max(0, -spare, (lanes - away) * pages.growth - spare)
     return Shortage({pool: count for pool, count in missing.items() if count > 0})
+
+
+def lacking(sequence: Sequence, view: FleetView) -> str:
+    """Why a sequence waits, in words, as far as pages are the reason."""
+    return str(shortage_of(sequence, view) or "its rule leaves it no place now")
+
+
+def shortage_when_empty(num_tokens: int, plan: Plan, num_pages: Mapping[int, int], page_size: int) -> Shortage | None:
+    """What is missing for a sequence of `num_tokens` tokens even if it had the fleet for itself; None if it fits.
+
+    Workers do not help: each home holds the whole prompt of all its head groups, as lanes or as staging (see
+    `cost.memory.largest_context`).
+    """
+    pages = pages_for(num_tokens, page_size)
+    missing = {
+        PoolId(primary.rank, stage): primary.num_groups * pages - num_pages[primary.rank]
+        for stage in range(len(plan.stages))
+        for primary in plan.stages[stage].primaries
+    }
+    missing = {pool: count for pool, count in missing.items() if count > 0}
+    return Shortage(missing) if missing else None

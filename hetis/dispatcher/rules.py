@@ -5,8 +5,6 @@ there to be compared with. Each is a function of its arguments, the first one of
 measured.
 """
 
-from collections.abc import Sequence
-
 from hetis.core.placement import FleetView, Placement
 from hetis.core.request import Sequence as Request
 from hetis.cost.cost_model import CostModel
@@ -14,7 +12,7 @@ from hetis.dispatcher.admission import Admission, Solve
 from hetis.dispatcher.balance import balance
 from hetis.dispatcher.load import StageDevices, is_worth, stage_devices
 from hetis.dispatcher.problem import Problem
-from hetis.dispatcher.room import Pages, Room, pages_of, shortage_of
+from hetis.dispatcher.room import Pages, Room, lacking, pages_of, shortage_of
 
 FORCED = 0.5  # memory dictates a placement if without limits it would be this much faster
 
@@ -30,12 +28,9 @@ class HetisDispatcher:
     - Where memory alone forces lanes onto slow devices, sequences wait if taking them lowers sequences per second.
     """
 
-    def __init__(
-        self, cost: CostModel, *, solve: Solve = balance, dense_us: Sequence[float] = (), staging_tokens: int = 0
-    ) -> None:
-        """`dense_us`: per stage, a layer's dense part in a decode step. `staging_tokens`: least to keep pages for."""
-        self._cost, self._solve = cost, solve
-        self._dense_us, self._staging_tokens = dense_us, staging_tokens
+    def __init__(self, cost: CostModel, *, solve: Solve = balance, staging_tokens: int = 0) -> None:
+        """`staging_tokens`: least to keep pages for."""
+        self._cost, self._solve, self._staging_tokens = cost, solve, staging_tokens
 
     def assign(self, sequences: list[Request], view: FleetView) -> list[Placement | None]:
         """See `core.placement.Dispatcher`. None from the first sequence on that does not fit or had better wait."""
@@ -58,7 +53,7 @@ class HetisDispatcher:
         )
 
     def _admission(self, sequences: list[Request], view: FleetView) -> Admission:
-        return Admission(self._cost, self._solve, sequences, view, self._dense_us, self._staging_tokens)
+        return Admission(self._cost, self._solve, sequences, view, self._staging_tokens)
 
 
 def _worthwhile(admission: Admission) -> int:
@@ -81,12 +76,18 @@ class EvenDispatcher:
     def assign(self, sequences: list[Request], view: FleetView) -> list[Placement | None]:
         return _one_by_one(sequences, view, use_workers=True)
 
+    def why_not(self, sequence: Request, view: FleetView) -> str:
+        return lacking(sequence, view)
+
 
 class PrimaryOnlyDispatcher:
     """All lanes at home, as if there were no attention workers."""
 
     def assign(self, sequences: list[Request], view: FleetView) -> list[Placement | None]:
         return _one_by_one(sequences, view, use_workers=False)
+
+    def why_not(self, sequence: Request, view: FleetView) -> str:
+        return lacking(sequence, view)
 
 
 def _one_by_one(sequences: list[Request], view: FleetView, *, use_workers: bool) -> list[Placement | None]:

@@ -5,6 +5,7 @@ second line there is rank 0's last word: shut down in order, or its launcher end
 happens, the driver outlives the ranks of its host: those that do not end by themselves it kills.
 """
 
+import logging
 import os
 import shutil
 import signal
@@ -25,10 +26,11 @@ from hetis.core.config import DriverArgs, Joining
 from hetis.core.fleet import DeviceInfo, RankStats
 from hetis.core.profile import FleetProfile
 from hetis.cost.profile import load
-from hetis.dispatcher.dispatcher import make_dispatcher
 from hetis.engine.engine import Engine
+from hetis.engine.policies import SOLVERS, make_policies
 from hetis.engine.profiling import Profiling, cached_profiles, report_of, save_profiles
 from hetis.engine.setup import make_setup
+from hetis.engine.trace import TraceFile
 from hetis.engine.watch import FleetFailedError, Watch
 
 POLL_MILLISECONDS = 200
@@ -51,6 +53,7 @@ class Driver:
         self._profiling: Profiling | None = None
         self._report = m.ProfileReport(profile=None)
         self._engine: Engine | None = None  # once all is measured
+        self._trace: TraceFile | None = None
         self._hellos: dict[int, DeviceInfo] = {}
         self._num_ready = 0
         self._ending = False
@@ -67,6 +70,8 @@ class Driver:
             self._read_fronts()
             self._watch.check()
             self._step()
+        if self._trace is not None:
+            self._trace.close()
         self._broadcast(m.Shutdown())
         self._outlive([rank for rank in self._ranks if rank != 0], END_SECONDS)
 
@@ -127,6 +132,11 @@ class Driver:
                     self._on_hello(message.info)
                 case m.Ready():
                     self._on_ready()
+                case m.StepTimes():
+                    assert self._engine is not None
+                    self._engine.on_times(message)
+                    if self._trace is not None:
+                        self._trace.add(message)
                 case m.Measured():
                     assert self._profiling is not None
                     self._send_each(self._profiling.on_measured(message))
@@ -146,6 +156,8 @@ class Driver:
         if (path := self._args.config.profile) is not None:  # before the ranks load: it may not fit
             self._report = report_of(load(Path(path), FleetProfile), setup.plan, path)
         self._setup = setup
+        if (trace := self._args.config.trace) is not None:
+            self._trace = TraceFile(Path(trace), setup.plan, setup.fleet)
         self._ready = m.EngineReady(
             max_model_len=setup.max_model_len,
             vocab_size=setup.spec.vocab_size,
@@ -160,7 +172,8 @@ class Driver:
             return
         assert self._setup is not None
         config, plan = self._args.config, self._setup.plan
-        if config.profile is None and (plan.workers or config.measure):
+        is_needed = bool(plan.workers) and config.dispatch in SOLVERS
+        if config.profile is None and (is_needed or config.measure):
             known = cached_profiles(self._setup) if config.profile_cache else {}
             self._profiling = Profiling(self._setup, known, share=config.profile_cache)
             self._send_each(self._profiling.start())
@@ -175,7 +188,8 @@ class Driver:
             self._report = self._profiling.report()
             if self._args.config.profile_cache:
                 save_profiles(self._profiling.new())
-        self._engine = Engine(self._setup, make_dispatcher(self._args.config.dispatch))
+        policies = make_policies(self._args.config, self._setup, self._report.profile)
+        self._engine = Engine(self._setup, policies, self._args.config.migration_budget)
         for front in self._fronts:
             self._greet(front)
 
@@ -262,6 +276,7 @@ def main() -> NoReturn:
     if not line:
         sys.exit(1)  # rank 0 is gone already
     args = msgspec.json.decode(line, type=DriverArgs)
+    logging.basicConfig(level=logging.INFO, format="hetis: %(message)s")
     server = ControlServer(args.run_directory, args.address)
     joining = Joining(endpoints=server.endpoints, devices=[member.device for member in args.plan.members()])
     with suppress(BrokenPipeError):  # its end is noticed in the loop

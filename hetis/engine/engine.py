@@ -1,28 +1,38 @@
 """The engine: requests in, steps out, tokens back. No sockets here; `driver.py` carries the messages."""
 
-from collections.abc import Iterable, Mapping
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
 from hetis.cache.lane_table import CacheManager
+from hetis.cache.migration import Hauler, pack_hauls
 from hetis.core.batch import Batch, NewToken, Row
 from hetis.core.fleet import RankStats
 from hetis.core.messages import (
     AddRequest,
     FleetStats,
-    MemberStats,
     NewSequence,
     Setup,
     StepCommand,
     StepResult,
+    StepTimes,
     TokenOutput,
 )
-from hetis.core.placement import Dispatcher, Placement
+from hetis.core.placement import Move, Placement
 from hetis.core.request import Sequence
 from hetis.core.sampled import TokenLogprobs
-from hetis.dispatcher.dispatcher import shortage_when_empty
+from hetis.dispatcher.room import shortage_when_empty
+from hetis.engine.balancer import Balancer
+from hetis.engine.observer import Observer
+from hetis.engine.policies import Policies
+from hetis.engine.statistics import member_stats
 from hetis.scheduler.scheduler import Scheduler
 
+LOG_SECONDS = 10.0  # between two lines about sequences that wait
+
+_log = logging.getLogger("hetis")
 _MIX = 0x9E3779B97F4A7C15  # odd, for spreading request numbers over seeds
 
 
@@ -33,20 +43,38 @@ def _int32(values: Iterable[int]) -> bytes:
 class Engine:
     """All requests of one fleet, from `add` until their last token, and the steps in flight."""
 
-    def __init__(self, setup: Setup, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        policies: Policies,
+        migration_budget: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`migration_budget`: bytes per second. `clock`: seconds, for what happens now and then."""
         spec, plan = setup.spec, setup.plan
-        self._setup = setup
+        self._setup, self._dispatcher, self._clock = setup, policies.dispatcher, clock
         self.cache = CacheManager(plan, spec.num_head_groups, setup.num_pages, setup.block_size, setup.max_num_seqs)
+        token_bytes = spec.kv_bytes_per_token(1, setup.dtype)
+        self.hauler = Hauler(
+            self.cache, plan, spec.num_head_groups, setup.block_size, token_bytes, setup.pages_per_haul
+        )
+        self._balancer, self._observer = None, None
+        if policies.rebalancer is not None and policies.cost is not None:
+            self._balancer = Balancer(self.cache, self.hauler, policies.rebalancer, migration_budget, clock)
+            self._observer = Observer(policies.cost, plan)
         self.scheduler = Scheduler(
             self.cache,
-            dispatcher,
+            policies.dispatcher,
+            self._balancer,
             max_num_seqs=setup.max_num_seqs,
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_model_len=setup.max_model_len,
             num_stages=len(plan.stages),
         )
         self._in_flight: dict[int, Batch] = {}
-        self._num_steps = 0
+        self._landed: list[Move] = []  # lanes that have arrived, and no command has said so
+        self._logged = -LOG_SECONDS
+        self._num_steps, self._num_dispatches = 0, 0
         self._num_arrivals = 0
         self._outputs: list[TokenOutput] = []
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}  # by sequence, until its first token
@@ -99,13 +127,34 @@ class Engine:
 
     def step(self) -> StepCommand | None:
         """The next step for the whole fleet, or None when nothing can start now."""
+        self._move_lanes()
         batch = self.scheduler.schedule()
         if batch is None:
             return None
         command = self._command(batch)
         self._in_flight[command.step] = batch
         self._num_steps += 1
+        self._num_dispatches += len(batch.admitted)
         return command
+
+    def _move_lanes(self) -> None:
+        """Lanes that have arrived live at their targets from now on; others set out, if the fleet is out of balance."""
+        self._landed += self.hauler.land()
+        if self._balancer is not None:
+            self._balancer.balance(self.scheduler.running, self.scheduler.refused)
+        self._explain_waiting()
+
+    def _explain_waiting(self) -> None:
+        """Says now and then why the first of the queue is not admitted."""
+        waiting, now = self.scheduler.refused, self._clock()
+        if waiting is not None and now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            _log.info("request %s waits: %s.", waiting.id, self._dispatcher.why_not(waiting, self.cache.view()))
+
+    def on_times(self, times: StepTimes) -> None:
+        """What a rank measured in a step."""
+        if self._observer is not None:
+            self._observer.on_times(times)
 
     def on_result(self, result: StepResult) -> None:
         """The tokens of a step: appended, streamed, and pages freed where a sequence ended."""
@@ -133,9 +182,11 @@ class Engine:
 
     def _command(self, batch: Batch) -> StepCommand:
         rows = batch.rows
+        landed, self._landed = self._landed, []
         scored = [index for index, row in enumerate(rows) if _is_scored(row)]
         return StepCommand(
             step=self._num_steps,
+            landed=_int32(value for move in landed for value in (move.slot, move.stage, move.group, move.target)),
             released=batch.released,
             admitted=[_new_sequence(sequence, placement) for sequence, placement in batch.admitted],
             pages=self.cache.take_deltas(),
@@ -145,6 +196,7 @@ class Engine:
             num_decode=batch.num_decode,
             tokens=b"".join(_int32(row.sequence.token_ids[row.start : row.start + row.count]) for row in rows),
             sampled=_int32(index for index, row in enumerate(rows) if row.samples),
+            hauls=pack_hauls(self.hauler.plan()),
             prompt_logprobs=scored,
             prompt_targets=b"".join(_int32(_targets(rows[index])) for index in scored),
         )
@@ -158,27 +210,18 @@ class Engine:
     # --- looking ------------------------------------------------------------------------------------------------------
 
     def fleet_stats(self, stats: Mapping[int, RankStats]) -> FleetStats:
-        """The fleet's table, from the cache and what the ranks counted."""
-        queries = self._setup.spec.queries_per_group
-        total = sum(counted.attention_seconds for counted in stats.values()) or 1.0
-        members = [
-            MemberStats(
-                rank=member.rank,
-                role=self._setup.plan.role_of(member.rank),
-                device=member.device,
-                heads=usage.num_lanes * queries,
-                heads_peak=usage.lanes_peak * queries,
-                pages_used=usage.pages_used,
-                pages_total=usage.pages_total,
-                pages_peak=usage.pages_peak,
-                attention_seconds=stats[member.rank].attention_seconds,
-                attention_share=stats[member.rank].attention_seconds / total,
-                bytes_sent=stats[member.rank].bytes_sent,
-                bytes_received=stats[member.rank].bytes_received,
-            )
-            for member, usage in zip(self._setup.plan.members(), self.cache.usage().values(), strict=True)
-        ]
-        return FleetStats(members=members, num_steps=self._num_steps, num_preemptions=self.scheduler.num_preemptions)
+        """The fleet's table, from the cache, the policies and what the ranks counted."""
+        balancer = self._balancer
+        return FleetStats(
+            members=member_stats(self._setup, self.cache, stats, self._observer),
+            num_steps=self._num_steps,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_dispatches=self._num_dispatches,
+            num_rebalances=balancer.num_rebalances if balancer else 0,
+            num_reliefs=balancer.num_reliefs if balancer else 0,
+            num_migrations=self.hauler.num_landed,
+            migrated_bytes=self.hauler.bytes_sent,
+        )
 
 
 def _new_sequence(sequence: Sequence, placement: Placement) -> NewSequence:

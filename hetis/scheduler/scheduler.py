@@ -3,6 +3,8 @@
 Running decodes first, then the next chunks of running prompts, then waiting sequences. Pages of a whole prompt, staging
 included, are taken at admission, so only decodes can run out of pages; then whoever came last starts over later.
 
+Where lanes can move, they make room before anybody starts over; meanwhile those who lack pages wait.
+
 With n pipeline stages at most n micro-batches are in flight, and a sequence is in at most one of them. Each takes at
 most an n-th of the sequences and of the token budget, so that every stage has work.
 """
@@ -13,7 +15,7 @@ from operator import attrgetter
 
 from hetis.cache.lane_table import CacheManager
 from hetis.core.batch import Batch, NewToken, Row
-from hetis.core.placement import Dispatcher, Placement, Shortage
+from hetis.core.placement import Dispatcher, NoRelief, Placement, Relief, Shortage
 from hetis.core.request import Sequence
 
 _ARRIVAL = attrgetter("arrival")
@@ -26,6 +28,7 @@ class Scheduler:
         self,
         cache: CacheManager,
         dispatcher: Dispatcher,
+        relief: Relief | None = None,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -34,7 +37,7 @@ class Scheduler:
     ) -> None:
         """`max_num_batched_tokens`: of all micro-batches in flight together. `max_model_len`: at most the context that
         a sequence finds room for when it has the fleet for itself."""
-        self._cache, self._dispatcher = cache, dispatcher
+        self._cache, self._dispatcher, self._relief = cache, dispatcher, relief or NoRelief()
         self._max_model_len, self._num_stages = max_model_len, num_stages
         self._token_budget = _share(max_num_batched_tokens, num_stages)
         self._waiting: list[Sequence] = []  # in order of arrival
@@ -44,6 +47,7 @@ class Scheduler:
         self._released: list[int] = []  # slots that no batch has reported yet
         self._num_in_flight = 0  # batches
         self.num_preemptions = 0
+        self.refused: Sequence | None = None  # the first of the queue, if the dispatcher had no place for it last time
 
     @property
     def has_work(self) -> bool:
@@ -56,6 +60,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """In order of arrival."""
+        return list(self._running)
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence in the queue. Raises ValueError for an id in use and for a prompt that fills the context."""
@@ -86,14 +95,17 @@ class Scheduler:
     # --- the next step ------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
-        """The next micro-batch, or None when nothing can run now: call it until then."""
+        """The next micro-batch, or None when nothing can run now: call it until then.
+
+        It has no rows where everybody waits for lanes that move: their pages go with steps.
+        """
         if self._num_in_flight == self._num_stages:
             return None
         rows = self._decodes()
         rows += self._chunks(self._running_prefills(len(rows)), rows)
         admitted = self._admit(rows)
         rows += self._chunks([sequence for sequence, _ in admitted], rows)
-        if not rows:
+        if not rows and (self._num_in_flight or not self._relief.is_busy):
             assert self._num_in_flight or not self.has_work, "an empty fleet has no place for a sequence that waits"
             return None
         for row in rows:
@@ -132,6 +144,7 @@ class Scheduler:
         """Gives the first ones of the queue a slot, lanes and the pages of their prompts. Nobody overtakes."""
         candidates = self._candidates(rows)
         placements = self._dispatcher.assign(candidates, self._cache.view()) if candidates else []
+        self.refused = candidates[0] if placements and placements[0] is None else None
         admitted: list[tuple[Sequence, Placement]] = []
         for sequence, placement in zip(candidates, placements, strict=True):
             if placement is None:
@@ -163,8 +176,10 @@ class Scheduler:
     # --- when pages run out -------------------------------------------------------------------------------------------
 
     def _reserve_next(self, sequence: Sequence) -> bool:
-        """Pages for one more token, preempting others if it must. False: not in this step."""
+        """Pages for one more token; lanes of others move away, or others start over. False: not in this step."""
         while (shortage := self._cache.reserve(sequence.slot, sequence.num_computed + 1)) is not None:
+            if self._relief.make_room(shortage.missing, self._running):
+                return False
             victim = self._victim(sequence, shortage)
             if victim is not None:
                 self._preempt(victim)

@@ -1,7 +1,7 @@
 """Command-line options that more than one command has, and what becomes of them."""
 
 import argparse
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from hetis.core.config import EngineConfig
 from hetis.core.sampling_params import SamplingParams
@@ -67,6 +67,21 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="most logprobs a request may ask for; -1: no limit",
     )
     add(
+        "--dispatch",
+        default=default.dispatch,
+        choices=get_args(get_type_hints(EngineConfig)["dispatch"]),
+        help="how heads are placed: by measured speeds (hetis; highs: the same, solved by HiGHS), by free memory "
+        "(proportional), evenly, or on primaries alone",
+    )
+    add("--theta", type=float, default=default.theta, help="imbalance at which heads move, as a share of a layer")
+    add(
+        "--migration-budget",
+        type=parse_bytes,
+        default=default.migration_budget,
+        help="bytes of heads per second that may move for balance",
+    )
+    add("--trace", help="file for a trace of what every rank does, for ui.perfetto.dev")
+    add(
         "--step-timeout",
         type=float,
         default=default.step_timeout,
@@ -93,7 +108,7 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     names = (
         "model", "revision", "tokenizer", "plan", "device", "dtype", "load_format", "max_model_len", "max_num_seqs",
         "max_num_batched_tokens", "block_size", "kv_cache_memory", "profile", "profile_cache", "seed", "enforce_eager",
-        "max_logprobs", "step_timeout",
+        "max_logprobs", "step_timeout", "dispatch", "theta", "migration_budget", "trace",
     )  # fmt: skip
     return {name: getattr(options, name) for name in names} | {"measure": options.command == "profile"}
 

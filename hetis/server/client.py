@@ -65,11 +65,18 @@ class EngineClient:
 
     def receive(self) -> m.Message:
         """The next message; EngineDeadError when there will be none."""
-        while self.is_open:
-            message: m.Message | None = self._control.receive(POLL_SECONDS)
+        while True:
+            message = self.poll(POLL_SECONDS)
+            if message is not None:
+                return message
+
+    def poll(self, seconds: float) -> m.Message | None:
+        """The next message, None if there is none within `seconds`; EngineDeadError when there will be none."""
+        if self.is_open:
+            message: m.Message | None = self._control.receive(seconds)
             if isinstance(message, m.EngineDead) or (message is None and self._has_ended()):
                 self._give_up(message.reason if message else "the fleet ended without a word.")
-            elif message is not None:
+            else:
                 return message
         raise EngineDeadError(self._reason)
 

@@ -90,6 +90,22 @@ def print_fleet(stats: FleetStats) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print()
     console.print(fleet_table(stats))
+    console.print(f"\n{moves(stats)}", highlight=False)
+
+
+def moves(stats: FleetStats) -> str:
+    """What the dispatcher did, in one sentence."""
+    text = f"{stats.num_dispatches} sequences placed"
+    if stats.num_migrations:
+        text += f", {stats.num_migrations} lanes moved ({format_bytes(stats.migrated_bytes)})"
+    if stats.num_preemptions:
+        text += f", {stats.num_preemptions} sequences started over"
+    followed = [member for member in stats.members if member.measured_us]
+    for member in followed:
+        text += (
+            f"; rank {member.rank}: attention {member.measured_us:.0f} us a layer, {member.predicted_us:.0f} predicted"
+        )
+    return text + "."
 
 
 def fleet_table(stats: FleetStats) -> "Table":

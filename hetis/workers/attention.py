@@ -8,17 +8,18 @@ different stages never wait for each other here.
 import queue
 import threading
 from collections.abc import Callable
-from time import perf_counter
 
 import torch
 
 from hetis.comm.links.base import Link
 from hetis.core.fleet import RankStats
-from hetis.core.messages import Setup, StepCommand
-from hetis.core.plan import Primary, Stage
+from hetis.core.messages import Setup, StepCommand, StepTimes
+from hetis.core.plan import Stage
+from hetis.core.times import Span, StageTimes
 from hetis.workers.build import make_pool, wire_format
 from hetis.workers.measure import Measurer
 from hetis.workers.step_input import StepPlanner, WorkerInput
+from hetis.workers.timer import StageTimer, attention_seconds
 from hetis_kernels import kv_append, paged_decode
 
 
@@ -34,49 +35,79 @@ class StageServer:
         first, stop = stage.layers
         self._windows = setup.spec.windows[first:stop]
         self.pool = make_pool(setup, rank, stage_index, device)
-        self._planner = StepPlanner(
-            rank, stage_index, setup.spec.num_head_groups, setup.max_num_seqs, self.pool, device
-        )
-        self.attention_seconds = 0.0
+        self._planner = StepPlanner(self.pool, setup.spec.num_head_groups, setup.max_num_seqs, self._windows, device)
+        self._timer = StageTimer(stage_index, self._wire.num_queries, device, setup.trace)
 
-    def run_step(self, command: StepCommand) -> None:
+    def run_step(self, command: StepCommand) -> StageTimes:
+        self._timer.begin()
         self._planner.apply(command)
         served: list[tuple[Link, WorkerInput]] = []
         for primary, link in self._links:
-            step = self._plan(command, primary)
-            if len(step.lanes) or len(step.prefill_append):
+            step = self._planner.worker_input(command, primary.rank, primary.groups)
+            if not step.is_empty:
                 served.append((link, step))
+        self._timer.lap(Span.OTHER)
         for layer in range(len(self._windows)) if served else ():
             for link, step in served:
                 self._serve(layer, link, step)
-
-    def _plan(self, command: StepCommand, primary: Primary) -> WorkerInput:
-        return self._planner.worker_input(command, primary.groups)
+        for link, step in served:
+            self._take_last_pages(link, step)
+        inputs = [step for _, step in served]
+        return self._timer.report(
+            [step.lanes for step in inputs],
+            sum(len(step.prefill_append) for step in inputs),
+            len(self._windows) * sum(step.haul.num_in + step.haul.num_out for step in inputs),
+        )
 
     def _serve(self, layer: int, link: Link, step: WorkerInput) -> None:
-        """One message of one layer: keep the new K and V, attend, answer."""
-        wire, pages_2PSD = self._wire, self.pool.pages_L2PSD[layer]
+        """One message of one layer: keep the new K and V, attend, answer. Pages that came along can wait until then."""
+        wire, lap, pages_2PSD = self._wire, self._timer.lap, self.pool.pages_L2PSD[layer]
         num_decode, num_prefill, M, D = len(step.lanes), len(step.prefill_append), wire.num_queries, wire.head_dim
-        message = link.recv(wire.request_bytes(num_decode, num_prefill))
-        begin = perf_counter()
-        qkv_UF, kv_AF = wire.request_views(message, num_decode, num_prefill)
+        num_in, num_out = step.haul.num_in if layer else 0, step.haul.num_out
+        if num_bytes := wire.request_bytes(num_decode, num_prefill, num_in):
+            message = link.recv(num_bytes)
+            lap(Span.WAIT)
+            qkv_UF, kv_AF, in_N12SD = wire.request_views(message, num_decode, num_prefill, num_in)
+            qkv_UHD = qkv_UF.view(num_decode, M + 2, D)
         if num_prefill:
             kv_A2D = kv_AF.view(num_prefill, 2, D)
             prompt = step.prefill_append
             kv_append(kv_A2D[:, 0], kv_A2D[:, 1], pages_2PSD, prompt.row_A, prompt.slot_A)
         if num_decode:
-            qkv_UHD = qkv_UF.view(num_decode, M + 2, D)
             kv_append(qkv_UHD[:, M], qkv_UHD[:, M + 1], pages_2PSD, step.append.row_A, step.append.slot_A)
-            reply = link.send_buffer(wire.reply_bytes(num_decode))
-            out_UMD, lse2_UM = wire.reply_views(reply, num_decode)
+        lap(Span.APPEND)
+        if num_decode or num_out:
+            reply = link.send_buffer(wire.reply_bytes(num_decode, num_out))
+            out_UMD, lse2_UM, out_N12SD = wire.reply_views(reply, num_decode, num_out)
+            lap(Span.SEND)
+        if num_decode:
             lanes = step.lanes
             paged_decode(
                 qkv_UHD[:, :M], pages_2PSD, self.pool.table_BW, lanes.lane_U, lanes.row_U, lanes.length_U,
                 self._scale, self._windows[layer], out_UMD, lse2_UM, max_length=lanes.max_length,
             )  # fmt: skip
+            lap(Span.ATTENTION)
+        if num_out:
+            step.haul.write(layer, out_N12SD)
+            lap(Span.MIGRATION)
+        if num_decode or num_out:
             link.send()
-        link.release()
-        self.attention_seconds += perf_counter() - begin
+            lap(Span.SEND)
+        if num_in:
+            step.haul.read(layer - 1, in_N12SD)
+            lap(Span.MIGRATION)
+        if num_bytes:
+            link.release()
+
+    def _take_last_pages(self, link: Link, step: WorkerInput) -> None:
+        """Those of the last layer, which no message of a layer could bring."""
+        wire, num_in = self._wire, step.haul.num_in
+        if num_in:
+            message = link.recv(wire.request_bytes(0, 0, num_in))
+            self._timer.lap(Span.WAIT)
+            step.haul.read(len(self._windows) - 1, wire.request_views(message, 0, 0, num_in)[2])
+            link.release()
+            self._timer.lap(Span.MIGRATION)
 
 
 class AttentionRank:
@@ -95,6 +126,8 @@ class AttentionRank:
         self.measurer = Measurer(setup, rank, links, device)
         stages = range(len(setup.plan.stages))
         self._servers = [StageServer(setup, rank, stage, links, device) for stage in stages]
+        self._finished: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()
+        self._attention_seconds = 0.0
         self._queues: list[queue.SimpleQueue[StepCommand]] = []
         if len(self._servers) > 1:
             self._queues = [queue.SimpleQueue() for _ in stages]
@@ -104,14 +137,25 @@ class AttentionRank:
     def run_step(self, command: StepCommand) -> None:
         """Serves the step, or hands it to the stages' threads where there are several."""
         if not self._queues:
-            self._servers[0].run_step(command)
+            self._run(self._servers[0], command)
         for commands in self._queues:
             commands.put(command)
+
+    def take_times(self) -> list[StepTimes]:
+        """Of what has been finished since the last call."""
+        times = []
+        while not self._finished.empty():
+            times.append(self._finished.get())
+            self._attention_seconds += sum(map(attention_seconds, times[-1].stages))
+        return times
+
+    def _run(self, server: StageServer, command: StepCommand) -> None:
+        self._finished.put(StepTimes(rank=self._rank, step=command.step, stages=[server.run_step(command)]))
 
     def stats(self) -> RankStats:
         return RankStats(
             rank=self._rank,
-            attention_seconds=sum(server.attention_seconds for server in self._servers),
+            attention_seconds=self._attention_seconds,
             bytes_sent={f"{self._rank}->{peer}": link.bytes_sent for peer, link in self._links.items()},
             bytes_received={f"{peer}->{self._rank}": link.bytes_received for peer, link in self._links.items()},
         )
@@ -120,7 +164,7 @@ class AttentionRank:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP teams are per thread
         try:
             while True:
-                server.run_step(commands.get())
+                self._run(server, commands.get())
         except BaseException as error:
             self._on_failure(error)
 

@@ -22,7 +22,7 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 def wire_format(setup: Setup) -> WireFormat:
     spec = setup.spec
-    return WireFormat(spec.queries_per_group, spec.head_dim, TORCH_DTYPES[setup.dtype])
+    return WireFormat(spec.queries_per_group, spec.head_dim, setup.block_size, TORCH_DTYPES[setup.dtype])
 
 
 def make_pool(setup: Setup, rank: int, stage: int, device: torch.device) -> PagePool:
@@ -44,7 +44,8 @@ def message_limits(setup: Setup, primary: Primary) -> tuple[int, int]:
     """Largest (request, reply) in bytes on a link of `primary`."""
     wire, groups = wire_format(setup), primary.groups[1] - primary.groups[0]
     lanes = min(setup.max_num_seqs, setup.max_num_batched_tokens) * groups
-    return wire.request_bytes(lanes, setup.max_num_batched_tokens * groups), wire.reply_bytes(lanes)
+    pages = setup.pages_per_haul
+    return wire.request_bytes(lanes, setup.max_num_batched_tokens * groups, pages), wire.reply_bytes(lanes, pages)
 
 
 def open_links(setup: Setup, rank: int, device: torch.device, rendezvous: Rendezvous) -> dict[int, Link]:

@@ -91,7 +91,7 @@ class Measurer:
         if is_primary:
             stage, index = setup.plan.position_of(command.primary)
             wire = wire_format(setup)
-            smallest = wire.request_bytes(1, 0), wire.reply_bytes(1)
+            smallest = wire.request_bytes(1, 0, 0), wire.reply_bytes(1, 0)
             largest = message_limits(setup, setup.plan.stages[stage].primaries[index])
             found.request, found.reply = probe_link(link, self._device, smallest, largest, command.seconds)
         else:

@@ -10,14 +10,16 @@ from torch import Tensor
 from hetis.comm.collectives import Pipeline, TensorParallel
 from hetis.comm.links.base import Link
 from hetis.core.fleet import RankStats
-from hetis.core.messages import Setup, StepCommand, StepResult
+from hetis.core.messages import Setup, StepCommand, StepResult, StepTimes
 from hetis.core.sampled import SCORED_ROWS, TokenLogprobs
+from hetis.core.times import Span
 from hetis.models.decoder import Decoder
 from hetis.workers.build import make_pool, wire_format
 from hetis.workers.measure import Measurer
 from hetis.workers.sampler import Sampler
 from hetis.workers.split_attention import SplitAttention
-from hetis.workers.step_input import StepPlanner, StepRows
+from hetis.workers.step_input import PrimaryInput, StepPlanner, StepRows
+from hetis.workers.timer import StageTimer, attention_seconds
 
 
 class PrimaryRank:
@@ -42,20 +44,22 @@ class PrimaryRank:
         self._is_first, self._is_last = self._stage_index == 0, self._stage_index == len(setup.plan.stages) - 1
         self._widths = [p.vocab_rows[1] - p.vocab_rows[0] for p in stage.primaries]
         self._workers = [worker.rank for worker in setup.plan.workers]
-        pool = make_pool(setup, rank, self._stage_index, device)
-        self._planner = StepPlanner(
-            rank, self._stage_index, setup.spec.num_head_groups, setup.max_num_seqs, pool, device
-        )
+        pool, windows = make_pool(setup, rank, self._stage_index, device), setup.spec.windows[slice(*stage.layers)]
+        self._planner = StepPlanner(pool, setup.spec.num_head_groups, setup.max_num_seqs, windows, device)
+        self._timer = StageTimer(self._stage_index, setup.spec.queries_per_group, device, setup.trace)
         first, stop = self._primary.groups
         self._attention = SplitAttention(
             pool,
             links,
             wire_format(setup),
-            setup.spec.windows[stage.layers[0] : stage.layers[1]],
+            windows,
             setup.spec.attention_scale,
             setup.max_num_batched_tokens * (stop - first),
             device,
+            self._timer,
         )
+        self._times: list[StepTimes] = []
+        self._attention_seconds = 0.0
         self._sampler: Sampler | None = None
         if self._is_last and tp_index == 0:
             self._sampler = Sampler(
@@ -69,21 +73,47 @@ class PrimaryRank:
     @torch.inference_mode()
     def run_step(self, command: StepCommand) -> StepResult | None:
         """One step; the sampling rank returns its tokens."""
+        self._timer.begin()
         self._planner.apply(command)
         self._update_sampler(command)
         step = self._planner.primary_input(command, self._primary.groups, self._workers)
         self._attention.begin(step)
+        result = self._compute(command, step) if step.num_tokens else self._carry(command)
+        self._note_times(command, step)
+        return result
+
+    def _compute(self, command: StepCommand, step: PrimaryInput) -> StepResult | None:
         if self._is_first:
             hidden_TH = self._decoder.embed(step.token_T, step.position_T)
         else:
             hidden_TH = self._pipeline.recv(step.num_tokens)
+        self._timer.lap(Span.OTHER)
         hidden_TH = self._decoder.forward(hidden_TH, step.position_T, self._attention)
-        result = None
+        self._timer.lap(Span.DENSE)
+        self._attention.finish()
         if self._is_last:
-            result = self._finish(command, hidden_TH)
-        else:
-            self._pipeline.send(hidden_TH)
-        return result
+            return self._finish(command, hidden_TH)
+        self._pipeline.send(hidden_TH)
+        return None
+
+    def _carry(self, command: StepCommand) -> StepResult | None:
+        """A step without tokens brings lanes on the move further while all others wait for their pages."""
+        self._attention.carry(*self._decoder.attention_buffers())
+        self._attention.finish()
+        return StepResult(step=command.step, tokens=b"") if self._sampler else None
+
+    def _note_times(self, command: StepCommand, step: PrimaryInput) -> None:
+        self._timer.lap(Span.OTHER)
+        pages = sum(route.haul.num_in + route.haul.num_out for route in step.routes)
+        num_layers = self._setup.plan.stages[self._stage_index].num_layers
+        times = self._timer.report([step.local], step.num_tokens - step.num_decode, pages * num_layers)
+        self._attention_seconds += attention_seconds(times)
+        self._times.append(StepTimes(rank=self.rank, step=command.step, stages=[times]))
+
+    def take_times(self) -> list[StepTimes]:
+        """Of what has been finished since the last call."""
+        times, self._times = self._times, []
+        return times
 
     def _finish(self, command: StepCommand, hidden_TH: Tensor) -> StepResult | None:
         """Logits of the rows that draw a token (and of prompts to be scored), on the sampling rank the tokens."""
@@ -145,7 +175,7 @@ class PrimaryRank:
     def stats(self) -> RankStats:
         return RankStats(
             rank=self.rank,
-            attention_seconds=self._attention.local_seconds,
+            attention_seconds=self._attention_seconds,
             bytes_sent={f"{self.rank}->{peer}": link.bytes_sent for peer, link in self._links.items()},
             bytes_received={f"{peer}->{self.rank}": link.bytes_received for peer, link in self._links.items()},
         )

@@ -169,6 +169,8 @@ def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRa
             heart.step = command.step
             if result is not None:
                 control.send(result)
+            for times in member.take_times():
+                control.send(times)
         elif isinstance(command, m.Measure | m.MeasureLink):
             control.send(member.measurer.measure(command))
         elif isinstance(command, m.StatsQuery):

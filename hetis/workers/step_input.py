@@ -5,6 +5,8 @@ ends of a link build the same lists from the same command, so that a message nee
 Row of a (token, group) in the flattened QKV of one primary: `token * G_local + (group - first_group)`.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 from hetis.cache.pool import PagePool
 from hetis.core.messages import StepCommand
 from hetis.core.plan import Span
+from hetis.workers.hauling import LinkHaul, hauls_of, no_haul, primary_hauls, worker_haul
 
 Ints = NDArray[np.int64]
 
@@ -56,6 +59,7 @@ class DecodeLanes:
     row_U: Tensor  # int32, row of q and out
     length_U: Tensor  # int32, tokens to attend over, the new one included
     max_length: int  # of length_U, known to the host: bounds the work of a launch without a look at the device
+    kv_tokens: float  # read in a layer, over all lanes; on average over the layers, windows considered
 
     def __len__(self) -> int:
         return self.lane_U.shape[0]
@@ -88,6 +92,7 @@ class Route:
     peer: int
     decode_row_U: Tensor  # int32; q, k, v go out, the attention of the same rows comes back
     prefill_row_A: Tensor  # int32; k, v go out
+    haul: LinkHaul
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,12 @@ class WorkerInput:
     lanes: DecodeLanes
     append: Append  # decode rows
     prefill_append: Append  # prompt rows
+    haul: LinkHaul
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the link carries nothing in this step."""
+        return not (len(self.lanes) or len(self.prefill_append) or self.haul.num_in or self.haul.num_out)
 
 
 def decode_lanes(
@@ -138,14 +149,19 @@ class StepPlanner:
     """Turns commands into inputs for one stage on one rank. Keeps who owns which lane."""
 
     def __init__(
-        self, rank: int, stage: int, num_groups: int, max_num_seqs: int, pool: PagePool, device: torch.device
+        self, pool: PagePool, num_groups: int, max_num_seqs: int, windows: Sequence[int], device: torch.device
     ) -> None:
-        self.rank, self.stage, self.num_groups = rank, stage, num_groups
+        """`pool`: of the rank and stage. `windows`: per layer of the stage; 0: none."""
+        self.rank, self.stage, self.num_groups = pool.id.rank, pool.id.stage, num_groups
         self.pool, self.device = pool, device
+        self._windows = Counter(windows)
         self.owners_BG: NDArray[np.int32] = np.full((max_num_seqs, num_groups), -1, dtype=np.int32)
 
     def apply(self, command: StepCommand) -> None:
-        """Take over new sequences and pages."""
+        """Take over lanes that have arrived, new sequences and pages."""
+        for slot, stage, group, owner in np.frombuffer(command.landed, dtype=np.int32).reshape(-1, 4):
+            if stage == self.stage:
+                self.owners_BG[slot, group] = owner
         for new in command.admitted:
             owners = np.frombuffer(new.owners, dtype=np.int32).reshape(-1, self.num_groups)
             self.owners_BG[new.slot] = owners[self.stage]
@@ -168,10 +184,10 @@ class StepPlanner:
             append=Append(self._int32(append_row), self._move(append_slot)),
             local=self._decode_lanes(lanes, self._int32(local_row), position),
             prefill=self._chunks(rows, groups),
-            routes=self._routes(rows, groups, workers),
+            routes=self._routes(command, rows, groups, workers),
         )
 
-    def worker_input(self, command: StepCommand, groups: Span) -> WorkerInput:
+    def worker_input(self, command: StepCommand, home: int, groups: Span) -> WorkerInput:
         """For the link to the primary that is the home of `groups`."""
         rows = StepRows.of(command)
         slots, group, position, _ = decode_lanes(rows, self.owners_BG, groups, self.rank)
@@ -186,11 +202,17 @@ class StepPlanner:
                 self._int32(np.arange(len(prompt_lanes))),
                 self._move(self.pool.slots(prompt_lanes, prompt_position)),
             ),
+            haul=worker_haul(hauls_of(command, self.stage, groups, self.num_groups), self.pool, home),
         )
 
     def _decode_lanes(self, lanes: Ints, row_U: Tensor, position: Ints) -> DecodeLanes:
         max_length = int(position.max(initial=0)) + 1
-        return DecodeLanes(self._int32(lanes), row_U, self._int32(position + 1), max_length)
+        seen = sum(
+            layers * int(np.minimum(position + 1, window or max_length).sum())
+            for window, layers in self._windows.items()
+        )
+        kv_tokens = seen / self._windows.total()
+        return DecodeLanes(self._int32(lanes), row_U, self._int32(position + 1), max_length, kv_tokens)
 
     def _chunks(self, rows: StepRows, groups: Span) -> PrefillChunks | None:
         counts = rows.counts_R[rows.num_decode :]
@@ -204,13 +226,15 @@ class StepPlanner:
             context_C=self._int32(rows.starts_R[rows.num_decode :] + counts),
         )
 
-    def _routes(self, rows: StepRows, groups: Span, workers: list[int]) -> list[Route]:
+    def _routes(self, command: StepCommand, rows: StepRows, groups: Span, workers: list[int]) -> list[Route]:
+        hauls = primary_hauls(hauls_of(command, self.stage, groups, self.num_groups), self.pool, workers)
         routes = []
         for worker in workers:
             decode_row = decode_lanes(rows, self.owners_BG, groups, worker)[3]
             prefill_row = prefill_entries(rows, self.owners_BG, groups, worker)[3]
-            if len(decode_row) or len(prefill_row):
-                routes.append(Route(worker, self._int32(decode_row), self._int32(prefill_row)))
+            if len(decode_row) or len(prefill_row) or worker in hauls:
+                haul = hauls.get(worker, no_haul(self.pool))
+                routes.append(Route(worker, self._int32(decode_row), self._int32(prefill_row), haul))
         return routes
 
     def _int32(self, array: NDArray[np.int64]) -> Tensor:

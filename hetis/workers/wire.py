@@ -1,7 +1,9 @@
 """The layout of link messages. Sizes follow from the step alone, so both ends compute them and no header is sent.
 
-Request (primary to worker), per layer:  qkv_UHD of the decode lanes, then kv_A2D of prompt tokens to keep.
-Reply (worker to primary), per layer:    out_UMD, then lse2_UM in float32. No decode lanes: no reply.
+Request (primary to worker), per layer:  qkv_UHD of the decode lanes, kv_A2D of prompt tokens to keep, pages_N12SD.
+Reply (worker to primary), per layer:    out_UMD, lse2_UM in float32, pages_N12SD.
+
+The pages belong to lanes on the move (`hauling.py`). What would be empty is not sent at all.
 """
 
 from dataclasses import dataclass
@@ -12,10 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class WireFormat:
-    """Shapes of one model: M query heads per group, head_dim D, element type."""
+    """Shapes of one model: M query heads per group, head_dim D, page size S, element type."""
 
     num_queries: int
     head_dim: int
+    page_size: int
     dtype: torch.dtype
 
     @property
@@ -32,24 +35,40 @@ class WireFormat:
     def out_width(self) -> int:
         return self.num_queries * self.head_dim
 
-    def request_bytes(self, num_decode: int, num_prefill: int) -> int:
-        return (num_decode * self.decode_width + num_prefill * self.prefill_width) * self.dtype.itemsize
+    @property
+    def page_width(self) -> int:
+        """Elements of one page in one layer: keys, values."""
+        return 2 * self.page_size * self.head_dim
 
-    def reply_bytes(self, num_decode: int) -> int:
-        return num_decode * (self.out_width * self.dtype.itemsize + self.num_queries * 4)
+    def request_bytes(self, num_decode: int, num_prefill: int, num_pages: int) -> int:
+        values = num_decode * self.decode_width + num_prefill * self.prefill_width + num_pages * self.page_width
+        return values * self.dtype.itemsize
 
-    def request_views(self, message: Tensor, num_decode: int, num_prefill: int) -> tuple[Tensor, Tensor]:
-        """(qkv_UF, kv_AF) inside a request's bytes."""
+    def reply_bytes(self, num_decode: int, num_pages: int) -> int:
+        values = num_decode * self.out_width + num_pages * self.page_width
+        return values * self.dtype.itemsize + num_decode * self.num_queries * 4
+
+    def request_views(
+        self, message: Tensor, num_decode: int, num_prefill: int, num_pages: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(qkv_UF, kv_AF, pages_N12SD) inside a request's bytes."""
+        decode, prefill = num_decode * self.decode_width, num_prefill * self.prefill_width
         values = message.view(self.dtype)
-        border = num_decode * self.decode_width
         return (
-            values[:border].view(num_decode, self.decode_width),
-            values[border:].view(num_prefill, self.prefill_width),
+            values[:decode].view(num_decode, self.decode_width),
+            values[decode : decode + prefill].view(num_prefill, self.prefill_width),
+            self._pages(values[decode + prefill :], num_pages),
         )
 
-    def reply_views(self, message: Tensor, num_decode: int) -> tuple[Tensor, Tensor]:
-        """(out_UMD, lse2_UM) inside a reply's bytes."""
-        border = num_decode * self.out_width * self.dtype.itemsize
-        out = message[:border].view(self.dtype).view(num_decode, self.num_queries, self.head_dim)
-        lse2 = message[border:].view(torch.float32).view(num_decode, self.num_queries)
-        return out, lse2
+    def reply_views(self, message: Tensor, num_decode: int, num_pages: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(out_UMD, lse2_UM, pages_N12SD) inside a reply's bytes."""
+        out = num_decode * self.out_width * self.dtype.itemsize
+        lse2 = out + num_decode * self.num_queries * 4
+        return (
+            message[:out].view(self.dtype).view(num_decode, self.num_queries, self.head_dim),
+            message[out:lse2].view(torch.float32).view(num_decode, self.num_queries),
+            self._pages(message[lse2:].view(self.dtype), num_pages),
+        )
+
+    def _pages(self, values: Tensor, num_pages: int) -> Tensor:
+        return values.view(num_pages, 1, 2, self.page_size, self.head_dim)

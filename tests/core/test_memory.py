@@ -40,13 +40,13 @@ def ledger_of(plan: Plan, infos: list[DeviceInfo], spec: ModelSpec = SPEC, **cha
 
 def test_a_page_holds_key_and_value_of_all_layers_of_the_stage() -> None:
     stage = split_evenly("1+0", SPEC, "cpu").stages[0]
-    assert page_bytes(SPEC, stage, PAGE, "bfloat16") == 7 * 2 * PAGE * 32 * 2
+    assert page_bytes(SPEC, stage.num_layers, PAGE, "bfloat16") == 7 * 2 * PAGE * 32 * 2
 
 
 def test_pages_and_tokens_follow_from_kv_memory() -> None:
     plan = split_evenly("2+1", SPEC, "cpu", "1MiB")
     ledger = ledger_of(plan, fleet(plan))
-    page = page_bytes(SPEC, plan.stages[0], PAGE, "bfloat16")
+    page = page_bytes(SPEC, plan.stages[0].num_layers, PAGE, "bfloat16")
     assert ledger.num_pages == dict.fromkeys(range(3), 2**20 // page)
     primary, worker = ledger.rows[0], ledger.rows[2]
     assert (primary.pages, primary.tokens, worker.tokens) == (73, 73 // 4 * PAGE, 73 // 8 * PAGE)
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
 
 
 def test_less_than_one_page_per_lane_is_refused() -> None:
-    page = page_bytes(SPEC, split_evenly("1+0", SPEC, "cpu").stages[0], PAGE, "bfloat16")
+    page = page_bytes(SPEC, split_evenly("1+0", SPEC, "cpu").stages[0].num_layers, PAGE, "bfloat16")
     short = split_evenly("1+0", SPEC, "cpu", 8 * page - 1)
     with pytest.raises(ValueError, match=r"rank 0 on cpu.*7 pages.*at least 8"):
         ledger_of(short, fleet(short))

@@ -51,13 +51,18 @@ def link(primary: int, worker: int, alpha_us: float, beta_us_per_byte: float = 0
     return LinkProfile(primary=primary, worker=worker, request=way, reply=way)
 
 
-def make_cost(plan: Plan, devices: Sequence[DeviceProfile], alpha_us: float = 0.0, **shape: int) -> CostModel:
-    """`devices`: by rank. All links have the same latency."""
+def make_cost(
+    plan: Plan, devices: Sequence[DeviceProfile], alpha_us: float = 0.0, dense_us: float = 0.0, **shape: int
+) -> CostModel:
+    """`devices`: by rank. All links have the same latency, all homes the same dense part."""
     homes = [primary.rank for stage in plan.stages for primary in stage.primaries]
     links = [link(home, worker.rank, alpha_us) for home in homes for worker in plan.workers]
     num_groups = sum(primary.num_groups for primary in plan.stages[0].primaries)
     profile = FleetProfile(devices=dict(enumerate(devices)), links=tuple(links))
-    return CostModel(profile, make_spec(num_groups, **shape), "float32")
+    cost = CostModel(profile, make_spec(num_groups, **shape), "float32")
+    for home in homes:
+        cost.observe_dense(home, dense_us)
+    return cost
 
 
 def make_view(

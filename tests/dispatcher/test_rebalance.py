@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.cache.lane_table import pools_of
-from hetis.core.placement import FleetView, PoolId, pages_for
+from hetis.core.placement import FleetView, Move, PoolId, pages_for
 from hetis.core.plan import Plan
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.rebalance import THETA, MigrationBudget, Outcome, Rebalancer
-from hetis.dispatcher.residents import Move, Resident, Residents
+from hetis.dispatcher.residents import Resident, Residents
 from tests.dispatcher.fleets import PAGE_SIZE, device, make_cost, make_view
 from tests.scheduler.toy_engine import make_plan
 

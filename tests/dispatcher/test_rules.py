@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hetis.core.placement import Dispatcher, FleetView, Placement, PoolId
 from hetis.core.plan import Plan
 from hetis.core.request import Sequence
-from hetis.dispatcher.dispatcher import pages_per_lane
-from hetis.dispatcher.room import shortage_of
+from hetis.dispatcher.room import pages_of, shortage_of
 from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
 from tests.dispatcher.fleets import device, make_cost, make_view
 from tests.scheduler.toy_engine import make_plan, make_sequence
@@ -25,7 +24,7 @@ def check_fits(view: FleetView, placements: list[Placement | None], sequences: l
     for placement, sequence in zip(placements, sequences, strict=True):
         if placement is None:
             continue
-        now, later = pages_per_lane(sequence, view.page_size)
+        now, later = pages_of(sequence, view.page_size)
         for stage, owners in enumerate(placement.owners):
             for group, owner in enumerate(owners):
                 pool, home = PoolId(owner, stage), PoolId(view.plan.stages[stage].home(group).rank, stage)
@@ -106,7 +105,7 @@ def test_a_home_keeps_pages_for_the_next_prompts() -> None:
 def test_waiting_is_better_than_crawling() -> None:
     """There is room only on a worker behind a link of 20 ms; one more sequence would slow eight down."""
     plan = make_plan([[4]], 1)
-    rule = HetisDispatcher(make_cost(plan, [device(), device(0.05)], alpha_us=20_000.0), dense_us=[100.0])
+    rule = HetisDispatcher(make_cost(plan, [device(), device(0.05)], alpha_us=20_000.0, dense_us=100.0))
     # room at home for the prompt, not for growing
     crowded = make_view(plan, [16, PLENTY], {PoolId(0, 0): 32}, {PoolId(0, 0): 512})
     sequence = make_sequence(8, 16, 100)
@@ -130,7 +129,7 @@ def test_a_sequence_that_is_long_by_itself_does_not_wait() -> None:
 def test_of_many_only_those_that_pay_are_taken() -> None:
     """An empty fleet, room at home for two sequences to grow; part of the third one would have to crawl."""
     plan = make_plan([[4]], 1)
-    rule = HetisDispatcher(make_cost(plan, [device(), device(0.02)], alpha_us=20_000.0), dense_us=[100.0])
+    rule = HetisDispatcher(make_cost(plan, [device(), device(0.02)], alpha_us=20_000.0, dense_us=100.0))
     sequences = [make_sequence(i, 16, 100) for i in range(4)]
     placements = rule.assign(sequences, make_view(plan, [58, PLENTY]))
     assert [placement is not None for placement in placements] == [True, True, False, False]
@@ -153,7 +152,7 @@ def test_a_very_slow_worker_is_better_than_nothing_if_attention_hardly_matters()
     plan = make_plan([[4]], 1)
     crowded = make_view(plan, [16, PLENTY], {PoolId(0, 0): 32}, {PoolId(0, 0): 512})
     for dense_us, expected in ((10.0, None), (100_000.0, {1: 4})):
-        rule = HetisDispatcher(make_cost(plan, [device(), device(0.05)]), dense_us=[dense_us])
+        rule = HetisDispatcher(make_cost(plan, [device(), device(0.05)], dense_us=dense_us))
         [placement] = rule.assign([make_sequence(8, 16, 100)], crowded)
         assert (None if placement is None else counts_of(placement)) == expected
 
@@ -192,8 +191,7 @@ def random_case(rng: Random) -> tuple[Plan, FleetView, list[Sequence], HetisDisp
         device(rng.choice((0.1, 1, 1, 4)), rng.uniform(0, 9), rng.choice((0, 5))) for _ in range(plan.world_size)
     ]
     rule = HetisDispatcher(
-        make_cost(plan, devices, rng.choice((0.0, 30.0)), num_layers=len(plan.stages)),
-        dense_us=[rng.uniform(0, 50)] * len(plan.stages),
+        make_cost(plan, devices, rng.choice((0.0, 30.0)), rng.uniform(0, 50), num_layers=len(plan.stages)),
         staging_tokens=rng.choice((0, 20)),
     )
     pools = make_view(plan, [0] * len(make_pools(plan))).free_pages

@@ -6,7 +6,8 @@ The same objects as in production; only processes and sockets are missing, so a 
 import os
 import queue
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,14 +18,23 @@ import torch
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.config import DriverArgs, EngineConfig
 from hetis.core.fleet import DeviceInfo
-from hetis.core.messages import AddRequest, Setup, StepCommand, StepResult, TokenOutput
+from hetis.core.messages import AddRequest, Setup, StepCommand, StepResult, StepTimes, TokenOutput
 from hetis.core.placement import Dispatcher, FleetView, Placement
 from hetis.core.plan import resolve_plan
+from hetis.core.profile import (
+    AttentionProfile,
+    DenseProfile,
+    DeviceProfile,
+    FleetProfile,
+    LinkProfile,
+    TransferProfile,
+)
 from hetis.core.request import Sequence as EngineSequence
 from hetis.core.sampled import TokenLogprobs
 from hetis.core.sampling_params import SamplingParams
-from hetis.dispatcher.dispatcher import make_dispatcher
 from hetis.engine.engine import Engine
+from hetis.engine.policies import Policies, make_policies
+from hetis.engine.profiling import profile_key
 from hetis.engine.setup import make_setup
 from hetis.models.families import read_model_spec
 from hetis.workers.rank import build_member
@@ -59,7 +69,13 @@ class LocalFleet:
     """Builds all ranks of `plan` for the checkpoint in `directory`; a context manager."""
 
     def __init__(
-        self, directory: Path, plan: str = "1+0", *, dispatcher: Dispatcher | None = None, **options: Any
+        self,
+        directory: Path,
+        plan: str = "1+0",
+        *,
+        dispatcher: Dispatcher | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        **options: Any,
     ) -> None:
         options.setdefault("device", "cpu")
         options.setdefault("kv_cache_memory", 4 << 20)
@@ -71,9 +87,11 @@ class LocalFleet:
         )
         fleet = [_device(rank) for rank in range(resolved.world_size)]
         self.setup, self.ledger = make_setup(args, fleet)
-        self.engine = Engine(self.setup, dispatcher or make_dispatcher(config.dispatch))
+        policies = Policies(dispatcher) if dispatcher else make_policies(config, self.setup, flat_profile(self.setup))
+        self.engine = Engine(self.setup, policies, config.migration_budget, clock)
         self._commands: list[queue.SimpleQueue[StepCommand | None]] = [queue.SimpleQueue() for _ in fleet]
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
+        self.times: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()
         rendezvous = LocalRendezvous()
         self._threads = [
             threading.Thread(target=self._rank, args=(info.rank, self.setup, rendezvous), daemon=True) for info in fleet
@@ -91,6 +109,8 @@ class LocalFleet:
                 result = member.run_step(command)
                 if result is not None:
                     self._results.put(result)
+                for times in member.take_times():
+                    self.times.put(times)
             member.close()
         except BaseException as error:
             self._results.put(error)
@@ -122,6 +142,8 @@ class LocalFleet:
             if isinstance(result, BaseException):
                 raise result
             self.engine.on_result(result)
+        while not self.times.empty():
+            self.engine.on_times(self.times.get())
         if check:
             self.engine.cache.check_integrity()
 
@@ -147,6 +169,9 @@ class RandomDispatcher:
     def assign(self, sequences: list[EngineSequence], view: FleetView) -> list[Placement | None]:
         return [self._place(view) for _ in sequences]
 
+    def why_not(self, sequence: EngineSequence, view: FleetView) -> str:
+        raise AssertionError("there is a place for every sequence")
+
     def _place(self, view: FleetView) -> Placement:
         workers = [worker.rank for worker in view.plan.workers]
         owners = []
@@ -158,6 +183,30 @@ class RandomDispatcher:
                     ranks.append(choices[int(torch.randint(len(choices), (1,), generator=self._generator))])
             owners.append(tuple(ranks))
         return Placement(owners=tuple(owners))
+
+
+def flat_profile(setup: Setup) -> FleetProfile:
+    """All devices and links alike."""
+    way = TransferProfile(alpha_us=5.0, beta_us_per_byte=1e-4)
+    primaries = [primary.rank for stage in setup.plan.stages for primary in stage.primaries]
+    devices = {
+        info.rank: DeviceProfile(
+            key=profile_key(info, setup),
+            attention=AttentionProfile(a_us_per_head=0.5, b_us_per_byte=1e-4, c_us=5.0),
+            read_bytes_per_us=1e4,
+            usable_bytes=info.free_memory,
+            dense=DenseProfile(fixed_us=10.0, us_per_weight_byte=1e-4, us_per_flop=1e-5, num_ranks=1)
+            if info.rank in primaries
+            else None,
+        )
+        for info in setup.fleet
+    }
+    links = tuple(
+        LinkProfile(primary=primary, worker=worker.rank, request=way, reply=way)
+        for primary in primaries
+        for worker in setup.plan.workers
+    )
+    return FleetProfile(devices=devices, links=links)
 
 
 def _device(rank: int) -> DeviceInfo:

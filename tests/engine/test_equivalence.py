@@ -11,6 +11,7 @@ from tests.engine.local_fleet import LocalFleet
 from tests.engine.test_parity import prompts
 
 PARAMS = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+PAGE_BYTES = 3 * 2 * 4 * 32 * 4  # of 4 tokens
 
 
 @pytest.fixture(scope="module", params=["llama3", "mistral"])
@@ -36,9 +37,17 @@ def test_mixed_batches_and_chunked_prefill(max_num_batched_tokens: int, checkpoi
 
 
 def test_preemption_by_recompute(checkpoint: Path, alone: list[list[int]]):
-    with LocalFleet(checkpoint, "1+1", block_size=4, kv_cache_memory=40 * 3 * 2 * 4 * 32 * 4) as fleet:
+    with LocalFleet(checkpoint, "1+1", dispatch="proportional", block_size=4, kv_cache_memory=40 * PAGE_BYTES) as fleet:
         assert tokens(fleet) == alone
         assert fleet.engine.scheduler.num_preemptions > 0
+
+
+def test_lanes_move_where_pages_run_out(checkpoint: Path, alone: list[list[int]]):
+    memory = {0: 60 * PAGE_BYTES, 1: 400 * PAGE_BYTES}
+    with LocalFleet(checkpoint, "1+1", clock=lambda: 0.0, block_size=4, kv_cache_memory=memory) as fleet:
+        assert tokens(fleet) == alone
+        assert fleet.engine.hauler.num_landed > 0
+        assert fleet.engine.scheduler.num_preemptions == 0
 
 
 def test_page_sizes(checkpoint: Path, alone: list[list[int]]):

@@ -5,7 +5,7 @@ import pytest
 from hetis.core.batch import Batch, NewToken
 from hetis.core.placement import FleetView, Placement, PoolId, Shortage
 from hetis.core.request import Sequence
-from hetis.dispatcher.dispatcher import ProportionalDispatcher
+from hetis.dispatcher.proportional import ProportionalDispatcher
 from tests.scheduler.toy_engine import ToyEngine, make_plan, make_sequence, next_token, rows_of
 
 

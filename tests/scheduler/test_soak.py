@@ -10,7 +10,7 @@ from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequenc
 GROUPS = [[8]], [[5, 3]], [[1]], [[3], [3]], [[5, 3], [8]], [[2, 1], [1, 1, 1], [3]]
 
 
-def random_engine(random: Random, groups: list[list[int]], num_workers: int) -> ToyEngine:
+def random_engine(random: Random, groups: list[list[int]], num_workers: int, moves_per_step: float = 0.0) -> ToyEngine:
     plan = make_plan(groups, num_workers)
     page_size = random.choice([1, 4, 7])
     biggest = max(max(counts) for counts in groups)
@@ -27,6 +27,8 @@ def random_engine(random: Random, groups: list[list[int]], num_workers: int) -> 
         max_num_seqs=random.choice([1, 3, 8]),
         max_num_batched_tokens=random.choice([1, 5, 16, 64]),
         random=random,
+        moves_per_step=moves_per_step,
+        pages_per_haul=random.choice([1, 2, 50]),
     )
 
 
@@ -39,9 +41,13 @@ def random_sequence(random: Random, arrival: int, context: int) -> Sequence:
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
 @pytest.mark.parametrize("seed", range(4))
-def test_random_requests_complete_as_if_alone(groups: list[list[int]], num_workers: int, seed: int) -> None:
+@pytest.mark.parametrize("moves_per_step", [0.0, 0.5])
+def test_random_requests_complete_as_if_alone(
+    groups: list[list[int]], num_workers: int, seed: int, moves_per_step: float
+) -> None:
+    """Also while lanes move about at random, and sequences end, are aborted or start over in the middle of it."""
     random = Random(f"{groups} {num_workers} {seed}")
-    engine = random_engine(random, groups, num_workers)
+    engine = random_engine(random, groups, num_workers, moves_per_step)
     context = engine.max_model_len
     assert context is not None
     expected: dict[str, list[int]] = {}
@@ -82,6 +88,20 @@ def test_soak_covers_preemption_and_staging() -> None:
     owners = {owner for batch in engine.batches for _, placement in batch.admitted for owner in placement.owners[0]}
     assert engine.scheduler.num_preemptions > 0
     assert owners == {0, 1, 2, 3}
+
+
+def test_soak_covers_moves_of_every_kind() -> None:
+    random = Random(5)
+    plan = make_plan([[5, 3]], 2)
+    engine = ToyEngine(plan, {0: 60, 1: 40, 2: 90, 3: 90}, random=random, moves_per_step=0.7)
+    for arrival in range(60):
+        engine.scheduler.add(make_sequence(arrival, random.randint(1, 20), random.randint(1, 31)))
+    engine.run()
+    engine.check_idle()
+    homes = {0, 1}
+    kinds = {(move.source in homes, move.target in homes) for move in engine.started}
+    assert kinds == {(True, False), (False, True), (False, False)}
+    assert 0 < engine.hauler.num_landed < len(engine.started), "some must be cut short"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

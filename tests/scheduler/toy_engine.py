@@ -6,6 +6,7 @@ page given away too early, a stale table entry or a missing staging page shows a
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -13,14 +14,15 @@ import msgspec
 import numpy as np
 
 from hetis.cache.lane_table import CacheManager
+from hetis.cache.migration import Haul, Hauler
 from hetis.core.batch import Batch, Row
 from hetis.core.messages import PageDelta
-from hetis.core.placement import PoolId
+from hetis.core.placement import Move, PoolId, Relief
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, spans
 from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
 from hetis.cost.memory import largest_context
-from hetis.dispatcher.dispatcher import ProportionalDispatcher
+from hetis.dispatcher.proportional import ProportionalDispatcher
 from hetis.scheduler.scheduler import Scheduler
 
 VOCABULARY = 97
@@ -87,6 +89,8 @@ class Command:
     owners: dict[int, tuple[tuple[int, ...], ...]]  # of admitted slots
     pages: list[PageDelta]
     batch: Batch
+    landed: list[Move]
+    hauls: list[Haul]
 
 
 class FakeStage:
@@ -101,6 +105,12 @@ class FakeStage:
         self.owners: dict[int, tuple[int, ...]] = {}
 
     def run(self, command: Command) -> None:
+        for move in command.landed:
+            if move.stage == self.index:
+                owners = list(self.owners[move.slot])
+                assert owners[move.group] == move.source
+                owners[move.group] = move.target
+                self.owners[move.slot] = tuple(owners)
         for slot, owners in command.owners.items():
             self.owners[slot] = owners[self.index]
         for delta in command.pages:
@@ -112,6 +122,13 @@ class FakeStage:
         for row in command.rows:
             for group in range(self.num_groups):
                 self._compute(row, group)
+        for haul in command.hauls:
+            if haul.stage == self.index:
+                source, target = (
+                    [self.tables[rank][haul.row, index] for index in range(haul.first, haul.stop)]
+                    for rank in (haul.source, haul.target)
+                )
+                self.memory[haul.target][target] = self.memory[haul.source][source]
 
     def _compute(self, row: FakeRow, group: int) -> None:
         owner, home = self.owners[row.slot][group], self.homes[group]
@@ -145,6 +162,9 @@ class ToyEngine:
     max_num_batched_tokens: int = 32
     max_model_len: int | None = None
     random: Random = field(default_factory=lambda: Random(0))
+    make_relief: Callable[["ToyEngine"], Relief | None] = lambda _: None
+    pages_per_haul: int = 2
+    moves_per_step: float = 0.0
 
     def __post_init__(self) -> None:
         num_groups = self.plan.stages[0].primaries[-1].groups[1]
@@ -152,9 +172,11 @@ class ToyEngine:
         self.max_model_len = self.max_model_len or capacity
         assert self.max_model_len <= capacity
         self.cache = CacheManager(self.plan, num_groups, self.num_pages, self.page_size, self.max_num_seqs)
+        self.hauler = Hauler(self.cache, self.plan, num_groups, self.page_size, 1, self.pages_per_haul)
         self.scheduler = Scheduler(
             self.cache,
             ProportionalDispatcher(),
+            self.make_relief(self),
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
@@ -168,6 +190,8 @@ class ToyEngine:
         self.slots_in_use: set[int] = set()
         self.batches: list[Batch] = []
         self.finished: list[Sequence] = []
+        self.started: list[Move] = []
+        self.landed: list[Move] = []
 
     @property
     def has_work(self) -> bool:
@@ -183,7 +207,8 @@ class ToyEngine:
 
     def step(self) -> None:
         """Sends all batches there are, then lets one stage compute one."""
-        while (batch := self.scheduler.schedule()) is not None:
+        self._start_moves()
+        while (batch := self._schedule()) is not None:
             self._send(batch)
         self.cache.check_integrity()
         busy = [index for index, queue in enumerate(self.pipeline) if queue]
@@ -201,6 +226,24 @@ class ToyEngine:
                 "staging outlives prefill"
             )
 
+    def _start_moves(self) -> None:
+        """A random lane goes to a random rank, with the probability `moves_per_step`."""
+        candidates = [s for s in self.scheduler.running if not s.is_prefilling and not self.cache.is_moving(s.slot)]
+        if not candidates or self.random.random() >= self.moves_per_step:
+            return
+        sequence = self.random.choice(candidates)
+        for stage, owners in enumerate(self.cache.owners(sequence.slot)):
+            for group, source in enumerate(owners):
+                home = self.plan.stages[stage].home(group).rank
+                target = self.random.choice([home, *(worker.rank for worker in self.plan.workers)])
+                if target != source and self.random.random() < 0.5:
+                    move = Move(slot=sequence.slot, stage=stage, group=group, source=source, target=target)
+                    self.started += self.hauler.start([move])
+
+    def _schedule(self) -> Batch | None:
+        self.landed += self.hauler.land()
+        return self.scheduler.schedule()
+
     def _send(self, batch: Batch) -> None:
         self._check(batch)
         self.batches.append(batch)
@@ -208,7 +251,8 @@ class ToyEngine:
             FakeRow(row.sequence.slot, row.sequence.arrival, row.start, row.count, row.is_decode) for row in batch.rows
         ]
         owners = {sequence.slot: placement.owners for sequence, placement in batch.admitted}
-        self.pipeline[0].append(Command(rows, owners, self.cache.take_deltas(), batch))
+        landed, self.landed = self.landed, []
+        self.pipeline[0].append(Command(rows, owners, self.cache.take_deltas(), batch, landed, self.hauler.plan()))
 
     def _finish(self, batch: Batch) -> None:
         tokens = [next_token(row.sequence.token_ids) for row in batch.rows if row.samples]
@@ -231,6 +275,7 @@ class ToyEngine:
         self.slots_in_use.difference_update(batch.released)
         admitted = [sequence for sequence, _ in batch.admitted]
         assert self.slots_in_use.isdisjoint(sequence.slot for sequence in admitted), "a slot is given away twice"
+        assert batch.rows or self.hauler.is_busy
         assert {sequence.id for sequence in admitted} <= set(ids), "admitted but not computed"
         self.slots_in_use.update(sequence.slot for sequence in admitted)
         assert {row.sequence.slot for row in batch.rows} <= self.slots_in_use

@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hetis.workers.step_input import StepPlanner
 
 CPU = torch.device("cpu")
 GROUPS, SLOTS, PAGE_SIZE = 5, 6, 4
+WINDOWS = 0, 9  # of two layers
 PRIMARY, WORKERS = 0, [2, 3]
 
 
@@ -24,7 +26,7 @@ def int32(values: list[int]) -> bytes:
 def make_planner(rank: int) -> StepPlanner:
     pool = PagePool(
         PoolId(rank, 0),
-        num_layers=1,
+        num_layers=len(WINDOWS),
         num_pages=480,
         page_size=PAGE_SIZE,
         head_dim=8,
@@ -33,7 +35,7 @@ def make_planner(rank: int) -> StepPlanner:
         dtype=torch.float32,
         device=CPU,
     )
-    return StepPlanner(rank, 0, GROUPS, SLOTS, pool, CPU)
+    return StepPlanner(pool, GROUPS, SLOTS, WINDOWS, CPU)
 
 
 class Step:
@@ -67,6 +69,7 @@ class Step:
         slots, starts, counts = (int32([row[i] for row in self.rows]) for i in range(3))
         return StepCommand(
             step=0,
+            landed=b"",
             released=[],
             admitted=new,
             pages=[*deltas, PageDelta(rank=PRIMARY, stage=1, entries=int32([0, 0, 479]))],  # another stage's: not ours
@@ -76,6 +79,7 @@ class Step:
             num_decode=len(self.decode),
             tokens=int32(list(range(sum(row[2] for row in self.rows)))),
             sampled=b"",
+            hauls=b"",
         )
 
     def slot_of(self, rank: int, lane: int, position: int) -> int:
@@ -118,6 +122,8 @@ def test_against_loops(seed: int, span: tuple[int, int]):
         list(zip(found.local.lane_U.tolist(), found.local.row_U.tolist(), found.local.length_U.tolist(), strict=True))
         == local
     )
+    lengths = [length for *_, length in local]
+    assert found.local.kv_tokens == (sum(lengths) + sum(min(length, WINDOWS[1]) for length in lengths)) / 2
     assert list(zip(found.append.row_A.tolist(), found.append.slot_A.tolist(), strict=True)) == appended
     assert found.num_tokens == token
     assert found.position_T.tolist() == [s + i for _, s, count in step.rows for i in range(count)]
@@ -131,6 +137,16 @@ def test_against_loops(seed: int, span: tuple[int, int]):
         check_link(step, command, span, worker, routes.get(worker), remote[worker], prompts[worker])
 
 
+def test_a_lane_that_has_landed_lives_there() -> None:
+    planner, command = make_planner(PRIMARY), Step(0).command()
+    planner.apply(command)
+    before = planner.owners_BG.copy()
+    landed = int32([3, 0, 2, WORKERS[1], 3, 1, 4, 9])  # the second one of another stage
+    planner.apply(msgspec.structs.replace(command, landed=landed, admitted=[]))
+    before[3, 2] = WORKERS[1]
+    assert np.array_equal(planner.owners_BG, before)
+
+
 def check_link(step, command, span, worker, route, lanes, prompts):
     """The route on the primary, and the worker's reading of the same message."""
     assert (route is None) == (not lanes and not prompts)
@@ -139,7 +155,7 @@ def check_link(step, command, span, worker, route, lanes, prompts):
         assert route.prefill_row_A.tolist() == [row for _, row, _ in prompts]
     planner = make_planner(worker)
     planner.apply(command)
-    found = planner.worker_input(command, span)
+    found = planner.worker_input(command, PRIMARY, span)
     assert found.lanes.lane_U.tolist() == [lane for lane, _, _ in lanes]
     assert found.lanes.row_U.tolist() == list(range(len(lanes)))
     assert found.lanes.length_U.tolist() == [position + 1 for _, _, position in lanes]

@@ -1,10 +1,9 @@
-"""The first rule of placement: lanes in proportion to free pages. Better ones stand beside it, behind `Dispatcher`."""
+"""Lanes in proportion to free pages: the simplest rule that uses all memory."""
 
-from collections.abc import Mapping
-
-from hetis.core.placement import Dispatcher, FleetView, Placement, PoolId, Shortage, pages_for
+from hetis.core.placement import FleetView, Placement, PoolId
 from hetis.core.plan import Plan
 from hetis.core.request import Sequence
+from hetis.dispatcher.room import lacking, pages_of
 
 
 class ProportionalDispatcher:
@@ -23,9 +22,12 @@ class ProportionalDispatcher:
         left = dict(view.free_pages)
         return [self._place(sequence, view, left) for sequence in sequences]
 
+    def why_not(self, sequence: Sequence, view: FleetView) -> str:
+        return lacking(sequence, view)
+
     def _place(self, sequence: Sequence, view: FleetView, left: dict[PoolId, int]) -> Placement | None:
         """Takes what it places out of `left`."""
-        now, later = pages_per_lane(sequence, view.page_size)
+        now, later = pages_of(sequence, view.page_size)
         # Homes of a stage choose one after the other. If a later one finds no place on the workers then, each keeps as
         # much as it can: that succeeds whenever a placement exists.
         for home_first in (False, True):
@@ -79,36 +81,3 @@ def spread(num_lanes: int, weights: list[int], capacities: list[int]) -> list[in
         place = max(open_places, key=lambda i: num_lanes * weights[i] - counts[i] * total)
         counts[place] += 1
     return counts
-
-
-def pages_per_lane(sequence: Sequence, page_size: int) -> tuple[int, int]:
-    """(now, later): pages of a lane for all known tokens, and with one more if the sequence can ever grow into it.
-
-    The last token of a sequence is never computed, so it needs no place in the cache.
-    """
-    num_tokens = len(sequence.token_ids)
-    longest = sequence.prompt_len + sequence.max_tokens - 1
-    return pages_for(num_tokens, page_size), pages_for(min(num_tokens + page_size, longest), page_size)
-
-
-def shortage_when_empty(num_tokens: int, plan: Plan, num_pages: Mapping[int, int], page_size: int) -> Shortage | None:
-    """What is missing for a sequence of `num_tokens` tokens even if it had the fleet for itself; None if it fits.
-
-    Workers do not help: each home holds the whole prompt of all its head groups, as lanes or as staging (see
-    `cost.memory.largest_context`).
-    """
-    pages = pages_for(num_tokens, page_size)
-    missing = {
-        PoolId(primary.rank, stage): primary.num_groups * pages - num_pages[primary.rank]
-        for stage in range(len(plan.stages))
-        for primary in plan.stages[stage].primaries
-    }
-    missing = {pool: count for pool, count in missing.items() if count > 0}
-    return Shortage(missing) if missing else None
-
-
-def make_dispatcher(name: str) -> Dispatcher:
-    """The rule called `name`. Raises ValueError for a name that is not known."""
-    if name != "proportional":
-        raise ValueError(f"dispatch {name!r} is unknown; use proportional.")
-    return ProportionalDispatcher()

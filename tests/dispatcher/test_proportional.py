@@ -2,7 +2,6 @@
 
 from itertools import product
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,13 +10,8 @@ from hetis.core.placement import FleetView, Placement, PoolId
 from hetis.core.plan import Plan
 from hetis.core.request import Sequence
 from hetis.cost.memory import largest_context
-from hetis.dispatcher.dispatcher import (
-    ProportionalDispatcher,
-    make_dispatcher,
-    pages_per_lane,
-    shortage_when_empty,
-    spread,
-)
+from hetis.dispatcher.proportional import ProportionalDispatcher, spread
+from hetis.dispatcher.room import pages_of, shortage_when_empty
 from tests.scheduler.toy_engine import make_plan, make_sequence
 
 PAGE_SIZE = 4
@@ -100,10 +94,10 @@ def test_staging_must_fit_at_home_even_if_workers_have_room() -> None:
 
 
 def test_room_to_grow_is_asked_for_only_if_it_can_be_used() -> None:
-    assert pages_per_lane(make_sequence(0, 4, 1), PAGE_SIZE) == (1, 1)
-    assert pages_per_lane(make_sequence(0, 4, 2), PAGE_SIZE) == (1, 2)
-    assert pages_per_lane(make_sequence(0, 5, 4), PAGE_SIZE) == (2, 2)
-    assert pages_per_lane(make_sequence(0, 5, 500), PAGE_SIZE) == (2, 3)
+    assert pages_of(make_sequence(0, 4, 1), PAGE_SIZE) == (1, 1)
+    assert pages_of(make_sequence(0, 4, 2), PAGE_SIZE) == (1, 2)
+    assert pages_of(make_sequence(0, 5, 4), PAGE_SIZE) == (2, 2)
+    assert pages_of(make_sequence(0, 5, 500), PAGE_SIZE) == (2, 3)
     plan = make_plan([[4]])
     assert assign(view_of(plan, [7]), make_sequence(0, 4, 2)) == [None]
     assert assign(view_of(plan, [4]), make_sequence(0, 4, 1)) != [None]
@@ -124,7 +118,7 @@ def test_homes_keep_their_lanes_when_a_neighbour_needs_the_worker() -> None:
 
 def fits(view: FleetView, placement: Placement, sequence: Sequence) -> bool:
     """Counts pages lane by lane."""
-    now, later = pages_per_lane(sequence, view.page_size)
+    now, later = pages_of(sequence, view.page_size)
     free = dict(view.free_pages)
     touched = set()
     for stage, owners in enumerate(placement.owners):
@@ -185,9 +179,3 @@ def test_the_largest_context_is_exact(groups: list[list[int]], pages: list[int])
 def test_a_prompt_that_can_never_fit_is_refused_with_numbers() -> None:
     shortage = shortage_when_empty(41, make_plan([[5, 3], [8]], 1), {0: 50, 1: 33, 2: 85, 3: 1000}, PAGE_SIZE)
     assert str(shortage) == "rank 0 lacks 5 pages for stage 0, rank 2 lacks 3 pages for stage 1"
-
-
-def test_dispatchers_by_name() -> None:
-    assert isinstance(make_dispatcher("proportional"), ProportionalDispatcher)
-    with pytest.raises(ValueError, match="'psychic' is unknown"):
-        make_dispatcher("psychic")

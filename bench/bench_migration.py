@@ -1,0 +1,87 @@
+"""What moving lanes costs the steps that carry them: in one run, lanes move at random in every other stretch of it.
+
+    python bench/bench_migration.py [--plan 1+2] [--sequences 16] [--context 512] [--lanes 4]
+
+A fleet of CPU ranks with random weights decodes a fixed batch. For 40 steps all lanes rest, for 40 steps some are on
+the move all the time, and so on. The fleet's own trace tells how long a step of the primary took and how many pages it
+carried. Prints median and 95th percentile of steps with and without pages, their ratios, and the rate of the moves.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from bench_vs_vllm import CONFIG
+
+from hetis import LLM, SamplingParams
+from hetis.core.messages import FleetStats
+
+REST, MOVING = 40, 40  # steps
+SHAPE = CONFIG | {"num_hidden_layers": 12, "vocab_size": 32000}
+AIM = 1.10  # of the 95th percentile
+
+
+def run(options: argparse.Namespace, directory: Path) -> tuple[list[dict[str, Any]], FleetStats]:
+    """Events of the trace, and the fleet's table."""
+    (directory / "config.json").write_text(json.dumps(SHAPE))
+    trace = directory / "trace.json"
+    os.environ["HETIS_RESTLESS"] = f"{REST},{MOVING},{options.lanes}"
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent / "restless")
+    with LLM(
+        directory,
+        plan=options.plan,
+        device="cpu",
+        load_format="dummy",
+        dispatch="proportional",
+        kv_cache_memory="1GiB",
+        max_model_len=options.context + options.steps + 1,
+        trace=str(trace),
+    ) as llm:
+        prompts = [[7 + index] * options.context for index in range(options.sequences)]
+        params = SamplingParams(max_tokens=options.steps, temperature=0, ignore_eos=True, detokenize=False)
+        llm.generate(prompts, params)
+        stats = llm.fleet_stats()
+    return json.loads(trace.read_text()), stats
+
+
+def durations_ms(events: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Decode steps of the primary: (at rest, with lanes on the move)."""
+    steps = [event for event in events if event["name"].startswith("step") and event["pid"] == 0]
+    decodes = [step for step in steps if not step["args"]["prompt_tokens"]]
+    rest, moving = (
+        [step["dur"] / 1e3 for step in decodes if bool(step["args"]["page_layers"]) == carries]
+        for carries in (False, True)
+    )
+    return rest, moving
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", default="1+2")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--context", type=int, default=512, help="prompt tokens of each sequence")
+    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--lanes", type=int, default=4, help="on the move at a time")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        events, stats = run(options, Path(directory))
+    kinds = dict(zip(("at rest", "moving"), durations_ms(events), strict=True))
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {options}")
+    found = {name: (median(times), quantiles(times, n=20)[-1]) for name, times in kinds.items()}
+    for name, (middle, high) in found.items():
+        print(f"{name:8} {len(kinds[name]):5} steps   median {middle:7.2f} ms   95 % {high:7.2f} ms")
+    ratios = [moving / rest for moving, rest in zip(found["moving"], found["at rest"], strict=True)]
+    seconds = sum(kinds["moving"]) / 1e3
+    print(
+        f"moving / at rest: median {ratios[0]:.3f}, 95 % {ratios[1]:.3f} (aim {AIM}); {stats.num_migrations} lanes, "
+        f"{stats.migrated_bytes / 2**20:.0f} MiB, {stats.migrated_bytes / 2**20 / seconds:.0f} MiB/s while they move"
+    )
+
+
+if __name__ == "__main__":
+    main()

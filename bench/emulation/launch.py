@@ -1,0 +1,118 @@
+"""Starts an emulated fleet: a real one, with `shim/` on its path."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import numpy as np
+
+from hetis.core.config import EngineConfig
+from hetis.core.messages import FleetQuery, FleetStats
+from hetis.server.client import EngineClient
+from hetis.server.launch import plan_for
+
+from .board import Board, Column
+from .fleet import Emulation, Fleet
+from .rank import BOARD, EMULATION, SETTINGS
+
+HERE = Path(__file__).parent
+
+
+class EmulatedFleet:
+    """A context manager; leaving it ends all processes."""
+
+    def __init__(self, fleet: Fleet, config: EngineConfig) -> None:
+        """`config`: all but the plan and the KV memory, which are the fleet's."""
+        self._scratch = tempfile.TemporaryDirectory(prefix="hetis-emulation-")
+        directory = Path(self._scratch.name)
+        self._usable_cores = os.sched_getaffinity(0)
+        first, last = min(self._usable_cores), max(self._usable_cores)
+        settings = Emulation(fleet=fleet, primary_core=first, worker_core=last)
+        (directory / SETTINGS).write_bytes(msgspec.json.encode(settings))
+        self.board = Board.create(directory / BOARD, [member.share for member in fleet.members])
+        config = msgspec.structs.replace(config, plan=fleet.plan)
+        _, spec, plan = plan_for(config)
+        token_bytes = kv_bytes_per_token(spec.num_layers, spec.num_head_groups, spec.head_dim, config.dtype)
+        memory = {rank: member.kv_tokens * token_bytes for rank, member in enumerate(fleet.members)}
+        config = msgspec.structs.replace(config, kv_cache_memory=memory)
+        plan = plan_for(config)[2]
+        os.sched_setaffinity(0, {last})  # with all threads that the client starts
+        with rank_environment(directory):
+            self.client = EngineClient(config, plan)
+        try:
+            self.ready = self.client.wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def set_share(self, rank: int, share: float) -> None:
+        """From now on."""
+        self.board.values[rank, Column.SHARE] = share
+
+    def stats(self) -> FleetStats:
+        self.client.send(FleetQuery())
+        while True:
+            message = self.client.receive()
+            if isinstance(message, FleetStats):
+                return message
+
+    def measured(self) -> list["Measured"]:
+        """What the emulation did so far, by rank."""
+        return [Measured(*row) for row in measured_rows(self.board.values)]
+
+    def close(self) -> None:
+        self.client.close()
+        os.sched_setaffinity(0, self._usable_cores)
+        self._scratch.cleanup()
+
+    def __enter__(self) -> "EmulatedFleet":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """One rank: the emulation as it really was."""
+
+    share: float  # CPU time over the wall time that work took; 1 for a rank that is not slowed
+    busy_s: float
+    delay_ms: float  # asked of links, mean over the messages for which the rank slept
+    late_ms: float  # by how much later such a message was seen
+
+
+def measured_rows(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> Iterator[tuple[float, ...]]:
+    for row in values:
+        share = row[Column.CPU_S] / row[Column.BUSY_S] if row[Column.BUSY_S] else 1.0
+        awaited = max(1.0, row[Column.AWAITED])
+        yield float(share), float(row[Column.BUSY_S]), row[Column.ASKED_MS] / awaited, row[Column.LATE_MS] / awaited
+
+
+def kv_bytes_per_token(num_layers: int, num_head_groups: int, head_dim: int, dtype: str) -> int:
+    """Keys and values of all layers."""
+    return 2 * num_layers * num_head_groups * head_dim * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+
+
+@contextmanager
+def rank_environment(directory: Path) -> Iterator[None]:
+    """The environment in which the processes of a fleet find the shim."""
+    before = dict(os.environ)
+    path = [str(HERE / "shim"), str(HERE.parent), *filter(None, [before.get("PYTHONPATH")])]
+    os.environ |= {
+        EMULATION: str(directory),
+        "PYTHONPATH": os.pathsep.join(path),
+        # as `hetis.server.launch` sets them before it imports torch, which the shim does earlier
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before

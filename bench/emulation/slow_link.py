@@ -1,0 +1,91 @@
+"""A link with latency and a rate, laid over a real one.
+
+A message can be seen by its receiver at
+
+    due = max(sent, when the line is free) + bytes / rate + latency
+
+and keeps the line of its direction busy for bytes / rate. The sender writes `sent` and `due` behind the message (both
+ends are processes of one host, with one monotonic clock) and goes on; the receiver sleeps until `due`. What is not
+emulated is a window: as with any link, a sender may be one message ahead of the receiver, which takes a message when it
+is due.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hetis.comm.links.base import Link
+
+from .device_clock import DeviceClock
+from .fleet import Link as LinkSpeed
+from .waiting import sleep_until
+
+STAMP_BYTES = 16  # two int64 of nanoseconds: sent, due
+_ALIGNMENT = 8
+
+
+def padded(num_bytes: int) -> int:
+    """Bytes of a message of `num_bytes` with its stamp."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT + STAMP_BYTES
+
+
+class SlowLink(Link):
+    """One end. `device`: the clock of an emulated device at this end, None for one at full speed."""
+
+    def __init__(
+        self,
+        inner: Link,
+        speed: LinkSpeed,
+        device: DeviceClock | None = None,
+        *,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        sleep_until: Callable[[float], None] = sleep_until,
+    ) -> None:
+        self.kind = inner.kind
+        self._inner, self._device, self._now_ns = inner, device, now_ns
+        self._sleep_until = sleep_until
+        self._latency_ns = int(speed.latency_ms * 1e6)
+        self._ns_per_byte = 0.0 if speed.megabytes_per_s is None else 1e3 / speed.megabytes_per_s
+        self._line_free_ns = 0
+        self._stamp = torch.empty(0, dtype=torch.int64)  # of the message that is being written
+        self._num_bytes = 0
+        self.num_awaited = 0  # messages for which this end slept until they were due
+        self.asked_ns = 0  # by how long they were to be delayed, in all
+        self.late_ns = 0  # by how much later they were seen
+
+    def send_buffer(self, num_bytes: int) -> Tensor:
+        message = self._inner.send_buffer(padded(num_bytes))
+        self._stamp, self._num_bytes = message[-STAMP_BYTES:].view(torch.int64), num_bytes
+        return message[:num_bytes]
+
+    def send(self) -> None:
+        if self._device is not None:
+            self._device.pay()
+        sent = self._now_ns()
+        self._line_free_ns = max(sent, self._line_free_ns) + int(self._num_bytes * self._ns_per_byte)
+        self._stamp[0], self._stamp[1] = sent, self._line_free_ns + self._latency_ns
+        self._inner.send()
+        self.bytes_sent += self._num_bytes
+
+    def recv(self, num_bytes: int) -> Tensor:
+        if self._device is not None:
+            self._device.pay()
+        message = self._inner.recv(padded(num_bytes))
+        sent, due = message[-STAMP_BYTES:].view(torch.int64).tolist()
+        if due > self._now_ns():
+            self._sleep_until(due / 1e9)
+            self.num_awaited += 1
+            self.asked_ns += due - sent
+            self.late_ns += self._now_ns() - due
+        if self._device is not None:
+            self._device.start(due / 1e9)
+        self.bytes_received += num_bytes
+        return message[:num_bytes]
+
+    def release(self) -> None:
+        self._inner.release()
+
+    def close(self) -> None:
+        self._inner.close()

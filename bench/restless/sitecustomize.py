@@ -1,0 +1,39 @@
+"""Found by the interpreter of a driver that bench_migration.py starts: lanes move at random, in some of the steps.
+
+hetis has no such hook.
+"""
+
+import os
+import sys
+
+VARIABLE = "HETIS_RESTLESS"  # "steps of rest,steps of moving,lanes on the move at a time"
+
+
+def make_restless() -> None:
+    from random import Random
+
+    from hetis.core.placement import Move
+    from hetis.engine.engine import Engine
+
+    rest, moving, lanes = map(int, os.environ[VARIABLE].split(","))
+    random = Random(0)
+    plain = Engine._move_lanes
+
+    def move_lanes(self: Engine) -> None:
+        plain(self)
+        if self._num_steps % (rest + moving) < rest:
+            return
+        plan, cache = self._setup.plan, self.cache
+        ranks = [member.rank for member in plan.members()]
+        free = [s for s in self.scheduler.running if not s.is_prefilling and not cache.is_moving(s.slot)]
+        for sequence in random.sample(free, min(len(free), lanes - len(cache.transits()))):
+            group = random.randrange(self._setup.spec.num_head_groups)
+            source = cache.owners(sequence.slot)[0][group]
+            target = random.choice([rank for rank in ranks if rank != source])
+            self.hauler.start([Move(slot=sequence.slot, stage=0, group=group, source=source, target=target)])
+
+    Engine._move_lanes = move_lanes  # type: ignore[method-assign]
+
+
+if VARIABLE in os.environ and "hetis.engine.driver" in sys.orig_argv:
+    make_restless()

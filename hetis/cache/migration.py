@@ -1,0 +1,107 @@
+"""The hauler, host half: which pages of lanes on the move travel with the next step, and which lanes have arrived.
+
+Pages ride along with the messages of a step, layer by layer, a bounded number per link and direction. Full pages go
+first, while the lane grows at its source; the last haul of a lane takes all that is left, including the tokens that are
+appended in its own step, for ranks copy a layer's pages after they have appended to it. With the next command, before
+anything more can be appended, the lane lives at its target. Every rank obeys commands in order, so a page that is given
+to somebody else by a later command has been read, or written, by then: a move can be forgotten at any time.
+
+A lane goes over the link between its home and a worker; from worker to worker over both, by way of its home.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from hetis.cache.lane_table import CacheManager
+from hetis.cache.lanes import Transit
+from hetis.core.placement import Move, pages_for
+from hetis.core.plan import Plan
+
+
+class Haul(NamedTuple):
+    """Pages `first .. stop - 1` of one lane, in one step."""
+
+    stage: int
+    row: int  # of the page tables: slot * G + group
+    source: int
+    target: int
+    first: int
+    stop: int
+
+
+class Hauler:
+    """Carries lanes from rank to rank."""
+
+    def __init__(
+        self,
+        cache: CacheManager,
+        plan: Plan,
+        num_groups: int,
+        page_size: int,
+        token_bytes: int,
+        pages_per_haul: int,
+    ) -> None:
+        """`token_bytes`: of one lane in one layer. `pages_per_haul`: what one link carries each way in one step."""
+        self._cache, self._num_groups, self._page_size = cache, num_groups, page_size
+        self._homes = [[stage.home(group).rank for group in range(num_groups)] for stage in plan.stages]
+        self._pages_per_haul = pages_per_haul
+        self._page_bytes = [page_size * token_bytes * stage.num_layers for stage in plan.stages]
+        self.num_landed = 0  # lanes
+        self.bytes_sent = 0  # once for each page, however many links it takes
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._cache.transits())
+
+    def start(self, moves: Iterable[Move]) -> list[Move]:
+        """Begins those for which there are pages; the others are left out."""
+        return [move for move in moves if self._cache.begin_move(move) is None]
+
+    def land(self) -> list[Move]:
+        """Lanes that live at their targets from the next command on, whatever else it says."""
+        arrived = [transit for transit, _ in self._cache.transits() if transit.is_complete]
+        for transit in arrived:
+            self._cache.land(transit)
+        self.num_landed += len(arrived)
+        return [transit.move for transit in arrived]
+
+    def plan(self) -> list[Haul]:
+        """What goes with the next command, in which sequences have the tokens that the cache knows of."""
+        left: dict[tuple[int, int], int] = defaultdict(lambda: self._pages_per_haul)  # by (from, to)
+        hauls: list[Haul] = []
+        for transit, num_tokens in self._cache.transits():
+            hop = self._hops(transit.move)
+            count = self._count(transit, num_tokens, min(left[leg] for leg in hop))
+            if count:
+                for leg in hop:
+                    left[leg] -= count
+                hauls.append(self._haul(transit, count))
+        return hauls
+
+    def _hops(self, move: Move) -> list[tuple[int, int]]:
+        """The links that a lane takes."""
+        home = self._homes[move.stage][move.group]
+        return [leg for leg in ((move.source, home), (home, move.target)) if leg[0] != leg[1]]
+
+    def _count(self, transit: Transit, num_tokens: int, room: int) -> int:
+        """Pages to send now: all that are left, if they fit, or else some that are full and will not change."""
+        rest = pages_for(num_tokens, self._page_size) - transit.num_sent
+        if rest <= room:
+            transit.is_complete = True
+            return rest
+        return min(room, num_tokens // self._page_size - transit.num_sent)
+
+    def _haul(self, transit: Transit, count: int) -> Haul:
+        move, first = transit.move, transit.num_sent
+        transit.num_sent += count
+        self.bytes_sent += count * self._page_bytes[move.stage]
+        row = move.slot * self._num_groups + move.group
+        return Haul(move.stage, row, move.source, move.target, first, first + count)
+
+
+def pack_hauls(hauls: Iterable[Haul]) -> bytes:
+    """int32 [n, 6] for `StepCommand.hauls`."""
+    return np.array(list(hauls), dtype=np.int32).tobytes()

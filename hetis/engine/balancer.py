@@ -1,0 +1,84 @@
+"""Moves lanes of running sequences: towards balance now and then, and off pools that run out of pages.
+
+What should move is decided by `dispatcher.rebalance`; `cache.migration` carries it out.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from hetis.cache.lane_table import CacheManager
+from hetis.cache.migration import Hauler
+from hetis.core.placement import PoolId
+from hetis.core.request import Sequence
+from hetis.dispatcher.rebalance import MigrationBudget, Rebalancer
+from hetis.dispatcher.residents import Resident
+from hetis.dispatcher.room import shortage_of
+
+INTERVAL_SECONDS = 0.25  # between two looks at the balance
+BURST_SECONDS = 1.0  # of the migration budget, that may move at once
+
+
+class Balancer:
+    """The `Relief` of a fleet whose lanes can move."""
+
+    def __init__(
+        self,
+        cache: CacheManager,
+        hauler: Hauler,
+        rebalancer: Rebalancer,
+        bytes_per_second: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """`bytes_per_second`: that may move for the sake of balance. `clock`: seconds."""
+        self._cache, self._hauler, self._rebalancer, self._clock = cache, hauler, rebalancer, clock
+        self._budget = MigrationBudget(bytes_per_second, BURST_SECONDS * bytes_per_second)
+        self._last = clock()
+        self.num_rebalances = 0  # times that lanes moved for balance
+        self.num_reliefs = 0  # times that lanes moved for pages
+
+    @property
+    def is_busy(self) -> bool:
+        return self._hauler.is_busy
+
+    def balance(self, running: Collection[Sequence], refused: Sequence | None) -> None:
+        """Now and then: has lanes move off the slowest devices, and off homes that lack pages for `refused`.
+
+        `refused`: the first of the queue, if it found no place.
+        """
+        now = self._clock()
+        if now - self._last < INTERVAL_SECONDS:
+            return
+        self._budget.refill(now - self._last)
+        self._last = now
+        outcome = self._rebalancer.compute(self._residents(running), self._cache.view(), self._budget)
+        assert not outcome.preempt, "no rank has left the plan"
+        self.num_rebalances += bool(self._hauler.start(outcome.moves))
+        if refused is not None and not self._hauler.is_busy:
+            shortage = shortage_of(refused, self._cache.view())
+            if shortage is not None:
+                self.make_room(shortage.missing, running)
+
+    def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> bool:
+        """See `core.placement.Relief`. Lanes that leave already count."""
+        lacking = {pool: count - self._cache.num_leaving(pool) for pool, count in missing.items()}
+        lacking = {pool: count for pool, count in lacking.items() if count > 0}
+        if not lacking:
+            return True
+        outcome = self._rebalancer.memory(self._residents(running), self._cache.view(), lacking)
+        if outcome.preempt:
+            return False
+        started = self._hauler.start(outcome.moves)
+        self.num_reliefs += bool(started)
+        return bool(started)
+
+    def _residents(self, running: Iterable[Sequence]) -> list[Resident]:
+        cache = self._cache
+        return [
+            Resident(
+                slot=sequence.slot,
+                arrival=sequence.arrival,
+                num_tokens=cache.num_tokens(sequence.slot),
+                owners=cache.owners(sequence.slot),
+                movable=not sequence.is_prefilling and not cache.is_moving(sequence.slot),
+            )
+            for sequence in running
+        ]

@@ -1,0 +1,53 @@
+"""What the ranks measure while they serve: the cost model follows it, and the fleet's table shows it."""
+
+from hetis.core.messages import StepTimes
+from hetis.core.plan import Plan
+from hetis.core.times import Span, StageTimes
+from hetis.cost.cost_model import CostModel
+
+_BUSY = (Span.APPEND, Span.ATTENTION, Span.SEND)  # what a worker does between a message and its answer
+
+
+class Observer:
+    """Feeds a cost model. Times of a step come from all ranks, in any order."""
+
+    def __init__(self, cost: CostModel, plan: Plan) -> None:
+        self.cost, self._plan = cost, plan
+        self._workers = {worker.rank for worker in plan.workers}
+        self._worked: dict[int, tuple[int, float]] = {}  # worker -> (query heads, busy us a layer), of its last step
+        self._predicted: dict[int, float] = {}  # rank -> sum of us a layer, over steps with heads
+        self._measured: dict[int, float] = {}
+        self._counted: dict[int, int] = {}
+
+    def on_times(self, times: StepTimes) -> None:
+        for stage in times.stages:
+            num_layers = self._plan.stages[stage.stage].num_layers
+            self._follow_attention(times.rank, stage, stage.span_us[Span.ATTENTION] / num_layers)
+            if times.rank in self._workers:
+                busy_us = sum(stage.span_us[span] for span in _BUSY) / num_layers
+                self._worked[times.rank] = stage.heads, busy_us
+                continue
+            if not stage.num_prompt_tokens and stage.span_us[Span.DENSE]:
+                self.cost.observe_dense(times.rank, stage.span_us[Span.DENSE] / num_layers)
+            self._follow_links(stage)
+
+    def _follow_attention(self, rank: int, stage: StageTimes, measured_us: float) -> None:
+        if not stage.heads:
+            self.cost.relax([rank])
+            return
+        kv_bytes = stage.kv_tokens * self.cost.kv_bytes_per_token
+        self._predicted[rank] = self._predicted.get(rank, 0.0) + self.cost.attention_us(rank, stage.heads, kv_bytes)
+        self._measured[rank] = self._measured.get(rank, 0.0) + measured_us
+        self._counted[rank] = self._counted.get(rank, 0) + 1
+        self.cost.observe(rank, stage.heads, kv_bytes, measured_us)
+
+    def _follow_links(self, stage: StageTimes) -> None:
+        """A round trip less what the worker did meanwhile."""
+        for worker, round_trip_us in stage.round_trip_us.items():
+            heads, busy_us = self._worked.get(worker, (0, 0.0))
+            self.cost.observe_link(worker, heads, max(0.0, round_trip_us - busy_us))
+
+    def mean_us(self, rank: int) -> tuple[float, float]:
+        """(predicted, measured) decode attention of a layer, on average over the steps in which a rank had heads."""
+        count = max(1, self._counted.get(rank, 0))
+        return self._predicted.get(rank, 0.0) / count, self._measured.get(rank, 0.0) / count

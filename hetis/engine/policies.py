@@ -1,0 +1,50 @@
+"""What `--dispatch` chooses: who places lanes, and who moves them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from hetis.core.config import EngineConfig
+from hetis.core.messages import Setup
+from hetis.core.model_spec import DTYPE_BYTES
+from hetis.core.placement import Dispatcher
+from hetis.core.profile import FleetProfile
+from hetis.cost.cost_model import CostModel
+from hetis.cost.footprint import layer_weights
+from hetis.dispatcher.balance import balance
+from hetis.dispatcher.milp import balance_by_highs
+from hetis.dispatcher.proportional import ProportionalDispatcher
+from hetis.dispatcher.rebalance import Rebalancer
+from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
+
+SIMPLE: dict[str, Callable[[], Dispatcher]] = {
+    "proportional": ProportionalDispatcher,
+    "even": EvenDispatcher,
+    "primary-only": PrimaryOnlyDispatcher,
+}
+SOLVERS = {"hetis": balance, "highs": balance_by_highs}
+TYPICAL_DECODES = 16  # sequences in a step, for the first guess of its dense part
+
+
+class Policies(NamedTuple):
+    """`rebalancer`, `cost`: only where lanes move, and speeds are followed."""
+
+    dispatcher: Dispatcher
+    rebalancer: Rebalancer | None = None
+    cost: CostModel | None = None
+
+
+def make_policies(config: EngineConfig, setup: Setup, profile: FleetProfile | None) -> Policies:
+    """`profile`: of the fleet; None where nobody measured, for there are no workers and nothing is to be decided."""
+    if profile is None or config.dispatch in SIMPLE:
+        return Policies(SIMPLE.get(config.dispatch, PrimaryOnlyDispatcher)())
+    cost = CostModel(profile, setup.spec, setup.dtype)
+    for stage in setup.plan.stages:
+        for index, primary in enumerate(stage.primaries):
+            dense = profile.devices[primary.rank].dense
+            assert dense is not None, f"rank {primary.rank} is a primary without a dense profile"
+            weights = layer_weights(setup.spec, primary, index)
+            cost.observe_dense(
+                primary.rank, dense.time_us(weights * DTYPE_BYTES[setup.dtype], 2.0 * weights * TYPICAL_DECODES)
+            )
+    dispatcher = HetisDispatcher(cost, solve=SOLVERS[config.dispatch])
+    return Policies(dispatcher, Rebalancer(cost, config.theta), cost)

@@ -1,0 +1,123 @@
+"""The balancer between policy and hauler: when it looks, what it may move, and that nobody waits for nothing."""
+
+from collections.abc import Mapping, Sequence
+from random import Random
+
+from hetis.core.placement import Move, PoolId
+from hetis.dispatcher.rebalance import MigrationBudget, Outcome, Rebalancer
+from hetis.dispatcher.residents import Resident
+from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
+from tests.dispatcher.fleets import device, make_cost
+from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Spy(Rebalancer):
+    """Remembers what it was asked."""
+
+    calls: list[Sequence[Resident]]
+
+    def compute(self, residents: Sequence[Resident], view: object, budget: MigrationBudget) -> Outcome:  # type: ignore[override]
+        self.calls.append(residents)
+        return Outcome([], [])
+
+
+def make_engine(num_pages: dict[int, int], clock: Clock, **options: object) -> ToyEngine:
+    """One home of 4 groups and two workers, all alike, lanes of the proportional rule."""
+    plan = make_plan([[4]], 2)
+    cost = make_cost(plan, [device()] * 3, dense_us=10.0)
+
+    def relief(engine: ToyEngine) -> Balancer:
+        return Balancer(engine.cache, engine.hauler, Rebalancer(cost), 1e9, clock)
+
+    return ToyEngine(plan, num_pages, random=Random(0), make_relief=relief, **options)  # type: ignore[arg-type]
+
+
+def test_requests_complete_where_lanes_make_room() -> None:
+    """Pages run out at home while the workers have plenty: nobody starts over."""
+    engine = make_engine({0: 4 * 22, 1: 400, 2: 400}, Clock(), max_num_seqs=16)
+    sequences = [make_sequence(i, 10 + i % 3, 30) for i in range(16)]
+    assert engine.max_model_len is not None
+    expected = [alone(sequence, engine.max_model_len) for sequence in sequences]
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    engine.run()
+    engine.check_idle()
+    assert [sequence.token_ids for sequence in sequences] == expected
+
+
+def test_a_fleet_that_waits_for_lanes_runs_steps_without_rows() -> None:
+    """All of the fleet's sequences need a page at home at the same time; only moving can give them one."""
+    engine = make_engine({0: 4 * 8, 1: 400, 2: 400}, Clock(), pages_per_haul=1)
+    engine.scheduler._dispatcher = AllHome()
+    for arrival in range(4):
+        engine.scheduler.add(make_sequence(arrival, 7, 17))
+    engine.run()
+    engine.check_idle()
+    assert engine.scheduler.num_preemptions == 0
+    assert engine.hauler.num_landed > 0
+    assert any(not batch.rows for batch in engine.batches)
+
+
+class AllHome:
+    def assign(self, sequences, view):  # type: ignore[no-untyped-def]
+        from hetis.dispatcher.rules import PrimaryOnlyDispatcher
+
+        return PrimaryOnlyDispatcher().assign(sequences, view)
+
+    def why_not(self, sequence: object, view: object) -> str:
+        return ""
+
+
+def test_it_looks_now_and_then() -> None:
+    clock, engine = Clock(), make_engine({0: 80, 1: 80, 2: 80}, Clock())
+    spy = Spy(make_cost(engine.plan, [device()] * 3))
+    spy.calls = []
+    balancer = Balancer(engine.cache, engine.hauler, spy, 1e9, clock)
+    for _ in range(10):
+        balancer.balance([], None)
+    assert spy.calls == []
+    clock.now += INTERVAL_SECONDS
+    for _ in range(10):
+        balancer.balance([], None)
+    assert spy.calls == [[]]
+
+
+def test_only_sequences_that_decode_and_are_at_rest_may_move() -> None:
+    engine = make_engine({0: 200, 1: 200, 2: 200}, Clock(), max_num_batched_tokens=12)
+    for arrival, prompt_len in enumerate((4, 4, 30)):
+        engine.scheduler.add(make_sequence(arrival, prompt_len, 20))
+    engine.step()
+    engine.step()
+    moving = engine.scheduler.running[0]
+    group, source = next((g, r) for g, r in enumerate(engine.cache.owners(moving.slot)[0]))
+    target = 1 if source != 1 else 2
+    engine.hauler.start([Move(slot=moving.slot, stage=0, group=group, source=source, target=target)])
+    balancer = engine.scheduler._relief
+    assert isinstance(balancer, Balancer)
+    residents = balancer._residents(engine.scheduler.running)
+    assert [resident.movable for resident in residents] == [False, True, False]
+    assert residents[0].owners[0][group] == target, "a lane counts where it goes"
+
+
+def test_lanes_that_leave_already_count() -> None:
+    """No second move is begun for pages that will come free."""
+    engine = make_engine({0: 200, 1: 200, 2: 200}, Clock())
+    engine.scheduler.add(make_sequence(0, 4, 40))
+    engine.step()
+    engine.step()
+    sequence = engine.scheduler.running[0]
+    group, source = next((g, r) for g, r in enumerate(engine.cache.owners(sequence.slot)[0]) if r == 0)
+    engine.hauler.start([Move(slot=sequence.slot, stage=0, group=group, source=source, target=1)])
+    missing: Mapping[PoolId, int] = {PoolId(0, 0): 1}
+    balancer = engine.scheduler._relief
+    assert isinstance(balancer, Balancer)
+    assert balancer.make_room(missing, engine.scheduler.running)
+    assert balancer.num_reliefs == 0

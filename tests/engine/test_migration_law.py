@@ -1,0 +1,93 @@
+"""Moving lanes does not change answers: bit-identical logits, whatever moves where in the middle of it."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hetis.engine.setup
+from hetis.core.placement import Move
+from hetis.core.sampling_params import SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.engine.local_fleet import Generated, LocalFleet, RandomDispatcher
+from tests.engine.test_parity import VOCAB, prompts
+
+PAGE_BYTES = 4 * 2 * 32 * 4  # 4 tokens, K and V, 32 values of float32, one layer
+
+
+class RestlessFleet(LocalFleet):
+    """Has lanes set out for somewhere else before every step."""
+
+    def __init__(self, directory: Path, plan: str, seed: int, **options: Any) -> None:
+        super().__init__(directory, plan, dispatcher=RandomDispatcher(seed), **options)
+        self._random = random.Random(seed)
+        self.started: list[Move] = []
+
+    def turn(self, *, check: bool = False) -> None:
+        engine, plan = self.engine, self.setup.plan
+        for sequence in engine.scheduler.running:
+            if sequence.is_prefilling or engine.cache.is_moving(sequence.slot):
+                continue
+            for stage, owners in enumerate(engine.cache.owners(sequence.slot)):
+                for group, source in enumerate(owners):
+                    home = plan.stages[stage].home(group).rank
+                    target = self._random.choice([home, *(worker.rank for worker in plan.workers)])
+                    if target != source and self._random.random() < 0.4:
+                        move = Move(slot=sequence.slot, stage=stage, group=group, source=source, target=target)
+                        self.started += engine.hauler.start([move])
+        super().turn(check=check)
+
+
+PARAMS = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True, logprobs=-1)
+OPTIONS: dict[str, Any] = {"block_size": 4, "logprobs_mode": "raw_logits", "max_num_batched_tokens": 64}
+
+
+def baseline(directory: Path, dtype: str) -> list[Generated]:
+    with LocalFleet(directory, "1+0", dtype=dtype, **OPTIONS) as fleet:
+        return fleet.generate(prompts(), PARAMS)
+
+
+def plan_file(directory: Path) -> str:
+    """Two stages, of which the first has two homes; two workers."""
+    path = directory / "plan.json"
+    path.write_text(
+        '{"stages": [{"layers": 2, "primaries": [{"head_groups": 3}, {"head_groups": 2}]}, {"primaries": [{}]}],'
+        ' "attention": [{}, {}]}'
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(("pages", "least"), [(2, 50), (5, 100), (100, 100)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moves_do_not_change_a_bit(dtype: str, pages: int, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`pages`: that a link carries in a step; with few, lanes are on their way for many steps, and grow meanwhile."""
+    directory = make_checkpoint(tmp_path, "five_groups")
+    monkeypatch.setattr(hetis.engine.setup, "HAUL_BYTES", pages * PAGE_BYTES)
+    expected = baseline(directory, dtype)
+    with RestlessFleet(directory, "1+3", pages, dtype=dtype, **OPTIONS) as fleet:
+        outputs = fleet.generate(prompts(), PARAMS, check=True)
+        assert len(fleet.started) >= least
+        assert fleet.engine.hauler.num_landed > least // 2
+        homes = {0}
+        kinds = {(move.source in homes, move.target in homes) for move in fleet.started}
+        assert kinds == {(True, False), (False, True), (False, False)}
+    for one, plain in zip(outputs, expected, strict=True):
+        assert one.token_ids == plain.token_ids
+        assert torch.equal(one.logits(VOCAB), plain.logits(VOCAB))
+
+
+def test_moves_between_several_homes_and_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Sums over two homes round differently, so the tokens are compared with those of the same plan at rest."""
+    directory = make_checkpoint(tmp_path, "five_groups")
+    monkeypatch.setattr(hetis.engine.setup, "HAUL_BYTES", 2 * PAGE_BYTES)
+    plan = plan_file(tmp_path)
+    with LocalFleet(directory, plan, dispatcher=RandomDispatcher(None), **OPTIONS) as fleet:
+        expected = fleet.generate(prompts(), PARAMS)
+    with RestlessFleet(directory, plan, 7, **OPTIONS) as fleet:
+        outputs = fleet.generate(prompts(), PARAMS, check=True)
+        assert fleet.engine.hauler.num_landed > 0
+    for one, plain in zip(outputs, expected, strict=True):
+        assert one.token_ids == plain.token_ids
+        assert torch.equal(one.logits(VOCAB), plain.logits(VOCAB))
