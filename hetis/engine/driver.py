@@ -28,7 +28,8 @@ from hetis.core.profile import FleetProfile
 from hetis.cost.profile import load
 from hetis.engine.engine import Engine
 from hetis.engine.policies import SOLVERS, make_policies
-from hetis.engine.profiling import Profiling, cached_profiles, report_of, save_profiles
+from hetis.engine.profile_cache import cached_profiles, keep_profiles
+from hetis.engine.profiling import Profiling, report_of
 from hetis.engine.setup import make_setup
 from hetis.engine.trace import TraceFile
 from hetis.engine.watch import FleetFailedError, Watch
@@ -187,7 +188,7 @@ class Driver:
                 return
             self._report = self._profiling.report()
             if self._args.config.profile_cache:
-                save_profiles(self._profiling.new())
+                keep_profiles(self._profiling.new())
         policies = make_policies(self._args.config, self._setup, self._report.profile)
         self._engine = Engine(self._setup, policies, self._args.config.migration_budget)
         for front in self._fronts:

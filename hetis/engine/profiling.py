@@ -4,9 +4,7 @@ Measurements must not disturb each other. So a measurement claims what it loads:
 cores of its host, a link both its hosts. Those that claim different things go on at the same time; the others wait.
 """
 
-import os
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from typing import NamedTuple
 
@@ -20,7 +18,6 @@ from hetis.core.profile import DenseProfile, DeviceProfile, FleetProfile, LinkPr
 from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer
 from hetis.cost.footprint import layer_weights
 from hetis.cost.memory import usable_share
-from hetis.cost.profile import cache_folder, cached, save
 
 # What a part may take. Devices that are not slow need half of it; an eighth of them still gives a usable fit.
 ATTENTION_SECONDS = 2.0
@@ -215,23 +212,6 @@ def profile_key(info: DeviceInfo, setup: Setup) -> ProfileKey:
         queries_per_group=setup.spec.queries_per_group,
         backend=info.backend,
     )
-
-
-def cached_profiles(setup: Setup) -> dict[ProfileKey, DeviceProfile]:
-    """What was measured before of the devices in this fleet."""
-    folder = cache_folder(os.environ)
-    found = {key: cached(folder, key) for key in {profile_key(info, setup) for info in setup.fleet}}
-    return {key: profile for key, profile in found.items() if profile is not None}
-
-
-def save_profiles(profiles: Iterable[DeviceProfile]) -> None:
-    """For the next start. A cache that cannot be written costs some seconds then, and one line now."""
-    folder = cache_folder(os.environ)
-    try:
-        for profile in profiles:
-            save(profile, folder / profile.key.file_name)
-    except OSError as error:
-        print(f"hetis: profiles cannot be kept in {folder} ({error.strerror}).", file=sys.stderr, flush=True)
 
 
 def links_of(plan: Plan) -> list[tuple[int, int]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 WIDTH = 100
 TOKENS = (1, 64, 1024)  # of a step, for which a layer's time is shown
 MEBI = 1 << 20
+NAME_WIDTH = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,8 @@ def run(options: argparse.Namespace) -> None:
     assert isinstance(report, ProfileReport)
     assert report.profile is not None
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    for table in tables(report.profile, report.sources, spec, plan, resolve_dtype(config.dtype, spec)):
+    for title, table in tables(report.profile, report.sources, spec, plan, resolve_dtype(config.dtype, spec)):
+        console.print(title, highlight=False, soft_wrap=True)
         console.print(table)
         console.print()
     if options.output is not None:
@@ -58,51 +60,48 @@ def run(options: argparse.Namespace) -> None:
 
 def tables(
     profile: FleetProfile, sources: dict[int, str], spec: ModelSpec, plan: Plan, dtype: str
-) -> "Iterator[Table]":
-    """Decode attention by device, the primaries' other work, and links. `sources`: by rank, where numbers come from."""
-    yield attention_table(profile, sources, plan)
-    yield layers_table(profile, spec, plan, dtype)
-    if profile.links:
-        yield links_table(profile)
-
-
-def attention_table(profile: FleetProfile, sources: dict[int, str], plan: Plan) -> "Table":
-    table = _table(
-        "Decode attention of a layer: max(floor, a heads + b MiB of KV + c) us",
-        ("rank", "role", "device"),
-        ("a", "b", "c", "floor", "accuracy", "reads", "usable"),
+) -> "Iterator[tuple[str, Table]]":
+    """With their titles. `sources`: by rank, where its numbers come from."""
+    yield "Devices", devices_table(profile, sources, plan)
+    yield "Decode attention of a layer, us: max(floor, a x heads + b x MiB of KV + c)", attention_table(profile)
+    steps = ", ".join(map(str, TOKENS))
+    yield (
+        f"The rest of a layer, us, for {steps} tokens; attention of prompts, ns for each head and token it sees",
+        layers_table(profile, spec, plan, dtype),
     )
+    if profile.links:
+        yield "Links, there and back: alpha us, and bytes at the rate", links_table(profile)
+
+
+def devices_table(profile: FleetProfile, sources: dict[int, str], plan: Plan) -> "Table":
+    table = _table(("rank", "role", "device", "name"), ("reads", "usable"))
     table.add_column("from", no_wrap=True)
     for member in plan.members():
         device = profile.devices[member.rank]
-        attention = device.attention
-        terms = (attention.a_us_per_head, attention.b_us_per_byte * MEBI, attention.c_us, attention.floor_us)
-        table.add_row(
-            str(member.rank),
-            plan.role_of(member.rank),
-            member.device,
-            *(f"{term:.3g}" for term in terms),
-            f"{attention.accuracy:.1%}",
-            f"{_gigabytes(device.read_bytes_per_us)}",
-            format_bytes(device.usable_bytes),
-            sources[member.rank],
-        )
+        name = device.key.device if len(device.key.device) <= NAME_WIDTH else device.key.device[: NAME_WIDTH - 1] + "…"
+        reads, usable = _gigabytes(device.read_bytes_per_us), format_bytes(device.usable_bytes)
+        role = plan.role_of(member.rank)
+        table.add_row(str(member.rank), role, member.device, name, reads, usable, sources[member.rank])
+    return table
+
+
+def attention_table(profile: FleetProfile) -> "Table":
+    table = _table(("rank",), ("a", "b", "c", "floor", "accuracy"))
+    for rank, device in profile.devices.items():
+        found = device.attention
+        terms = (found.a_us_per_head, found.b_us_per_byte * MEBI, found.c_us, found.floor_us)
+        table.add_row(str(rank), *(f"{term:.3g}" for term in terms), f"{found.accuracy:.1%}")
     return table
 
 
 def layers_table(profile: FleetProfile, spec: ModelSpec, plan: Plan, dtype: str) -> "Table":
-    """Of the primaries: the layers' other work, by tokens of a step, and attention of prompts."""
-    titles = [f"{tokens} token{'s' if tokens > 1 else ''}" for tokens in TOKENS]
-    table = _table(
-        "The rest of a layer, us; attention of prompts, ns for a head and a token that it sees",
-        ("rank",),
-        (*titles, "accuracy", "prompts", "accuracy"),
-    )
+    """Of the primaries."""
+    table = _table(("rank",), (*map(str, TOKENS), "accuracy", "prompts", "accuracy"))
     for stage in plan.stages:
         for index, primary in enumerate(stage.primaries):
             device, weights = profile.devices[primary.rank], layer_weights(spec, primary, index)
-            assert device.dense is not None
-            assert device.prefill is not None
+            assert device.dense is not None, f"rank {primary.rank} is a primary without a dense profile"
+            assert device.prefill is not None, f"rank {primary.rank} is a primary without a prefill profile"
             times = [device.dense.time_us(weights * DTYPE_BYTES[dtype], 2 * weights * tokens) for tokens in TOKENS]
             table.add_row(
                 str(primary.rank),
@@ -115,11 +114,8 @@ def layers_table(profile: FleetProfile, spec: ModelSpec, plan: Plan, dtype: str)
 
 
 def links_table(profile: FleetProfile) -> "Table":
-    table = _table(
-        "Links: alpha us + bytes at that rate, there and back",
-        ("link",),
-        ("alpha", "rate", "accuracy", "back: alpha", "rate", "accuracy"),
-    )
+    """The rate is that of messages which are not large."""
+    table = _table(("link",), ("alpha", "rate", "accuracy", "alpha", "rate", "accuracy"))
     for link in profile.links:
         table.add_row(f"{link.primary}->{link.worker}", *_direction(link.request), *_direction(link.reply))
     return table
@@ -134,10 +130,11 @@ def _gigabytes(bytes_per_us: float) -> str:
     return f"{bytes_per_us / 1e3:.3g} GB/s"
 
 
-def _table(title: str, words: Iterable[str], numbers: Iterable[str]) -> "Table":
+def _table(words: Iterable[str], numbers: Iterable[str]) -> "Table":
+    """Columns of words, then of numbers."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for word in words:
         table.add_column(word, no_wrap=True)
     for number in numbers:

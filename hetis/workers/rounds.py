@@ -1,8 +1,8 @@
 """Timing many calls on a machine that has other things to do.
 
 Its speed comes and goes in phases of tenths of a second (measured: a factor 1.6 on a virtual machine). So calls are
-timed in rounds, each call once per round, and the lower quartile of a call's times counts: then all calls are seen in
-the same phases, and the undisturbed ones decide.
+timed in rounds, and the lower quartile of a call's times counts: all calls are seen in the same phases, and the
+undisturbed ones decide.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,10 +55,12 @@ def time_points(
         timer(point.prepare())  # compiles, touches memory
         times.append([timer(point.prepare())])
         round_us += times[-1][0] + OVERHEAD_US
-    for _ in range(min(most_rounds, int(budget_us / round_us)) - 2):
+    rounds = _rounds([known[0] + OVERHEAD_US for known in times], budget_us - 2 * round_us, most_rounds)
+    for turn in range(max(rounds)):
         # downwards: the small ones are the ones to suffer if a large one before them has emptied the caches
-        for point, known in reversed(list(zip(points, times, strict=False))):
-            known.append(timer(point.prepare()))
+        for index in reversed(range(len(times))):
+            if _is_due(turn, rounds[index], max(rounds)):
+                times[index].append(timer(points[index].prepare()))
     return [float(np.quantile(known, 0.25, method="lower")) for known in times]
 
 
@@ -67,6 +69,21 @@ def _expected_us(point: Point, points: Sequence[Point], times: Sequence[Sequence
     known = [(other.size, known[0]) for other, known in zip(points, times, strict=False) if other.size <= point.size]
     size, time_us = max(known)
     return time_us * point.size / size
+
+
+def _rounds(costs_us: Sequence[float], budget_us: float, most: int) -> list[int]:
+    """How often each is timed: all have the same time, and what the cheap ones do not need goes to the others."""
+    rounds = [0] * len(costs_us)
+    for place, index in enumerate(sorted(range(len(costs_us)), key=lambda index: costs_us[index])):
+        share_us = max(0.0, budget_us) / (len(costs_us) - place)
+        rounds[index] = min(most, int(share_us / costs_us[index]))
+        budget_us -= rounds[index] * costs_us[index]
+    return rounds
+
+
+def _is_due(turn: int, rounds: int, turns: int) -> bool:
+    """Whether one of `rounds` that are spread over `turns` falls on this turn."""
+    return (turn + 1) * rounds // turns > turn * rounds // turns
 
 
 def spread(first: int, last: int, count: int) -> list[int]:

@@ -57,6 +57,18 @@ def test_the_slowest_link_of_a_worker_counts() -> None:
     assert cost.prompt_us_per_byte(2) == 1e-3
 
 
+def test_prompts_go_in_large_messages() -> None:
+    large = TransferProfile(alpha_us=1.0, beta_us_per_byte=1e-4, large_bytes=1e6, more_us_per_byte=2e-4)
+    cost = model()
+    cost.add(
+        2,
+        profile(a_us_per_head=1.0, b_us_per_byte=0.0, c_us=0.0),
+        [LinkProfile(primary=0, worker=2, request=large, reply=way(1.0, 0.0))],
+    )
+    assert cost.prompt_us_per_byte(2) == pytest.approx(3e-4)
+    assert cost.link_us(2, 2) == pytest.approx(2.0 + 4 * 256 * 1e-4)
+
+
 def slowed(cost: CostModel, factor: float, rng: Random, steps: int, rank: int = 0) -> None:
     truth = model()
     for _ in range(steps):

@@ -60,7 +60,20 @@ def test_links() -> None:
     found = fit_transfer([TransferSample(n, truth.time_us(n) * rng.uniform(0.97, 1.03)) for n in sizes])
     assert found.alpha_us == pytest.approx(12.0, rel=0.05)
     assert found.beta_us_per_byte == pytest.approx(8e-5, rel=0.05)
+    assert found.more_us_per_byte == 0
     assert found.accuracy > 0.95
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_large_messages_may_be_slower(seed: int) -> None:
+    rng = Random(seed)
+    truth = TransferProfile(alpha_us=20.0, beta_us_per_byte=1e-4, large_bytes=1 << 20, more_us_per_byte=1.5e-4)
+    sizes = [2**k for k in range(9, 24)]
+    found = fit_transfer([TransferSample(n, truth.time_us(n) * rng.uniform(0.97, 1.03)) for n in sizes])
+    assert found.accuracy > 0.93
+    assert found.large_bytes == pytest.approx(truth.large_bytes, rel=1.1)
+    for size in (1000, 200_000, 8_000_000):
+        assert found.time_us(size) == pytest.approx(truth.time_us(size), rel=0.1)
 
 
 def test_dense_time_has_two_pieces() -> None:

@@ -44,7 +44,8 @@ class FleetProcess:
         """`directory`: for temporary files; it must be empty in the end, and its path short (it holds sockets)."""
         self.directory = directory
         environment = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
-        environment |= {"TMPDIR": str(directory), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | variables
+        environment |= {"TMPDIR": str(directory), "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
+        environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | variables
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,

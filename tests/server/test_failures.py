@@ -103,7 +103,7 @@ def test_a_front_end_that_is_killed_leaves_nothing(directory: Path) -> None:
         assert fleet.leftovers() == []
 
 
-@pytest.mark.parametrize("when", ["loading", "step"])
+@pytest.mark.parametrize("when", ["loading", "measuring", "step"])
 def test_a_rank_that_raises_shows_its_traceback(directory: Path, when: str) -> None:
     variables = {"PYTHONPATH": str(SHIM), "FAILING_RANK": f"1:{when}"}
     with FleetProcess.script(directory, "1+1", "busy", **variables) as fleet:
@@ -111,6 +111,12 @@ def test_a_rank_that_raises_shows_its_traceback(directory: Path, when: str) -> N
         tracebacks = [line for line in fleet.err if line.startswith("Traceback")]
         assert "hetis: rank 1 on cpu failed:" in fleet.err[0]
         assert fleet.err[1] == tracebacks[0]
+
+
+def test_a_rank_that_stops_while_it_measures_is_found(directory: Path) -> None:
+    variables = {"PYTHONPATH": str(SHIM), "FAILING_RANK": "1:stopping"}
+    with FleetProcess.script(directory, "1+1", "idle", "step_timeout=3", **variables) as fleet:
+        check_end(fleet, NAMES["rank 1"], "gave no sign of life", seconds=60)
 
 
 @pytest.mark.parametrize(

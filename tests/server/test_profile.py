@@ -1,0 +1,96 @@
+"""`hetis profile` on the model in the package, what it leaves in the cache, and files that take its place."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from hetis.core.profile import DeviceProfile, FleetProfile
+from hetis.cost.profile import cache_folder, load, save
+from tests.server.fleet_process import ROOT
+
+HETIS = [sys.executable, "-m", "hetis"]
+SMALL = ["--device", "cpu", "--kv-cache-memory", "16MiB", "--dtype", "float32"]
+
+
+def run(arguments: list[str], cache: Path) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
+    return subprocess.run(
+        [*HETIS, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def measured(cache: Path) -> tuple[Path, str]:
+    """A fleet that was measured with an empty cache: (file, what was printed)."""
+    file = cache / "fleet.json"
+    result = run(["profile", "--plan", "1+1", *SMALL, "--output", str(file)], cache)
+    assert (result.returncode, result.stderr) == (0, "")
+    return file, result.stdout
+
+
+def test_every_device_and_link_is_shown_and_written(measured: tuple[Path, str]) -> None:
+    file, text = measured
+    profile = load(file, FleetProfile)
+    assert sorted(profile.devices) == [0, 1]
+    assert [(link.primary, link.worker) for link in profile.links] == [(0, 1)]
+    assert profile.devices[0].dense is not None
+    assert profile.devices[1].dense is None
+    assert profile.devices[0].key == profile.devices[1].key
+    assert "measured in" in text
+    assert "as rank 0" in text
+    assert "0->1" in text
+    assert str(file) in text
+    assert "…" not in text, "no column is cut"
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
+
+
+def test_the_next_start_takes_it_from_the_cache_unless_that_is_damaged(measured: tuple[Path, str], cache: Path) -> None:
+    file, _ = measured
+    known = load(file, FleetProfile).devices[0]
+    folder = cache_folder({"XDG_CACHE_HOME": str(cache)})
+    assert [path.name for path in folder.iterdir()] == [known.key.file_name]
+    again = cache / "again.json"
+    result = run(["profile", "--plan", "1+1", *SMALL, "--output", str(again)], cache)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("cache") == 2
+    assert load(again, FleetProfile).devices[0].attention == known.attention
+
+    (folder / known.key.file_name).write_text('{"key": "nonsense"}')
+    result = run(["generate", "--plan", "1+1", *SMALL, "--prompt", "It", "--max-tokens", "4"], cache)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert load(folder / known.key.file_name, DeviceProfile).dense is not None, "it was measured and kept again"
+
+
+def test_a_fleet_without_workers_is_measured_if_it_is_asked_for(tmp_path: Path) -> None:
+    result = run(["profile", *SMALL, "--no-profile-cache"], tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "measured in" in result.stdout
+    assert "Links" not in result.stdout
+    assert not any(tmp_path.iterdir()), "nothing is kept"
+
+
+def test_a_file_takes_the_place_of_measuring(measured: tuple[Path, str], tmp_path: Path) -> None:
+    file, _ = measured
+    arguments = ["generate", "--plan", "1+1", *SMALL, "--profile", str(file), "--prompt", "It", "--max-tokens", "4"]
+    result = run(arguments, tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert not any(tmp_path.iterdir()), "nothing is kept"
+
+
+def test_a_file_that_does_not_fit_is_refused(measured: tuple[Path, str], tmp_path: Path) -> None:
+    file, _ = measured
+    whole = load(file, FleetProfile)
+    part = tmp_path / "part.json"
+    save(msgspec.structs.replace(whole, devices={0: whole.devices[0]}), part)
+    result = run(["generate", "--plan", "1+1", *SMALL, "--profile", str(part)], tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith(f"hetis: profile {part} lacks rank 1")

@@ -1,0 +1,125 @@
+"""What ranks measure of themselves, in one process, on a tiny model: structure and sanity. Nothing is said of times."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from hetis.comm.rendezvous import LocalRendezvous
+from hetis.core.messages import Measure, Measured, MeasureLink, Setup
+from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer
+from hetis.workers.attention import AttentionRank
+from hetis.workers.measure import Scratch, read_bandwidth
+from hetis.workers.primary import PrimaryRank
+from hetis.workers.rank import build_member
+from tests.checkpoints import make_checkpoint
+from tests.engine.local_fleet import LocalFleet
+
+CPU = torch.device("cpu")
+Member = PrimaryRank | AttentionRank
+
+
+def build(directory: Path, plan: str) -> tuple[Setup, list[Member]]:
+    """All ranks of a fleet that is up and has not computed anything."""
+    with LocalFleet(directory, plan, max_num_seqs=8, max_num_batched_tokens=64) as fleet:
+        setup = fleet.setup
+    rendezvous = LocalRendezvous()
+    built = in_parallel(
+        *(
+            lambda rank=rank: build_member(setup, rank, CPU, rendezvous, lambda error: None)  # type: ignore[misc]
+            for rank in range(setup.plan.world_size)
+        )
+    )
+    return setup, built  # type: ignore[return-value]
+
+
+def in_parallel(*calls: Callable[[], object]) -> list[object]:
+    results: list[object] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        torch.set_grad_enabled(False)
+        results[index] = calls[index]()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "ranks wait for each other"
+    return results
+
+
+def measure(command: Measure | MeasureLink, *members: Member) -> list[Measured]:
+    return in_parallel(*(lambda m=m: m.measurer.measure(command) for m in members))  # type: ignore[misc, return-value]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+def test_every_part_of_a_fleet_can_be_measured_and_fitted(directory: Path) -> None:
+    """Two primaries that add up each other's results, and a worker."""
+    setup, (first, second, worker) = build(directory, "2+1")
+    spec = setup.spec
+    for rank, member in ((0, first), (2, worker)):
+        [found] = measure(Measure(part="attention", seconds=0.05), member)
+        assert (found.rank, found.dense, found.request) == (rank, [], [])
+        assert found.seconds > 0
+        assert found.read_bytes_per_us > 0
+        assert fit_attention(found.attention).b_us_per_byte >= 0
+        per_token = spec.kv_bytes_per_token(1, setup.dtype)
+        for sample in found.attention:
+            lanes = sample.heads // spec.queries_per_group
+            assert sample.heads == lanes * spec.queries_per_group
+            assert sample.kv_bytes % (lanes * per_token) == 0
+            assert sample.time_us > 0
+        lengths = {s.kv_bytes // per_token * spec.queries_per_group // s.heads for s in found.attention}
+        assert min(lengths) == setup.block_size
+        assert max(lengths) <= setup.max_model_len
+
+    one, other = measure(Measure(part="dense", seconds=0.05), first, second)
+    assert one.dense == other.dense, "they agree about times, and so about when to stop"
+    assert [sample.num_tokens for sample in one.dense] == sorted(sample.num_tokens for sample in one.dense)
+    assert fit_dense(one.dense, 1000, 4000, 2).num_ranks == 2
+    assert fit_prefill(one.prefill).us_per_pair >= 0
+
+    command = MeasureLink(primary=1, worker=2, seconds=0.02)
+    mine, its = measure(command, second, worker)
+    assert fit_transfer(mine.request).alpha_us >= 0
+    assert fit_transfer(mine.reply).alpha_us >= 0
+    assert (its.rank, its.request, its.reply) == (2, [], [])
+    sent = second.stats().bytes_sent | worker.stats().bytes_sent
+    assert set(sent.values()) == {0}, "what was sent for measuring is nobody's traffic"
+    for member in (first, second, worker):
+        member.close()
+
+
+def test_a_worker_of_two_stages_answers_on_both_links(directory: Path) -> None:
+    """Its links are served by a thread each, once there are steps; probing comes before and from another thread."""
+    plan = directory / "plan.json"
+    plan.write_text('{"stages": [{"layers": 1, "primaries": [{}]}, {"primaries": [{}]}], "attention": [{}]}')
+    _, members = build(directory, str(plan))
+    for primary in (0, 1):
+        measure(Measure(part="dense", seconds=0.01), members[primary])
+        measure(MeasureLink(primary=primary, worker=2, seconds=0.01), members[primary], members[2])
+    for member in members:
+        member.close()
+
+
+def test_scratch_pages_are_taken_in_turn(directory: Path) -> None:
+    with LocalFleet(directory, "1+0", block_size=4) as fleet:
+        setup = fleet.setup
+    page_bytes = setup.block_size * setup.spec.kv_bytes_per_token(1, setup.dtype)
+    scratch = Scratch(setup, 60 * page_bytes, CPU)
+    assert scratch.num_pages == 60
+    assert scratch.pool_2PSD.isfinite().all()
+    tables = [scratch.take(3, 4 * 4 - 1) for _ in range(5)]
+    assert all(table.shape == (3, 4) for table in tables)
+    pages = torch.cat(tables).flatten()
+    assert sorted(pages.tolist()) == list(range(60)), "each page once, before any comes again"
+    assert pages.tolist() != sorted(pages.tolist())
+    assert scratch.take(3, 16).equal(tables[0])
+    assert read_bandwidth(scratch.pool_2PSD) > 0
