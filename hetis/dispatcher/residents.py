@@ -10,7 +10,7 @@ from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.balance import insert
 from hetis.dispatcher.bound import is_possible, least_possible_us
 from hetis.dispatcher.load import FleetLoad, StageDevices, stage_devices, weak_workers
-from hetis.dispatcher.problem import Problem, longest_first
+from hetis.dispatcher.problem import Problem
 from hetis.dispatcher.room import reserve
 
 UNLIMITED = 1 << 40  # pages
@@ -89,7 +89,7 @@ class Residents:
         if not self._residents:
             return 0.0
         problem = self._pooled(stage)
-        if at_least_us and not is_possible(problem, longest_first(problem), at_least_us):
+        if at_least_us and not is_possible(problem, at_least_us):
             return inf
         return least_possible_us(problem, self.load.peak_us(stage.pools))
 
