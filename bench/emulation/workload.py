@@ -1,4 +1,4 @@
-"""Requests over time: Poisson arrivals, lengths as in a chat service. A function of its numbers: one seed, one workload."""
+"""Requests over time: Poisson arrivals, lengths as in a chat service. One seed, one workload."""
 
 import csv
 import math

@@ -86,11 +86,15 @@ class Rebalancer:
 
     def _settle(self, fleet: Residents, stage: StageDevices, budget: MigrationBudget) -> list[Move]:
         moves: list[Move] = []
-        ideal_us = fleet.ideal_us(stage)
+        bound = self._theta * (SETTLED if stage.stage in self._unsettled else 1.0)
+        dense_us, peak_us = fleet.load.dense_us(stage), fleet.load.peak_us(stage.pools)
+        ideal_us = fleet.ideal_us(stage, (peak_us - bound * dense_us) / (1 + bound))
+        if ideal_us in (0.0, inf):  # nothing runs, or the peak is within bounds
+            self._unsettled.discard(stage.stage)
+            return []
         for _ in range(ROUNDS):
             slowest = max(stage.pools, key=fleet.load.time_us)
-            whole_us = ideal_us + fleet.load.dense_us(stage)
-            above = (fleet.load.time_us(slowest) - ideal_us) / whole_us if ideal_us else 0.0
+            above = (fleet.load.time_us(slowest) - ideal_us) / (ideal_us + dense_us)
             if above > self._theta:
                 self._unsettled.add(stage.stage)
             elif above <= SETTLED * self._theta:

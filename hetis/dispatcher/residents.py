@@ -8,9 +8,9 @@ import msgspec
 from hetis.core.placement import FleetView, Move, PoolId, pages_for
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.balance import insert
-from hetis.dispatcher.bound import least_possible_us
+from hetis.dispatcher.bound import is_possible, least_possible_us
 from hetis.dispatcher.load import FleetLoad, StageDevices, stage_devices, weak_workers
-from hetis.dispatcher.problem import Problem
+from hetis.dispatcher.problem import Problem, longest_first
 from hetis.dispatcher.room import reserve
 
 UNLIMITED = 1 << 40  # pages
@@ -81,10 +81,20 @@ class Residents:
         layers = self._view.plan.stages[move.stage].num_layers
         return self._residents[move.slot].num_tokens * self._cost.kv_bytes_per_token * layers
 
-    def ideal_us(self, stage: StageDevices) -> float:
-        """The least peak of a stage if lanes could be cut and memory were pooled; other stages' lanes stay."""
+    def ideal_us(self, stage: StageDevices, at_least_us: float = 0.0) -> float:
+        """The least peak of a stage if lanes could be cut and memory were pooled; other stages' lanes stay.
+
+        Infinite if it can be shown at once not to be below `at_least_us`: for callers who need no more than that.
+        """
         if not self._residents:
             return 0.0
+        problem = self._pooled(stage)
+        if at_least_us and not is_possible(problem, longest_first(problem), at_least_us):
+            return inf
+        return least_possible_us(problem, self.load.peak_us(stage.pools))
+
+    def _pooled(self, stage: StageDevices) -> Problem:
+        """To place all residents of a stage anew, with all the memory there is."""
         empty = self.load.copy()
         for resident in self._residents.values():
             kv_bytes = self._cost.kv_bytes(resident.num_tokens)
@@ -92,7 +102,7 @@ class Residents:
                 if PoolId(rank, stage.stage) in self._known:
                     empty.add(PoolId(rank, stage.stage), -1, kv_bytes)
         lengths = [self._cost.kv_bytes(resident.num_tokens) for resident in self._residents.values()]
-        problem = Problem(
+        return Problem(
             num_lanes=stage.num_lanes,
             num_homes=stage.num_homes,
             start_us=[empty.start_us(pool) for pool in stage.pools],
@@ -103,7 +113,6 @@ class Residents:
             worker_pages=[0] * len(lengths),
             free_pages=[UNLIMITED] * len(stage.pools),
         )
-        return least_possible_us(problem, self.load.peak_us(stage.pools))
 
     def place(
         self,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hetis.core.messages import FleetStats, MemberStats
-from hetis.server.generate import LinePrinter, fleet_table
+from hetis.server.generate import LinePrinter, fleet_table, moves
 from tests.server.fleet_process import ROOT, torchrun_command
 
 HETIS = [sys.executable, "-m", "hetis"]
@@ -186,9 +186,14 @@ def test_the_table_of_a_large_fleet_fits_100_columns() -> None:
             rank=rank, role=role, device=f"cuda:{rank}", heads=1234, heads_peak=2345, pages_used=12345,
             pages_total=123456, pages_peak=23456, attention_seconds=123.45, attention_share=1.0,
             bytes_sent={f"{rank}->{peer}": 1023 << 30 for peer in peers}, bytes_received={},
+            model=None, predicted_us=123.0, measured_us=130.0,
         )  # fmt: skip
 
-    stats = FleetStats(members=[member(rank) for rank in range(8)], num_steps=1, num_preemptions=0)
+    stats = FleetStats(
+        members=[member(rank) for rank in range(8)], num_steps=1, num_preemptions=2, num_dispatches=3, num_rebalances=4,
+        num_reliefs=5, num_migrations=6, migrated_bytes=7 << 30,
+    )  # fmt: skip
+    assert "3 sequences placed, 6 lanes moved (7.00 GiB), 2 sequences started over" in moves(stats)
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(fleet_table(stats))
     text = console.export_text()
