@@ -82,14 +82,14 @@ def _fitted(
 
 
 def _fit_transfer(samples: Sequence[TransferSample]) -> TransferProfile:
-    """A line, or two from one alpha, for sizes up to some border and above it, if that is clearly better."""
+    """A line, or two with one alpha, for sizes up to some border and from twice that, if they are clearly better."""
     times, sizes = _times(samples), np.array([float(p.num_bytes) for p in samples])
     line = np.stack([np.ones_like(sizes), sizes], axis=1)
     alpha, beta = non_negative(line, times)
     best = TransferProfile(alpha_us=alpha, beta_us_per_byte=beta)
     best_error = _squared_error(line @ [alpha, beta], times) * CLEAR_GAIN
     for border in np.unique(sizes)[1:-1]:
-        two = np.column_stack([line, np.where(sizes > border, sizes, 0.0)])
+        two = np.column_stack([line, sizes * np.clip(sizes / border - 1, 0.0, 1.0)])
         alpha, beta, more = non_negative(two, times)
         if (error := _squared_error(two @ [alpha, beta, more], times)) < best_error:
             best_error = error
