@@ -16,9 +16,9 @@ HETIS_TARGET_BEGIN(HETIS_AVX2)
 #include "attention_decode_kernel.h"
 #include "attention_prefill_kernel.h"
 
-// Decode on a bfloat16 cache. 16 values are widened as 8 pairs: the upper halves of the pairs are floats once the lower
-// halves are masked out, and a shift brings up the lower halves. That takes half the instructions of widening values one
-// by one, but leaves queries and sums in the order even, odd.
+// Decode on a bfloat16 cache. 16 values are widened as 8 pairs: the upper half of a pair is a float once the lower half
+// is masked out, and a shift brings up the lower half. That takes half the instructions of widening value by value, but
+// leaves queries and sums in the order even, odd.
 struct EvenOddDot : WideDot<Bf16> {
   static constexpr int kStep = 2 * kWidth, kParts = 2;
 

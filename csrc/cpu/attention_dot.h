@@ -2,7 +2,7 @@
 // Included inside a namespace and a target region, after the vectors.
 //
 // Decode scores read rows of K as they are, kStep values at a time, which become kParts vectors; load_row and load_part
-// are given how many values of the row are left. Prefill packs its operands: kPair neighbours along the summed dimension
+// are told how many values of the row are left. Prefill packs its operands: kPair neighbours along the summed dimension
 // lie side by side, so that one `broadcast` of kPair values, times kPair values of each of kWidth columns, adds to
 // kWidth sums.
 
