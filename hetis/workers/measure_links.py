@@ -19,7 +19,7 @@ ANNOUNCEMENT_BYTES = 16
 ACKNOWLEDGEMENT_BYTES = 8
 ROUND_TRIPS = 3  # after each announcement
 NUM_SIZES = 20  # in each direction
-MOST_ROUNDS = 40  # processes that wait for each other are disturbed more often than one that works
+MOST_ROUNDS = 20  # processes that wait for each other are disturbed more often than one that works
 
 Sizes = tuple[int, int]  # bytes of request and reply
 END = (0, 0)
