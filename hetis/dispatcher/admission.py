@@ -187,8 +187,11 @@ class Admission:
 
     def _lane_us(self, load: FleetLoad, stage: StageDevices, device: int, lanes: list[Lane]) -> list[float]:
         rank = stage.pools[device].rank
-        sending = self._cost.prompt_us_per_byte(rank) if device >= stage.num_homes else 0.0
-        return [load.lane_us(rank, lane.kv_bytes) + sending * lane.sent_bytes for lane in lanes]
+        attention_us = load.lanes_us(rank, [lane.kv_bytes for lane in lanes])
+        if device < stage.num_homes:
+            return attention_us
+        sending = self._cost.prompt_us_per_byte(rank)
+        return [lane_us + sending * lane.sent_bytes for lane_us, lane in zip(attention_us, lanes, strict=True)]
 
     def _add(self, load: FleetLoad, index: int, counts: Counts, sign: int) -> None:
         for pool, held in zip(self._stages[index].pools, counts, strict=True):

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from heapq import heapify, heappop, heapreplace
 from operator import mul
 
-from hetis.dispatcher.bound import is_possible
+from hetis.dispatcher import native
+from hetis.dispatcher.bound import is_possible_ref
 from hetis.dispatcher.exchange import Exchange
 from hetis.dispatcher.first_fit import first_fit
-from hetis.dispatcher.problem import Counts, Problem, longest_first, peak_us
+from hetis.dispatcher.problem import Counts, Problem, added, longest_first, peak_us
 
 TOLERANCE = 0.02  # a solution known to be this near the optimum is good enough
 FITS = 8  # limits that first fit tries
@@ -23,6 +24,12 @@ def balance(problem: Problem) -> Counts | None:
 
     Exact for one sequence; for several see docs/dispatch.md. Then as many lanes as the peak allows go home.
     """
+    library = native.load() if problem.num_sequences else None
+    return (balance_ref if library is None else library.balance)(problem)
+
+
+def balance_ref(problem: Problem) -> Counts | None:
+    """What `balance` computes, in Python; csrc/dispatcher follows it operation by operation."""
     order = longest_first(problem)
     inserted = insert(problem, order)
     if problem.num_sequences <= 1:
@@ -76,7 +83,7 @@ def insert(problem: Problem, order: Iterable[int]) -> Counts | None:
 def _fit(problem: Problem, order: list[int], inserted: Counts | None) -> Counts | None:
     """First fit with the least limit for which it finds a way, by bisection around the peak of `inserted`."""
     if inserted is None:  # then any placement is welcome
-        all_us = problem.num_lanes * sum(map(max, zip(*problem.lane_us, strict=True)))
+        all_us = problem.num_lanes * added(map(max, zip(*problem.lane_us, strict=True)))
         return first_fit(problem, order, max(*problem.start_us, *problem.floor_us) + all_us)
     best, limit_us = None, peak_us(problem, inserted)
     lowest_us, next_us, highest_us = limit_us * 0.5, limit_us * 0.98, limit_us * 1.05
@@ -93,7 +100,7 @@ def _fit(problem: Problem, order: list[int], inserted: Counts | None) -> Counts 
 
 
 def _is_good(problem: Problem, order: list[int], reached_us: float) -> bool:
-    return not is_possible(problem, order, reached_us / (1 + TOLERANCE))
+    return not is_possible_ref(problem, order, reached_us / (1 + TOLERANCE))
 
 
 def _homeward(problem: Problem, counts: Counts) -> Counts:
@@ -101,7 +108,7 @@ def _homeward(problem: Problem, counts: Counts) -> Counts:
     limit_us = peak_us(problem, counts)
     for home in range(problem.num_homes):
         held, lane_us, most = counts[home], problem.lane_us[home], problem.most_lanes[home]
-        budget_us = limit_us - problem.start_us[home] - sum(map(mul, held, lane_us))
+        budget_us = limit_us - problem.start_us[home] - added(map(mul, held, lane_us))
         if problem.floor_us[home] > limit_us or budget_us < min(lane_us, default=0.0):
             continue
         free = problem.free_pages[home] - sum(map(mul, held, problem.home_pages))

@@ -9,7 +9,7 @@ counts and not by a clock, so that the result is the same wherever it is compute
 from math import ceil
 from operator import mul
 
-from hetis.dispatcher.problem import Counts, Problem
+from hetis.dispatcher.problem import Counts, Problem, added
 
 STEP = 2e-3  # what counts as an improvement
 DEPTH = 4  # moves of a chain after the first
@@ -25,14 +25,14 @@ class Exchange:
         self._pages = [problem.pages(device) for device in range(problem.num_devices)]
         self._held = [{j: count for j, count in enumerate(held) if count} for held in counts]  # by device
         self._busy_us = [
-            start + sum(map(mul, held, lane_us))
+            start + added(map(mul, held, lane_us))
             for start, held, lane_us in zip(problem.start_us, counts, problem.lane_us, strict=True)
         ]
         self._free = [
             free - sum(map(mul, held, pages))
             for free, held, pages in zip(problem.free_pages, counts, self._pages, strict=True)
         ]
-        self._weight = [sum(costs) for costs in zip(*problem.lane_us, strict=True)]  # to compare unlike lanes by
+        self._weight = [added(costs) for costs in zip(*problem.lane_us, strict=True)]  # to compare unlike lanes by
         self._looks = 0
 
     def counts(self) -> Counts:
@@ -46,7 +46,7 @@ class Exchange:
             slowest = max(range(len(self._held)), key=self._time_us)
             limit_us = self._time_us(slowest) * (1 - STEP)
             relieved = False
-            for j in sorted(self._held[slowest], key=self._weight.__getitem__):
+            for j in sorted(self._held[slowest], key=lambda j: (self._weight[j], j)):
                 self._put(j, slowest, -1)
                 if self._time_us(slowest) <= limit_us:
                     self._looks = allowed = min(looks, LOOKS_PER_CHAIN)

@@ -1,6 +1,6 @@
 """A placement within a given limit, or none that this rule finds (`problem.py`)."""
 
-from hetis.dispatcher.problem import Counts, Problem, helpful
+from hetis.dispatcher.problem import Counts, Problem, added, helpful
 
 
 def first_fit(problem: Problem, order: list[int], limit_us: float) -> Counts | None:
@@ -55,7 +55,7 @@ def _rated(problem: Problem, order: list[int], limit_us: float) -> list[tuple[fl
 def _homes_first(
     problem: Problem, order: list[int], rated: list[tuple[float, int, float]]
 ) -> list[tuple[int, list[int]]]:
-    total = sum(fitting for _, _, fitting in rated)
+    total = added(fitting for _, _, fitting in rated)
     homes, others, passed = [], [], 0.0
     for _, device, fitting in rated:
         if device < problem.num_homes:

@@ -82,6 +82,12 @@ class FleetLoad:
         self._heads[pool] = self._heads.get(pool, 0) + num_lanes * self._cost.queries_per_group
         self._kv_bytes[pool] = self._kv_bytes.get(pool, 0.0) + num_lanes * lane_kv_bytes
 
+    def clear(self, stage: "StageDevices") -> None:
+        """All lanes of a stage go."""
+        for pool in stage.pools:
+            self._heads.pop(pool, None)
+            self._kv_bytes.pop(pool, None)
+
     def copy(self) -> "FleetLoad":
         other = copy(self)
         other._heads, other._kv_bytes = dict(self._heads), dict(self._kv_bytes)
@@ -115,9 +121,15 @@ class FleetLoad:
     def peak_us(self, pools: Iterable[PoolId]) -> float:
         return max(map(self.time_us, pools), default=0.0)
 
-    def lane_us(self, rank: int, lane_kv_bytes: float) -> float:
+    def lanes_us(self, rank: int, kv_bytes: Iterable[float]) -> list[float]:
+        """What each lane of so many bytes adds to a device's time."""
         rates = self._rates[rank]
-        return max(rates.us_per_head * self._cost.queries_per_group + rates.us_per_byte * lane_kv_bytes, 1e-9)
+        heads_us, us_per_byte = rates.us_per_head * self._cost.queries_per_group, rates.us_per_byte
+        return [max(heads_us + us_per_byte * lane_bytes, 1e-9) for lane_bytes in kv_bytes]
+
+    def lane_us(self, rank: int, kv_bytes: float) -> float:
+        """What one lane of so many bytes adds to a device's time."""
+        return self.lanes_us(rank, (kv_bytes,))[0]
 
 
 def is_worth(num_more: int, num_before: int, cycle_us: float, cycle_before_us: float) -> bool:

@@ -1,5 +1,6 @@
 """Running sequences, where their lanes are, and the load and free pages that follow: what rebalancing works on."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from math import inf
 
@@ -10,7 +11,7 @@ from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.balance import insert
 from hetis.dispatcher.bound import is_possible, least_possible_us
 from hetis.dispatcher.load import FleetLoad, StageDevices, stage_devices, weak_workers
-from hetis.dispatcher.problem import Problem, longest_first
+from hetis.dispatcher.problem import Problem
 from hetis.dispatcher.room import reserve
 
 UNLIMITED = 1 << 40  # pages
@@ -45,13 +46,23 @@ class Residents:
             for stage in self.stages
         ]
         self._free = dict(view.free_pages)
-        self._known = {pool for stage in self.stages for pool in stage.pools}
-        for resident in residents:
-            kv_bytes = cost.kv_bytes(resident.num_tokens)
-            for index, owners in enumerate(resident.owners):
-                for rank in owners:
-                    if PoolId(rank, index) in self._known:
-                        self.load.add(PoolId(rank, index), 1, kv_bytes)
+        self._ranks = [{pool.rank for pool in stage.pools} for stage in self.stages]
+        self._kv_bytes = {resident.slot: cost.kv_bytes(resident.num_tokens) for resident in residents}  # of one lane
+        for stage in self.stages:
+            self._load_stage(stage)
+
+    def _load_stage(self, stage: StageDevices) -> None:
+        """Counts the lanes of each pool first: one by one they took most of the time of a look at the balance."""
+        num_lanes: defaultdict[int, int] = defaultdict(int)
+        kv_bytes: defaultdict[int, float] = defaultdict(float)
+        for slot, owners in self._owners.items():
+            lane_bytes = self._kv_bytes[slot]
+            for rank in owners[stage.stage]:
+                num_lanes[rank] += 1
+                kv_bytes[rank] += lane_bytes
+        for pool in stage.pools:
+            if num_lanes[pool.rank]:
+                self.load.add(pool, num_lanes[pool.rank], kv_bytes[pool.rank] / num_lanes[pool.rank])
 
     @property
     def num_residents(self) -> int:
@@ -74,8 +85,8 @@ class Residents:
 
     def work_us(self, resident: Resident, pool: PoolId) -> float:
         """What a sequence's lanes add to a device's time."""
-        lane_us = self.load.lane_us(pool.rank, self._cost.kv_bytes(resident.num_tokens))
-        return len(self.groups(resident, pool)) * lane_us
+        num_lanes = self._owners[resident.slot][pool.stage].count(pool.rank)
+        return num_lanes * self.load.lane_us(pool.rank, self._kv_bytes[resident.slot])
 
     def bytes_of(self, move: Move) -> float:
         layers = self._view.plan.stages[move.stage].num_layers
@@ -89,28 +100,24 @@ class Residents:
         if not self._residents:
             return 0.0
         problem = self._pooled(stage)
-        if at_least_us and not is_possible(problem, longest_first(problem), at_least_us):
+        if at_least_us and not is_possible(problem, at_least_us):
             return inf
         return least_possible_us(problem, self.load.peak_us(stage.pools))
 
     def _pooled(self, stage: StageDevices) -> Problem:
         """To place all residents of a stage anew, with all the memory there is."""
         empty = self.load.copy()
-        for resident in self._residents.values():
-            kv_bytes = self._cost.kv_bytes(resident.num_tokens)
-            for rank in self._owners[resident.slot][stage.stage]:
-                if PoolId(rank, stage.stage) in self._known:
-                    empty.add(PoolId(rank, stage.stage), -1, kv_bytes)
-        lengths = [self._cost.kv_bytes(resident.num_tokens) for resident in self._residents.values()]
+        empty.clear(stage)
+        lane_bytes = list(self._kv_bytes.values())
         return Problem(
             num_lanes=stage.num_lanes,
             num_homes=stage.num_homes,
             start_us=[empty.start_us(pool) for pool in stage.pools],
             floor_us=[empty.rates(pool.rank).floor_us for pool in stage.pools],
-            lane_us=[[empty.lane_us(pool.rank, kv_bytes) for kv_bytes in lengths] for pool in stage.pools],
+            lane_us=[empty.lanes_us(pool.rank, lane_bytes) for pool in stage.pools],
             most_lanes=list(stage.most_lanes),
-            home_pages=[0] * len(lengths),
-            worker_pages=[0] * len(lengths),
+            home_pages=[0] * len(lane_bytes),
+            worker_pages=[0] * len(lane_bytes),
             free_pages=[UNLIMITED] * len(stage.pools),
         )
 
@@ -128,9 +135,9 @@ class Residents:
 
         None if they find no pages, or if a device that gets lanes would take longer than `limit_us`.
         """
-        pages, kv_bytes = pages_for(resident.num_tokens, self.page_size) + 1, self._cost.kv_bytes(resident.num_tokens)
+        pages, kv_bytes = pages_for(resident.num_tokens, self.page_size) + 1, self._kv_bytes[resident.slot]
         load = self.load.copy()
-        if source in self._known:
+        if source.rank in self._ranks[source.stage]:
             load.add(source, -len(groups), kv_bytes)
         at_home = [[g for g in groups if self._homes[stage.stage][g] == home] for home in range(stage.num_homes)]
         most = [len(own) for own in at_home] + [len(groups)] * (len(stage.pools) - stage.num_homes)
@@ -187,8 +194,8 @@ class Residents:
     def apply(self, move: Move) -> None:
         resident = self._residents[move.slot]
         source, target = PoolId(move.source, move.stage), PoolId(move.target, move.stage)
-        kv_bytes = self._cost.kv_bytes(resident.num_tokens)
-        if source in self._known:
+        kv_bytes = self._kv_bytes[resident.slot]
+        if source.rank in self._ranks[source.stage]:
             self.load.add(source, -1, kv_bytes)
         self.load.add(target, 1, kv_bytes)
         self._free[target] -= pages_for(resident.num_tokens, self.page_size) + 1
@@ -198,7 +205,7 @@ class Residents:
     def lost(self, resident: Resident) -> list[tuple[StageDevices, PoolId]]:
         """Where a sequence has lanes on ranks that the plan does not name."""
         return [
-            (stage, pool)
+            (stage, PoolId(rank, stage.stage))
             for stage in self.stages
-            for pool in sorted({PoolId(rank, stage.stage) for rank in resident.owners[stage.stage]} - self._known)
+            for rank in sorted(set(resident.owners[stage.stage]) - self._ranks[stage.stage])
         ]

@@ -165,9 +165,8 @@ def test_bounds_are_bounds(seed: int) -> None:
     """No limit that some placement keeps is ever called impossible."""
     rng = Random(seed)
     problem = tiny_problem(rng, 2, rng.randint(1, 3))
-    order = longest_first(problem)
     for counts in all_counts(problem):
-        assert is_possible(problem, order, peak_us(problem, counts) * (1 + 1e-9))
+        assert is_possible(problem, peak_us(problem, counts) * (1 + 1e-9))
 
 
 @given(st.integers(0, 1 << 30), st.integers(1, 9), st.integers(1, 9))
@@ -176,16 +175,15 @@ def test_what_was_reached_is_possible(seed: int, num_sequences: int, num_devices
     problem = random_problem(Random(seed), num_sequences, num_devices)
     counts = balance(problem)
     if counts is not None:
-        assert is_possible(problem, longest_first(problem), peak_us(problem, counts) * (1 + 1e-9))
+        assert is_possible(problem, peak_us(problem, counts) * (1 + 1e-9))
 
 
 def test_a_bound_may_be_as_high_as_the_optimum() -> None:
     """Pages are what is scarce on the faster device: 3 lanes there, 5 on the other."""
     problem = simple([0.0, 0.0], [4.0, 1.0], 8, home_pages=[1], worker_pages=[2], free_pages=[100, 6])
-    order = [0]
     assert balance(problem) == [[5], [3]]
-    assert is_possible(problem, order, 20.0 + 1e-9)
-    assert not is_possible(problem, order, 20.0 - 1e-3)
+    assert is_possible(problem, 20.0 + 1e-9)
+    assert not is_possible(problem, 20.0 - 1e-3)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,0 +1,94 @@
+"""The C++ solver against its Python reference: the same counts and bounds, to the last bit, on every problem."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import msgspec
+import pytest
+
+from bench.dispatch_problems import random_problem
+from hetis.dispatcher import balance, bound, native
+from hetis.dispatcher.balance import balance_ref
+from hetis.dispatcher.bound import is_possible_ref, least_possible_us_ref
+from hetis.dispatcher.problem import Problem, longest_first, peak_us
+from tests.dispatcher.instances import tiny_problem
+
+LIBRARY = native.load()
+needs_library = pytest.mark.skipif(LIBRARY is None, reason="the C++ solver is not built")
+
+
+def some_problems(seed: int, count: int) -> Iterator[Problem]:
+    """Fleets as they exist; coarse lanes with little memory; sequences that are all alike, so that everything ties."""
+    rng = Random(seed)
+    for index in range(count):
+        if index % 3 == 0:
+            yield random_problem(rng, rng.choice((1, 2, 4, 8, 16)), rng.choice((2, 3, 4, 8, 16)))
+        elif index % 3 == 1:
+            yield tiny_problem(rng, rng.randint(1, 8), rng.randint(1, 6))
+        else:
+            problem = tiny_problem(rng, rng.randint(2, 12), rng.randint(2, 4))
+            alike = [[row[0]] * len(row) for row in problem.lane_us]
+            yield msgspec.structs.replace(problem, lane_us=alike)
+
+
+@needs_library
+@pytest.mark.parametrize("seed", range(6))
+def test_counts_and_bounds_are_those_of_the_reference(seed: int) -> None:
+    assert LIBRARY is not None
+    num_found = 0
+    for problem in some_problems(seed, 90):
+        counts = balance_ref(problem)
+        assert LIBRARY.balance(problem) == counts
+        if counts is not None:
+            num_found += 1
+            peak, order = peak_us(problem, counts), longest_first(problem)
+            for limit_us in (0.5 * peak, 0.9 * peak, 0.97 * peak, peak):
+                assert LIBRARY.is_possible(problem, limit_us) == is_possible_ref(problem, order, limit_us)
+            assert LIBRARY.least_possible_us(problem, peak) == least_possible_us_ref(problem, peak)
+    assert num_found > 50
+
+
+@needs_library
+def test_many_sequences_on_many_devices_too() -> None:
+    assert LIBRARY is not None
+    rng = Random(1)
+    for _ in range(4):
+        problem = random_problem(rng, 64, 64)
+        assert LIBRARY.balance(problem) == balance_ref(problem)
+
+
+def test_without_the_library_the_reference_decides_and_the_log_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    problem = random_problem(Random(2), 6, 5)
+    counts = balance_ref(problem)
+    assert counts is not None
+    peak = peak_us(problem, counts)
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    native.load.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert native.load() is None
+            assert balance.balance(problem) == counts
+            assert bound.is_possible(problem, peak)
+            assert bound.least_possible_us(problem, peak) == least_possible_us_ref(problem, peak)
+        assert len(caplog.records) == 1
+        assert "not built" in caplog.text
+    finally:
+        native.load.cache_clear()
+
+
+def test_a_library_that_cannot_be_loaded_counts_as_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "_solver.so").write_bytes(b"of another machine")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    native.load.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert native.load() is None
+        assert "cannot be loaded" in caplog.text
+    finally:
+        native.load.cache_clear()
