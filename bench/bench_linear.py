@@ -30,7 +30,7 @@ def candidates(weight: torch.Tensor, num_tokens: int) -> dict[str, Layer]:
     packed = pack_linear(weight)
     ways: dict[str, Layer] = {"hetis": lambda x: linear(x, packed), "torch": lambda x: functional.linear(x, weight)}
     reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    if reorder is not None and weight.dtype == torch.bfloat16:
+    if reorder is not None and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         reordered = reorder(weight, num_tokens)
         pointwise = torch.ops.mkldnn._linear_pointwise.default
         ways["onednn packed"] = lambda x: pointwise(x, reordered, None, "none", [], "")

@@ -1,4 +1,4 @@
-"""Memory shared by the benchmark and the ranks, a file of float64 [ranks, columns]: how slow to be, how slow one was."""
+"""Memory shared by benchmark and ranks, a file of float64 [ranks, columns]: how slow to be, and how slow one was."""
 
 import mmap
 from enum import IntEnum

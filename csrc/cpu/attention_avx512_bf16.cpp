@@ -22,7 +22,7 @@ struct PairDot {
   using Query = Bf16;
   using Weight = Bf16;
   using Packed = Bf16;
-  static constexpr int kStep = 2 * kWidth, kPair = 2, kValueTokens = 2;
+  static constexpr int kStep = 2 * kWidth, kPair = 2, kParts = 1, kValueTokens = 2;
 
   static HETIS_INLINE __m256i load_half(const Bf16* x) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
@@ -38,6 +38,7 @@ struct PairDot {
   static HETIS_INLINE Vector load_row(const Bf16* x, int left) {
     return _mm512_castsi512_ps(left >= kStep ? load_pairs(x) : _mm512_zextsi256_si512(load_half(x)));
   }
+  static HETIS_INLINE Vector load_part(const Bf16* x, int left, int /* part */) { return load_row(x, left); }
 
   static HETIS_INLINE void pack_weights(Vector x, Bf16* packed) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), (__m256i)_mm512_cvtneps_pbh(x));

@@ -1,9 +1,10 @@
 // How rows of the cache are multiplied in float; PairDot (attention_avx512_bf16.cpp) is the same for pairs of bfloat16.
 // Included inside a namespace and a target region, after the vectors.
 //
-// Decode scores read rows of K as they are, kStep values at a time. Prefill packs its operands: kPair neighbours along
-// the summed dimension lie side by side, so that one `broadcast` of kPair values, times kPair values of each of kWidth
-// columns, adds to kWidth sums.
+// Decode scores read rows of K as they are, kStep values at a time, which become kParts vectors; load_row and load_part
+// are told how many values of the row are left. Prefill packs its operands: kPair neighbours along the summed dimension
+// lie side by side, so that one `broadcast` of kPair values, times kPair values of each of kWidth columns, adds to
+// kWidth sums.
 
 template <class T>
 struct WideDot {
@@ -11,12 +12,13 @@ struct WideDot {
   using Query = float;   // of decode
   using Weight = float;  // of decode
   using Packed = float;  // of prefill
-  static constexpr int kStep = kWidth, kPair = 1, kValueTokens = 1;
+  static constexpr int kStep = kWidth, kPair = 1, kParts = 1, kValueTokens = 1;
 
   // Decode: scores
   static HETIS_INLINE void pack_query(const T* x, float* packed) { store(packed, widen(x)); }
   static HETIS_INLINE Vector load_query(const float* x, int /* values left */) { return load(x); }
   static HETIS_INLINE Vector load_row(const T* x, int) { return widen(x); }
+  static HETIS_INLINE Vector load_part(const T* x, int left, int /* part */) { return load_row(x, left); }
   static HETIS_INLINE Vector add_product(Vector a, Vector b, Vector sum) { return multiply_add(a, b, sum); }
 
   // Decode: weighted sums of V, kValueTokens rows at a time

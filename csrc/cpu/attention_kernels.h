@@ -25,9 +25,9 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kMaxQueries = 64;
 // A lane is cut into splits of so many tokens, counted from its first visible one: the unit of work and of the softmax.
 constexpr int kSplitTokens = 256;
-// Rows of K and V are fetched kTokensAhead tokens before they are used and again kAgainAhead tokens before; every
-// kTouchRows-th is touched kTouchAhead tokens before it is fetched (attention_decode_kernel.h says why).
-constexpr int kTokensAhead = 48, kAgainAhead = 24, kTouchRows = 8, kTouchAhead = 64;
+// Rows of K and V are fetched at most kTokensAhead tokens before they are used and again at half of that; every
+// kTouchRows-th may be touched kTouchAhead tokens before it is fetched (attention_decode_kernel.h says why).
+constexpr int kTokensAhead = 48, kTouchRows = 8, kTouchAhead = 64;
 constexpr int kRowsAhead = kTokensAhead + kTouchAhead;
 
 // 2^x on [-0.5, 0.5], relative error below 1e-7; exactly 1 at 0.

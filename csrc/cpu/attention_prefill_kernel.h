@@ -238,8 +238,9 @@ struct Prefill {
   }
 };
 
-// One entry of the table.
-template <class Dot>
+// One entry of the table; decode and prefill may multiply in different ways.
+template <class Dot, class PrefillDot = Dot>
 constexpr AttentionKernels attention_table() {
-  return {decode_split<Dot>, decode_merge<Dot>, Prefill<Dot>::run, kBlockRows, Prefill<Dot>::scratch_bytes};
+  return {decode_split<Dot>, decode_merge<Dot>, Prefill<PrefillDot>::run, kBlockRows,
+          Prefill<PrefillDot>::scratch_bytes};
 }

@@ -89,9 +89,9 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
 class TransferProfile(msgspec.Struct, frozen=True, kw_only=True):
     """One direction of a link: alpha_us + beta_us_per_byte * bytes, equation (4) of the paper, and one term more.
 
-    Beyond `large_bytes` each byte takes `more_us_per_byte` longer: such a message does not stay in the processors'
-    caches between sender and receiver. A fit leaves both at 0 where a straight line is enough. Only the messages of
-    prompts are so large.
+    Large messages do not stay in the processors' caches between sender and receiver: each of their bytes takes
+    `more_us_per_byte` longer, wholly from twice `large_bytes` on and in part from there. A fit leaves both at 0 where a
+    straight line is enough. Only the messages of prompts are so large.
     """
 
     alpha_us: float
@@ -101,8 +101,8 @@ class TransferProfile(msgspec.Struct, frozen=True, kw_only=True):
     accuracy: float = 0.0
 
     def time_us(self, num_bytes: float) -> float:
-        beyond = max(0.0, num_bytes - self.large_bytes)
-        return self.alpha_us + self.beta_us_per_byte * num_bytes + self.more_us_per_byte * beyond
+        large = min(max(num_bytes / self.large_bytes - 1, 0.0), 1.0) if self.large_bytes else 0.0
+        return self.alpha_us + (self.beta_us_per_byte + self.more_us_per_byte * large) * num_bytes
 
 
 class LinkProfile(msgspec.Struct, frozen=True, kw_only=True):

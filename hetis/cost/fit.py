@@ -82,19 +82,19 @@ def _fitted(
 
 
 def _fit_transfer(samples: Sequence[TransferSample]) -> TransferProfile:
-    """A line, or two with a bend at one of the sizes if that is clearly better."""
+    """A line, or two with one alpha, for sizes up to some border and from twice that, if they are clearly better."""
     times, sizes = _times(samples), np.array([float(p.num_bytes) for p in samples])
     line = np.stack([np.ones_like(sizes), sizes], axis=1)
     alpha, beta = non_negative(line, times)
     best = TransferProfile(alpha_us=alpha, beta_us_per_byte=beta)
     best_error = _squared_error(line @ [alpha, beta], times) * CLEAR_GAIN
-    for bend in np.unique(sizes)[1:-1]:
-        bent = np.column_stack([line, np.maximum(0.0, sizes - bend)])
-        alpha, beta, more = non_negative(bent, times)
-        if (error := _squared_error(bent @ [alpha, beta, more], times)) < best_error:
+    for border in np.unique(sizes)[1:-1]:
+        two = np.column_stack([line, sizes * np.clip(sizes / border - 1, 0.0, 1.0)])
+        alpha, beta, more = non_negative(two, times)
+        if (error := _squared_error(two @ [alpha, beta, more], times)) < best_error:
             best_error = error
             best = TransferProfile(
-                alpha_us=alpha, beta_us_per_byte=beta, large_bytes=float(bend), more_us_per_byte=more
+                alpha_us=alpha, beta_us_per_byte=beta, large_bytes=float(border), more_us_per_byte=more
             )
     return best
 

@@ -147,9 +147,12 @@ class Engine:
     def _explain_waiting(self) -> None:
         """Says now and then why the first of the queue is not admitted."""
         waiting, now = self.scheduler.refused, self._clock()
-        if waiting is not None and now - self._logged >= LOG_SECONDS:
+        if waiting is None or now - self._logged < LOG_SECONDS:
+            return
+        reason = self._dispatcher.why_not(waiting, self.cache.view())
+        if reason:  # else there is a place by now
             self._logged = now
-            _log.info("request %s waits: %s.", waiting.id, self._dispatcher.why_not(waiting, self.cache.view()))
+            _log.info("request %s waits: %s.", waiting.id, reason)
 
     def on_times(self, times: StepTimes) -> None:
         """What a rank measured in a step."""

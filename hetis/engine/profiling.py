@@ -22,7 +22,7 @@ from hetis.cost.memory import usable_share
 # What a part may take. Devices that are not slow need half of it; an eighth of them still gives a usable fit.
 ATTENTION_SECONDS = 2.0
 DENSE_SECONDS = 2.5
-LINK_SECONDS = 0.25
+LINK_SECONDS = 0.3
 
 Claim = tuple[str, str]  # (host, device)
 Kind = tuple[ProfileKey, int]  # ranks of one kind are measured once: those with one key, or (key, rank) that rank alone

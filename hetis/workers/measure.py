@@ -60,13 +60,14 @@ class Measurer:
         return msgspec.structs.replace(found, seconds=perf_counter() - begin)
 
     def _measure_attention(self, seconds: float) -> Measured:
-        setup, groups = self._setup, self._setup.spec.num_head_groups
-        scratch = Scratch(setup, COLD_BYTES, self._device)
+        setup = self._setup
+        scratch = Scratch(setup, _affordable(COLD_BYTES, self._device), self._device)
+        most_lanes = min(setup.max_num_seqs * setup.spec.num_head_groups, scratch.num_pages)
         return Measured(
             rank=self._rank,
             seconds=0.0,
             read_bytes_per_us=read_bandwidth(scratch.pool_2PSD),
-            attention=measure_decode(setup, scratch, setup.max_num_seqs * groups, seconds),
+            attention=measure_decode(setup, scratch, most_lanes, seconds),
         )
 
     def _measure_layers(self, seconds: float) -> Measured:
@@ -121,6 +122,11 @@ class Scratch:
         index = np.arange(self._next, self._next + num_lanes * width) % self.num_pages
         self._next = (self._next + len(index)) % self.num_pages
         return torch.from_numpy(self._order_P[index].reshape(num_lanes, width)).to(self.pool_2PSD.device)
+
+
+def _affordable(num_bytes: int, device: torch.device) -> int:
+    """No more than half of what weights and cache have left of a GPU."""
+    return min(num_bytes, torch.cuda.mem_get_info(device)[0] // 2) if device.type == "cuda" else num_bytes
 
 
 def read_bandwidth(memory: Tensor) -> float:
@@ -181,11 +187,12 @@ def measure_decode(setup: Setup, scratch: Scratch, most_lanes: int, seconds: flo
 def measure_prefill(setup: Setup, num_groups: int, device: torch.device, seconds: float) -> list[PrefillSample]:
     """One prompt chunk, of 16 tokens to the largest, with nothing, something, and much before it."""
     spec, dtype = setup.spec, TORCH_DTYPES[setup.dtype]
-    longest = min(setup.max_num_batched_tokens, setup.max_model_len)
+    token_bytes = num_groups * spec.kv_bytes_per_token(1, setup.dtype)
+    most_context = min(setup.max_model_len, max(1, _affordable(COLD_BYTES, device) // token_bytes))
+    longest = min(setup.max_num_batched_tokens, most_context)
     chunks = spread(min(16, longest), longest, 5)
-    grid = [(tokens, min(tokens * before, setup.max_model_len)) for tokens in chunks for before in (1, 4, 16)]
-    page_bytes = setup.block_size * spec.kv_bytes_per_token(1, setup.dtype)
-    scratch = Scratch(setup, num_groups * (1 + grid[-1][1] // setup.block_size) * page_bytes, device)
+    grid = [(tokens, min(tokens * context, most_context)) for tokens in chunks for context in (1, 4, 16)]
+    scratch = Scratch(setup, (grid[-1][1] + setup.block_size) * token_bytes, device)
     shape = (longest, num_groups, spec.queries_per_group, spec.head_dim)
     q_TGMD = torch.randn(shape, device=device).to(dtype)
     out_TGMD, lse2_TGM = torch.empty_like(q_TGMD), torch.empty(shape[:3], device=device)

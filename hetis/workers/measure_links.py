@@ -18,8 +18,8 @@ from hetis.workers.rounds import LEAST_POINTS, Call, Point, device_timer, spread
 ANNOUNCEMENT_BYTES = 16
 ACKNOWLEDGEMENT_BYTES = 8
 ROUND_TRIPS = 3  # after each announcement
-NUM_SIZES = 14  # in each direction
-MOST_ROUNDS = 40  # processes that wait for each other are disturbed more often than one that works
+NUM_SIZES = 20  # in each direction
+MOST_ROUNDS = 20  # processes that wait for each other are disturbed more often than one that works
 
 Sizes = tuple[int, int]  # bytes of request and reply
 END = (0, 0)
