@@ -27,7 +27,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_logprobs: int = 20  # -1: no limit
     logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs"
     dispatch: Literal["hetis", "highs", "proportional", "even", "primary-only"] = "hetis"
-    theta: float = 0.5  # how far the slowest device may be above the ideal before lanes move, as a share of a layer
+    theta: float = 0.5  # how far attention may take above the ideal before lanes move, as a share of the ideal
     migration_budget: int = 256 << 20  # bytes of lanes per second that may move to balance the fleet
     profile: str | None = None  # file of a FleetProfile; None: measured at start where there are attention workers
     profile_cache: bool = True  # False: every rank is measured anew and by itself
@@ -44,7 +44,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.step_timeout <= 0:
             raise ValueError(f"step_timeout is {self.step_timeout}: it must be a positive number of seconds.")
         if self.theta <= 0:
-            raise ValueError(f"theta is {self.theta}: it must be positive; 0.5 moves lanes at half a layer too much.")
+            raise ValueError(
+                f"theta is {self.theta}: it must be positive; 0.5 moves lanes where attention takes half as much again as it could."
+            )
         if self.migration_budget < 0:
             raise ValueError(f"migration_budget is {self.migration_budget}: it must be 0 (never) or more bytes/s.")
         if self.max_logprobs < -1:

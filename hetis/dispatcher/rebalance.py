@@ -14,7 +14,8 @@ from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.load import StageDevices
 from hetis.dispatcher.residents import Resident, Residents
 
-THETA = 0.5  # how far above the ideal the slowest device may be
+THETA = 0.5  # how far above the ideal the slowest device may be, as a share of the ideal
+MATTERS = 0.05  # of a layer's time: what the ideal would save must be more than that
 SETTLED = 0.5  # of theta: once begun, rebalancing goes on down to there
 LEAST_GAIN = 0.1  # devices that get lanes must stay so far below the one that is relieved
 ATTEMPTS = 4  # sequences that are tried, those first that load the slowest device most
@@ -86,20 +87,12 @@ class Rebalancer:
 
     def _settle(self, fleet: Residents, stage: StageDevices, budget: MigrationBudget) -> list[Move]:
         moves: list[Move] = []
-        bound = self._theta * (SETTLED if stage.stage in self._unsettled else 1.0)
         dense_us, peak_us = fleet.load.dense_us(stage), fleet.load.peak_us(stage.pools)
-        ideal_us = fleet.ideal_us(stage, (peak_us - bound * dense_us) / (1 + bound))
-        if ideal_us in (0.0, inf):  # nothing runs, or the peak is within bounds
-            self._unsettled.discard(stage.stage)
-            return []
+        bound = self._theta * (SETTLED if stage.stage in self._unsettled else 1.0)
+        ideal_us = fleet.ideal_us(stage, min(peak_us / (1 + bound), (peak_us - MATTERS * dense_us) / (1 + MATTERS)))
         for _ in range(ROUNDS):
             slowest = max(stage.pools, key=fleet.load.time_us)
-            above = (fleet.load.time_us(slowest) - ideal_us) / (ideal_us + dense_us)
-            if above > self._theta:
-                self._unsettled.add(stage.stage)
-            elif above <= SETTLED * self._theta:
-                self._unsettled.discard(stage.stage)
-            if stage.stage not in self._unsettled or budget.left_bytes <= 0:
+            if not self._is_far(stage, fleet.load.time_us(slowest), ideal_us, dense_us) or budget.left_bytes <= 0:
                 break
             found = self._relieve(fleet, stage, slowest)
             if not found:
@@ -111,6 +104,13 @@ class Rebalancer:
                     fleet.apply(move)
                     moves.append(move)
         return moves
+
+    def _is_far(self, stage: StageDevices, peak_us: float, ideal_us: float, dense_us: float) -> bool:
+        """Whether the peak is too far above the ideal; once it was, until it is near. Nothing is far from 0 or inf."""
+        bound = self._theta * (SETTLED if stage.stage in self._unsettled else 1.0)
+        is_far = 0.0 < (1 + bound) * ideal_us < peak_us and peak_us - ideal_us > MATTERS * (ideal_us + dense_us)
+        (self._unsettled.add if is_far else self._unsettled.discard)(stage.stage)
+        return is_far
 
     def _relieve(self, fleet: Residents, stage: StageDevices, slowest: PoolId) -> list[Move]:
         """Moves of one sequence with much work on the slowest device; none if nobody can take its lanes."""
@@ -127,8 +127,8 @@ class Rebalancer:
     def memory(self, residents: Sequence[Resident], view: FleetView, missing: Mapping[PoolId, int]) -> Outcome:
         """Makes room for `missing` pages: lanes of the latest arrivals that have lanes there go elsewhere.
 
-        Only as many lanes as are needed, and only if the sequences that would have to end otherwise are worth the longer
-        step. If that is not enough, `preempt` names the latest arrival in the pool.
+        Only as many lanes as are needed, and only if the sequences that would have to end otherwise are worth the
+        longer step. If that is not enough, `preempt` names the latest arrival in the pool.
         """
         fleet = Residents(self._cost, residents, view)
         outcome = Outcome([], [])

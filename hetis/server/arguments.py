@@ -73,7 +73,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="how heads are placed: by measured speeds (hetis; highs: the same, solved by HiGHS), by free memory "
         "(proportional), evenly, or on primaries alone",
     )
-    add("--theta", type=float, default=default.theta, help="imbalance at which heads move, as a share of a layer")
+    add(
+        "--theta",
+        type=float,
+        default=default.theta,
+        help="imbalance of attention at which heads move, as a share of the ideal",
+    )
     add(
         "--migration-budget",
         type=parse_bytes,
