@@ -37,7 +37,8 @@ def run(options: argparse.Namespace, directory: Path) -> tuple[list[dict[str, An
         plan=options.plan,
         device="cpu",
         load_format="dummy",
-        dispatch="proportional",
+        dispatch="hetis",
+        theta=1e9,  # nothing moves but at random
         kv_cache_memory="1GiB",
         max_model_len=options.context + options.steps + 1,
         trace=str(trace),

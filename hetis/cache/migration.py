@@ -11,6 +11,7 @@ A lane goes over the link between its home and a worker; from worker to worker o
 
 from collections import defaultdict
 from collections.abc import Iterable
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -44,11 +45,12 @@ class Hauler:
         token_bytes: int,
         pages_per_haul: int,
     ) -> None:
-        """`token_bytes`: of one lane in one layer. `pages_per_haul`: what one link carries each way in one step."""
+        """`token_bytes`: of one lane in one layer. `pages_per_haul`: most that a link carries each way in one step."""
         self._cache, self._num_groups, self._page_size = cache, num_groups, page_size
         self._homes = [[stage.home(group).rank for group in range(num_groups)] for stage in plan.stages]
         self._pages_per_haul = pages_per_haul
-        self._page_bytes = [page_size * token_bytes * stage.num_layers for stage in plan.stages]
+        self._layer_bytes = page_size * token_bytes  # of a page
+        self._num_layers = [stage.num_layers for stage in plan.stages]
         self.num_landed = 0  # lanes
         self.bytes_sent = 0  # once for each page, however many links it takes
 
@@ -68,9 +70,13 @@ class Hauler:
         self.num_landed += len(arrived)
         return [transit.move for transit in arrived]
 
-    def plan(self) -> list[Haul]:
-        """What goes with the next command, in which sequences have the tokens that the cache knows of."""
-        left: dict[tuple[int, int], int] = defaultdict(lambda: self._pages_per_haul)  # by (from, to)
+    def plan(self, most_bytes: float = inf) -> list[Haul]:
+        """What goes with the next command, in which sequences have the tokens that the cache knows of.
+
+        `most_bytes`: that a link should carry with each message, each way; a page goes in any case.
+        """
+        most = max(1, int(min(self._pages_per_haul, most_bytes // self._layer_bytes)))
+        left: dict[tuple[int, int], int] = defaultdict(lambda: most)  # by (from, to)
         hauls: list[Haul] = []
         for transit, num_tokens in self._cache.transits():
             hop = self._hops(transit.move)
@@ -97,7 +103,7 @@ class Hauler:
     def _haul(self, transit: Transit, count: int) -> Haul:
         move, first = transit.move, transit.num_sent
         transit.num_sent += count
-        self.bytes_sent += count * self._page_bytes[move.stage]
+        self.bytes_sent += count * self._layer_bytes * self._num_layers[move.stage]
         row = move.slot * self._num_groups + move.group
         return Haul(move.stage, row, move.source, move.target, first, first + count)
 

@@ -19,7 +19,7 @@ SETTLED = 0.5  # of theta: once begun, rebalancing goes on down to there
 LEAST_GAIN = 0.1  # devices that get lanes must stay so far below the one that is relieved
 ATTEMPTS = 4  # sequences that are tried, those first that load the slowest device most
 ROUNDS = 16  # sequences that move in one call and stage
-MOVE_WORTH = 0.5  # of what one sequence more brings, that a longer step may cost
+MOVE_WORTH = 0.5  # of what the sequences bring that run because of a move, that a longer step may cost
 
 
 class Outcome(NamedTuple):
@@ -127,8 +127,8 @@ class Rebalancer:
     def memory(self, residents: Sequence[Resident], view: FleetView, missing: Mapping[PoolId, int]) -> Outcome:
         """Makes room for `missing` pages: lanes of the latest arrivals that have lanes there go elsewhere.
 
-        Only as many lanes as are needed, and only if one sequence more is worth the longer step. If that is not enough,
-        `preempt` names the latest arrival in the pool.
+        Only as many lanes as are needed, and only if the sequences that would have to end otherwise are worth the longer
+        step. If that is not enough, `preempt` names the latest arrival in the pool.
         """
         fleet = Residents(self._cost, residents, view)
         outcome = Outcome([], [])
@@ -145,7 +145,9 @@ class Rebalancer:
     def _make_room(self, fleet: Residents, pool: PoolId, lacking: int) -> list[Move] | None:
         stage = fleet.stages[pool.stage]
         peak_us = fleet.load.peak_us(stage.pools)
-        limit_us = peak_us + MOVE_WORTH * (peak_us + fleet.load.dense_us(stage)) / fleet.num_residents
+        fewer = fleet.ends_for(pool, lacking)
+        step_us = peak_us + fleet.load.dense_us(stage)
+        limit_us = peak_us + MOVE_WORTH * step_us * fewer / (fleet.num_residents + 1 - fewer)
         moves: list[Move] = []
         for resident in sorted(fleet.holders(pool), key=lambda resident: -resident.arrival):
             if lacking <= 0:

@@ -80,6 +80,14 @@ class Residents:
     def holders(self, pool: PoolId) -> list[Resident]:
         return [r for slot, r in self._residents.items() if pool.rank in self._owners[slot][pool.stage]]
 
+    def ends_for(self, pool: PoolId, num_pages: int) -> int:
+        """Sequences that would have to end for so many pages to come free, as they are on average."""
+        held = [
+            len(self.groups(resident, pool)) * pages_for(resident.num_tokens, self.page_size)
+            for resident in self.holders(pool)
+        ]
+        return min(len(held), -(-num_pages * len(held) // max(1, sum(held))))
+
     def groups(self, resident: Resident, pool: PoolId) -> list[int]:
         return [group for group, rank in enumerate(self._owners[resident.slot][pool.stage]) if rank == pool.rank]
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from math import inf
 
 import numpy as np
 
@@ -199,7 +200,7 @@ class Engine:
             num_decode=batch.num_decode,
             tokens=b"".join(_int32(row.sequence.token_ids[row.start : row.start + row.count]) for row in rows),
             sampled=_int32(index for index, row in enumerate(rows) if row.samples),
-            hauls=pack_hauls(self.hauler.plan()),
+            hauls=pack_hauls(self.hauler.plan(self._observer.haul_bytes if self._observer else inf)),
             prompt_logprobs=scored,
             prompt_targets=b"".join(_int32(_targets(rows[index])) for index in scored),
         )

@@ -1,9 +1,14 @@
 """What the ranks measure while they serve: the cost model follows it, and the fleet's table shows it."""
 
+from math import inf
+
 from hetis.core.messages import StepTimes
 from hetis.core.plan import Plan
 from hetis.core.times import Span, StageTimes
 from hetis.cost.cost_model import CostModel
+
+HAUL_SHARE = 0.05  # of a layer's time, that pages of lanes on the move may take on a link
+LAYER_WEIGHT = 0.1  # of one step in the moving average of a layer's time
 
 _BUSY = (Span.APPEND, Span.ATTENTION, Span.SEND)  # what a worker does between a message and its answer
 
@@ -14,6 +19,7 @@ class Observer:
     def __init__(self, cost: CostModel, plan: Plan) -> None:
         self.cost, self._plan = cost, plan
         self._workers = {worker.rank for worker in plan.workers}
+        self._layer_us = 0.0  # in a step without prompts, over all primaries
         self._worked: dict[int, tuple[int, float]] = {}  # worker -> (query heads, busy us a layer), of its last step
         self._predicted: dict[int, float] = {}  # rank -> sum of us a layer, over steps with heads
         self._measured: dict[int, float] = {}
@@ -29,6 +35,8 @@ class Observer:
                 continue
             if not stage.num_prompt_tokens and stage.span_us[Span.DENSE]:
                 self.cost.observe_dense(times.rank, stage.span_us[Span.DENSE] / num_layers)
+                layer_us = (sum(stage.span_us) - stage.span_us[Span.OTHER]) / num_layers
+                self._layer_us += LAYER_WEIGHT * (layer_us - self._layer_us)
             self._follow_links(stage)
 
     def _follow_attention(self, rank: int, stage: StageTimes, measured_us: float) -> None:
@@ -46,6 +54,12 @@ class Observer:
         for worker, round_trip_us in stage.round_trip_us.items():
             heads, busy_us = self._worked.get(worker, (0, 0.0))
             self.cost.observe_link(worker, heads, max(0.0, round_trip_us - busy_us))
+
+    @property
+    def haul_bytes(self) -> float:
+        """Bytes of lanes on the move that a message may carry without being noticed, over the slowest link."""
+        slowest = max((self.cost.prompt_us_per_byte(worker) for worker in self._workers), default=0.0)
+        return HAUL_SHARE * self._layer_us / slowest if slowest else inf
 
     def mean_us(self, rank: int) -> tuple[float, float]:
         """(predicted, measured) decode attention of a layer, on average over the steps in which a rank had heads."""

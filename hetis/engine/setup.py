@@ -12,7 +12,7 @@ from hetis.core.plan import Plan
 from hetis.cost.footprint import page_bytes
 from hetis.cost.memory import plan_memory
 
-HAUL_BYTES = 64 << 10  # of lanes on the move, that one link carries with a message
+HAUL_BYTES = 1 << 20  # of lanes on the move, that a link carries with a message at most
 
 
 def make_setup(args: DriverArgs, fleet: Sequence[DeviceInfo]) -> tuple[Setup, str]:
