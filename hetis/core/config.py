@@ -44,9 +44,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.step_timeout <= 0:
             raise ValueError(f"step_timeout is {self.step_timeout}: it must be a positive number of seconds.")
         if self.theta <= 0:
-            raise ValueError(
-                f"theta is {self.theta}: it must be positive; 0.5 moves lanes where attention takes half as much again as it could."
-            )
+            raise ValueError(f"theta is {self.theta}: it must be positive, like 0.5.")
         if self.migration_budget < 0:
             raise ValueError(f"migration_budget is {self.migration_budget}: it must be 0 (never) or more bytes/s.")
         if self.max_logprobs < -1:

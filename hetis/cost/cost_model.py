@@ -148,7 +148,7 @@ class CostModel:
         return beta * self._link[worker].factors[1]
 
     def dense_us(self, ranks: Iterable[int]) -> float:
-        """A layer's dense part in a decode step, on the slowest of some primaries; 0 where nothing is known."""
+        """A layer's share of a decode step beside attention, on the slowest of some primaries; 0 if unknown."""
         return max((self._dense_us.get(rank, 0.0) for rank in ranks), default=0.0)
 
     def attention_profile(self, rank: int) -> AttentionProfile:
@@ -179,7 +179,10 @@ class CostModel:
             self._link[worker].observe(terms, measured_us)
 
     def observe_dense(self, rank: int, measured_us: float) -> None:
-        """A primary measured a layer's dense part in a step without prompts (or its profile says so, at first)."""
+        """What a step without prompts took beside attention, by layer, on a primary (at first: by its profile).
+
+        The LM head, sampling and the rest count: they too are shared by all sequences of a step.
+        """
         known_us = self._dense_us.get(rank, measured_us)
         self._dense_us[rank] = known_us + DENSE_WEIGHT * (measured_us - known_us)
 

@@ -49,20 +49,22 @@ class MigrationBudget:
 class Rebalancer:
     """A function of what it is given, but for the stages in which it has begun and is not done."""
 
-    def __init__(self, cost: CostModel, theta: float = THETA, *, staging_tokens: int = 0) -> None:
-        """`staging_tokens`: as for `HetisDispatcher`."""
-        self._cost, self._theta, self._staging_tokens = cost, theta, staging_tokens
+    def __init__(self, cost: CostModel, theta: float = THETA) -> None:
+        self._cost, self._theta = cost, theta
         self._unsettled: set[int] = set()
 
-    def compute(self, residents: Sequence[Resident], view: FleetView, budget: MigrationBudget) -> Outcome:
+    def compute(
+        self, residents: Sequence[Resident], view: FleetView, budget: MigrationBudget, staging_tokens: int = 0
+    ) -> Outcome:
         """Relieves the slowest device of each stage while it is more than theta above the ideal.
 
         The ideal is the least peak that lanes which can be cut would have with all memory pooled. Lanes on ranks that
         have left the plan move in any case; `preempt` names sequences for whose such lanes there is no room.
+        `staging_tokens`: of a prompt for which homes keep pages, or lanes would come that have to leave again for it.
         """
         fleet = Residents(self._cost, residents, view)
         outcome = self._evacuate(fleet)
-        fleet.keep(self._staging_tokens)
+        fleet.keep(staging_tokens)
         for stage in fleet.stages:
             outcome.moves.extend(self._settle(fleet, stage, budget))
         return outcome

@@ -12,7 +12,7 @@ from hetis.core.plan import Plan
 from hetis.core.request import Sequence
 from hetis.dispatcher.load import StageDevices, stage_devices
 
-LARGEST_RESERVE = 0.25  # of a home's pages
+LARGEST_RESERVE = 0.5  # of a home's pages
 
 
 class Pages(NamedTuple):

@@ -49,7 +49,9 @@ class Balancer:
             return
         self._budget.refill(now - self._last)
         self._last = now
-        outcome = self._rebalancer.compute(self._residents(running), self._cache.view(), self._budget)
+        staging_tokens = refused.prefill_len if refused else _mean_prompt(running)
+        residents, view = self._residents(running), self._cache.view()
+        outcome = self._rebalancer.compute(residents, view, self._budget, staging_tokens)
         assert not outcome.preempt, "no rank has left the plan"
         self.num_rebalances += bool(self._hauler.start(outcome.moves))
         if refused is not None and not self._hauler.is_busy:
@@ -82,3 +84,8 @@ class Balancer:
             )
             for sequence in running
         ]
+
+
+def _mean_prompt(running: Collection[Sequence]) -> int:
+    """Tokens of the prompt that may come next, if it is like those that run."""
+    return sum(sequence.prompt_len for sequence in running) // max(1, len(running))

@@ -10,8 +10,6 @@ from hetis.cost.cost_model import CostModel
 HAUL_SHARE = 0.05  # of a layer's time, that pages of lanes on the move may take on a link
 LAYER_WEIGHT = 0.1  # of one step in the moving average of a layer's time
 
-_BUSY = (Span.APPEND, Span.ATTENTION, Span.SEND)  # what a worker does between a message and its answer
-
 
 class Observer:
     """Feeds a cost model. Times of a step come from all ranks, in any order."""
@@ -20,7 +18,7 @@ class Observer:
         self.cost, self._plan = cost, plan
         self._workers = {worker.rank for worker in plan.workers}
         self._layer_us = 0.0  # in a step without prompts, over all primaries
-        self._worked: dict[int, tuple[int, float]] = {}  # worker -> (query heads, busy us a layer), of its last step
+        self._worked: dict[int, tuple[int, float]] = {}  # worker -> (query heads, attention us a layer), its last step
         self._predicted: dict[int, float] = {}  # rank -> sum of us a layer, over steps with heads
         self._measured: dict[int, float] = {}
         self._counted: dict[int, int] = {}
@@ -28,16 +26,16 @@ class Observer:
     def on_times(self, times: StepTimes) -> None:
         for stage in times.stages:
             num_layers = self._plan.stages[stage.stage].num_layers
-            self._follow_attention(times.rank, stage, stage.span_us[Span.ATTENTION] / num_layers)
+            attention_us = stage.span_us[Span.ATTENTION] / num_layers
+            self._follow_attention(times.rank, stage, attention_us)
             if times.rank in self._workers:
-                busy_us = sum(stage.span_us[span] for span in _BUSY) / num_layers
-                self._worked[times.rank] = stage.heads, busy_us
-                continue
-            if not stage.num_prompt_tokens and stage.span_us[Span.DENSE]:
-                self.cost.observe_dense(times.rank, stage.span_us[Span.DENSE] / num_layers)
+                self._worked[times.rank] = stage.heads, attention_us
+            elif not stage.num_prompt_tokens and stage.span_us[Span.DENSE]:
+                beside_us = stage.span_us[Span.DENSE] + stage.span_us[Span.OTHER]
+                self.cost.observe_dense(times.rank, beside_us / num_layers)
                 layer_us = (sum(stage.span_us) - stage.span_us[Span.OTHER]) / num_layers
                 self._layer_us += LAYER_WEIGHT * (layer_us - self._layer_us)
-            self._follow_links(stage)
+                self._follow_links(stage)
 
     def _follow_attention(self, rank: int, stage: StageTimes, measured_us: float) -> None:
         if not stage.heads:
@@ -50,10 +48,10 @@ class Observer:
         self.cost.observe(rank, stage.heads, kv_bytes, measured_us)
 
     def _follow_links(self, stage: StageTimes) -> None:
-        """A round trip less what the worker did meanwhile."""
+        """A round trip less the worker's attention: packing and appending at both ends are part of the way."""
         for worker, round_trip_us in stage.round_trip_us.items():
-            heads, busy_us = self._worked.get(worker, (0, 0.0))
-            self.cost.observe_link(worker, heads, max(0.0, round_trip_us - busy_us))
+            heads, attention_us = self._worked.get(worker, (0, 0.0))
+            self.cost.observe_link(worker, heads, max(0.0, round_trip_us - attention_us))
 
     @property
     def haul_bytes(self) -> float:

@@ -168,7 +168,7 @@ def test_homes_keep_pages_for_prompts() -> None:
     residents = [resident(slot, [1, 1, 1, 1]) for slot in range(6)]
     view = make_view(plan, [40, PLENTY])
     eager = Rebalancer(cost).compute(residents, view, ample()).moves
-    careful = Rebalancer(cost, staging_tokens=8).compute(residents, view, ample()).moves
+    careful = Rebalancer(cost).compute(residents, view, ample(), staging_tokens=8).moves
     assert (len(eager), len(careful)) == (13, 10), "3 pages a lane; 8 of 40 are kept, 10 at most"
 
 

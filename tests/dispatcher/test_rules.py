@@ -95,11 +95,11 @@ def test_a_home_keeps_pages_for_the_next_prompts() -> None:
     """The home is much faster but its memory is short: some lanes leave it room to compute another prompt."""
     plan = make_plan([[4]], 1)
     cost = make_cost(plan, [device(), device()])
-    sequences = [make_sequence(i, 16, 100) for i in range(3)]  # 4 pages now, 5 later
-    view = make_view(plan, [60, PLENTY], {PoolId(1, 0): 100}, {PoolId(1, 0): 1600})
+    sequences = [make_sequence(i, 12, 100) for i in range(3)]  # 3 pages now, 4 later
+    view = make_view(plan, [48, PLENTY], {PoolId(1, 0): 100}, {PoolId(1, 0): 1600})
     placements = HetisDispatcher(cost).assign(sequences, view)
     check_fits(view, placements, sequences)
-    assert sum(counts_of(placement).get(0, 0) for placement in placements) <= (60 - 15) // 5
+    assert sum(counts_of(placement).get(0, 0) for placement in placements) <= (48 - 4 * 3) // 4
 
 
 def test_waiting_is_better_than_crawling() -> None:

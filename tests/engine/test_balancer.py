@@ -24,7 +24,9 @@ class Spy(Rebalancer):
 
     calls: list[Sequence[Resident]]
 
-    def compute(self, residents: Sequence[Resident], view: object, budget: MigrationBudget) -> Outcome:  # type: ignore[override]
+    def compute(  # type: ignore[override]
+        self, residents: Sequence[Resident], view: object, budget: MigrationBudget, staging_tokens: int = 0
+    ) -> Outcome:
         self.calls.append(residents)
         return Outcome([], [])
 

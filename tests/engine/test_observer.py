@@ -65,7 +65,7 @@ def test_a_rank_without_heads_drifts_back_to_its_profile() -> None:
 def test_the_dense_part_counts_without_prompts_only() -> None:
     observer, cost = observed()
     for _ in range(100):
-        observer.on_times(times(0, 0, dense=80.0))
+        observer.on_times(times(0, 0, dense=70.0, other=10.0))
         observer.on_times(times(0, 0, prompt=100, dense=9000.0))
     assert cost.dense_us([0]) == pytest.approx(80.0, rel=0.01)
     assert cost.dense_us([1]) == 50.0
@@ -76,7 +76,8 @@ def test_links_are_round_trips_less_what_the_worker_did() -> None:
     assert cost.link_us(2, HEADS) == pytest.approx(10.0)
     for _ in range(200):
         observer.on_times(times(2, 0, append=5.0, attention=100.0, send=5.0))
-        observer.on_times(times(0, 0, dense=50.0, round_trip=160.0))
+        observer.on_times(times(0, 0, dense=50.0, round_trip=150.0))
+        observer.on_times(times(0, 0, prompt=100, dense=5000.0, round_trip=5000.0))
     assert cost.link_us(2, HEADS) == pytest.approx(50.0, rel=0.05)
 
 
