@@ -81,7 +81,7 @@ class EmulatedFleet:
 class Measured(msgspec.Struct, frozen=True):
     """One rank: the emulation as it really was."""
 
-    share: float  # CPU time over the wall time that work took; 1 for a rank that is not slowed
+    share: float  # CPU time over the wall time of kernels bound by memory; 1 for a rank that is not slowed
     busy_s: float
     delay_ms: float  # asked of links, mean over the messages for which the rank slept
     late_ms: float  # by how much later such a message was seen
@@ -89,7 +89,7 @@ class Measured(msgspec.Struct, frozen=True):
 
 def measured_rows(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> Iterator[tuple[float, ...]]:
     for row in values:
-        share = row[Column.CPU_S] / row[Column.BUSY_S] if row[Column.BUSY_S] else 1.0
+        share = row[Column.WORK_S] / row[Column.BUSY_S] if row[Column.BUSY_S] else 1.0
         awaited = max(1.0, row[Column.AWAITED])
         yield float(share), float(row[Column.BUSY_S]), row[Column.ASKED_MS] / awaited, row[Column.LATE_MS] / awaited
 
