@@ -2,9 +2,9 @@
 
 After a kernel the process pauses until the device would be done:
 
-    attention over the cache, appending to it, pages on the move    CPU time of the kernel / share
-    linear layers                  max(CPU time of the kernel, bytes of the weight / (share * speed of the core's memory))
-    attention of prompts, norms    as the core does it
+    decode attention, appending, pages on the move    CPU time of the kernel / share
+    linear layers                                     at least bytes of the weight / (share * CORE_BYTES_PER_S)
+    attention of prompts, norms                       as the core does it
 
 For an attention worker that is a share of its core, for all that it computes is bound by memory. A primary with a share
 below 1 has more arithmetic for its memory than the core, as accelerators do: the core multiplies four rows in the time
