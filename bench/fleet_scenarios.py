@@ -69,9 +69,9 @@ MODEL = ModelShape(
 )
 # Log-normal fits to the Azure LLM inference trace of 2023, conversations (mean 1,155 in, 211 out). Prompts are divided
 # by 6 and outputs by 2, since a core computes 20 rows, not 150, in the time in which the device reads a weight.
-CONTEXT = Lengths(log_mean=6.633, log_std=0.985, scale=6, smallest=8, largest=690)
-GENERATED = Lengths(log_mean=5.019, log_std=0.859, scale=2, smallest=4, largest=400)
-LOAD = 6600  # tokens of 24 sequences, as they are in the middle of their answers
+CONTEXT = Lengths(log_mean=6.633, log_std=0.985, scale=8, smallest=8, largest=330)
+GENERATED = Lengths(log_mean=5.019, log_std=0.859, scale=3, smallest=4, largest=170)
+LOAD = 6240  # tokens of 32 sequences, as they are in the middle of their answers
 
 PRIMARY = 0.25  # share of its core: see emulation/device.py
 
@@ -92,14 +92,14 @@ THROTTLE = Throttle(at_s=12.0, rank=1, share=THROTTLED_WORKER.workers[0].share)
 
 def workload(num_requests: int) -> Workload:
     """More than any fleet here can serve at once."""
-    return Workload(num_requests=num_requests, rate_per_s=8.0, context=CONTEXT, generated=GENERATED)
+    return Workload(num_requests=num_requests, rate_per_s=12.0, context=CONTEXT, generated=GENERATED)
 
 
 SCENARIOS = {
     "small-primary": Scenario(
         model=MODEL,
-        max_num_seqs=24,
-        workload=workload(48),
+        max_num_seqs=32,
+        workload=workload(90),
         cases=tuple(
             Case(label=policy, fleet=SMALL_HOME, dispatch=policy)
             for policy in ("hetis", "proportional", "even", "primary-only")
@@ -113,7 +113,7 @@ SCENARIOS = {
     ),
     "slow-worker": Scenario(
         model=MODEL,
-        max_num_seqs=24,
+        max_num_seqs=32,
         workload=workload(60),
         cases=(
             Case(label="with it", fleet=SLOW_WORKER, dispatch="hetis"),
@@ -123,7 +123,7 @@ SCENARIOS = {
     ),
     "slow-link": Scenario(
         model=MODEL,
-        max_num_seqs=24,
+        max_num_seqs=32,
         workload=workload(60),
         cases=(
             Case(label="with it", fleet=SLOW_LINK, dispatch="hetis"),
@@ -133,8 +133,8 @@ SCENARIOS = {
     ),
     "throttled": Scenario(
         model=MODEL,
-        max_num_seqs=24,
-        workload=workload(48),
+        max_num_seqs=32,
+        workload=workload(90),
         cases=(
             Case(label="throttled", fleet=GOOD_WORKER, dispatch="hetis", throttles=(THROTTLE,)),
             Case(label="fresh start", fleet=THROTTLED_WORKER, dispatch="hetis"),
