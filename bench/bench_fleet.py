@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from emulation.client import run_workload
+from emulation.client import run_workload, warm_up
 from emulation.fleet import Fleet
 from emulation.launch import EmulatedFleet
 from emulation.metrics import measure, sliding_rate
@@ -72,6 +72,7 @@ def run_case(
             profile_cache=False,  # ranks look alike, but each has another speed
         )
         with EmulatedFleet(case.fleet, config) as fleet:
+            warm_up(fleet, scenario.max_num_seqs)
             timelines = run_workload(fleet, requests, case.throttles)
             counted = count(fleet.stats(), case.fleet, scenario)
             measured = fleet.measured()

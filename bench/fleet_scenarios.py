@@ -60,12 +60,12 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
 
 MODEL = ModelShape(
     hidden_size=512,
-    intermediate_size=1024,
+    intermediate_size=512,
     num_layers=4,
     num_head_groups=8,
     queries_per_group=2,
-    head_dim=64,
-    vocab_size=32_000,
+    head_dim=128,
+    vocab_size=24_000,
 )
 # Log-normal fits to the Azure LLM inference trace of 2023, conversations (mean 1,155 in, 211 out). Prompts are divided
 # by 6 and outputs by 2, since a core computes 20 rows, not 150, in the time in which the device reads a weight.
@@ -99,7 +99,7 @@ SCENARIOS = {
     "small-primary": Scenario(
         model=MODEL,
         max_num_seqs=32,
-        workload=workload(90),
+        workload=workload(80),
         cases=tuple(
             Case(label=policy, fleet=SMALL_HOME, dispatch=policy)
             for policy in ("hetis", "proportional", "even", "primary-only")
@@ -134,7 +134,7 @@ SCENARIOS = {
     "throttled": Scenario(
         model=MODEL,
         max_num_seqs=32,
-        workload=workload(90),
+        workload=workload(80),
         cases=(
             Case(label="throttled", fleet=GOOD_WORKER, dispatch="hetis", throttles=(THROTTLE,)),
             Case(label="fresh start", fleet=THROTTLED_WORKER, dispatch="hetis"),
