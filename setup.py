@@ -33,6 +33,7 @@ REQUIREMENTS = [
 ]
 EXTRAS = {
     "flash": ["flash-attn"],
+    "bench": ["matplotlib"],
     "test": ["pytest", "hypothesis", "scipy"],
     "dev": ["ruff", "mypy"],
 }

@@ -11,9 +11,9 @@ class Column(IntEnum):
     """`SHARE` is written by the benchmark, at any time; the others by the ranks."""
 
     SHARE = 0
-    CPU_S = 1  # of the device's work
-    BUSY_S = 2  # wall time that it took
-    AWAITED = 3  # messages of all links for which the rank slept until they were due
+    WORK_S = 1  # CPU time of kernels bound by memory
+    BUSY_S = 2  # wall time that they took with their pauses
+    AWAITED = 3  # messages of slow links for which the rank slept until they were due
     ASKED_MS = 4  # their delays, as they should be
     LATE_MS = 5  # how much later they were seen
 

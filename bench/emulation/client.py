@@ -9,7 +9,7 @@ from hetis.core.messages import AddRequest, Outputs
 from hetis.core.sampling_params import SamplingParams
 
 from .launch import EmulatedFleet
-from .workload import Request
+from .workload import FIRST_TOKEN_ID, Request
 
 LONGEST_POLL_S = 0.2
 
@@ -51,6 +51,12 @@ def run_workload(
         if isinstance(message, Outputs):
             num_running -= take(message, timelines, time.monotonic() - begin)
     return timelines
+
+
+def warm_up(fleet: EmulatedFleet, num_requests: int) -> None:
+    """Runs short requests side by side: first calls and first touches of memory cost time that does not come again."""
+    request = Request(arrival_s=0.0, token_ids=list(range(FIRST_TOKEN_ID, FIRST_TOKEN_ID + 128)), num_generated=4)
+    run_workload(fleet, [request] * num_requests)
 
 
 def add_request(index: int, request: Request) -> AddRequest:

@@ -9,12 +9,16 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     latency_ms: float = 0.0
     megabytes_per_s: float | None = None  # None: as fast as the link itself
 
+    @property
+    def is_plain(self) -> bool:
+        return self == Link()
+
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
     """One rank."""
 
     kv_tokens: int  # of whole sequences that its KV memory holds
-    share: float = 1.0  # of the speed of its core
+    share: float = 1.0  # of its core's speed, for all that is bound by memory: see `device.py`
     link: Link = Link()  # to the primary; of no meaning for the primary itself
 
 
@@ -22,7 +26,7 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """One primary and any number of attention workers.
 
     The primary (and the driver) has the first core to itself; the workers and the client run on the last one, so the
-    shares of the workers should not add up to more than 0.8.
+    shares of the workers should not add up to more than 0.7.
     """
 
     primary: Member

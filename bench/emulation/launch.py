@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 
 import msgspec
-import numpy as np
 
 from hetis.core.config import EngineConfig
 from hetis.core.messages import FleetQuery, FleetStats
@@ -26,7 +25,7 @@ class EmulatedFleet:
     """A context manager; leaving it ends all processes."""
 
     def __init__(self, fleet: Fleet, config: EngineConfig) -> None:
-        """`config`: all but the plan and the KV memory, which are the fleet's."""
+        """`config`: all but the plan and the KV memory, which are the fleet's; with a dtype."""
         self._scratch = tempfile.TemporaryDirectory(prefix="hetis-emulation-")
         directory = Path(self._scratch.name)
         self._usable_cores = os.sched_getaffinity(0)
@@ -62,7 +61,7 @@ class EmulatedFleet:
 
     def measured(self) -> list["Measured"]:
         """What the emulation did so far, by rank."""
-        return [Measured(*row) for row in measured_rows(self.board.values)]
+        return [measured(row) for row in self.board.values.tolist()]
 
     def close(self) -> None:
         self.client.close()
@@ -81,17 +80,17 @@ class EmulatedFleet:
 class Measured(msgspec.Struct, frozen=True):
     """One rank: the emulation as it really was."""
 
-    share: float  # CPU time over the wall time that work took; 1 for a rank that is not slowed
+    share: float  # CPU time over the wall time of kernels bound by memory; 1 for a rank that is not slowed
     busy_s: float
     delay_ms: float  # asked of links, mean over the messages for which the rank slept
     late_ms: float  # by how much later such a message was seen
 
 
-def measured_rows(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> Iterator[tuple[float, ...]]:
-    for row in values:
-        share = row[Column.CPU_S] / row[Column.BUSY_S] if row[Column.BUSY_S] else 1.0
-        awaited = max(1.0, row[Column.AWAITED])
-        yield float(share), float(row[Column.BUSY_S]), row[Column.ASKED_MS] / awaited, row[Column.LATE_MS] / awaited
+def measured(row: list[float]) -> Measured:
+    """From a line of the board."""
+    share = row[Column.WORK_S] / row[Column.BUSY_S] if row[Column.BUSY_S] else 1.0
+    awaited = max(1.0, row[Column.AWAITED])
+    return Measured(share, row[Column.BUSY_S], row[Column.ASKED_MS] / awaited, row[Column.LATE_MS] / awaited)
 
 
 def kv_bytes_per_token(num_layers: int, num_head_groups: int, head_dim: int, dtype: str) -> int:

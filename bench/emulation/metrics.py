@@ -60,5 +60,5 @@ def tokens_per_s(timelines: Sequence[Timeline], begin_s: float, end_s: float) ->
 def sliding_rate(timelines: Sequence[Timeline], width_s: float, step_s: float = 0.25) -> list[tuple[float, float]]:
     """(end of a window of `width_s`, its tokens/s) all along the run."""
     last = max(t.token_s[-1] for t in timelines)
-    ends = np.arange(width_s, last + step_s, step_s)
-    return [(float(end), tokens_per_s(timelines, end - width_s, end)) for end in ends]
+    ends = np.arange(width_s, last + step_s, step_s).tolist()
+    return [(end, tokens_per_s(timelines, end - width_s, end)) for end in ends]

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from hetis.comm.links.base import Link
 
-from .device_clock import DeviceClock
 from .fleet import Link as LinkSpeed
 from .waiting import sleep_until
 
@@ -32,20 +31,18 @@ def padded(num_bytes: int) -> int:
 
 
 class SlowLink(Link):
-    """One end. `device`: the clock of an emulated device at this end, None for one at full speed."""
+    """One end."""
 
     def __init__(
         self,
         inner: Link,
         speed: LinkSpeed,
-        device: DeviceClock | None = None,
         *,
         now_ns: Callable[[], int] = time.monotonic_ns,
         sleep_until: Callable[[float], None] = sleep_until,
     ) -> None:
         self.kind = inner.kind
-        self._inner, self._device, self._now_ns = inner, device, now_ns
-        self._sleep_until = sleep_until
+        self._inner, self._now_ns, self._sleep_until = inner, now_ns, sleep_until
         self._latency_ns = int(speed.latency_ms * 1e6)
         self._ns_per_byte = 0.0 if speed.megabytes_per_s is None else 1e3 / speed.megabytes_per_s
         self._line_free_ns = 0
@@ -61,8 +58,6 @@ class SlowLink(Link):
         return message[:num_bytes]
 
     def send(self) -> None:
-        if self._device is not None:
-            self._device.pay()
         sent = self._now_ns()
         self._line_free_ns = max(sent, self._line_free_ns) + int(self._num_bytes * self._ns_per_byte)
         self._stamp[0], self._stamp[1] = sent, self._line_free_ns + self._latency_ns
@@ -70,8 +65,6 @@ class SlowLink(Link):
         self.bytes_sent += self._num_bytes
 
     def recv(self, num_bytes: int) -> Tensor:
-        if self._device is not None:
-            self._device.pay()
         message = self._inner.recv(padded(num_bytes))
         sent, due = message[-STAMP_BYTES:].view(torch.int64).tolist()
         if due > self._now_ns():
@@ -79,8 +72,6 @@ class SlowLink(Link):
             self.num_awaited += 1
             self.asked_ns += due - sent
             self.late_ns += self._now_ns() - due
-        if self._device is not None:
-            self._device.start(due / 1e9)
         self.bytes_received += num_bytes
         return message[:num_bytes]
 
