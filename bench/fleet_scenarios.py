@@ -60,12 +60,12 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
 
 MODEL = ModelShape(
     hidden_size=512,
-    intermediate_size=512,
+    intermediate_size=1024,
     num_layers=4,
     num_head_groups=8,
     queries_per_group=2,
-    head_dim=128,
-    vocab_size=24_000,
+    head_dim=64,
+    vocab_size=32_000,
 )
 # Log-normal fits to the Azure LLM inference trace of 2023, conversations (mean 1,155 in, 211 out). Prompts are divided
 # by 6 and outputs by 2, since a core computes 20 rows, not 150, in the time in which the device reads a weight.
@@ -81,7 +81,7 @@ def member(speed: float, kv_tokens: int, link: Link = Link()) -> Member:  # noqa
     return Member(share=PRIMARY * speed, kv_tokens=kv_tokens, link=link)
 
 
-SMALL_HOME = Fleet(primary=member(1, LOAD // 4), workers=(member(0.15, 8000), member(0.6, 5000)))
+SMALL_HOME = Fleet(primary=member(1, LOAD // 4), workers=(member(0.2, 8000), member(0.6, 5000)))
 LARGE_HOME = Fleet(primary=member(1, LOAD))
 SLOW_WORKER = Fleet(primary=member(1, LOAD), workers=(member(1 / 20, LOAD),))
 SLOW_LINK = Fleet(primary=member(1, LOAD), workers=(member(1, LOAD, Link(latency_ms=20.0)),))

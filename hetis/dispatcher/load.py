@@ -14,7 +14,7 @@ from hetis.core.placement import FleetView, PoolId
 from hetis.core.plan import Plan
 from hetis.cost.cost_model import CostModel, Rates
 
-WEAK = 0.1  # devices that can make attention faster by no more than this together are left out
+WEAK = 0.06  # devices that can make attention faster by no more than this together are left out
 ALIKE = 1.5  # speeds that differ by no more than this factor
 
 
