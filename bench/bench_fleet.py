@@ -4,6 +4,8 @@
     python bench/bench_fleet.py --scenario small-primary --dispatch hetis even --rounds 1
     python bench/bench_fleet.py --scenario slow-worker | slow-link | throttled
     python bench/bench_fleet.py --scenario small-primary --trace-file AzureLLMInferenceTrace_conv.csv
+    python bench/bench_fleet.py --emulate fleet.json      # shares of a core, KV memory and links of your own:
+        {"primary": {"kv_tokens": 4000}, "workers": [{"kv_tokens": 9000, "share": 0.3, "link": {"latency_ms": 2}}]}
 
 Fleets are emulated with real processes on two cores (`emulation/`); scenarios, with their arithmetic and what must
 hold, are in `fleet_scenarios.py`. Cases alternate; all get the same requests at the same times. Medians over rounds are
@@ -17,13 +19,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 from emulation.client import run_workload, warm_up
 from emulation.fleet import Fleet
 from emulation.launch import EmulatedFleet
 from emulation.metrics import measure, sliding_rate
 from emulation.workload import Request, make_requests, read_trace
 from fleet_report import Counted, Row, commit, date, draw, keep, machine, table, verdicts
-from fleet_scenarios import SCENARIOS, Case, Scenario
+from fleet_scenarios import POLICIES, SCENARIOS, Case, Scenario
 
 from hetis.core.config import EngineConfig
 from hetis.core.messages import FleetStats
@@ -35,10 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", choices=list(SCENARIOS), default="small-primary")
     parser.add_argument("--dispatch", nargs="+", help="only the cases with these policies")
+    parser.add_argument("--emulate", type=Path, metavar="FILE", help="a fleet of your own, in place of the scenario's")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trace-file", type=Path, help="lengths from an Azure trace, scaled like the drawn ones")
     options = parser.parse_args()
     scenario = SCENARIOS[options.scenario]
+    if options.emulate is not None:
+        scenario = with_fleet(scenario, msgspec.json.decode(options.emulate.read_bytes(), type=Fleet))
     trace = None if options.trace_file is None else read_trace(options.trace_file)
     requests = make_requests(scenario.workload, scenario.model.vocab_size, trace)
     cases = [case for case in scenario.cases if options.dispatch is None or case.dispatch in options.dispatch]
@@ -55,6 +61,12 @@ def main() -> None:
     print("\n".join(sentence for sentence, _ in results))
     print(draw(options.scenario, scenario, rows))
     sys.exit(not all(holds for _, holds in results))
+
+
+def with_fleet(scenario: Scenario, fleet: Fleet) -> Scenario:
+    """The same load on another fleet, under every policy; nobody knows what must hold there."""
+    cases = tuple(Case(label=policy, fleet=fleet, dispatch=policy) for policy in POLICIES)
+    return msgspec.structs.replace(scenario, cases=cases, requirements=())
 
 
 def run_case(

@@ -5,17 +5,17 @@ The model and the fleets are one arithmetic (a core here reads weights at 17 GB/
 
     weights of a step       29 M in float32, 118 MB at 4.2 GB/s: D = 28 ms, for 1 to some 20 sequences
     the rest of a step      driver, sampling, launching: F = 8 ms without workers
-    attention               16 KiB of cache a token, 275 tokens a sequence: 4.5 MB at 2.8 GB/s: a = 1.6 ms a sequence
-    prompts                 0.3 ms a token (dense work at 70 GFLOP/s), 190 tokens for 98 of output: p = 0.6 ms
+    attention               16 KiB of cache a token, 195 tokens a sequence: 3.2 MB at 2.8 GB/s: a = 1.1 ms a sequence
+    prompts                 0.3 ms a token (dense work at 70 GFLOP/s), 122 tokens for 63 of output: p = 0.6 ms
 
 so with R sequences at a time, of whose attention the slowest device takes t times what the primary would take for all,
-an output token takes (F + D) / R + t a + p. With room for 24 sequences in all and for a quarter of them, 6, at home,
-and workers of 0.6 and 0.15 of the primary's speed:
+an output token takes (F + D) / R + t a + p. With room for 32 sequences in all and for a quarter of them, 8, at home,
+and workers of 0.6 and 0.2 of the primary's speed:
 
-    primary-only    R = 6,  t = 1                                           8.2 ms
-    hetis           R = 24, t = 0.75 / (0.6 + 0.15) = 1, home full          3.7 ms     2.2 x
-    even            R = 16 (a home holds 3/8 of each), t = 3/8 / 0.15 = 2.5 6.9 ms     1.9 x
-    proportional    R = 24, t = 0.55 / 0.15 = 3.6                           7.9 ms     2.1 x
+    primary-only    R = 8,  t = 1                                           6.2 ms
+    hetis           R = 32, t = 0.75 / (0.6 + 0.2) = 0.94, home full        2.8 ms     2.2 x
+    even            R = 24 (a home holds 1/3 of each), t = 1/3 / 0.2 = 1.7  3.9 ms     1.4 x
+    proportional    R = 32, t = 0.55 / 0.2 = 2.7                            4.7 ms     1.7 x
 
 What is measured is less, for homes also need room for prompts, and lanes and sequences are not divisible.
 """
@@ -73,6 +73,7 @@ CONTEXT = Lengths(log_mean=6.633, log_std=0.985, scale=8, smallest=8, largest=33
 GENERATED = Lengths(log_mean=5.019, log_std=0.859, scale=3, smallest=4, largest=170)
 LOAD = 6240  # tokens of 32 sequences, as they are in the middle of their answers
 
+POLICIES = ("hetis", "proportional", "even", "primary-only")
 PRIMARY = 0.25  # share of its core: see emulation/device.py
 
 
@@ -100,10 +101,7 @@ SCENARIOS = {
         model=MODEL,
         max_num_seqs=32,
         workload=workload(80),
-        cases=tuple(
-            Case(label=policy, fleet=SMALL_HOME, dispatch=policy)
-            for policy in ("hetis", "proportional", "even", "primary-only")
-        ),
+        cases=tuple(Case(label=policy, fleet=SMALL_HOME, dispatch=policy) for policy in POLICIES),
         requirements=(
             Requirement(metric="tokens_per_s", of="hetis", over="primary-only", bound=1.3),
             Requirement(metric="tokens_per_s", of="hetis", over="even", bound=1.15),
