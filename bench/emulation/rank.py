@@ -28,6 +28,7 @@ def emulate(rank: int) -> None:
     board = Board(directory / BOARD).values[rank]
     if rank or emulation.fleet.primary.share < 1:
         slow_kernels(board)
+    touch_pools()
     slow_links(emulation.fleet, board)
 
 
@@ -56,6 +57,19 @@ def slow_kernels(board: Any) -> None:
 
     assert real_cpu_op("paged_decode") is not None, "an emulated device needs the C++ extension"
     dispatch.cpu_op, linear.linear = cpu_op, slow_linear  # type: ignore[assignment]
+
+
+def touch_pools() -> None:
+    """The kernel gives and clears memory when it is first written to; devices have theirs from the start."""
+    from hetis.cache.pool import PagePool
+
+    make = PagePool.__init__
+
+    def make_and_touch(self: PagePool, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        self.pages_L2PSD.zero_()
+
+    PagePool.__init__ = make_and_touch  # type: ignore[method-assign]
 
 
 def slow_links(fleet: Fleet, board: Any) -> None:
