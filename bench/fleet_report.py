@@ -55,11 +55,14 @@ class Row(msgspec.Struct, kw_only=True):
 
 
 def commit() -> str:
-    """Of the tree that runs; with a + if something in it has not been committed."""
+    """Of the tree that runs; with a + if something in it, results aside, has not been committed."""
+    dirty = _git("status", "--porcelain", "--", ":/", f":!{RESULTS.name}")
+    return _git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
+
+
+def _git(*arguments: str) -> str:
     here = Path(__file__).parent
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def date() -> str:

@@ -57,8 +57,8 @@ def tokens_per_s(timelines: Sequence[Timeline], begin_s: float, end_s: float) ->
     return sum(begin_s <= moment < end_s for t in timelines for moment in t.token_s) / (end_s - begin_s)
 
 
-def sliding_rate(timelines: Sequence[Timeline], width_s: float, step_s: float = 0.25) -> list[tuple[float, float]]:
+def sliding_rate(timelines: Sequence[Timeline], width_s: float, step_s: float = 0.5) -> list[tuple[float, float]]:
     """(end of a window of `width_s`, its tokens/s) all along the run."""
     last = max(t.token_s[-1] for t in timelines)
     ends = np.arange(width_s, last + step_s, step_s).tolist()
-    return [(end, tokens_per_s(timelines, end - width_s, end)) for end in ends]
+    return [(end, round(tokens_per_s(timelines, end - width_s, end), 1)) for end in ends]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulation.client import Timeline
 from emulation.device import CALL_S, CORE_BYTES_PER_S, Device
-from emulation.fleet import Link
+from emulation.fleet import Fleet, Link, Member
 from emulation.metrics import kv_peak, measure, tokens_per_s
 from emulation.slow_link import SlowLink, padded
 from emulation.workload import Lengths, Workload, make_requests, read_trace
@@ -149,3 +149,15 @@ def test_a_linear_layer_takes_as_long_as_its_weight_at_least() -> None:
 
     device.run_linear(int(CORE_BYTES_PER_S), long_kernel)
     assert clock.now == pytest.approx(107.0)
+
+
+# --- fleets -----------------------------------------------------------------------------------------------------------
+
+
+def test_impossible_fleets_are_refused() -> None:
+    with pytest.raises(ValueError, match="share is 0"):
+        Member(kv_tokens=100, share=0.0)
+    with pytest.raises(ValueError, match="kv_tokens is 0"):
+        Member(kv_tokens=0)
+    with pytest.raises(ValueError, match="add up to 1"):
+        Fleet(primary=Member(kv_tokens=100), workers=(Member(kv_tokens=100, share=0.5),) * 2)
