@@ -133,7 +133,7 @@ SCENARIOS = {
     "throttled": Scenario(
         model=MODEL,
         max_num_seqs=32,
-        workload=workload(80),
+        workload=workload(150),  # the queue must not run empty before the window ends, some 15 s before the run does
         cases=(
             Case(label="throttled", fleet=GOOD_WORKER, dispatch="hetis", throttles=(THROTTLE,)),
             Case(label="fresh start", fleet=THROTTLED_WORKER, dispatch="hetis"),
