@@ -17,6 +17,7 @@ from tests.server.fleet_process import SHIM, FleetProcess
 END_SECONDS = 15.0
 STEP_TIMEOUT = 5.0
 
+EVERYBODY = "dispatch=even"  # so that every rank is needed: the small model would stay on the primary otherwise
 NAMES = {"rank 0": "rank 0 (primary on cpu)", "rank 1": "rank 1 (attention worker on cpu)", "driver": "the driver"}
 LONG = ("generate", "--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--device", "cpu")
 
@@ -55,13 +56,13 @@ def verdict(fleet: FleetProcess) -> str:
 
 
 def start_busy(directory: Path, plan: str = "1+1", *options: str) -> FleetProcess:
-    fleet = FleetProcess.script(directory, plan, "busy", *options)
+    fleet = FleetProcess.script(directory, plan, "busy", EVERYBODY, *options)
     fleet.wait_for("token")
     return fleet
 
 
 def start_idle(directory: Path, plan: str = "1+1", *options: str) -> FleetProcess:
-    fleet = FleetProcess.script(directory, plan, "idle", *options)
+    fleet = FleetProcess.script(directory, plan, "idle", EVERYBODY, *options)
     fleet.wait_for("ready")
     return fleet
 
