@@ -22,11 +22,14 @@ $(STAMP): $(SOURCES)
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 3 -m hetis generate --plan 1+2 --dispatch even
 
+# Most tests use one core: two files at a time.
+TEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-all: install
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(TEST) -m 'not gpu'
 
 test-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu

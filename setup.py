@@ -34,7 +34,7 @@ REQUIREMENTS = [
 EXTRAS = {
     "flash": ["flash-attn"],
     "bench": ["matplotlib"],
-    "test": ["pytest", "hypothesis", "scipy"],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "scipy"],
     "dev": ["ruff", "mypy"],
 }
 

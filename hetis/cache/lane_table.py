@@ -8,7 +8,7 @@ Letters: U lanes of one sequence in one pool, K pages, W pages of a lane.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import msgspec
 import numpy as np
@@ -125,6 +125,12 @@ class CacheManager:
         self._num_arriving[transit.part.pool] -= 1
         self._count(transit.part)
 
+    def cancel(self, transit: Transit) -> None:
+        """A lane stays at its source; its pages at the target are free."""
+        self._sequences[transit.move.slot].transits.remove(transit)
+        self._num_arriving[transit.part.pool] -= 1
+        self._free([transit.part])
+
     def owners(self, slot: int) -> tuple[tuple[int, ...], ...]:
         """[stage][G] ranks on which the lanes of a sequence live, or will when they arrive."""
         lanes, first = self._sequences[slot], slot * self._num_groups
@@ -143,12 +149,15 @@ class CacheManager:
 
     def num_leaving(self, pool: PoolId) -> int:
         """Pages that come free when lanes which are on the move have arrived."""
-        return sum(
-            lanes.num_pages
-            for lanes in self._sequences.values()
-            for transit in lanes.transits
-            if PoolId(transit.move.source, transit.move.stage) == pool
-        )
+        return self._num_moving(lambda transit: PoolId(transit.move.source, transit.move.stage) == pool)
+
+    def num_arriving(self, pool: PoolId) -> int:
+        """Pages of lanes that are on their way there."""
+        return self._num_moving(lambda transit: transit.part.pool == pool)
+
+    def _num_moving(self, is_meant: Callable[[Transit], bool]) -> int:
+        sequences = self._sequences.values()
+        return sum(lanes.num_pages for lanes in sequences for transit in lanes.transits if is_meant(transit))
 
     def _row(self, move: Move) -> int:
         return move.slot * self._num_groups + move.group

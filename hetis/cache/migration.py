@@ -9,8 +9,7 @@ to somebody else by a later command has been read, or written, by then: a move c
 A lane goes over the link between its home and a worker; from worker to worker over both, by way of its home.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from math import inf
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from hetis.cache.lane_table import CacheManager
 from hetis.cache.lanes import Transit
-from hetis.core.placement import Move, pages_for
+from hetis.core.placement import Move, PoolId, pages_for
 from hetis.core.plan import Plan
 
 
@@ -31,6 +30,14 @@ class Haul(NamedTuple):
     target: int
     first: int
     stop: int
+
+
+class _Leg(NamedTuple):
+    """A link that a lane takes, and which way."""
+
+    home: int
+    worker: int
+    to_worker: bool
 
 
 class Hauler:
@@ -70,27 +77,37 @@ class Hauler:
         self.num_landed += len(arrived)
         return [transit.move for transit in arrived]
 
-    def plan(self, most_bytes: float = inf) -> list[Haul]:
+    def cancel_into(self, pools: Collection[PoolId]) -> None:
+        """Forgets moves into these pools: lanes stay where they are, and their pages there are free at once."""
+        for transit, _ in self._cache.transits():
+            if transit.part.pool in pools:
+                self._cache.cancel(transit)
+
+    def plan(self, most_bytes: Mapping[int, float]) -> list[Haul]:
         """What goes with the next command, in which sequences have the tokens that the cache knows of.
 
-        `most_bytes`: that a link should carry with each message, each way; a page goes in any case.
+        `most_bytes`: by worker, that its links should carry with each message, each way; a page goes in any case.
         """
-        most = max(1, int(min(self._pages_per_haul, most_bytes // self._layer_bytes)))
-        left: dict[tuple[int, int], int] = defaultdict(lambda: most)  # by (from, to)
+        left: dict[_Leg, int] = {}  # pages
         hauls: list[Haul] = []
         for transit, num_tokens in self._cache.transits():
-            hop = self._hops(transit.move)
-            count = self._count(transit, num_tokens, min(left[leg] for leg in hop))
+            legs = self._legs(transit.move)
+            for leg in legs:
+                left.setdefault(leg, self._most_pages(most_bytes.get(leg.worker, inf)))
+            count = self._count(transit, num_tokens, min(left[leg] for leg in legs))
             if count:
-                for leg in hop:
+                for leg in legs:
                     left[leg] -= count
                 hauls.append(self._haul(transit, count))
         return hauls
 
-    def _hops(self, move: Move) -> list[tuple[int, int]]:
-        """The links that a lane takes."""
+    def _most_pages(self, most_bytes: float) -> int:
+        return max(1, int(min(self._pages_per_haul, most_bytes / self._layer_bytes)))
+
+    def _legs(self, move: Move) -> list[_Leg]:
         home = self._homes[move.stage][move.group]
-        return [leg for leg in ((move.source, home), (home, move.target)) if leg[0] != leg[1]]
+        legs = (_Leg(home, move.source, to_worker=False), _Leg(home, move.target, to_worker=True))
+        return [leg for leg in legs if leg.worker != home]
 
     def _count(self, transit: Transit, num_tokens: int, room: int) -> int:
         """Pages to send now: all that are left, if they fit, or else some that are full and will not change."""

@@ -60,6 +60,8 @@ class StepTimes(Message):
 
     rank: int
     step: int
+    num_decodes: int  # rows; neither these nor prompts where only pages travelled
+    num_prompt_tokens: int
     stages: list[StageTimes]  # a worker's stages finish a step one by one
 
 

@@ -79,8 +79,11 @@ class Relief(Protocol):
         """Whether lanes are on the move, so that steps without rows bring them on."""
         ...
 
-    def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> bool:
-        """Has lanes move off these pools. False: that does not help, somebody has to start over (or to wait)."""
+    def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> Mapping[PoolId, int]:
+        """Has lanes move off these pools. What it cannot find: for that somebody has to start over (or to wait).
+
+        The rest is there when it returns, or comes with lanes that leave; then `is_busy` is true.
+        """
         ...
 
 
@@ -89,9 +92,9 @@ class NoRelief:
 
     is_busy = False
 
-    def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> bool:
-        del missing, running
-        return False
+    def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> Mapping[PoolId, int]:
+        del running
+        return missing
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

@@ -89,7 +89,7 @@ class CostModel:
         self._links: dict[int, list[LinkProfile]] = {}  # by worker
         self._attention: dict[int, Follower] = {}
         self._link: dict[int, Follower] = {}
-        self._dense_us: dict[int, float] = {}
+        self._dense_us: dict[int, tuple[float, float]] = {}  # layers, and the rest of a step
         for rank, device in profile.devices.items():
             self.add(rank, device, [link for link in profile.links if link.worker == rank])
 
@@ -148,8 +148,14 @@ class CostModel:
         return beta * self._link[worker].factors[1]
 
     def dense_us(self, ranks: Iterable[int]) -> float:
-        """A layer's share of a decode step beside attention, on the slowest of some primaries; 0 if unknown."""
-        return max((self._dense_us.get(rank, 0.0) for rank in ranks), default=0.0)
+        """A layer's share of a decode step beside attention, for primaries that compute it together; 0 if unknown.
+
+        In their sums over ranks all wait for the one whose attention takes longest: the least time is that of the work.
+        """
+        known = [self._dense_us[rank] for rank in ranks if rank in self._dense_us]
+        if not known:
+            return 0.0
+        return min(layer_us for layer_us, _ in known) + max(other_us for _, other_us in known)
 
     def attention_profile(self, rank: int) -> AttentionProfile:
         """As it was measured before serving."""
@@ -178,13 +184,14 @@ class CostModel:
         if heads and any(terms):
             self._link[worker].observe(terms, measured_us)
 
-    def observe_dense(self, rank: int, measured_us: float) -> None:
+    def observe_dense(self, rank: int, layer_us: float, other_us: float = 0.0) -> None:
         """What a step without prompts took beside attention, by layer, on a primary (at first: by its profile).
 
-        The LM head, sampling and the rest count: they too are shared by all sequences of a step.
+        `other_us`: LM head, sampling and the rest; they too are shared by all sequences of a step.
         """
-        known_us = self._dense_us.get(rank, measured_us)
-        self._dense_us[rank] = known_us + DENSE_WEIGHT * (measured_us - known_us)
+        known_us = self._dense_us.get(rank, (layer_us, other_us))
+        moved_us = [old + DENSE_WEIGHT * (new - old) for old, new in zip(known_us, (layer_us, other_us), strict=True)]
+        self._dense_us[rank] = moved_us[0], moved_us[1]
 
     def relax(self, idle: Iterable[int]) -> None:
         """To be called once per step with the ranks that had no heads in it."""

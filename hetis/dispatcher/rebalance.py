@@ -25,7 +25,12 @@ MOVE_WORTH = 0.5  # of what the sequences bring that run because of a move, that
 
 class Outcome(NamedTuple):
     moves: list[Move]
-    preempt: list[int]  # slots of sequences that have to start over since moving does not help
+    preempt: list[int]  # slots of sequences that have to start over, since nobody can take in their lanes
+
+
+class Relieved(NamedTuple):
+    moves: list[Move]
+    exhausted: list[PoolId]  # where moving does not help: somebody with pages there has to start over
 
 
 class MigrationBudget:
@@ -76,10 +81,10 @@ class Rebalancer:
             found: list[Move] = []
             for stage, pool in fleet.lost(resident):
                 groups = fleet.groups(resident, pool)
-                moves = fleet.place(stage, resident, groups, pool, most_stay=0, limit_us=inf)
+                moves = fleet.place(stage, resident, groups, pool, most_stay=0, limit_us=inf, use_weak=True)
                 if moves is None or not resident.movable:
                     outcome.preempt.append(resident.slot)
-                    found = []
+                    found = []  # what it took stays counted, in this call: nobody gets more than there is
                     break
                 for move in moves:
                     fleet.apply(move)
@@ -121,28 +126,28 @@ class Rebalancer:
         holders.sort(key=lambda r: (-fleet.work_us(r, slowest), -r.arrival))
         for resident in holders[:ATTEMPTS]:
             groups = fleet.groups(resident, slowest)
-            moves = fleet.place(stage, resident, groups, slowest, most_stay=len(groups), limit_us=limit_us)
+            moves = fleet.place(
+                stage, resident, groups, slowest, most_stay=len(groups), limit_us=limit_us, use_weak=False
+            )
             if moves:
                 return moves
         return []
 
-    def memory(self, residents: Sequence[Resident], view: FleetView, missing: Mapping[PoolId, int]) -> Outcome:
+    def memory(self, residents: Sequence[Resident], view: FleetView, missing: Mapping[PoolId, int]) -> Relieved:
         """Makes room for `missing` pages: lanes of the latest arrivals that have lanes there go elsewhere.
 
         Only as many lanes as are needed, and only if the sequences that would have to end otherwise are worth the
-        longer step. If that is not enough, `preempt` names the latest arrival in the pool.
+        longer step.
         """
         fleet = Residents(self._cost, residents, view)
-        outcome = Outcome([], [])
+        relieved = Relieved([], [])
         for pool in sorted(missing):
             moves = self._make_room(fleet, pool, missing[pool])
-            if moves is not None:
-                outcome.moves.extend(moves)
-                continue
-            latest = max(fleet.holders(pool), key=lambda resident: resident.arrival, default=None)
-            if latest is not None and latest.slot not in outcome.preempt:
-                outcome.preempt.append(latest.slot)
-        return outcome
+            if moves is None:
+                relieved.exhausted.append(pool)
+            else:
+                relieved.moves.extend(moves)
+        return relieved
 
     def _make_room(self, fleet: Residents, pool: PoolId, lacking: int) -> list[Move] | None:
         stage = fleet.stages[pool.stage]
@@ -158,9 +163,19 @@ class Rebalancer:
                 continue
             pages = pages_for(resident.num_tokens, fleet.page_size)
             groups = fleet.groups(resident, pool)[: pages_for(lacking, pages)]
-            found = fleet.place(stage, resident, groups, pool, most_stay=0, limit_us=limit_us)
-            for move in found or []:
+            for move in self._elsewhere(fleet, stage, resident, groups, pool, limit_us):
                 fleet.apply(move)
                 moves.append(move)
                 lacking -= pages
         return moves if lacking <= 0 else None
+
+    @staticmethod
+    def _elsewhere(
+        fleet: Residents, stage: StageDevices, resident: Resident, groups: Sequence[int], pool: PoolId, limit_us: float
+    ) -> list[Move]:
+        """On weak workers only if nobody else has pages: rather there than starting over."""
+        for use_weak in (False, True):
+            moves = fleet.place(stage, resident, groups, pool, most_stay=0, limit_us=limit_us, use_weak=use_weak)
+            if moves:
+                return moves
+        return []

@@ -138,10 +138,12 @@ class Residents:
         *,
         most_stay: int,
         limit_us: float,
+        use_weak: bool,
     ) -> list[Move] | None:
         """Where these lanes of a sequence, now in `source`, had better be; the moves that lead there.
 
-        None if they find no pages, or if a device that gets lanes would take longer than `limit_us`.
+        None if they find no pages, or if a device that gets lanes would take longer than `limit_us`. `use_weak`:
+        whether workers that bring next to nothing may get lanes.
         """
         pages, kv_bytes = pages_for(resident.num_tokens, self.page_size) + 1, self._kv_bytes[resident.slot]
         load = self.load.copy()
@@ -155,7 +157,7 @@ class Residents:
                 most[device] = min(most[device], most_stay)
                 free[device] += most_stay * pages
         lane_us = [[load.lane_us(pool.rank, kv_bytes)] for pool in stage.pools]
-        for device in weak_workers(stage, lane_us) if limit_us < inf else set():
+        for device in weak_workers(stage, lane_us) if not use_weak else set():
             most[device] = 0 if stage.pools[device] != source else most[device]
         problem = Problem(
             num_lanes=len(groups),

@@ -54,23 +54,27 @@ class Balancer:
         outcome = self._rebalancer.compute(residents, view, self._budget, staging_tokens)
         assert not outcome.preempt, "no rank has left the plan"
         self.num_rebalances += bool(self._hauler.start(outcome.moves))
-        if refused is not None and not self._hauler.is_busy:
+        if refused is not None:
             shortage = shortage_of(refused, self._cache.view())
             if shortage is not None:
-                self.make_room(shortage.missing, running)
+                self._relieve(shortage.missing, running)
 
-    def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> bool:
-        """See `core.placement.Relief`. Lanes that leave already count."""
+    def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> Mapping[PoolId, int]:
+        """See `core.placement.Relief`. Lanes that are on their way there stay where they are, if that is enough."""
+        if all(self._cache.num_arriving(pool) >= count for pool, count in missing.items()):
+            self._hauler.cancel_into(missing)
+            return {}
+        return self._relieve(missing, running)
+
+    def _relieve(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> Mapping[PoolId, int]:
+        """Has lanes leave, as far as those that leave already are not enough. What cannot be found."""
         lacking = {pool: count - self._cache.num_leaving(pool) for pool, count in missing.items()}
         lacking = {pool: count for pool, count in lacking.items() if count > 0}
         if not lacking:
-            return True
-        outcome = self._rebalancer.memory(self._residents(running), self._cache.view(), lacking)
-        if outcome.preempt:
-            return False
-        started = self._hauler.start(outcome.moves)
-        self.num_reliefs += bool(started)
-        return bool(started)
+            return {}
+        relief = self._rebalancer.memory(self._residents(running), self._cache.view(), lacking)
+        self.num_reliefs += bool(self._hauler.start(relief.moves))
+        return {pool: lacking[pool] for pool in relief.exhausted}
 
     def _residents(self, running: Iterable[Sequence]) -> list[Resident]:
         cache = self._cache

@@ -72,9 +72,19 @@ class Driver:
             self._watch.check()
             self._step()
         if self._trace is not None:
-            self._trace.close()
+            self._finish_trace(self._trace)
         self._broadcast(m.Shutdown())
         self._outlive([rank for rank in self._ranks if rank != 0], END_SECONDS)
+
+    def _finish_trace(self, trace: TraceFile) -> None:
+        """Ranks report all their steps before they answer a question."""
+        if self._engine is not None:
+            self._ask_for_stats()
+            deadline = time.monotonic() + END_SECONDS
+            while len(self._stats) < len(self._ranks) and time.monotonic() < deadline:
+                self._wait(50)
+                self._read_ranks()
+        trace.close()
 
     def _wait(self, milliseconds: int) -> set[object]:
         """For something to read; keeps the books of life and death. Descriptors and sockets that are ready."""
@@ -158,7 +168,7 @@ class Driver:
             self._report = report_of(load(Path(path), FleetProfile), setup.plan, path)
         self._setup = setup
         if (trace := self._args.config.trace) is not None:
-            self._trace = TraceFile(Path(trace), setup.plan, setup.fleet)
+            self._trace = TraceFile(Path(trace), setup.plan, setup.fleet, time.time())
         self._ready = m.EngineReady(
             max_model_len=setup.max_model_len,
             vocab_size=setup.spec.vocab_size,
@@ -234,12 +244,17 @@ class Driver:
                     assert self._engine is not None
                     self._engine.abort(message.id)
                 case m.FleetQuery():
+                    if not self._waiting_for_stats:
+                        self._ask_for_stats()
                     self._waiting_for_stats.add(front)
-                    self._broadcast(m.StatsQuery())
                 case m.ProfileQuery():
                     self._server.send("front", front, self._report)
                 case m.Shutdown():
                     self._ending = True
+
+    def _ask_for_stats(self) -> None:
+        self._stats = {}
+        self._broadcast(m.StatsQuery())
 
     def _on_stats(self, stats: RankStats) -> None:
         self._stats[stats.rank] = stats
@@ -250,7 +265,6 @@ class Driver:
         for front in self._waiting_for_stats:
             self._server.send("front", front, answer)
         self._waiting_for_stats.clear()
-        self._stats = {}
 
     def fail(self, failure: FleetFailedError) -> None:
         """Says why, once and to everybody; has stopped processes killed by their neighbours; ends when all have."""

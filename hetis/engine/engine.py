@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from math import inf
 
 import numpy as np
 
@@ -129,6 +128,7 @@ class Engine:
     def step(self) -> StepCommand | None:
         """The next step for the whole fleet, or None when nothing can start now."""
         self._move_lanes()
+        self._explain_waiting()
         batch = self.scheduler.schedule()
         if batch is None:
             return None
@@ -143,7 +143,6 @@ class Engine:
         self._landed += self.hauler.land()
         if self._balancer is not None:
             self._balancer.balance(self.scheduler.running, self.scheduler.refused)
-        self._explain_waiting()
 
     def _explain_waiting(self) -> None:
         """Says now and then why the first of the queue is not admitted."""
@@ -200,16 +199,21 @@ class Engine:
             num_decode=batch.num_decode,
             tokens=b"".join(_int32(row.sequence.token_ids[row.start : row.start + row.count]) for row in rows),
             sampled=_int32(index for index, row in enumerate(rows) if row.samples),
-            hauls=pack_hauls(self.hauler.plan(self._observer.haul_bytes if self._observer else inf)),
+            hauls=pack_hauls(self.hauler.plan(self._haul_bytes(batch))),
             prompt_logprobs=scored,
             prompt_targets=b"".join(_int32(_targets(rows[index])) for index in scored),
         )
 
+    def _haul_bytes(self, batch: Batch) -> Mapping[int, float]:
+        """Where somebody computes, pages on the move must not be noticed; where all wait for them, they hurry."""
+        return self._observer.haul_bytes if self._observer is not None and batch.rows else {}
+
     def _keep_prompt_logprobs(self, batch: Batch, result: StepResult) -> None:
         for index, found in result.prompt_logprobs.items():
-            sequence = batch.rows[index].sequence
-            if sequence.finish_reason is None:
-                self._prompt_logprobs.setdefault(sequence.id, []).extend(found)
+            row = batch.rows[index]
+            if row.sequence.finish_reason is None:
+                before = self._prompt_logprobs.get(row.sequence.id, []) if row.start else []  # it may have started over
+                self._prompt_logprobs[row.sequence.id] = before + found
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -240,7 +244,7 @@ def _new_sequence(sequence: Sequence, placement: Placement) -> NewSequence:
 
 
 def _is_scored(row: Row) -> bool:
-    """Whether prompt logprobs are wanted of the row; after a preemption they have been delivered."""
+    """Whether prompt logprobs are wanted of the row; with the first token they have been delivered."""
     sequence = row.sequence
     return sequence.params.prompt_logprobs is not None and sequence.num_output == 0 and row.start < sequence.prompt_len
 

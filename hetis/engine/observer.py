@@ -1,7 +1,5 @@
 """What the ranks measure while they serve: the cost model follows it, and the fleet's table shows it."""
 
-from math import inf
-
 from hetis.core.messages import StepTimes
 from hetis.core.plan import Plan
 from hetis.core.times import Span, StageTimes
@@ -18,46 +16,60 @@ class Observer:
         self.cost, self._plan = cost, plan
         self._workers = {worker.rank for worker in plan.workers}
         self._layer_us = 0.0  # in a step without prompts, over all primaries
-        self._worked: dict[int, tuple[int, float]] = {}  # worker -> (query heads, attention us a layer), its last step
+        # by (rank, stage), in its last step with decodes: query heads, and us of attention a layer
+        self._worked: dict[tuple[int, int], tuple[int, float]] = {}
+        self._trips: dict[tuple[int, int], dict[int, float]] = {}  # by (worker, stage): home -> us of its round trip
         self._predicted: dict[int, float] = {}  # rank -> sum of us a layer, over steps with heads
         self._measured: dict[int, float] = {}
         self._counted: dict[int, int] = {}
 
     def on_times(self, times: StepTimes) -> None:
+        if not times.num_decodes:
+            return
         for stage in times.stages:
             num_layers = self._plan.stages[stage.stage].num_layers
-            attention_us = stage.span_us[Span.ATTENTION] / num_layers
-            self._follow_attention(times.rank, stage, attention_us)
-            if times.rank in self._workers:
-                self._worked[times.rank] = stage.heads, attention_us
-            elif not stage.num_prompt_tokens and stage.span_us[Span.DENSE]:
-                beside_us = stage.span_us[Span.DENSE] + stage.span_us[Span.OTHER]
-                self.cost.observe_dense(times.rank, beside_us / num_layers)
-                layer_us = (sum(stage.span_us) - stage.span_us[Span.OTHER]) / num_layers
-                self._layer_us += LAYER_WEIGHT * (layer_us - self._layer_us)
-                self._follow_links(stage)
+            self._follow_attention(times.rank, stage, stage.span_us[Span.ATTENTION] / num_layers)
+            if times.rank not in self._workers and not times.num_prompt_tokens:
+                self._follow_layers(times.rank, stage, num_layers)
+                self._follow_links(times.rank, stage)
 
     def _follow_attention(self, rank: int, stage: StageTimes, measured_us: float) -> None:
-        if not stage.heads:
+        self._worked[rank, stage.stage] = stage.heads, measured_us
+        if stage.heads:
+            kv_bytes = stage.kv_tokens * self.cost.kv_bytes_per_token
+            predicted_us = self.cost.attention_us(rank, stage.heads, kv_bytes)
+            self._predicted[rank] = self._predicted.get(rank, 0.0) + predicted_us
+            self._measured[rank] = self._measured.get(rank, 0.0) + measured_us
+            self._counted[rank] = self._counted.get(rank, 0) + 1
+            self.cost.observe(rank, stage.heads, kv_bytes, measured_us)
+        elif not any(heads for (other, _), (heads, _) in self._worked.items() if other == rank):
             self.cost.relax([rank])
-            return
-        kv_bytes = stage.kv_tokens * self.cost.kv_bytes_per_token
-        self._predicted[rank] = self._predicted.get(rank, 0.0) + self.cost.attention_us(rank, stage.heads, kv_bytes)
-        self._measured[rank] = self._measured.get(rank, 0.0) + measured_us
-        self._counted[rank] = self._counted.get(rank, 0) + 1
-        self.cost.observe(rank, stage.heads, kv_bytes, measured_us)
 
-    def _follow_links(self, stage: StageTimes) -> None:
-        """A round trip less the worker's attention: packing and appending at both ends are part of the way."""
-        for worker, round_trip_us in stage.round_trip_us.items():
-            heads, attention_us = self._worked.get(worker, (0, 0.0))
-            self.cost.observe_link(worker, heads, max(0.0, round_trip_us - attention_us))
+    def _follow_layers(self, rank: int, stage: StageTimes, num_layers: int) -> None:
+        dense_us, other_us = stage.span_us[Span.DENSE], stage.span_us[Span.OTHER]
+        self.cost.observe_dense(rank, dense_us / num_layers, other_us / num_layers)
+        layer_us = (sum(stage.span_us) - other_us - stage.span_us[Span.STAGE]) / num_layers
+        self._layer_us += LAYER_WEIGHT * (layer_us - self._layer_us)
+
+    def _follow_links(self, home: int, stage: StageTimes) -> None:
+        """A round trip less the worker's attention: packing and appending at both ends are part of the way.
+
+        A worker serves the homes of a stage in turn, so the longest of their round trips has the attention of all.
+        """
+        for worker in self._workers:
+            trips = self._trips.setdefault((worker, stage.stage), {})
+            trips.pop(home, None)
+            if worker in stage.round_trip_us:
+                trips[home] = stage.round_trip_us[worker]
+                if trips[home] == max(trips.values()):
+                    heads, attention_us = self._worked.get((worker, stage.stage), (0, 0.0))
+                    self.cost.observe_link(worker, heads, max(0.0, trips[home] - attention_us))
 
     @property
-    def haul_bytes(self) -> float:
-        """Bytes of lanes on the move that a message may carry without being noticed, over the slowest link."""
-        slowest = max((self.cost.prompt_us_per_byte(worker) for worker in self._workers), default=0.0)
-        return HAUL_SHARE * self._layer_us / slowest if slowest else inf
+    def haul_bytes(self) -> dict[int, float]:
+        """By worker: bytes of lanes on the move that a message to or from it may carry without being noticed."""
+        paces = {worker: self.cost.prompt_us_per_byte(worker) for worker in self._workers}
+        return {worker: HAUL_SHARE * self._layer_us / pace for worker, pace in paces.items() if pace}
 
     def mean_us(self, rank: int) -> tuple[float, float]:
         """(predicted, measured) decode attention of a layer, on average over the steps in which a rank had heads."""

@@ -15,7 +15,7 @@ from operator import attrgetter
 
 from hetis.cache.lane_table import CacheManager
 from hetis.core.batch import Batch, NewToken, Row
-from hetis.core.placement import Dispatcher, NoRelief, Placement, Relief, Shortage
+from hetis.core.placement import Dispatcher, NoRelief, Placement, PoolId, Relief
 from hetis.core.request import Sequence
 
 _ARRIVAL = attrgetter("arrival")
@@ -115,6 +115,15 @@ class Scheduler:
         return Batch(rows=rows, admitted=admitted, released=released)
 
     def _decodes(self) -> list[Row]:
+        """Once more if all of them waited and the last one started over: its pages are free by now."""
+        rows: list[Row] = []
+        before = -1
+        while not rows and before != self.num_preemptions:
+            before = self.num_preemptions
+            rows = self._decodes_with_pages()
+        return rows
+
+    def _decodes_with_pages(self) -> list[Row]:
         rows: list[Row] = []
         limit = min(_share(len(self._running), self._num_stages), self._token_budget)
         for sequence in [s for s in self._running if not s.in_flight and not s.is_prefilling]:
@@ -178,22 +187,23 @@ class Scheduler:
     def _reserve_next(self, sequence: Sequence) -> bool:
         """Pages for one more token; lanes of others move away, or others start over. False: not in this step."""
         while (shortage := self._cache.reserve(sequence.slot, sequence.num_computed + 1)) is not None:
-            if self._relief.make_room(shortage.missing, self._running):
-                return False
-            victim = self._victim(sequence, shortage)
+            lacking = self._relief.make_room(shortage.missing, self._running)
+            if not lacking:
+                return self._cache.reserve(sequence.slot, sequence.num_computed + 1) is None
+            victim = self._victim(sequence, lacking)
             if victim is not None:
                 self._preempt(victim)
             if victim in (None, sequence):
                 return False
         return True
 
-    def _victim(self, sequence: Sequence, shortage: Shortage) -> Sequence | None:
-        """The latest arrived sequence after `sequence` that has pages where they lack and is not in flight.
+    def _victim(self, sequence: Sequence, pools: Collection[PoolId]) -> Sequence | None:
+        """The latest arrived sequence after `sequence` that has pages in these pools and is not in flight.
 
         With None `sequence` waits: for a later one in flight, or for earlier ones to finish, which never wait for it. A
         sequence that is alone there gives way itself, since only another placement helps it.
         """
-        holders = [s for s in self._running if self._cache.is_in(s.slot, shortage.missing)]
+        holders = [s for s in self._running if self._cache.is_in(s.slot, pools)]
         if holders == [sequence]:
             return sequence
         later = holders[holders.index(sequence) + 1 :]

@@ -19,7 +19,7 @@ from hetis.core.times import Span, StageTimes
 from hetis.workers.build import make_pool, wire_format
 from hetis.workers.measure import Measurer
 from hetis.workers.step_input import StepPlanner, WorkerInput
-from hetis.workers.timer import StageTimer, attention_seconds
+from hetis.workers.timer import StageTimer, attention_seconds, step_times
 from hetis_kernels import kv_append, paged_decode
 
 
@@ -37,8 +37,14 @@ class StageServer:
         self.pool = make_pool(setup, rank, stage_index, device)
         self._planner = StepPlanner(self.pool, setup.spec.num_head_groups, setup.max_num_seqs, self._windows, device)
         self._timer = StageTimer(stage_index, self._wire.num_queries, device, setup.trace)
+        self.attention_seconds = 0.0
 
     def run_step(self, command: StepCommand) -> StageTimes:
+        times = self._run(command)
+        self.attention_seconds += attention_seconds(times)
+        return times
+
+    def _run(self, command: StepCommand) -> StageTimes:
         self._timer.begin()
         self._planner.apply(command)
         served: list[tuple[Link, WorkerInput]] = []
@@ -55,7 +61,6 @@ class StageServer:
         inputs = [step for _, step in served]
         return self._timer.report(
             [step.lanes for step in inputs],
-            sum(len(step.prefill_append) for step in inputs),
             len(self._windows) * sum(step.haul.num_in + step.haul.num_out for step in inputs),
         )
 
@@ -127,10 +132,9 @@ class AttentionRank:
         stages = range(len(setup.plan.stages))
         self._servers = [StageServer(setup, rank, stage, links, device) for stage in stages]
         self._finished: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()
-        self._attention_seconds = 0.0
-        self._queues: list[queue.SimpleQueue[StepCommand]] = []
+        self._queues: list[queue.Queue[StepCommand]] = []
         if len(self._servers) > 1:
-            self._queues = [queue.SimpleQueue() for _ in stages]
+            self._queues = [queue.Queue() for _ in stages]
             for server, commands in zip(self._servers, self._queues, strict=True):
                 threading.Thread(target=self._serve, args=(server, commands), daemon=True).start()
 
@@ -146,25 +150,28 @@ class AttentionRank:
         times = []
         while not self._finished.empty():
             times.append(self._finished.get())
-            self._attention_seconds += sum(map(attention_seconds, times[-1].stages))
         return times
 
     def _run(self, server: StageServer, command: StepCommand) -> None:
-        self._finished.put(StepTimes(rank=self._rank, step=command.step, stages=[server.run_step(command)]))
+        self._finished.put(step_times(self._rank, command, [server.run_step(command)]))
 
     def stats(self) -> RankStats:
+        """As soon as all commands so far are done."""
+        for commands in self._queues:
+            commands.join()
         return RankStats(
             rank=self._rank,
-            attention_seconds=self._attention_seconds,
+            attention_seconds=sum(server.attention_seconds for server in self._servers),
             bytes_sent={f"{self._rank}->{peer}": link.bytes_sent for peer, link in self._links.items()},
             bytes_received={f"{peer}->{self._rank}": link.bytes_received for peer, link in self._links.items()},
         )
 
-    def _serve(self, server: StageServer, commands: "queue.SimpleQueue[StepCommand]") -> None:
+    def _serve(self, server: StageServer, commands: "queue.Queue[StepCommand]") -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP teams are per thread
         try:
             while True:
                 self._run(server, commands.get())
+                commands.task_done()
         except BaseException as error:
             self._on_failure(error)
 

@@ -19,7 +19,7 @@ from hetis.workers.measure import Measurer
 from hetis.workers.sampler import Sampler
 from hetis.workers.split_attention import SplitAttention
 from hetis.workers.step_input import PrimaryInput, StepPlanner, StepRows
-from hetis.workers.timer import StageTimer, attention_seconds
+from hetis.workers.timer import StageTimer, attention_seconds, step_times
 
 
 class PrimaryRank:
@@ -86,18 +86,23 @@ class PrimaryRank:
         if self._is_first:
             hidden_TH = self._decoder.embed(step.token_T, step.position_T)
         else:
+            self._timer.lap(Span.OTHER)
             hidden_TH = self._pipeline.recv(step.num_tokens)
+            self._timer.lap(Span.STAGE)
         self._timer.lap(Span.OTHER)
         hidden_TH = self._decoder.forward(hidden_TH, step.position_T, self._attention)
         self._timer.lap(Span.DENSE)
         self._attention.finish()
         if self._is_last:
             return self._finish(command, hidden_TH)
+        self._timer.lap(Span.OTHER)
         self._pipeline.send(hidden_TH)
+        self._timer.lap(Span.STAGE)
         return None
 
     def _carry(self, command: StepCommand) -> StepResult | None:
         """A step without tokens brings lanes on the move further while all others wait for their pages."""
+        self._timer.lap(Span.OTHER)
         self._attention.carry(*self._decoder.attention_buffers())
         self._attention.finish()
         return StepResult(step=command.step, tokens=b"") if self._sampler else None
@@ -106,9 +111,9 @@ class PrimaryRank:
         self._timer.lap(Span.OTHER)
         pages = sum(route.haul.num_in + route.haul.num_out for route in step.routes)
         num_layers = self._setup.plan.stages[self._stage_index].num_layers
-        times = self._timer.report([step.local], step.num_tokens - step.num_decode, pages * num_layers)
+        times = self._timer.report([step.local], pages * num_layers)
         self._attention_seconds += attention_seconds(times)
-        self._times.append(StepTimes(rank=self.rank, step=command.step, stages=[times]))
+        self._times.append(step_times(self.rank, command, [times]))
 
     def take_times(self) -> list[StepTimes]:
         """Of what has been finished since the last call."""

@@ -174,7 +174,10 @@ def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRa
         elif isinstance(command, m.Measure | m.MeasureLink):
             control.send(member.measurer.measure(command))
         elif isinstance(command, m.StatsQuery):
-            control.send(m.Stats(stats=member.stats()))
+            stats = member.stats()
+            for times in member.take_times():  # of stages that had not been done when their step was handed out
+                control.send(times)
+            control.send(m.Stats(stats=stats))
         elif isinstance(command, m.Shutdown):
             return
 

@@ -3,8 +3,6 @@
 Per layer: pack and send first, so that the workers begin; append and attend locally meanwhile; then collect.
 """
 
-from time import perf_counter
-
 import torch
 from torch import Tensor
 
@@ -59,7 +57,7 @@ class SplitAttention:
                 message = link.send_buffer(wire.request_bytes(0, 0, num_pages))
                 route.haul.write(last, wire.request_views(message, 0, 0, num_pages)[2])
                 link.send()
-        self._timer.lap(Span.MIGRATION)
+                self._timer.lap(Span.MIGRATION)
 
     def carry(self, qkv_TGHD: Tensor, out_TGMD: Tensor) -> None:
         """A step without tokens, in which only pages travel."""
@@ -89,7 +87,6 @@ class SplitAttention:
                 self._timer.lap(Span.MIGRATION)
             link.send()
             self._timer.on_sent(route.peer)
-        self._timer.lap(Span.SEND)
 
     def _attend_here(self, layer: int, qkv_TGHD: Tensor, qkv_NHD: Tensor, out_TGMD: Tensor, out_NMD: Tensor) -> None:
         step, M = self._step, self._wire.num_queries
@@ -121,11 +118,12 @@ class SplitAttention:
             num_decode, num_pages = len(route.decode_row_U), route.haul.num_in
             if not (num_decode or num_pages):
                 continue
-            link, since = self._links[route.peer], perf_counter()
+            link = self._links[route.peer]
             reply = link.recv(wire.reply_bytes(num_decode, num_pages))
             if num_decode and not num_pages:
-                self._timer.on_received(route.peer, since)
-            self._timer.lap(Span.WAIT)
+                self._timer.on_received(route.peer)
+            else:
+                self._timer.lap(Span.WAIT)
             out_UMD, _, pages_N12SD = wire.reply_views(reply, num_decode, num_pages)
             if num_decode:
                 lane_unpack(out_UMD.view(num_decode, wire.out_width), route.decode_row_U, out_NF)

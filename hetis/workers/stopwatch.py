@@ -19,8 +19,8 @@ class Stopwatch(Protocol):
     def begin(self) -> None:
         """A step begins: forget the last one."""
 
-    def lap(self, span: Span) -> None:
-        """All since the last lap (or the beginning) was `span`."""
+    def lap(self, span: Span) -> int:
+        """All since the last lap (or the beginning) was `span`. The lap's index in `read`."""
 
     def read(self) -> Trace:
         """The laps since the beginning."""
@@ -43,9 +43,10 @@ class HostStopwatch:
         self._times.clear()
         self._times.append(time.perf_counter())
 
-    def lap(self, span: Span) -> None:
+    def lap(self, span: Span) -> int:
         self._spans.append(span)
         self._times.append(time.perf_counter())
+        return len(self._spans) - 1
 
     def read(self) -> Trace:
         times = [self._epoch + moment for moment in self._times]
@@ -66,9 +67,10 @@ class CudaStopwatch:
         self._began = time.time()
         self._record(0)
 
-    def lap(self, span: Span) -> None:
+    def lap(self, span: Span) -> int:
         self._spans.append(span)
         self._record(len(self._spans))
+        return len(self._spans) - 1
 
     def _record(self, index: int) -> None:
         if index == len(self._events):

@@ -1,13 +1,14 @@
 """One stage's time on one rank: its stopwatch, the round trips of its messages, and the report they make."""
 
+from collections import defaultdict
 from collections.abc import Sequence
-from time import perf_counter
 
 import torch
 
+from hetis.core.messages import StepCommand, StepTimes
 from hetis.core.times import Span, StageTimes
-from hetis.workers.step_input import DecodeLanes
-from hetis.workers.stopwatch import make_stopwatch, pack_trace, totals_us
+from hetis.workers.step_input import DecodeLanes, StepRows
+from hetis.workers.stopwatch import Trace, make_stopwatch, pack_trace, totals_us
 
 REAL_WAIT = 5e-6  # seconds: whoever waits less finds a reply that had come before
 
@@ -18,35 +19,53 @@ class StageTimer:
         self._stage, self._num_queries, self._traced = stage, num_queries, traced
         self._stopwatch = make_stopwatch(device)
         self.lap = self._stopwatch.lap
-        self._sent: dict[int, float] = {}
-        self._round_trips: dict[int, list[float]] = {}
+        self._sent: dict[int, int] = {}  # peer -> the lap at whose end a message went
+        self._replies: list[tuple[int, int, int]] = []  # peer, that lap, and the lap at whose end the reply was there
 
     def begin(self) -> None:
-        self._round_trips.clear()
+        self._replies.clear()
         self._stopwatch.begin()
 
     def on_sent(self, peer: int) -> None:
-        self._sent[peer] = perf_counter()
+        """A message has gone: a lap of `SEND`."""
+        self._sent[peer] = self.lap(Span.SEND)
 
-    def on_received(self, peer: int, waiting_since: float) -> None:
-        """A reply counts if it was waited for: else it came some time before, nobody knows when."""
-        now = perf_counter()
-        if now - waiting_since > REAL_WAIT:
-            self._round_trips.setdefault(peer, []).append(now - self._sent[peer])
+    def on_received(self, peer: int) -> None:
+        """Its reply is here: a lap of `WAIT`."""
+        self._replies.append((peer, self._sent[peer], self.lap(Span.WAIT)))
 
-    def report(self, lanes: Sequence[DecodeLanes], num_prompt_tokens: int, num_page_layers: int) -> StageTimes:
+    def report(self, lanes: Sequence[DecodeLanes], num_page_layers: int) -> StageTimes:
         """`lanes`: those whose attention was computed here."""
         trace = self._stopwatch.read()
         return StageTimes(
             stage=self._stage,
             heads=self._num_queries * sum(map(len, lanes)),
             kv_tokens=sum(each.kv_tokens for each in lanes),
-            num_prompt_tokens=num_prompt_tokens,
             span_us=totals_us(trace),
-            round_trip_us={peer: 1e6 * sum(times) / len(times) for peer, times in self._round_trips.items()},
+            round_trip_us=self._round_trips_us(trace),
             num_page_layers=num_page_layers,
             trace=pack_trace(trace) if self._traced else b"",
         )
+
+    def _round_trips_us(self, trace: Trace) -> dict[int, float]:
+        """Means. A reply counts if it was waited for: else it came some time before, nobody knows when."""
+        found: defaultdict[int, list[float]] = defaultdict(list)
+        for peer, sent, received in self._replies:
+            _, waiting_since, now = trace[received]
+            if now - waiting_since > REAL_WAIT:
+                found[peer].append(now - trace[sent][2])
+        return {peer: 1e6 * sum(seconds) / len(seconds) for peer, seconds in found.items()}
+
+
+def step_times(rank: int, command: StepCommand, stages: list[StageTimes]) -> StepTimes:
+    rows = StepRows.of(command)
+    return StepTimes(
+        rank=rank,
+        step=command.step,
+        num_decodes=rows.num_decode,
+        num_prompt_tokens=int(rows.counts_R[rows.num_decode :].sum()),
+        stages=stages,
+    )
 
 
 def attention_seconds(times: StageTimes) -> float:

@@ -33,7 +33,7 @@ def test_a_lane_that_fits_goes_at_once_and_lands_with_the_next_command() -> None
     cache, hauler = make(pages_per_haul=3)
     assert hauler.start([move(0, 0, 3)]) == [move(0, 0, 3)]
     assert hauler.land() == []
-    assert hauler.plan() == [Haul(0, 0, 0, 3, 0, 3)]
+    assert hauler.plan({}) == [Haul(0, 0, 0, 3, 0, 3)]
     assert cache.owners(0) == ((3, 2, 1),), "it counts where it goes"
     assert hauler.land() == [move(0, 0, 3)]
     assert not hauler.is_busy
@@ -45,12 +45,12 @@ def test_a_lane_that_fits_goes_at_once_and_lands_with_the_next_command() -> None
 def test_only_full_pages_go_ahead_of_the_last_haul() -> None:
     cache, hauler = make(pages_per_haul=1)  # 10 tokens: two full pages and a half
     hauler.start([move(0, 0, 3)])
-    assert spans(hauler.plan()) == [(0, 0, 1)]
+    assert spans(hauler.plan({})) == [(0, 0, 1)]
     assert cache.reserve(0, 13) is None  # a fourth page, at the target too
-    assert spans(hauler.plan()) == [(0, 1, 2)]
+    assert spans(hauler.plan({})) == [(0, 1, 2)]
     assert hauler.land() == []
-    assert spans(hauler.plan()) == [(0, 2, 3)]
-    assert spans(hauler.plan()) == [(0, 3, 4)], "what is left, with the token appended meanwhile"
+    assert spans(hauler.plan({})) == [(0, 2, 3)]
+    assert spans(hauler.plan({})) == [(0, 3, 4)], "what is left, with the token appended meanwhile"
     assert hauler.land() == [move(0, 0, 3)]
     cache.check_integrity()
 
@@ -59,8 +59,29 @@ def test_links_are_shared_and_a_relay_takes_two() -> None:
     _, hauler = make(pages_per_haul=2)
     hauler.start([move(1, 2, 3), move(0, 0, 3), move(2, 1, 3)])
     # the first takes 2 -> 0 and 0 -> 3, on which nothing is left for the second; the third has a home of its own
-    assert spans(hauler.plan()) == [(1, 0, 2), (2, 0, 2)]
-    assert spans(hauler.plan()) == [(1, 2, 3), (0, 0, 1), (2, 2, 3)]
+    assert spans(hauler.plan({})) == [(1, 0, 2), (2, 0, 2)]
+    assert spans(hauler.plan({})) == [(1, 2, 3), (0, 0, 1), (2, 2, 3)]
+
+
+def test_every_link_has_a_pace_of_its_own() -> None:
+    _, hauler = make(pages_per_haul=2)
+    hauler.start([move(0, 0, 3), move(2, 1, 2)])
+    page = PAGE_SIZE * 16
+    assert spans(hauler.plan({3: 0.5 * page})) == [(0, 0, 1), (2, 0, 2)], "a page goes in any case"
+    assert spans(hauler.plan({3: 1.5 * page})) == [(0, 1, 2), (2, 2, 3)]
+
+
+def test_a_move_into_a_pool_can_be_forgotten_half_way() -> None:
+    cache, hauler = make(pages_per_haul=1)
+    hauler.start([move(0, 0, 3), move(2, 1, 2)])
+    hauler.plan({})
+    assert cache.num_arriving(PoolId(3, 0)) == 3
+    hauler.cancel_into({PoolId(3, 0)})
+    cache.check_integrity()
+    assert cache.owners(0) == ((0, 2, 2),)
+    assert cache.free_pages(PoolId(3, 0)) == 40
+    hauler.start([move(0, 0, 3)])
+    assert spans(hauler.plan({})) == [(2, 1, 2), (0, 0, 1)], "and begins anew"
 
 
 def test_without_pages_at_the_target_nothing_starts() -> None:
@@ -72,9 +93,9 @@ def test_without_pages_at_the_target_nothing_starts() -> None:
 def test_a_sequence_that_leaves_takes_its_moves_with_it() -> None:
     cache, hauler = make(pages_per_haul=1)
     hauler.start([move(0, 0, 3), move(1, 2, 0)])
-    hauler.plan()
+    hauler.plan({})
     cache.release(0)
-    assert (hauler.plan(), hauler.land(), hauler.is_busy) == ([], [], False)
+    assert (hauler.plan({}), hauler.land(), hauler.is_busy) == ([], [], False)
     assert all(cache.free_pages(pool) == 40 for pool in pools_of(PLAN))
     cache.check_integrity()
 
@@ -84,7 +105,7 @@ def test_deltas_of_a_lane_that_has_left_are_not_announced() -> None:
     cache, hauler = make(pages_per_haul=9)
     cache.take_deltas()
     hauler.start([move(0, 0, 3)])
-    hauler.plan()
+    hauler.plan({})
     assert cache.reserve(0, 17) is None
     hauler.land()
     deltas = cache.take_deltas()
@@ -105,7 +126,7 @@ def test_every_page_travels_once_and_in_order(seed: int) -> None:
         if random.random() < 0.5:
             num_tokens += 1
             assert cache.reserve(0, num_tokens) is None
-        for haul in hauler.plan():
+        for haul in hauler.plan({}):
             assert haul.first == seen.get(haul.row, 0) < haul.stop
             seen[haul.row] = haul.stop
         for landed in hauler.land():

@@ -24,6 +24,11 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 
 
+def named_memory() -> set[str]:
+    """What is in /dev/shm, but for semaphores: other tests that run meanwhile make some, and unlink them at once."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+
+
 def device_info(rank: int, **changes: Any) -> DeviceInfo:
     fields: dict[str, Any] = {
         "device": "cpu",

@@ -1,6 +1,5 @@
 """Links between real processes: transport, death of the peer, what is left over."""
 
-import os
 import signal
 from pathlib import Path
 from time import monotonic
@@ -8,7 +7,7 @@ from time import monotonic
 import pytest
 
 from hetis.comm.rendezvous import StoreRendezvous
-from tests.comm.comm_helpers import Ranks, open_end, random_bytes, receive, transmit
+from tests.comm.comm_helpers import Ranks, named_memory, open_end, random_bytes, receive, transmit
 
 DETECTION_SECONDS = 2.0
 
@@ -35,18 +34,18 @@ def test_death_of_the_peer_is_an_error_that_names_it(kind: str, monkeypatch: pyt
 
 
 def test_nothing_is_left_over_after_both_ends_are_killed(tmp_path: Path) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = named_memory()
     with Ranks("idle_pair", [0, 1], TMPDIR=str(tmp_path)) as ranks:
         rendezvous = StoreRendezvous(ranks.store).within("hetis/test/0")
         for rank in (0, 1):
             rendezvous.get(f"ready/{rank}", 60)
         names = [mapped_hetis_memory(process.pid) for process in ranks.processes.values()]
         assert names == [{"/memfd:hetis (deleted)"}] * 2
-        assert set(os.listdir("/dev/shm")) == before
+        assert named_memory() == before
         for process in ranks.processes.values():
             process.kill()
             process.wait()
-        assert set(os.listdir("/dev/shm")) == before
+        assert named_memory() == before
         assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,5 @@
 """Every kind of link keeps the same contract; both ends live in this process."""
 
-import os
 import socket
 import threading
 from functools import partial
@@ -19,6 +18,7 @@ from hetis.comm.rendezvous import LocalRendezvous
 from tests.comm.comm_helpers import (
     CPU,
     device_info,
+    named_memory,
     open_end,
     open_pair,
     ping_pong,
@@ -293,10 +293,10 @@ def test_choice_of_link() -> None:
 
 
 def test_shared_memory_has_no_name() -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = named_memory()
     pair = open_pair("shm", 1 << 16, 1 << 16)
     mapped = {line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:hetis" in line}
     assert mapped == {"/memfd:hetis"}
-    assert set(os.listdir("/dev/shm")) == before
+    assert named_memory() == before
     for end in pair:
         end.close()

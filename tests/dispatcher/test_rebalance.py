@@ -10,7 +10,7 @@ from hetis.cache.lane_table import pools_of
 from hetis.core.placement import FleetView, Move, PoolId, pages_for
 from hetis.core.plan import Plan
 from hetis.cost.cost_model import CostModel
-from hetis.dispatcher.rebalance import THETA, MigrationBudget, Outcome, Rebalancer
+from hetis.dispatcher.rebalance import THETA, MigrationBudget, Outcome, Rebalancer, Relieved
 from hetis.dispatcher.residents import Resident, Residents
 from tests.dispatcher.fleets import PAGE_SIZE, device, make_cost, make_view
 from tests.scheduler.toy_engine import make_plan
@@ -182,7 +182,7 @@ def test_pages_are_found_where_the_latest_arrival_with_lanes_there_can_go() -> N
     view = make_view(plan, [0, 0, PLENTY])
     residents = [resident(slot, [1, 1, 1, 1]) for slot in range(3)] + [resident(3, [0, 0, 2, 2])]
     outcome = Rebalancer(cost).memory(residents, view, {PoolId(1, 0): 3})
-    assert outcome.preempt == []
+    assert outcome.exhausted == []
     assert [(move.slot, move.source, move.target) for move in outcome.moves] == [(2, 1, 2), (2, 1, 2)]
 
 
@@ -195,23 +195,34 @@ def test_a_home_can_be_freed_for_the_next_prompt() -> None:
     assert len(outcome.moves) == 6, "two pages each"
 
 
-def test_a_full_fleet_preempts_the_latest_arrival_there() -> None:
+def test_a_full_fleet_is_exhausted() -> None:
     plan = make_plan([[4]], 2)
     cost = make_cost(plan, [device()] * 3)
     residents = [resident(slot, [1, 1, 1, 1]) for slot in range(3)] + [resident(3, [0, 0, 2, 2])]
     outcome = Rebalancer(cost).memory(residents, make_view(plan, [0, 0, 2]), {PoolId(1, 0): 3})
-    assert outcome == Outcome([], [2])
+    assert outcome == Relieved([], [PoolId(1, 0)])
 
 
 @pytest.mark.parametrize(("speed", "missing", "moves"), [(0.25, 4, 2), (0.25, 8, 0), (0.01, 1, 0)])
-def test_a_move_that_would_cost_more_than_it_brings_preempts_instead(speed: float, missing: int, moves: int) -> None:
+def test_a_move_that_would_cost_more_than_it_brings_is_left_out(speed: float, missing: int, moves: int) -> None:
     """Two lanes on a worker four times as slow do not show, four would; and one 100 times as slow gets nothing."""
     plan = make_plan([[4]], 1)
     cost = make_cost(plan, [device(), device(speed)])
     residents = [resident(slot, [0, 0, 0, 0]) for slot in range(3)]
     outcome = Rebalancer(cost).memory(residents, make_view(plan, [0, PLENTY]), {PoolId(0, 0): missing})
     assert len(outcome.moves) == moves
-    assert outcome.preempt == ([] if moves else [2])
+    assert outcome.exhausted == ([] if moves else [PoolId(0, 0)])
+
+
+def test_a_weak_worker_is_better_than_starting_over() -> None:
+    """It brings too little for balance, but it has pages, and one lane there does not show."""
+    plan = make_plan([[4]], 2)
+    cost = make_cost(plan, [device(), device(0.05), device()], dense_us=200.0)
+    residents = [resident(slot, [0, 0, 0, 0]) for slot in range(3)]
+    missing = {PoolId(0, 0): 1}
+    rebalancer = Rebalancer(cost)
+    assert {move.target for move in rebalancer.memory(residents, make_view(plan, [0, 9, 9]), missing).moves} == {2}
+    assert {move.target for move in rebalancer.memory(residents, make_view(plan, [0, 9, 0]), missing).moves} == {1}
 
 
 # --- fleets that change -----------------------------------------------------------------------------------------------
@@ -296,4 +307,4 @@ def test_nobody_and_one(num_residents: int) -> None:
     rebalancer = Rebalancer(make_cost(plan, [device()] * 3))
     residents = [resident(0, [0, 1, 2, 0])][:num_residents]
     assert rebalancer.compute(residents, view, ample()).preempt == []
-    assert rebalancer.memory(residents, view, {}) == Outcome([], [])
+    assert rebalancer.memory(residents, view, {}) == Relieved([], [])

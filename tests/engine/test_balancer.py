@@ -121,5 +121,33 @@ def test_lanes_that_leave_already_count() -> None:
     missing: Mapping[PoolId, int] = {PoolId(0, 0): 1}
     balancer = engine.scheduler._relief
     assert isinstance(balancer, Balancer)
-    assert balancer.make_room(missing, engine.scheduler.running)
+    assert balancer.make_room(missing, engine.scheduler.running) == {}
     assert balancer.num_reliefs == 0
+
+
+def test_a_lane_that_is_on_its_way_gives_its_pages_back_before_anybody_starts_over() -> None:
+    engine = make_engine({0: 200, 1: 200, 2: 200}, Clock(), pages_per_haul=1)
+    engine.scheduler.add(make_sequence(0, 12, 40))
+    engine.step()
+    engine.step()
+    sequence = engine.scheduler.running[0]
+    owners = engine.cache.owners(sequence.slot)
+    group = owners[0].index(0)
+    engine.hauler.start([Move(slot=sequence.slot, stage=0, group=group, source=0, target=1)])
+    free = engine.cache.free_pages(PoolId(1, 0))
+    balancer = engine.scheduler._relief
+    assert isinstance(balancer, Balancer)
+    assert balancer.make_room({PoolId(1, 0): 2}, engine.scheduler.running) == {}
+    assert not engine.hauler.is_busy
+    assert engine.cache.owners(sequence.slot) == owners
+    assert engine.cache.free_pages(PoolId(1, 0)) >= free + 2
+    engine.run()
+    engine.check_idle()
+
+
+def test_what_cannot_be_found_is_told() -> None:
+    engine = make_engine({0: 200, 1: 200, 2: 200}, Clock())
+    balancer = engine.scheduler._relief
+    assert isinstance(balancer, Balancer)
+    assert balancer.make_room({PoolId(0, 0): 3}, []) == {PoolId(0, 0): 3}
+    assert not engine.hauler.is_busy

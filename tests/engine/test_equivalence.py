@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hetis.core.messages import AddRequest
 from hetis.core.sampling_params import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_fleet import LocalFleet
@@ -40,6 +41,23 @@ def test_preemption_by_recompute(checkpoint: Path, alone: list[list[int]]):
     with LocalFleet(checkpoint, "1+1", dispatch="proportional", block_size=4, kv_cache_memory=40 * PAGE_BYTES) as fleet:
         assert tokens(fleet) == alone
         assert fleet.engine.scheduler.num_preemptions > 0
+
+
+def test_a_prompt_that_starts_over_is_scored_once(checkpoint: Path):
+    [prompt] = [prompt for prompt in prompts() if len(prompt) > 14][:1]
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    with LocalFleet(checkpoint, "1+0", max_num_batched_tokens=7) as fleet:
+        [expected] = fleet.generate([prompt], params)
+        fleet.engine.add(AddRequest(id="again", token_ids=prompt, params=params))
+        for _ in range(2):
+            fleet.turn()
+        [sequence] = fleet.engine.scheduler.running
+        assert 0 < sequence.num_computed < len(prompt)
+        fleet.engine.scheduler._preempt(sequence)
+        while not (outputs := fleet.engine.take_outputs()):
+            fleet.turn()
+    assert outputs[0].prompt_logprobs == expected.prompt_rows
+    assert len(expected.prompt_rows) == len(prompt) - 1
 
 
 def test_lanes_move_where_pages_run_out(checkpoint: Path, alone: list[list[int]]):

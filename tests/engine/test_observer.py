@@ -6,7 +6,7 @@ from hetis.core.messages import StepTimes
 from hetis.core.times import Span, StageTimes
 from hetis.cost.cost_model import CostModel
 from hetis.engine.observer import Observer
-from tests.dispatcher.fleets import device, make_cost
+from tests.dispatcher.fleets import device, link, make_cost
 from tests.scheduler.toy_engine import make_plan
 
 PLAN = make_plan([[4], [4]], 1)  # two stages of one layer, one worker: ranks 0, 1, 2
@@ -18,21 +18,22 @@ def observed() -> tuple[Observer, CostModel]:
     return Observer(cost, PLAN), cost
 
 
-def times(rank: int, stage: int, heads: int = HEADS, prompt: int = 0, **spans: float) -> StepTimes:
+def times(
+    rank: int, stage: int, /, heads: int = HEADS, prompt: int = 0, decodes: int = 1, to: int = 2, **spans: float
+) -> StepTimes:
     span_us = [0.0] * len(Span)
     for name, value in spans.items():
         if name != "round_trip":
             span_us[Span[name.upper()]] = value
-    round_trip_us = {2: spans["round_trip"]} if "round_trip" in spans else {}
+    round_trip_us = {to: spans["round_trip"]} if "round_trip" in spans else {}
     report = StageTimes(
         stage=stage,
         heads=heads,
         kv_tokens=TOKENS if heads else 0.0,
-        num_prompt_tokens=prompt,
         span_us=span_us,
         round_trip_us=round_trip_us,
     )
-    return StepTimes(rank=rank, step=0, stages=[report])
+    return StepTimes(rank=rank, step=0, num_decodes=decodes, num_prompt_tokens=prompt, stages=[report])
 
 
 def predicted(cost: CostModel, rank: int) -> float:
@@ -56,10 +57,29 @@ def test_a_rank_without_heads_drifts_back_to_its_profile() -> None:
     first = predicted(cost, 2)
     for _ in range(100):
         observer.on_times(times(2, 0, attention=5 * first))
-    assert predicted(cost, 2) > 4 * first
+        observer.on_times(times(2, 1, attention=5 * first))
+    slow = predicted(cost, 2)
+    assert slow > 4 * first
     for _ in range(1000):
+        observer.on_times(times(2, 0, heads=0, prompt=100, decodes=0))
         observer.on_times(times(2, 0, heads=0))
+    assert predicted(cost, 2) == slow, "a rank that waits for prompts, or works for another stage, is not idle"
+    for _ in range(1000):
+        observer.on_times(times(2, 1, heads=0))
     assert predicted(cost, 2) == pytest.approx(first, rel=0.01)
+
+
+def test_steps_in_which_only_pages_travel_say_nothing() -> None:
+    observer, cost = observed()
+    cost.add(2, device(), [link(0, 2, 10.0, beta_us_per_byte=0.001)])
+    for _ in range(100):
+        observer.on_times(times(0, 0, dense=50.0, attention=20.0))
+    paces = observer.haul_bytes
+    for _ in range(100):
+        observer.on_times(times(0, 0, heads=0, decodes=0, dense=0.1, migration=1.0))
+    assert cost.dense_us([0]) == 50.0
+    assert observer.haul_bytes == paces
+    assert paces[2] > 0
 
 
 def test_the_dense_part_counts_without_prompts_only() -> None:
@@ -71,6 +91,17 @@ def test_the_dense_part_counts_without_prompts_only() -> None:
     assert cost.dense_us([1]) == 50.0
 
 
+def test_waiting_for_another_stage_or_home_is_not_dense_work() -> None:
+    """Ranks 0 and 1 compute layers together: rank 1 waits 60 us in each for the attention of rank 0."""
+    plan = make_plan([[2, 2], [4]], 1)
+    cost = make_cost(plan, [device()] * 4, num_layers=2)
+    observer = Observer(cost, plan)
+    for _ in range(100):
+        observer.on_times(times(0, 0, dense=70.0, other=10.0, stage=500.0))
+        observer.on_times(times(1, 0, dense=130.0, stage=500.0))
+    assert cost.dense_us([0, 1]) == pytest.approx(80.0, rel=0.01)
+
+
 def test_links_are_round_trips_less_what_the_worker_did() -> None:
     observer, cost = observed()
     assert cost.link_us(2, HEADS) == pytest.approx(10.0)
@@ -79,6 +110,20 @@ def test_links_are_round_trips_less_what_the_worker_did() -> None:
         observer.on_times(times(0, 0, dense=50.0, round_trip=150.0))
         observer.on_times(times(0, 0, prompt=100, dense=5000.0, round_trip=5000.0))
     assert cost.link_us(2, HEADS) == pytest.approx(50.0, rel=0.05)
+
+
+def test_a_worker_serves_homes_and_stages() -> None:
+    """84 us for each of two homes, one after the other, over a link of 20 us; another stage has other figures."""
+    plan = make_plan([[2, 2], [4]], 1)
+    cost = make_cost(plan, [device()] * 4, alpha_us=10.0, num_layers=2)
+    observer = Observer(cost, plan)
+    for _ in range(200):
+        observer.on_times(times(3, 0, attention=168.0))
+        observer.on_times(times(3, 1, heads=1, attention=7.0))
+        observer.on_times(times(0, 0, to=3, round_trip=104.0))
+        observer.on_times(times(1, 0, to=3, round_trip=188.0))
+        observer.on_times(times(2, 1, to=3, round_trip=27.0))
+    assert cost.link_us(3, HEADS) == pytest.approx(20.0, rel=0.05)
 
 
 def test_a_round_trip_with_an_unknown_worker_says_nothing() -> None:

@@ -1,6 +1,7 @@
 """The trace of a real fleet: valid JSON, every rank and step, bars that fill a step without overlap."""
 
 import json
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,9 +35,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_step_of_every_rank_is_in_the_file(directory: Path, tmp_path: Path):
+    epoch = time.time()
     fleet, times = run(directory, "1+2")
     path = tmp_path / "trace.json"
-    trace = TraceFile(path, fleet.setup.plan, fleet.setup.fleet)
+    trace = TraceFile(path, fleet.setup.plan, fleet.setup.fleet, epoch)
     for each in times:
         trace.add(each)
     trace.close()
@@ -44,6 +46,7 @@ def test_every_step_of_every_rank_is_in_the_file(directory: Path, tmp_path: Path
     names = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert names == {"rank 0: primary on cpu", "rank 1: attention worker on cpu", "rank 2: attention worker on cpu"}
     bars = [event for event in events if event["ph"] == "X"]
+    assert min(bar["ts"] for bar in bars) >= 0, "viewers drop what comes before"
     seen = {rank: {bar["name"] for bar in bars if bar["pid"] == rank} for rank in range(3)}
     assert {"dense", "attention", "send", "wait", "append", "prompt", "other"} <= seen[0]
     assert {"attention", "send", "wait", "append"} <= seen[1]
@@ -64,7 +67,7 @@ def test_laps_fill_a_step(directory: Path, tmp_path: Path):
 def test_a_file_that_cannot_be_written_is_named(directory: Path, tmp_path: Path):
     fleet, _ = run(directory, "1+2")
     with pytest.raises(ValueError, match=r"nowhere/trace.json cannot be written \(No such file"):
-        TraceFile(tmp_path / "nowhere" / "trace.json", fleet.setup.plan, fleet.setup.fleet)
+        TraceFile(tmp_path / "nowhere" / "trace.json", fleet.setup.plan, fleet.setup.fleet, 0.0)
 
 
 def _laps(trace: bytes) -> list[list[float]]:

@@ -252,7 +252,7 @@ class ToyEngine:
         ]
         owners = {sequence.slot: placement.owners for sequence, placement in batch.admitted}
         landed, self.landed = self.landed, []
-        self.pipeline[0].append(Command(rows, owners, self.cache.take_deltas(), batch, landed, self.hauler.plan()))
+        self.pipeline[0].append(Command(rows, owners, self.cache.take_deltas(), batch, landed, self.hauler.plan({})))
 
     def _finish(self, batch: Batch) -> None:
         tokens = [next_token(row.sequence.token_ids) for row in batch.rows if row.samples]

@@ -1,0 +1,107 @@
+"""The real rules, balancer and hauler on random fleets that are too small: everybody is served, nothing is lost."""
+
+from random import Random
+
+import pytest
+
+from hetis.dispatcher.rebalance import Rebalancer
+from hetis.dispatcher.rules import HetisDispatcher
+from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
+from tests.dispatcher.fleets import device, make_cost
+from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence
+
+GROUPS = [[4]], [[2, 1]], [[3], [2, 1]], [[2], [2]], [[1, 1]]
+MOST_STEPS = 20_000  # some hundred are usual
+
+
+class Soak:
+    """One fleet with a clock of its own, whose devices become faster and slower."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random = Random(seed)
+        plan = make_plan(random.choice(GROUPS), random.randint(0, 3))
+        num_groups = plan.stages[0].primaries[-1].groups[1]
+        devices = [device(random.choice((0.05, 0.5, 1, 1, 4))) for _ in plan.members()]
+        self.cost = make_cost(
+            plan, devices, alpha_us=random.choice((0.0, 5.0)), dense_us=random.choice((0.0, 5.0, 50.0))
+        )
+        self.now = 0.0
+        self.engine = ToyEngine(
+            plan,
+            {member.rank: num_groups * random.choice((8, 20, 40)) for member in plan.members()},
+            page_size=random.choice((1, 2, 4)),
+            random=random,
+            make_relief=self.make_balancer,
+            pages_per_haul=random.choice((1, 2, 8)),
+            max_num_seqs=random.choice((4, 8, 16)),
+            max_num_batched_tokens=random.choice((8, 32, 64)),
+        )
+        self.engine.scheduler._dispatcher = HetisDispatcher(self.cost)
+
+    def make_balancer(self, engine: ToyEngine) -> Balancer:
+        budget = self.random.choice((0, 50, 1e5, 1e9))
+        self.balancer = Balancer(engine.cache, engine.hauler, Rebalancer(self.cost), budget, lambda: self.now)
+        return self.balancer
+
+    def turn(self) -> None:
+        engine, random = self.engine, self.random
+        self.now += INTERVAL_SECONDS / 5
+        engine.landed += engine.hauler.land()
+        self.balancer.balance(engine.scheduler.running, engine.scheduler.refused)
+        if random.random() < 0.1:
+            for follower in self.cost._attention.values():
+                follower.factors = [random.choice((1.0, 1.0, 3.0, 10.0))] * 3
+        engine.step()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_everybody_is_served_and_nothing_is_lost(seed: int) -> None:
+    soak = Soak(seed)
+    engine, random = soak.engine, soak.random
+    context = engine.max_model_len
+    assert context is not None
+    arrivals = range(random.randint(4, 24))
+    sequences = [make_sequence(a, random.randint(1, max(1, context // 3)), random.randint(1, 40)) for a in arrivals]
+    expected = [alone(sequence, context) for sequence in sequences]
+    coming, aborted = list(sequences), set()
+    for _ in range(MOST_STEPS):
+        while coming and (random.random() < 0.3 or not engine.has_work):
+            engine.scheduler.add(coming.pop(0))
+        if random.random() < 0.02:
+            victim = random.choice(sequences)
+            if engine.scheduler.abort(victim.id) is not None:
+                aborted.add(victim.id)
+        if engine.has_work:
+            soak.turn()
+        elif not coming:
+            break
+    assert not coming
+    engine.check_idle()
+    for sequence, tokens in zip(sequences, expected, strict=True):
+        assert sequence.id in aborted or sequence.token_ids == tokens
+
+
+def test_the_soak_covers_what_it_is_for() -> None:
+    """Moves for balance and for pages, steps without rows, preemptions, and moves that are given up."""
+    soaks = [Soak(seed) for seed in range(12)]
+    cancelled = 0
+    for soak in soaks:
+        cancel = soak.engine.cache.cancel
+
+        def counted(transit, cancel=cancel):  # type: ignore[no-untyped-def]
+            nonlocal cancelled
+            cancelled += 1
+            cancel(transit)
+
+        soak.engine.cache.cancel = counted  # type: ignore[method-assign]
+        for arrival in range(24):
+            context = soak.engine.max_model_len
+            assert context is not None
+            soak.engine.scheduler.add(make_sequence(arrival, 1 + arrival % max(1, context // 3), 30))
+        while soak.engine.has_work:
+            soak.turn()
+    assert sum(soak.balancer.num_rebalances for soak in soaks) > 0
+    assert sum(soak.balancer.num_reliefs for soak in soaks) > 0
+    assert sum(soak.engine.scheduler.num_preemptions for soak in soaks) > 0
+    assert sum(not batch.rows for soak in soaks for batch in soak.engine.batches) > 0
+    assert cancelled > 0
