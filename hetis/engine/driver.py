@@ -25,10 +25,9 @@ from hetis.core import messages as m
 from hetis.core.config import DriverArgs, Joining
 from hetis.core.fleet import DeviceInfo, RankStats
 from hetis.core.profile import FleetProfile
-from hetis.cost.profile import load
 from hetis.engine.engine import Engine
 from hetis.engine.policies import SOLVERS, make_policies
-from hetis.engine.profile_cache import cached_profiles, keep_profiles
+from hetis.engine.profile_files import cached_profiles, keep_profiles, load
 from hetis.engine.profiling import Profiling, report_of
 from hetis.engine.setup import make_setup
 from hetis.engine.trace import TraceFile

@@ -12,7 +12,7 @@ from hetis.core.plan import Plan
 from hetis.core.profile import FleetProfile, TransferProfile
 from hetis.core.sizes import format_bytes
 from hetis.cost.footprint import layer_weights
-from hetis.cost.profile import save
+from hetis.engine.profile_files import check_writable, save
 from hetis.server.arguments import engine_arguments
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def run(options: argparse.Namespace) -> None:
     from hetis.server.launch import plan_for
     from hetis.server.llm import make_config
 
+    if options.output is not None:
+        check_writable(options.output)  # before measuring
     arguments = engine_arguments(options)
     del arguments["tokenizer"]
     config = make_config(**arguments)

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from hetis.core.profile import DeviceProfile, FleetProfile
-from hetis.cost.profile import cache_folder, load, save
+from hetis.engine.profile_files import cache_folder, load, save
 from tests.server.fleet_process import ROOT
 
 HETIS = [sys.executable, "-m", "hetis"]

@@ -15,7 +15,7 @@ from hetis.core.profile import (
     ProfileKey,
     TransferProfile,
 )
-from hetis.cost.profile import cache_folder, cached, load, save
+from hetis.engine.profile_files import cache_folder, cached, check_writable, keep_profiles, load, save
 
 KEY = ProfileKey(
     device="NVIDIA A100-SXM4-80GB",
@@ -39,6 +39,7 @@ LINK = LinkProfile(
     request=TransferProfile(alpha_us=6.0, beta_us_per_byte=8e-5, accuracy=0.96),
     reply=TransferProfile(alpha_us=5.0, beta_us_per_byte=9e-5, accuracy=0.94),
 )
+DAMAGED = (b'{"devices": {"0": {"attention": "fast"}}}', b'{"key": {}}', b"", b"[" * 100_000, b'{"\xff": 0}', b"\xff")
 
 
 def test_a_fleet_comes_back_as_it_was_saved(tmp_path: Path) -> None:
@@ -74,33 +75,57 @@ def test_the_cache_returns_what_was_measured_for_the_key_and_nothing_else(tmp_pa
     other = msgspec.structs.replace(KEY, dtype="float16")
     save(DEVICE, tmp_path / other.file_name)
     assert cached(tmp_path, other) is None
-    (tmp_path / KEY.file_name).write_text('{"key": {}}')
-    assert cached(tmp_path, KEY) is None
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         load(tmp_path / "missing.json", FleetProfile)
     bad = tmp_path / "bad.json"
-    bad.write_text('{"devices": {"0": {"attention": "fast"}}}')
-    with pytest.raises(ValueError, match=r"bad\.json is not a FleetProfile"):
-        load(bad, FleetProfile)
+    for content in DAMAGED:
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.json is not a FleetProfile"):
+            load(bad, FleetProfile)
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_cache_counts_as_none(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / KEY.file_name).write_bytes(content)
+    assert cached(tmp_path, KEY) is None
+
+
+def test_what_cannot_be_written_is_said_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "folder", tmp_path / "file" / "fleet.json", Path("/proc/none/fleet.json"), Path("")):
+        for write in (check_writable, lambda path: save(DEVICE, path)):
+            with pytest.raises(ValueError, match=f"profile {path} cannot be written"):
+                write(path)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
+    check_writable(tmp_path / "new" / "fleet.json")
+    assert not any((tmp_path / "new").iterdir())
+
+
+def test_a_draft_does_not_survive_a_failure(tmp_path: Path) -> None:
+    unwritable = msgspec.defstruct("Unwritable", [("field", object)])(object())
+    with pytest.raises(TypeError):
+        save(unwritable, tmp_path / "fleet.json")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_cache_follows_xdg() -> None:
     assert cache_folder({"XDG_CACHE_HOME": "/x", "HOME": "/home/me"}) == Path("/x/hetis/profiles")
     assert cache_folder({"HOME": "/home/me"}) == Path("/home/me/.cache/hetis/profiles")
+    assert cache_folder({"XDG_CACHE_HOME": "x", "HOME": "/home/me"}) == Path("/home/me/.cache/hetis/profiles")
+    assert cache_folder({"XDG_CACHE_HOME": "", "HOME": "me"}) is None
+    assert cache_folder({}) is None
 
 
-def test_predictions_are_the_formulas() -> None:
-    attention = DEVICE.attention
-    assert attention.time_us(0, 0) == 0
-    assert attention.time_us(8, 0) == 11.5
-    assert attention.time_us(64, 100_000_000) == pytest.approx(0.64 + 70.0 + 8.0)
-    assert DEVICE.dense is not None
-    assert DEVICE.dense.time_us(1e8, 1e9) == pytest.approx(12 + 70)
-    assert DEVICE.dense.time_us(1e8, 1e11) == pytest.approx(12 + 400)
-    assert DEVICE.prefill is not None
-    assert DEVICE.prefill.time_us(0) == 0
-    assert DEVICE.prefill.time_us(1000) == pytest.approx(9.1)
-    assert LINK.request.time_us(10_000) == pytest.approx(6.8)
+def test_without_a_place_for_the_cache_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for home in ("", str(tmp_path / "file")):
+        monkeypatch.setenv("XDG_CACHE_HOME", "")
+        monkeypatch.setenv("HOME", home)
+        keep_profiles([DEVICE, DEVICE])
+        assert capsys.readouterr().err.count("\n") == 1
