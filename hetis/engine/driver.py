@@ -154,7 +154,7 @@ class Driver:
         setup, ledger = make_setup(self._args, [self._hellos[rank] for rank in self._ranks])
         self._watch.plan = setup.plan
         if (path := self._args.config.profile) is not None:  # before the ranks load: it may not fit
-            self._report = report_of(load(Path(path), FleetProfile), setup.plan, path)
+            self._report = report_of(load(Path(path), FleetProfile), setup, path)
         self._setup = setup
         if (trace := self._args.config.trace) is not None:
             self._trace = TraceFile(Path(trace), setup.plan, setup.fleet)

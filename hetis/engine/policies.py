@@ -40,11 +40,11 @@ def make_policies(config: EngineConfig, setup: Setup, profile: FleetProfile | No
     cost = CostModel(profile, setup.spec, setup.dtype)
     for stage in setup.plan.stages:
         for index, primary in enumerate(stage.primaries):
-            dense = profile.devices[primary.rank].dense
-            assert dense is not None, f"rank {primary.rank} is a primary without a dense profile"
+            layer = profile.devices[primary.rank].layer
+            assert layer is not None, f"rank {primary.rank} is a primary without a profile of its layers"
             weights = layer_weights(setup.spec, primary, index)
             cost.observe_dense(
-                primary.rank, dense.time_us(weights * DTYPE_BYTES[setup.dtype], 2.0 * weights * TYPICAL_DECODES)
+                primary.rank, layer.dense.time_us(weights * DTYPE_BYTES[setup.dtype], 2.0 * weights * TYPICAL_DECODES)
             )
     dispatcher = HetisDispatcher(cost, solve=SOLVERS[config.dispatch])
     return Policies(dispatcher, Rebalancer(cost, config.theta), cost)

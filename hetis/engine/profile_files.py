@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from hetis.core.messages import Setup
-from hetis.core.profile import DeviceProfile, ProfileKey
+from hetis.core.profile import KindProfile, ProfileKey
 from hetis.engine.profiling import profile_key
 
 ProfileT = TypeVar("ProfileT", bound=msgspec.Struct)
@@ -74,7 +74,7 @@ def _draft(path: Path) -> Iterator[Path]:
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 
-def cached_profiles(setup: Setup) -> dict[ProfileKey, DeviceProfile]:
+def cached_profiles(setup: Setup) -> dict[ProfileKey, KindProfile]:
     """Those that hold for devices of this fleet."""
     folder = cache_folder(os.environ)
     if folder is None:
@@ -83,7 +83,7 @@ def cached_profiles(setup: Setup) -> dict[ProfileKey, DeviceProfile]:
     return {key: profile for key, profile in found.items() if profile is not None}
 
 
-def keep_profiles(profiles: Iterable[DeviceProfile]) -> None:
+def keep_profiles(profiles: Iterable[KindProfile]) -> None:
     """For the next start. Where they cannot be kept that costs some seconds then, and a line now."""
     try:
         folder = cache_folder(os.environ)
@@ -95,10 +95,10 @@ def keep_profiles(profiles: Iterable[DeviceProfile]) -> None:
         print(f"hetis: what was measured is not kept: {error}", file=sys.stderr, flush=True)
 
 
-def cached(folder: Path, key: ProfileKey) -> DeviceProfile | None:
+def cached(folder: Path, key: ProfileKey) -> KindProfile | None:
     """What was measured before for `key`; None if nothing was, or the file is damaged or for something else."""
     try:
-        found = load(folder / key.file_name, DeviceProfile)
+        found = load(folder / key.file_name, KindProfile)
     except ValueError:
         return None
     return found if found.key == key else None

@@ -101,16 +101,15 @@ def layers_table(profile: FleetProfile, spec: ModelSpec, plan: Plan, dtype: str)
     table = _table(("rank",), (*map(str, TOKENS), "accuracy", "prompts", "accuracy"))
     for stage in plan.stages:
         for index, primary in enumerate(stage.primaries):
-            device, weights = profile.devices[primary.rank], layer_weights(spec, primary, index)
-            assert device.dense is not None, f"rank {primary.rank} is a primary without a dense profile"
-            assert device.prefill is not None, f"rank {primary.rank} is a primary without a prefill profile"
-            times = [device.dense.time_us(weights * DTYPE_BYTES[dtype], 2 * weights * tokens) for tokens in TOKENS]
+            layer, weights = profile.devices[primary.rank].layer, layer_weights(spec, primary, index)
+            assert layer is not None, f"rank {primary.rank} is a primary without a profile of its layers"
+            times = [layer.dense.time_us(weights * DTYPE_BYTES[dtype], 2 * weights * tokens) for tokens in TOKENS]
             table.add_row(
                 str(primary.rank),
                 *(f"{time_us:.0f}" for time_us in times),
-                f"{device.dense.accuracy:.1%}",
-                f"{1e3 * device.prefill.us_per_pair:.3g}",
-                f"{device.prefill.accuracy:.1%}",
+                f"{layer.dense.accuracy:.1%}",
+                f"{1e3 * layer.prefill.us_per_pair:.3g}",
+                f"{layer.prefill.accuracy:.1%}",
             )
     return table
 

@@ -10,6 +10,9 @@ from hetis.core.profile import (
     DenseProfile,
     DeviceProfile,
     FleetProfile,
+    KindProfile,
+    LayerProfile,
+    LayerShare,
     LinkProfile,
     PrefillProfile,
     ProfileKey,
@@ -23,16 +26,24 @@ KEY = ProfileKey(
     dtype="bfloat16",
     head_dim=128,
     queries_per_group=8,
+    page_size=32,
     backend="triton",
+    enforce_eager=False,
+    version="0.1.0",
+)
+LAYER = LayerProfile(
+    share=LayerShare(num_ranks=2, num_weights=100_000_000),
+    dense=DenseProfile(fixed_us=12.0, us_per_weight_byte=7e-7, us_per_flop=4e-9, accuracy=0.95),
+    prefill=PrefillProfile(fixed_us=9.0, us_per_pair=1e-4),
 )
 DEVICE = DeviceProfile(
     key=KEY,
     attention=AttentionProfile(a_us_per_head=0.01, b_us_per_byte=7e-7, c_us=8.0, floor_us=11.5, accuracy=0.97),
     read_bytes_per_us=1.4e6,
     usable_bytes=60 << 30,
-    dense=DenseProfile(fixed_us=12.0, us_per_weight_byte=7e-7, us_per_flop=4e-9, accuracy=0.95),
-    prefill=PrefillProfile(fixed_us=9.0, us_per_pair=1e-4),
+    layer=LAYER,
 )
+KIND = KindProfile(key=KEY, attention=DEVICE.attention, read_bytes_per_us=1.4e6, layers=(LAYER,))
 LINK = LinkProfile(
     primary=0,
     worker=2,
@@ -60,20 +71,23 @@ def test_every_field_of_the_key_counts() -> None:
             "dtype": "float16",
             "head_dim": 64,
             "queries_per_group": 4,
+            "page_size": 16,
             "backend": "reference",
+            "enforce_eager": True,
+            "version": "0.2.0",
         }.items()
     ]
     names = {key.file_name for key in (KEY, *others)}
-    assert len(names) == 7
+    assert len(names) == 1 + len(KEY.__struct_fields__)
     assert all("/" not in name and name.endswith(".json") for name in names)
 
 
 def test_the_cache_returns_what_was_measured_for_the_key_and_nothing_else(tmp_path: Path) -> None:
     assert cached(tmp_path, KEY) is None
-    save(DEVICE, tmp_path / KEY.file_name)
-    assert cached(tmp_path, KEY) == DEVICE
+    save(KIND, tmp_path / KEY.file_name)
+    assert cached(tmp_path, KEY) == KIND
     other = msgspec.structs.replace(KEY, dtype="float16")
-    save(DEVICE, tmp_path / other.file_name)
+    save(KIND, tmp_path / other.file_name)
     assert cached(tmp_path, other) is None
 
 
@@ -127,5 +141,5 @@ def test_without_a_place_for_the_cache_one_line_says_so(
     for home in ("", str(tmp_path / "file")):
         monkeypatch.setenv("XDG_CACHE_HOME", "")
         monkeypatch.setenv("HOME", home)
-        keep_profiles([DEVICE, DEVICE])
+        keep_profiles([KIND, KIND])
         assert capsys.readouterr().err.count("\n") == 1

@@ -42,8 +42,8 @@ def test_every_device_and_link_is_shown_and_written(measured: tuple[Path, str]) 
     profile = load(file, FleetProfile)
     assert sorted(profile.devices) == [0, 1]
     assert [(link.primary, link.worker) for link in profile.links] == [(0, 1)]
-    assert profile.devices[0].dense is not None
-    assert profile.devices[1].dense is None
+    assert profile.devices[0].layer is not None
+    assert profile.devices[1].layer is None
     assert profile.devices[0].key == profile.devices[1].key
     assert "measured in" in text
     assert "as rank 0" in text
