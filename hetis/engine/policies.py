@@ -1,6 +1,7 @@
 """What `--dispatch` chooses: who places lanes, and who moves them."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from hetis.core.config import EngineConfig
@@ -31,6 +32,12 @@ class Policies(NamedTuple):
     dispatcher: Dispatcher
     rebalancer: Rebalancer | None = None
     cost: CostModel | None = None
+
+
+def check_solver(dispatch: str) -> None:
+    """Raises ValueError if what solves the problems of this policy is not installed: on the driver's host, at start."""
+    if dispatch == "highs" and find_spec("scipy") is None:
+        raise ValueError("--dispatch highs solves with HiGHS, which comes with scipy: pip install scipy.")
 
 
 def make_policies(config: EngineConfig, setup: Setup, profile: FleetProfile | None) -> Policies:
