@@ -151,10 +151,6 @@ class CostModel:
         """A layer's share of a decode step beside attention, on the slowest of some primaries; 0 if unknown."""
         return max((self._dense_us.get(rank, 0.0) for rank in ranks), default=0.0)
 
-    def attention_profile(self, rank: int) -> AttentionProfile:
-        """As it was measured before serving."""
-        return self._profile(rank)
-
     def factors(self, rank: int) -> list[float]:
         """How much longer than in the profile: per head, per byte, constant. To be shown."""
         return list(self._attention[rank].factors)

@@ -9,13 +9,13 @@ from hetis.core.request import Sequence as Request
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.load import FleetLoad, StageDevices, is_worth, stage_devices, weak_workers
 from hetis.dispatcher.problem import Counts, Problem
+from hetis.dispatcher.residents import UNLIMITED
 from hetis.dispatcher.room import Pages, Room, pages_of, reserve
 
 Solve = Callable[[Problem], Counts | None]
 
 HORIZON = 256  # steps over which sending a prompt's KV to a worker is spread
 TOKENS_AHEAD = 64  # lanes are weighed as they will be after so many steps: on slow devices they grow faster in time
-UNLIMITED = 1 << 40  # pages
 
 
 class Lane(NamedTuple):
@@ -45,15 +45,7 @@ class Memory(Enum):
 class Admission:
     """One call of `HetisDispatcher.assign`: what could be done with the first n of the new sequences."""
 
-    def __init__(
-        self,
-        cost: CostModel,
-        solve: Solve,
-        sequences: Sequence[Request],
-        view: FleetView,
-        staging_tokens: int = 0,
-    ) -> None:
-        """For `staging_tokens` see `HetisDispatcher`."""
+    def __init__(self, cost: CostModel, solve: Solve, sequences: Sequence[Request], view: FleetView) -> None:
         self._cost, self._solve, self._view = cost, solve, view
         self._stages = stage_devices(view.plan)
         self._layers = [stage.num_layers for stage in view.plan.stages]
@@ -62,7 +54,7 @@ class Admission:
         self._lanes = [self._lane(sequence) for sequence in sequences]
         self._homeward = self._first_fitting()
         self._decided: dict[int, Decision] = {}
-        self._reserved_tokens = max([staging_tokens, *(len(sequence.token_ids) for sequence in sequences)])
+        self._reserved_tokens = max((len(sequence.token_ids) for sequence in sequences), default=0)
 
     @property
     def num_fitting(self) -> int:

@@ -190,16 +190,13 @@ def random_case(rng: Random) -> tuple[Plan, FleetView, list[Sequence], HetisDisp
     devices = [
         device(rng.choice((0.1, 1, 1, 4)), rng.uniform(0, 9), rng.choice((0, 5))) for _ in range(plan.world_size)
     ]
-    rule = HetisDispatcher(
-        make_cost(plan, devices, rng.choice((0.0, 30.0)), rng.uniform(0, 50), num_layers=len(plan.stages)),
-        staging_tokens=rng.choice((0, 20)),
-    )
+    cost = make_cost(plan, devices, rng.choice((0.0, 30.0)), rng.uniform(0, 50), num_layers=len(plan.stages))
     pools = make_view(plan, [0] * len(make_pools(plan))).free_pages
     lanes = {pool: rng.choice((0, rng.randint(1, 9))) for pool in pools}
     tokens = {pool: count * rng.randint(1, 30) for pool, count in lanes.items()}
     view = make_view(plan, [rng.choice((rng.randint(-3, 9), rng.randint(0, 60), 500)) for _ in pools], lanes, tokens)
     sequences = [make_sequence(i, rng.randint(1, 25), rng.randint(1, 40)) for i in range(rng.randint(1, 5))]
-    return plan, view, sequences, rule
+    return plan, view, sequences, HetisDispatcher(cost)
 
 
 def make_pools(plan: Plan) -> list[int]:
