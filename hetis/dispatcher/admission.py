@@ -122,29 +122,29 @@ class Admission:
 
         None if nothing was found within such memory; with all of it everywhere there is always something.
         """
-        load, room = self._load.copy(), Room(self._stages, self._view)
-        for lane in self._lanes[:count]:
+        load, room, lanes = self._load.copy(), Room(self._stages, self._view), self._lanes[:count]
+        for lane in lanes:
             room.take_prompt(lane.pages)
         chosen: list[Counts] = []
         for turn in range(len(self._stages) * (2 if len(self._stages) > 1 and self._view.plan.workers else 1)):
             index = turn % len(self._stages)
             if turn >= len(self._stages):
                 self._add(load, index, chosen[index], -1)
-            counts = self._solve_stage(index, self._lanes[:count], load, room, memory)
+            counts = self._solve_stage(index, lanes, load, room, memory)
             if counts is None:
                 return None
             self._add(load, index, counts, 1)
             chosen[index : index + 1] = [counts]
-        peaks_us = [self._peak_us(load, stage, memory) for stage in self._stages]
+        peaks_us = [self._peak_us(load, stage, lanes, memory) for stage in self._stages]
         cycles = zip(self._layers, self._dense_us, peaks_us, strict=True)
         return Decision(chosen, max(layers * (dense_us + peak_us) for layers, dense_us, peak_us in cycles))
 
-    def _peak_us(self, load: FleetLoad, stage: StageDevices, memory: Memory) -> float:
+    def _peak_us(self, load: FleetLoad, stage: StageDevices, lanes: list[Lane], memory: Memory) -> float:
         """The slowest device's time. Weak devices' is added to it: most of the time they will be in the way."""
         if memory is not Memory.ALL_EVERYWHERE:
             return load.peak_us(stage.pools)
-        lane_us = [self._lane_us(load, stage, device, self._lanes) for device in range(len(stage.pools))]
-        weak = {stage.pools[device] for device in weak_workers(stage, lane_us)} if self._lanes else set()
+        lane_us = [self._lane_us(load, stage, device, lanes) for device in range(len(stage.pools))]
+        weak = {stage.pools[device] for device in weak_workers(stage, lane_us)}
         return load.peak_us(set(stage.pools) - weak) + load.peak_us(weak)
 
     def _solve_stage(self, index: int, lanes: list[Lane], load: FleetLoad, room: Room, memory: Memory) -> Counts | None:
