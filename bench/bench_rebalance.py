@@ -18,7 +18,10 @@ from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.rebalance import MigrationBudget, Rebalancer
 from hetis.dispatcher.residents import Resident
 
-KEY = ProfileKey(device="made up", driver="", dtype="bfloat16", head_dim=128, queries_per_group=2, backend="none")
+KEY = ProfileKey(
+    device="made up", driver="", dtype="bfloat16", head_dim=128, queries_per_group=2, page_size=32, backend="none",
+    enforce_eager=False, version="",
+)  # fmt: skip
 PRIMARY_SPEED = 4.0  # of a worker's
 
 

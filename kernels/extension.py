@@ -8,6 +8,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
 
 @cache
 def load() -> bool:
@@ -20,18 +22,20 @@ def load() -> bool:
     if not libraries:
         logger.warning(
             "the C++ extension is not built, so attention and linear layers on the CPU run on plain torch, many times "
-            "slower; install g++ and run: pip install --no-build-isolation --force-reinstall --no-deps hetis"
+            "slower; install g++ and run in the checkout of hetis: %s",
+            INSTALL,
         )
         return False
     try:
         torch.ops.load_library(str(libraries[0]))  # type: ignore[no-untyped-call]
     except OSError as error:
         logger.warning(
-            "the C++ extension %s cannot be loaded (%s); install hetis again with --no-build-isolation to build it for "
-            "torch %s. Until then the CPU runs on plain torch, many times slower",
+            "the C++ extension %s cannot be loaded (%s), so the CPU runs on plain torch, many times slower; to build "
+            "it for torch %s, run in the checkout of hetis: %s",
             libraries[0],
             error,
             torch.__version__,
+            INSTALL,
         )
         return False
     return True

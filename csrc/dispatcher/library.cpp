@@ -10,6 +10,9 @@
 
 namespace {
 
+// To be raised with every change of what the functions below take or return; INTERFACE in native.py is the same.
+constexpr int64_t kInterface = 1;
+
 using hetis::Bound;
 using hetis::Counts;
 using hetis::Problem;
@@ -39,6 +42,8 @@ Problem read(const Sizes* sizes, const void* arrays) {
 }  // namespace
 
 extern "C" {
+
+int64_t hetis_interface() noexcept { return kInterface; }
 
 // 1: `counts` [N][J] holds the placement; 0: none was found; -1: out of memory.
 int hetis_balance(const Sizes* sizes, const void* arrays, int64_t* counts) noexcept try {

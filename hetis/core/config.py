@@ -1,5 +1,6 @@
 """One frozen configuration, as the user gave it; "auto" values are resolved once, at start, into `Setup`."""
 
+from math import isfinite
 from typing import Literal
 
 import msgspec
@@ -30,8 +31,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     theta: float = 0.5  # how far attention may take above the ideal before lanes move, as a share of the ideal
     migration_budget: int = 256 << 20  # bytes of lanes per second that may move to balance the fleet
     profile: str | None = None  # file of a FleetProfile; None: measured at start where there are attention workers
-    profile_cache: bool = True  # False: every rank is measured anew and by itself
-    measure: bool = False  # also where nothing depends on it: what `hetis profile` wants
+    profile_cache: bool = True  # False: every rank is measured anew and by itself, and nothing is kept
+    measure: bool = False  # anew, also where nothing depends on it: what `hetis profile` wants
     trace: str | None = None  # file for a Chrome trace of what every rank does
     step_timeout: float = 60.0  # seconds without a sign of life before a rank counts as dead
 
@@ -41,10 +42,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ValueError(f"max_model_len is {self.max_model_len}: it must be at least 1, or left out.")
-        if self.step_timeout <= 0:
-            raise ValueError(f"step_timeout is {self.step_timeout}: it must be a positive number of seconds.")
-        if self.theta <= 0:
-            raise ValueError(f"theta is {self.theta}: it must be positive, like 0.5.")
+        if not (isfinite(self.step_timeout) and self.step_timeout > 0):
+            raise ValueError(f"step_timeout is {self.step_timeout}: it must be a positive number of seconds, like 60.")
+        if not (isfinite(self.theta) and self.theta > 0):
+            raise ValueError(f"theta is {self.theta}: it must be a positive number, like 0.5.")
         if self.migration_budget < 0:
             raise ValueError(f"migration_budget is {self.migration_budget}: it must be 0 (never) or more bytes/s.")
         if self.max_logprobs < -1:

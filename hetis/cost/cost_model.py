@@ -157,10 +157,6 @@ class CostModel:
             return 0.0
         return min(layer_us for layer_us, _ in known) + max(other_us for _, other_us in known)
 
-    def attention_profile(self, rank: int) -> AttentionProfile:
-        """As it was measured before serving."""
-        return self._profile(rank)
-
     def factors(self, rank: int) -> list[float]:
         """How much longer than in the profile: per head, per byte, constant. To be shown."""
         return list(self._attention[rank].factors)

@@ -44,14 +44,13 @@ def fit_prefill(samples: Sequence[PrefillSample]) -> PrefillProfile:
     return _fitted(samples, _fit_prefill, lambda fitted, p: fitted.time_us(p.pairs))
 
 
-def fit_dense(samples: Sequence[DenseSample], num_weights: int, weight_bytes: int, num_ranks: int = 1) -> DenseProfile:
+def fit_dense(samples: Sequence[DenseSample], num_weights: int, weight_bytes: int) -> DenseProfile:
     """Two pieces: few tokens are bound by reading the weights, many by computing. The border is searched for.
 
-    `num_weights`: values in this rank's share of the layer; `weight_bytes`: what they take; `num_ranks`: that split it.
+    `num_weights`: values in this rank's share of the layer; `weight_bytes`: what they take.
     """
     layers = [_LayerSample(weight_bytes, 2.0 * num_weights * p.num_tokens, p.time_us) for p in samples]
-    fitted = _fitted(layers, _fit_dense, lambda fitted, p: fitted.time_us(p.weight_bytes, p.flops))
-    return msgspec.structs.replace(fitted, num_ranks=num_ranks)
+    return _fitted(layers, _fit_dense, lambda fitted, p: fitted.time_us(p.weight_bytes, p.flops))
 
 
 def accuracy(predicted: Sequence[float], measured: Sequence[float]) -> float:

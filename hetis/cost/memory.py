@@ -85,17 +85,36 @@ def plan_memory(
         for member in plan.members()
     }
     page = {member.rank: page_bytes_of(spec, plan, member, block_size, dtype) for member in plan.members()}
-    useful = {
-        member.rank: page[member.rank]
-        * max_num_seqs
-        * _num_lanes(spec, member)
-        * pages_for(min(max_model_len or spec.max_position, spec.max_position), block_size)
-        for member in plan.members()
-    }
+    longest = min(max_model_len or spec.max_position, spec.max_position)
+    most_pages = max_num_seqs * pages_for(longest, block_size)  # for one lane of each sequence
+    useful = {member.rank: page[member.rank] * most_pages * _num_lanes(spec, member) for member in plan.members()}
     kv, refusals = _divide(plan, infos, {rank: sum(both) for rank, both in fixed.items()}, useful)
     num_pages = {rank: kv[rank] // page[rank] for rank in kv}
     context = min(largest_context(plan, num_pages, block_size), spec.max_position)
-    rows = tuple(
+    ledger = MemoryLedger(
+        rows=_rows(spec, plan, infos, fixed, page, num_pages, block_size),
+        largest_context=context,
+        total_tokens=total_tokens(spec, plan, num_pages, block_size),
+    )
+    refusals += _too_few_pages(plan, infos, kv, page, num_pages)
+    if max_model_len is not None and max_model_len > context:
+        refusals.append(_too_long(plan, num_pages, block_size, max_model_len, context, spec.max_position))
+    if refusals:
+        raise ValueError(f"{refusals[0]}\n{ledger}")
+    return ledger
+
+
+def _rows(
+    spec: ModelSpec,
+    plan: Plan,
+    infos: Mapping[int, DeviceInfo],
+    fixed: Mapping[int, tuple[int, int]],
+    page: Mapping[int, int],
+    num_pages: Mapping[int, int],
+    block_size: int,
+) -> tuple[LedgerRow, ...]:
+    """`fixed`: bytes of weights and activations; `page`: bytes of a page in every pool of a rank."""
+    return tuple(
         LedgerRow(
             rank=member.rank,
             role=plan.role_of(member.rank),
@@ -110,14 +129,6 @@ def plan_memory(
         )
         for member in plan.members()
     )
-    total = total_tokens(spec, plan, num_pages, block_size)
-    ledger = MemoryLedger(rows=rows, largest_context=context, total_tokens=total)
-    refusals += _too_few_pages(plan, infos, kv, page, num_pages)
-    if max_model_len is not None and max_model_len > context:
-        refusals.append(_too_long(plan, num_pages, block_size, max_model_len, context, spec.max_position))
-    if refusals:
-        raise ValueError(f"{refusals[0]}\n{ledger}")
-    return ledger
 
 
 def usable_share(device: str) -> float:

@@ -9,13 +9,13 @@ from hetis.core.request import Sequence as Request
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.load import FleetLoad, StageDevices, is_worth, stage_devices, weak_workers
 from hetis.dispatcher.problem import Counts, Problem
+from hetis.dispatcher.residents import UNLIMITED
 from hetis.dispatcher.room import Pages, Room, pages_of, reserve
 
 Solve = Callable[[Problem], Counts | None]
 
 HORIZON = 256  # steps over which sending a prompt's KV to a worker is spread
 TOKENS_AHEAD = 64  # lanes are weighed as they will be after so many steps: on slow devices they grow faster in time
-UNLIMITED = 1 << 40  # pages
 
 
 class Lane(NamedTuple):
@@ -45,15 +45,7 @@ class Memory(Enum):
 class Admission:
     """One call of `HetisDispatcher.assign`: what could be done with the first n of the new sequences."""
 
-    def __init__(
-        self,
-        cost: CostModel,
-        solve: Solve,
-        sequences: Sequence[Request],
-        view: FleetView,
-        staging_tokens: int = 0,
-    ) -> None:
-        """For `staging_tokens` see `HetisDispatcher`."""
+    def __init__(self, cost: CostModel, solve: Solve, sequences: Sequence[Request], view: FleetView) -> None:
         self._cost, self._solve, self._view = cost, solve, view
         self._stages = stage_devices(view.plan)
         self._layers = [stage.num_layers for stage in view.plan.stages]
@@ -62,7 +54,7 @@ class Admission:
         self._lanes = [self._lane(sequence) for sequence in sequences]
         self._homeward = self._first_fitting()
         self._decided: dict[int, Decision] = {}
-        self._reserved_tokens = max([staging_tokens, *(len(sequence.token_ids) for sequence in sequences)])
+        self._reserved_tokens = max((len(sequence.token_ids) for sequence in sequences), default=0)
 
     @property
     def num_fitting(self) -> int:
@@ -130,29 +122,29 @@ class Admission:
 
         None if nothing was found within such memory; with all of it everywhere there is always something.
         """
-        load, room = self._load.copy(), Room(self._stages, self._view)
-        for lane in self._lanes[:count]:
+        load, room, lanes = self._load.copy(), Room(self._stages, self._view), self._lanes[:count]
+        for lane in lanes:
             room.take_prompt(lane.pages)
         chosen: list[Counts] = []
         for turn in range(len(self._stages) * (2 if len(self._stages) > 1 and self._view.plan.workers else 1)):
             index = turn % len(self._stages)
             if turn >= len(self._stages):
                 self._add(load, index, chosen[index], -1)
-            counts = self._solve_stage(index, self._lanes[:count], load, room, memory)
+            counts = self._solve_stage(index, lanes, load, room, memory)
             if counts is None:
                 return None
             self._add(load, index, counts, 1)
             chosen[index : index + 1] = [counts]
-        peaks_us = [self._peak_us(load, stage, memory) for stage in self._stages]
+        peaks_us = [self._peak_us(load, stage, lanes, memory) for stage in self._stages]
         cycles = zip(self._layers, self._dense_us, peaks_us, strict=True)
         return Decision(chosen, max(layers * (dense_us + peak_us) for layers, dense_us, peak_us in cycles))
 
-    def _peak_us(self, load: FleetLoad, stage: StageDevices, memory: Memory) -> float:
+    def _peak_us(self, load: FleetLoad, stage: StageDevices, lanes: list[Lane], memory: Memory) -> float:
         """The slowest device's time. Weak devices' is added to it: most of the time they will be in the way."""
         if memory is not Memory.ALL_EVERYWHERE:
             return load.peak_us(stage.pools)
-        lane_us = [self._lane_us(load, stage, device, self._lanes) for device in range(len(stage.pools))]
-        weak = {stage.pools[device] for device in weak_workers(stage, lane_us)} if self._lanes else set()
+        lane_us = [self._lane_us(load, stage, device, lanes) for device in range(len(stage.pools))]
+        weak = {stage.pools[device] for device in weak_workers(stage, lane_us)}
         return load.peak_us(set(stage.pools) - weak) + load.peak_us(weak)
 
     def _solve_stage(self, index: int, lanes: list[Lane], load: FleetLoad, room: Room, memory: Memory) -> Counts | None:

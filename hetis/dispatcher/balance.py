@@ -33,9 +33,9 @@ def balance_ref(problem: Problem) -> Counts | None:
     order = longest_first(problem)
     inserted = insert(problem, order)
     if problem.num_sequences <= 1:
-        return None if inserted is None else _homeward(problem, inserted)
+        return None if inserted is None else homeward(problem, inserted)
     if inserted is not None and _is_good(problem, order, peak_us(problem, inserted)):
-        return _homeward(problem, inserted)
+        return homeward(problem, inserted)
     starts = [counts for counts in (_fit(problem, order, inserted), inserted) if counts is not None]
     if not starts:
         return None
@@ -44,7 +44,7 @@ def balance_ref(problem: Problem) -> Counts | None:
         exchange = Exchange(problem, best)
         exchange.descend()
         best = exchange.counts()
-    return _homeward(problem, best)
+    return homeward(problem, best)
 
 
 def insert(problem: Problem, order: Iterable[int]) -> Counts | None:
@@ -103,7 +103,7 @@ def _is_good(problem: Problem, order: list[int], reached_us: float) -> bool:
     return not is_possible_ref(problem, order, reached_us / (1 + TOLERANCE))
 
 
-def _homeward(problem: Problem, counts: Counts) -> Counts:
+def homeward(problem: Problem, counts: Counts) -> Counts:
     """Takes lanes from workers home wherever that keeps the peak."""
     limit_us = peak_us(problem, counts)
     for home in range(problem.num_homes):

@@ -16,16 +16,22 @@ Minimise T subject to
 Columns are ordered x (device by device), y, T. Times are divided by the largest lane time, so that they are near 1.
 """
 
+import logging
 from collections.abc import Iterable
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hetis.dispatcher.balance import balance, homeward
 from hetis.dispatcher.problem import Counts, Problem
 
+logger = logging.getLogger(__name__)
+
 RELATIVE_GAP = 1e-4
-TIME_LIMIT_S = 30.0
+TIME_LIMIT_S = 1.0  # the driver decides about several problems before it answers its ranks' hearts again
+INFEASIBLE = 2  # scipy's status
 
 Floats = NDArray[np.float64]
 
@@ -43,21 +49,46 @@ class Solution(NamedTuple):
     bound_us: float  # no placement has a lower peak
 
 
+def balance_by_highs(problem: Problem) -> Counts | None:
+    """In place of `balance.balance`, which decides after all where HiGHS finds nothing in time."""
+    if problem.num_sequences == 0:
+        return [[] for _ in problem.start_us]
+    try:
+        solution = solve(problem)
+    except TimeoutError as error:
+        _warn_once(str(error))
+        return balance(problem)
+    return None if solution is None else homeward(problem, solution.counts)
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    logger.warning("%s; hetis' own solver decides, now and whenever that happens again", reason)
+
+
 def solve(
     problem: Problem, *, relative_gap: float = RELATIVE_GAP, time_limit_s: float = TIME_LIMIT_S
 ) -> Solution | None:
     """A placement within `relative_gap` of the optimum, with the bound that proves it; None where nothing fits.
 
-    When time runs out: the best placement found so far with its bound, or ValueError if there is none yet. So it is not
-    for deciding alike on different machines. Raises ValueError also where scipy is not installed.
+    When time runs out: the best placement found so far with its bound, or TimeoutError if there is none yet. So it is
+    not for deciding alike on different machines.
     """
-    try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-    except ImportError as error:
-        raise ValueError("HiGHS comes with scipy, which is not installed; pip install scipy.") from error
-
     scale_us = max(max(lane_us) for lane_us in problem.lane_us)
+    result = _run(problem, scale_us, {"mip_rel_gap": relative_gap, "time_limit": time_limit_s})
+    if result.status == INFEASIBLE:
+        return None
+    if result.x is None:
+        raise TimeoutError(f"HiGHS found no placement within {time_limit_s} s")
+    values = np.rint(result.x[: _y(problem, 0)]).astype(int).reshape(problem.num_devices, problem.num_sequences)
+    return Solution(values.tolist(), result.mip_dual_bound * scale_us)
+
+
+def _run(problem: Problem, scale_us: float, options: dict[str, float]) -> Any:
+    """HiGHS's answer, in scipy's words. scipy is only there where somebody asks for it (`policies.check_solver`)."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     rows = [
         *placed(problem),
         *time(problem, scale_us),
@@ -67,34 +98,14 @@ def solve(
     ]
     num_columns = _t(problem) + 1
     most = [float(lanes) for lanes in problem.most_lanes for _ in range(problem.num_sequences)]
-    result = milp(
+    matrix = csr_array(_compressed(rows), shape=(len(rows), num_columns))
+    return milp(
         c=_floats([0.0] * (num_columns - 1) + [1.0]),
         integrality=_floats([1.0] * (num_columns - 1) + [0.0]),
         bounds=Bounds(0.0, _floats([*most, *[1.0] * problem.num_devices, np.inf])),
-        constraints=LinearConstraint(
-            csr_array(_compressed(rows), shape=(len(rows), num_columns)),
-            _floats(row.lower for row in rows),
-            _floats(row.upper for row in rows),
-        ),
-        options={"mip_rel_gap": relative_gap, "time_limit": time_limit_s},
+        constraints=LinearConstraint(matrix, _floats(row.lower for row in rows), _floats(row.upper for row in rows)),
+        options=options,
     )
-    if result.status == INFEASIBLE:
-        return None
-    if result.x is None:
-        raise ValueError(f"HiGHS found no placement in {time_limit_s} s ({result.message}); raise the time limit.")
-    values = np.rint(result.x[: _y(problem, 0)]).astype(int).reshape(problem.num_devices, problem.num_sequences)
-    return Solution(values.tolist(), result.mip_dual_bound * scale_us)
-
-
-INFEASIBLE = 2  # scipy's status
-
-
-def balance_by_highs(problem: Problem) -> Counts | None:
-    """In place of `balance.balance`."""
-    if problem.num_sequences == 0:
-        return [[] for _ in problem.start_us]
-    solution = solve(problem)
-    return None if solution is None else solution.counts
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

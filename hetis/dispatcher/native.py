@@ -13,6 +13,8 @@ from hetis.dispatcher.problem import Counts, Problem
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
+INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+INTERFACE = 1  # of csrc/dispatcher/library.cpp: a library with another one would be read out of bounds
 
 
 class Library:
@@ -22,8 +24,12 @@ class Library:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError if the file cannot be loaded here."""
+        """Raises OSError if the file cannot be loaded or has another interface; AttributeError without functions."""
         library = CDLL(str(path))
+        library.hetis_interface.restype = c_int64
+        found = library.hetis_interface()
+        if found != INTERFACE:
+            raise OSError(f"it has interface {found}, not {INTERFACE}")
         self._balance = library.hetis_balance
         self._balance.argtypes, self._balance.restype = (c_char_p, c_char_p, c_void_p), c_int
         self._is_possible = library.hetis_is_possible
@@ -85,16 +91,18 @@ def load() -> Library | None:
     if not libraries:
         logger.warning(
             "the dispatcher's C++ solver is not built, so placing many sequences at once takes up to tens of "
-            "milliseconds; install g++ and run: pip install --no-build-isolation --force-reinstall --no-deps hetis"
+            "milliseconds; install g++ and run in the checkout of hetis: %s",
+            INSTALL,
         )
         return None
     try:
         return Library(libraries[0])
-    except OSError as error:
+    except (OSError, AttributeError) as error:
         logger.warning(
-            "the dispatcher's C++ solver %s cannot be loaded (%s); install hetis again to build it for this machine. "
-            "Until then placing many sequences at once takes up to tens of milliseconds",
+            "the dispatcher's C++ solver %s cannot be loaded (%s), so placing many sequences at once takes up to tens "
+            "of milliseconds; to build it anew, run in the checkout of hetis: %s",
             libraries[0],
             error,
+            INSTALL,
         )
         return None

@@ -28,13 +28,12 @@ class HetisDispatcher:
     - Where memory alone forces lanes onto slow devices, sequences wait if taking them lowers sequences per second.
     """
 
-    def __init__(self, cost: CostModel, *, solve: Solve = balance, staging_tokens: int = 0) -> None:
-        """`staging_tokens`: least to keep pages for."""
-        self._cost, self._solve, self._staging_tokens = cost, solve, staging_tokens
+    def __init__(self, cost: CostModel, *, solve: Solve = balance) -> None:
+        self._cost, self._solve = cost, solve
 
     def assign(self, sequences: list[Request], view: FleetView) -> list[Placement | None]:
         """See `core.placement.Dispatcher`. None from the first sequence on that does not fit or had better wait."""
-        admission = self._admission(sequences, view)
+        admission = Admission(self._cost, self._solve, sequences, view)
         placements = admission.placements(admission.decide(_worthwhile(admission)))
         return [*placements, *[None] * (len(sequences) - len(placements))]
 
@@ -43,7 +42,7 @@ class HetisDispatcher:
         shortage = shortage_of(sequence, view)
         if shortage is not None:
             return str(shortage)
-        admission = self._admission([sequence], view)
+        admission = Admission(self._cost, self._solve, [sequence], view)
         if _worthwhile(admission):
             return ""
         now, then = admission.decide(0).cycle_us, admission.decide(1).cycle_us
@@ -51,9 +50,6 @@ class HetisDispatcher:
             f"there is room only on devices so slow that a step would take {then:.0f} us instead of {now:.0f} us, for "
             f"{admission.num_running + 1} sequences instead of {admission.num_running}"
         )
-
-    def _admission(self, sequences: list[Request], view: FleetView) -> Admission:
-        return Admission(self._cost, self._solve, sequences, view, self._staging_tokens)
 
 
 def _worthwhile(admission: Admission) -> int:

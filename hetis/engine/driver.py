@@ -25,10 +25,9 @@ from hetis.core import messages as m
 from hetis.core.config import DriverArgs, Joining
 from hetis.core.fleet import DeviceInfo, RankStats
 from hetis.core.profile import FleetProfile
-from hetis.cost.profile import load
 from hetis.engine.engine import Engine
-from hetis.engine.policies import SOLVERS, make_policies
-from hetis.engine.profile_cache import cached_profiles, keep_profiles
+from hetis.engine.policies import SOLVERS, check_solver, make_policies
+from hetis.engine.profile_files import cached_profiles, keep_profiles, load
 from hetis.engine.profiling import Profiling, report_of
 from hetis.engine.setup import make_setup
 from hetis.engine.trace import TraceFile
@@ -114,6 +113,11 @@ class Driver:
         self._abort("the job ended before this rank had.", {}, living)
         supervision.kill(pid for rank in living if (pid := self._watch.pid_here(rank)) is not None)
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the fleet serves: all is loaded and measured."""
+        return self._engine is not None
+
     # --- the fleet ----------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
@@ -162,10 +166,11 @@ class Driver:
             self._server.poller.register(fd)
         if len(self._hellos) < len(self._ranks):
             return
+        check_solver(self._args.config.dispatch)
         setup, ledger = make_setup(self._args, [self._hellos[rank] for rank in self._ranks])
         self._watch.plan = setup.plan
         if (path := self._args.config.profile) is not None:  # before the ranks load: it may not fit
-            self._report = report_of(load(Path(path), FleetProfile), setup.plan, path)
+            self._report = report_of(load(Path(path), FleetProfile), setup, path)
         self._setup = setup
         if (trace := self._args.config.trace) is not None:
             self._trace = TraceFile(Path(trace), setup.plan, setup.fleet, time.time())
@@ -185,7 +190,7 @@ class Driver:
         config, plan = self._args.config, self._setup.plan
         is_needed = bool(plan.workers) and config.dispatch in SOLVERS
         if config.profile is None and (is_needed or config.measure):
-            known = cached_profiles(self._setup) if config.profile_cache else {}
+            known = cached_profiles(self._setup) if config.profile_cache and not config.measure else {}
             self._profiling = Profiling(self._setup, known, share=config.profile_cache)
             self._send_each(self._profiling.start())
         self._begin_if_measured()
@@ -235,7 +240,7 @@ class Driver:
             match message:
                 case m.Attach():
                     self._fronts.add(front)
-                    if self._engine is not None:
+                    if self.is_up:
                         self._greet(front)
                 case m.AddRequest():
                     assert self._engine is not None
@@ -303,13 +308,20 @@ def main() -> NoReturn:
         code = 0
     except FleetFailedError as failure:
         driver.fail(failure)
-    except ValueError as error:  # a plan that does not fit, found when the devices were known
-        driver.fail(FleetFailedError(str(error), refused=True))
     except Exception as error:
-        traceback.print_exc()
-        driver.fail(FleetFailedError(f"the driver failed: {type(error).__name__}: {error}"))
+        verdict = verdict_on(error, driver.is_up)
+        if not verdict.refused:
+            traceback.print_exc()
+        driver.fail(verdict)
     server.close()
     sys.exit(code)
+
+
+def verdict_on(error: Exception, is_up: bool) -> FleetFailedError:
+    """What an error in the driver means. Until the fleet is up a ValueError is the user's: a plan that does not fit."""
+    if isinstance(error, ValueError) and not is_up:
+        return FleetFailedError(str(error), refused=True)
+    return FleetFailedError(f"the driver failed: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What `--dispatch` chooses: who places lanes, and who moves them."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from hetis.core.config import EngineConfig
@@ -33,6 +34,12 @@ class Policies(NamedTuple):
     cost: CostModel | None = None
 
 
+def check_solver(dispatch: str) -> None:
+    """Raises ValueError if what solves the problems of this policy is not installed: on the driver's host, at start."""
+    if dispatch == "highs" and find_spec("scipy") is None:
+        raise ValueError("--dispatch highs solves with HiGHS, which comes with scipy: pip install scipy.")
+
+
 def make_policies(config: EngineConfig, setup: Setup, profile: FleetProfile | None) -> Policies:
     """`profile`: of the fleet; None where nobody measured, for there are no workers and nothing is to be decided."""
     if profile is None or config.dispatch in SIMPLE:
@@ -40,11 +47,11 @@ def make_policies(config: EngineConfig, setup: Setup, profile: FleetProfile | No
     cost = CostModel(profile, setup.spec, setup.dtype)
     for stage in setup.plan.stages:
         for index, primary in enumerate(stage.primaries):
-            dense = profile.devices[primary.rank].dense
-            assert dense is not None, f"rank {primary.rank} is a primary without a dense profile"
+            layer = profile.devices[primary.rank].layer
+            assert layer is not None, f"rank {primary.rank} is a primary without a profile of its layers"
             weights = layer_weights(setup.spec, primary, index)
             cost.observe_dense(
-                primary.rank, dense.time_us(weights * DTYPE_BYTES[setup.dtype], 2.0 * weights * TYPICAL_DECODES)
+                primary.rank, layer.dense.time_us(weights * DTYPE_BYTES[setup.dtype], 2.0 * weights * TYPICAL_DECODES)
             )
     dispatcher = HetisDispatcher(cost, solve=SOLVERS[config.dispatch])
     return Policies(dispatcher, Rebalancer(cost, config.theta), cost)

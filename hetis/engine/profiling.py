@@ -10,11 +10,20 @@ from typing import NamedTuple
 
 import msgspec
 
+from hetis import __version__
 from hetis.core.fleet import DeviceInfo
 from hetis.core.messages import Measure, Measured, MeasureLink, ProfileReport, Setup
 from hetis.core.model_spec import DTYPE_BYTES
 from hetis.core.plan import Plan
-from hetis.core.profile import DenseProfile, DeviceProfile, FleetProfile, LinkProfile, PrefillProfile, ProfileKey
+from hetis.core.profile import (
+    DeviceProfile,
+    FleetProfile,
+    KindProfile,
+    LayerProfile,
+    LayerShare,
+    LinkProfile,
+    ProfileKey,
+)
 from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer
 from hetis.cost.footprint import layer_weights
 from hetis.cost.memory import usable_share
@@ -26,6 +35,7 @@ LINK_SECONDS = 0.3
 
 Claim = tuple[str, str]  # (host, device)
 Kind = tuple[ProfileKey, int]  # ranks of one kind are measured once: those with one key, or (key, rank) that rank alone
+What = tuple[Kind, LayerShare | None]  # its share of the layers, or its decode attention
 ALL = -1
 
 
@@ -46,20 +56,16 @@ class _Part(NamedTuple):
 class Profiling:
     """Measures one fleet. `start` and `on_measured` give what is to be sent now; when finished there is a `report`."""
 
-    def __init__(self, setup: Setup, known: Mapping[ProfileKey, DeviceProfile], *, share: bool) -> None:
+    def __init__(self, setup: Setup, known: Mapping[ProfileKey, KindProfile], *, share: bool) -> None:
         """`known`: from the cache. `share`: ranks with the same key are measured once; if not, each by itself."""
         assert share or not known, "what was measured for another rank is of no use here"
         self._setup, self._plan, self._share = setup, setup.plan, share
         self._infos = {info.rank: info for info in setup.fleet}
         self._keys = {info.rank: profile_key(info, setup) for info in setup.fleet}
         self._devices = {(key, ALL): known[key] for key in self._keys.values() if key in known}
-        self._dense = {
-            ((key, ALL), profile.dense.num_ranks): (profile.dense, profile.prefill)
-            for (key, _), profile in self._devices.items()
-            if profile.dense is not None
-        }
+        self._layers = {(kind, layer.share): layer for kind, found in self._devices.items() for layer in found.layers}
         self._links: list[LinkProfile] = []
-        self._parts: dict[Kind, list[_Part]] = {}
+        self._parts: dict[What, _Part] = {}
         self._waiting = [*self._attention_jobs(), *self._dense_jobs()]
         self._waiting_links = self._link_jobs()
         self._running: dict[int, _Job] = {}  # by rank that has not answered
@@ -79,13 +85,13 @@ class Profiling:
         return [_Job((rank,), frozenset((rank,)), message, self._claims((rank,))) for rank in wanted]
 
     def _dense_jobs(self) -> list[_Job]:
-        jobs, met = [], set(self._dense)
+        jobs, met = [], set(self._layers)
         message = Measure(part="dense", seconds=DENSE_SECONDS)
         for stage in self._plan.stages:
             ranks = tuple(primary.rank for primary in stage.primaries)
             wanted = []
             for rank in ranks:
-                if (what := (self._kind(rank), len(ranks))) not in met:
+                if (what := (self._kind(rank), layer_share(self._setup, rank))) not in met:
                     met.add(what)
                     wanted.append(rank)
             if wanted:
@@ -124,7 +130,7 @@ class Profiling:
             elif job.message.part == "attention":
                 self._keep_attention(answer)
             else:
-                self._keep_dense(answer)
+                self._keep_layer(answer)
         return self._next()
 
     def _next(self) -> list[tuple[int, Measure | MeasureLink]]:
@@ -146,21 +152,16 @@ class Profiling:
 
     def _keep_attention(self, answer: Measured) -> None:
         kind = self._kind(answer.rank)
-        self._parts.setdefault(kind, []).append(_Part(answer.rank, answer.seconds))
-        self._devices[kind] = DeviceProfile(
-            key=kind[0],
-            attention=fit_attention(answer.attention),
-            read_bytes_per_us=answer.read_bytes_per_us,
-            usable_bytes=0,
+        self._parts[kind, None] = _Part(answer.rank, answer.seconds)
+        self._devices[kind] = KindProfile(
+            key=kind[0], attention=fit_attention(answer.attention), read_bytes_per_us=answer.read_bytes_per_us
         )
 
-    def _keep_dense(self, answer: Measured) -> None:
-        kind, (stage, index) = self._kind(answer.rank), self._plan.position_of(answer.rank)
-        primaries = self._plan.stages[stage].primaries
-        self._parts.setdefault(kind, []).append(_Part(answer.rank, answer.seconds))
-        num_weights = layer_weights(self._setup.spec, primaries[index], index)
-        dense = fit_dense(answer.dense, num_weights, num_weights * DTYPE_BYTES[self._setup.dtype], len(primaries))
-        self._dense[kind, len(primaries)] = dense, fit_prefill(answer.prefill)
+    def _keep_layer(self, answer: Measured) -> None:
+        kind, share = self._kind(answer.rank), layer_share(self._setup, answer.rank)
+        self._parts[kind, share] = _Part(answer.rank, answer.seconds)
+        dense = fit_dense(answer.dense, share.num_weights, share.num_weights * DTYPE_BYTES[self._setup.dtype])
+        self._layers[kind, share] = LayerProfile(share=share, dense=dense, prefill=fit_prefill(answer.prefill))
 
     def _keep_link(self, asked: MeasureLink, answer: Measured) -> None:
         request, reply = fit_transfer(answer.request), fit_transfer(answer.reply)
@@ -175,27 +176,34 @@ class Profiling:
             profile=FleetProfile(devices=devices, links=links), sources={rank: self._source(rank) for rank in devices}
         )
 
-    def new(self) -> list[DeviceProfile]:
-        """What the cache does not have, one profile for each key: a primary's where there is one, for it has more."""
-        primaries = [primary.rank for stage in self._plan.stages for primary in stage.primaries]
-        first: dict[ProfileKey, int] = {}
-        for rank in [*primaries, *self._infos]:
-            if self._kind(rank) in self._parts:
-                first.setdefault(self._keys[rank], rank)
-        return [self._device(rank) for rank in first.values()]
+    def new(self) -> list[KindProfile]:
+        """What the cache does not have: kinds of which something was measured, each with all its layers."""
+        assert self._share, "what was measured for one rank alone is of no use to others"
+        measured = {kind for kind, _ in self._parts}
+        return [
+            msgspec.structs.replace(
+                found, layers=tuple(layer for (its, _), layer in self._layers.items() if its == kind)
+            )
+            for kind, found in self._devices.items()
+            if kind in measured
+        ]
 
     def _device(self, rank: int) -> DeviceProfile:
         info, kind = self._infos[rank], self._kind(rank)
-        dense: DenseProfile | None = None
-        prefill: PrefillProfile | None = None
-        if self._plan.role_of(rank) == "primary":
-            stage, _ = self._plan.position_of(rank)
-            dense, prefill = self._dense[kind, len(self._plan.stages[stage].primaries)]
-        usable = int(info.free_memory * usable_share(info.device))
-        return msgspec.structs.replace(self._devices[kind], usable_bytes=usable, dense=dense, prefill=prefill)
+        found, is_primary = self._devices[kind], self._plan.role_of(rank) == "primary"
+        return DeviceProfile(
+            key=found.key,
+            attention=found.attention,
+            read_bytes_per_us=found.read_bytes_per_us,
+            usable_bytes=int(info.free_memory * usable_share(info.device)),
+            layer=self._layers[kind, layer_share(self._setup, rank)] if is_primary else None,
+        )
 
     def _source(self, rank: int) -> str:
-        parts = self._parts.get(self._kind(rank), [])
+        needed: list[What] = [(self._kind(rank), None)]
+        if self._plan.role_of(rank) == "primary":
+            needed.append((self._kind(rank), layer_share(self._setup, rank)))
+        parts = [self._parts[what] for what in needed if what in self._parts]
         own = [part.seconds for part in parts if part.rank == rank]
         if own:
             return f"measured in {sum(own):.1f} s"
@@ -210,8 +218,18 @@ def profile_key(info: DeviceInfo, setup: Setup) -> ProfileKey:
         dtype=setup.dtype,
         head_dim=setup.spec.head_dim,
         queries_per_group=setup.spec.queries_per_group,
+        page_size=setup.block_size,
         backend=info.backend,
+        enforce_eager=setup.enforce_eager,
+        version=__version__,
     )
+
+
+def layer_share(setup: Setup, rank: int) -> LayerShare:
+    """What a primary has of a layer."""
+    stage, index = setup.plan.position_of(rank)
+    primaries = setup.plan.stages[stage].primaries
+    return LayerShare(num_ranks=len(primaries), num_weights=layer_weights(setup.spec, primaries[index], index))
 
 
 def links_of(plan: Plan) -> list[tuple[int, int]]:
@@ -220,19 +238,47 @@ def links_of(plan: Plan) -> list[tuple[int, int]]:
     return [(primary, worker.rank) for primary in primaries for worker in plan.workers]
 
 
-def report_of(profile: FleetProfile, plan: Plan, name: str) -> ProfileReport:
-    """For a profile that was read from the file `name`. Raises ValueError where it lacks a rank or link of `plan`."""
-    devices, found = profile.devices, {(link.primary, link.worker) for link in profile.links}
-    lacking = [f"rank {member.rank}" for member in plan.members() if member.rank not in devices]
-    lacking += [
-        f"layers of rank {primary.rank}"
-        for stage in plan.stages
-        for primary in stage.primaries
-        if primary.rank in devices and devices[primary.rank].dense is None
-    ]
-    lacking += [f"link {primary}->{worker}" for primary, worker in links_of(plan) if (primary, worker) not in found]
+# --- profiles from files ----------------------------------------------------------------------------------------------
+
+
+def report_of(profile: FleetProfile, setup: Setup, name: str) -> ProfileReport:
+    """For a profile that was read from the file `name`.
+
+    Raises ValueError where it lacks a rank or link of the plan, or was made for another device, model or split.
+    """
+    lacking = _lacking(profile, setup.plan)
     if lacking:
         raise ValueError(
             f"profile {name} lacks {', '.join(lacking)}; run `hetis profile` with this plan, or leave it out."
         )
-    return ProfileReport(profile=profile, sources={member.rank: name for member in plan.members()})
+    for info in setup.fleet:
+        different = _differences(profile.devices[info.rank], info, setup)
+        if different:
+            raise ValueError(
+                f"profile {name} does not hold for rank {info.rank}: {', '.join(different)}; "
+                f"run `hetis profile` with this model, plan and options, or leave it out."
+            )
+    return ProfileReport(profile=profile, sources={member.rank: name for member in setup.plan.members()})
+
+
+def _lacking(profile: FleetProfile, plan: Plan) -> list[str]:
+    devices, found = profile.devices, {(link.primary, link.worker) for link in profile.links}
+    primaries = [primary.rank for stage in plan.stages for primary in stage.primaries]
+    return [
+        *(f"rank {member.rank}" for member in plan.members() if member.rank not in devices),
+        *(f"layers of rank {rank}" for rank in primaries if rank in devices and devices[rank].layer is None),
+        *(f"link {primary}->{worker}" for primary, worker in links_of(plan) if (primary, worker) not in found),
+    ]
+
+
+def _differences(device: DeviceProfile, info: DeviceInfo, setup: Setup) -> list[str]:
+    """Between what a profile was made for and a rank, in words."""
+    pairs: list[tuple[msgspec.Struct, msgspec.Struct]] = [(device.key, profile_key(info, setup))]
+    if device.layer is not None and setup.plan.role_of(info.rank) == "primary":
+        pairs.append((device.layer.share, layer_share(setup, info.rank)))
+    return [
+        f"its {field} is {getattr(there, field)} in the file and {getattr(here, field)} here"
+        for there, here in pairs
+        for field in here.__struct_fields__
+        if getattr(there, field) != getattr(here, field)
+    ]

@@ -18,80 +18,63 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `EngineConfig`, with vLLM's names where the meaning is the same."""
-    default = EngineConfig()
-    group = parser.add_argument_group("engine")
+    group, default = parser.add_argument_group("engine"), EngineConfig()
+    _add_model(group, default)
+    _add_fleet(group, default)
+    _add_sizes(group, default)
+    _add_placement(group, default)
+
+
+def _add_model(group: "argparse._ArgumentGroup", default: EngineConfig) -> None:
     add = group.add_argument
     add("model", nargs="?", help="directory or hub id; left out: the small model in the package")
     add("--revision", help="branch, tag or commit on the hub; left out: main")
     add("--tokenizer", help="directory or hub id of the tokenizer, if not the model's")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", default=default.dtype, choices=dtypes, help="auto: the checkpoint's")
+    formats = ("auto", "safetensors", "dummy")
+    add("--load-format", default=default.load_format, choices=formats, help="dummy: random weights")
+    add("--seed", type=int, default=default.seed, help="seed of requests that bring none, and of dummy weights")
+    add("--enforce-eager", action="store_true", help="plain torch linears, for debugging")
+
+
+def _add_fleet(group: "argparse._ArgumentGroup", default: EngineConfig) -> None:
+    add = group.add_argument
     add("--plan", default=default.plan, help="P+A (primaries + attention workers) or a plan file (JSON)")
-    add(
-        "--device",
-        default=default.device,
-        help="device of every rank: cpu, cuda or auto; a plan file may say otherwise",
-    )
-    add(
-        "--dtype",
-        default=default.dtype,
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: the checkpoint's",
-    )
-    add(
-        "--load-format",
-        default=default.load_format,
-        choices=("auto", "safetensors", "dummy"),
-        help="dummy: random weights",
-    )
+    devices = "device of every rank: cpu, cuda or auto; a plan file may say otherwise"
+    add("--device", default=default.device, help=devices)
+    silence = "seconds after which a silent rank counts as dead"
+    add("--step-timeout", type=float, default=default.step_timeout, help=silence)
+    add("--trace", help="file for a trace of what every rank does, for ui.perfetto.dev")
+
+
+def _add_sizes(group: "argparse._ArgumentGroup", default: EngineConfig) -> None:
+    add = group.add_argument
     add("--max-model-len", type=int, help="longest sequence; left out: what the model and the memory allow")
     add("--max-num-seqs", type=int, default=default.max_num_seqs, help="sequences running at once")
     add("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens, help="tokens in one step")
     add("--block-size", type=int, default=default.block_size, help="tokens per cache page")
-    add(
-        "--kv-cache-memory",
-        type=_memory,
-        help="cache per rank, like 2GiB, or 0=1GiB,1=4GiB; left out: from free memory",
+    memory = "cache per rank, like 2GiB, or 0=1GiB,1=4GiB; left out: from free memory"
+    add("--kv-cache-memory", type=_memory, help=memory)
+    logprobs = "most logprobs a request may ask for; -1: no limit"
+    add("--max-logprobs", type=int, default=default.max_logprobs, help=logprobs)
+
+
+def _add_placement(group: "argparse._ArgumentGroup", default: EngineConfig) -> None:
+    add = group.add_argument
+    policies = get_args(get_type_hints(EngineConfig)["dispatch"])
+    how = (
+        "how heads are placed: by measured speeds (hetis; highs: the same, solved by HiGHS), by free memory "
+        "(proportional), evenly, or on primaries alone"
     )
+    add("--dispatch", default=default.dispatch, choices=policies, help=how)
+    imbalance = "imbalance of attention at which heads move, as a share of the ideal"
+    add("--theta", type=float, default=default.theta, help=imbalance)
+    budget = "bytes of heads per second that may move for balance; 0: none"
+    add("--migration-budget", type=_budget, default=default.migration_budget, help=budget)
     add("--profile", metavar="FILE", help="speeds from `hetis profile`; left out: from the cache, or measured now")
-    add(
-        "--no-profile-cache",
-        dest="profile_cache",
-        action="store_false",
-        help="measure every rank anew, each by itself, and keep nothing",
-    )
-    add("--seed", type=int, default=default.seed, help="seed of requests that bring none, and of dummy weights")
-    add("--enforce-eager", action="store_true", help="plain torch linears, for debugging")
-    add(
-        "--max-logprobs",
-        type=int,
-        default=default.max_logprobs,
-        help="most logprobs a request may ask for; -1: no limit",
-    )
-    add(
-        "--dispatch",
-        default=default.dispatch,
-        choices=get_args(get_type_hints(EngineConfig)["dispatch"]),
-        help="how heads are placed: by measured speeds (hetis; highs: the same, solved by HiGHS), by free memory "
-        "(proportional), evenly, or on primaries alone",
-    )
-    add(
-        "--theta",
-        type=float,
-        default=default.theta,
-        help="imbalance of attention at which heads move, as a share of the ideal",
-    )
-    add(
-        "--migration-budget",
-        type=parse_bytes,
-        default=default.migration_budget,
-        help="bytes of heads per second that may move for balance",
-    )
-    add("--trace", help="file for a trace of what every rank does, for ui.perfetto.dev")
-    add(
-        "--step-timeout",
-        type=float,
-        default=default.step_timeout,
-        help="seconds after which a silent rank counts as dead",
-    )
+    anew = "measure every rank anew, each by itself, and keep nothing"
+    add("--no-profile-cache", dest="profile_cache", action="store_false", help=anew)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
@@ -129,6 +112,15 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
         seed=options.sampling_seed,
         ignore_eos=options.ignore_eos,
     )
+
+
+def _budget(text: str) -> int:
+    if text.strip() == "0":
+        return 0
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _memory(text: str) -> int | dict[int, int]:

@@ -12,7 +12,7 @@ from hetis.core.plan import Plan
 from hetis.core.profile import FleetProfile, TransferProfile
 from hetis.core.sizes import format_bytes
 from hetis.cost.footprint import layer_weights
-from hetis.cost.profile import save
+from hetis.engine.profile_files import check_writable, save
 from hetis.server.arguments import engine_arguments
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def run(options: argparse.Namespace) -> None:
     from hetis.server.launch import plan_for
     from hetis.server.llm import make_config
 
+    if options.output is not None:
+        check_writable(options.output)  # before measuring
     arguments = engine_arguments(options)
     del arguments["tokenizer"]
     config = make_config(**arguments)
@@ -99,16 +101,15 @@ def layers_table(profile: FleetProfile, spec: ModelSpec, plan: Plan, dtype: str)
     table = _table(("rank",), (*map(str, TOKENS), "accuracy", "prompts", "accuracy"))
     for stage in plan.stages:
         for index, primary in enumerate(stage.primaries):
-            device, weights = profile.devices[primary.rank], layer_weights(spec, primary, index)
-            assert device.dense is not None, f"rank {primary.rank} is a primary without a dense profile"
-            assert device.prefill is not None, f"rank {primary.rank} is a primary without a prefill profile"
-            times = [device.dense.time_us(weights * DTYPE_BYTES[dtype], 2 * weights * tokens) for tokens in TOKENS]
+            layer, weights = profile.devices[primary.rank].layer, layer_weights(spec, primary, index)
+            assert layer is not None, f"rank {primary.rank} is a primary without a profile of its layers"
+            times = [layer.dense.time_us(weights * DTYPE_BYTES[dtype], 2 * weights * tokens) for tokens in TOKENS]
             table.add_row(
                 str(primary.rank),
                 *(f"{time_us:.0f}" for time_us in times),
-                f"{device.dense.accuracy:.1%}",
-                f"{1e3 * device.prefill.us_per_pair:.3g}",
-                f"{device.prefill.accuracy:.1%}",
+                f"{layer.dense.accuracy:.1%}",
+                f"{1e3 * layer.prefill.us_per_pair:.3g}",
+                f"{layer.prefill.accuracy:.1%}",
             )
     return table
 

@@ -26,6 +26,7 @@ from hetis_kernels import paged_decode, paged_prefill
 from hetis_kernels.dispatch import cpu_op
 
 COLD_BYTES = 256 << 20  # more than processors keep of what they have read
+LEAST_BYTES = 4 << 20  # of pages, however little is left: what only one page is seen of cannot be told apart
 READ_CALLS = 5
 PREFILL_SHARE = 0.35  # of the time for the layers' part
 
@@ -125,8 +126,10 @@ class Scratch:
 
 
 def _affordable(num_bytes: int, device: torch.device) -> int:
-    """No more than half of what weights and cache have left of a GPU."""
-    return min(num_bytes, torch.cuda.mem_get_info(device)[0] // 2) if device.type == "cuda" else num_bytes
+    """No more than half of what weights and cache have left of a GPU, but `LEAST_BYTES` in any case."""
+    if device.type != "cuda":
+        return num_bytes
+    return min(num_bytes, max(LEAST_BYTES, torch.cuda.mem_get_info(device)[0] // 2))
 
 
 def read_bandwidth(memory: Tensor) -> float:
@@ -150,6 +153,7 @@ def read_bandwidth(memory: Tensor) -> float:
 def measure_decode(setup: Setup, scratch: Scratch, most_lanes: int, seconds: float) -> list[AttentionSample]:
     """From one lane to `most_lanes`, from a page of tokens to the longest context, as far as the scratch pages reach.
 
+    One lane is seen with all six lengths, and one page with all seven numbers of lanes: enough for a fit in any case.
     KV is cold, as it is in a step: since a layer was read last, all the others were.
     """
     spec, pool_2PSD, device = setup.spec, scratch.pool_2PSD, scratch.pool_2PSD.device
@@ -171,7 +175,8 @@ def measure_decode(setup: Setup, scratch: Scratch, most_lanes: int, seconds: flo
 
         return call
 
-    lengths = spread(min(scratch.page_size, setup.max_model_len), setup.max_model_len, 6)
+    longest = min(setup.max_model_len, scratch.num_pages * scratch.page_size)
+    lengths = spread(min(scratch.page_size, longest), longest, 6)
     grid = [(lanes, tokens) for lanes in spread(1, most_lanes, 7) for tokens in lengths]
     grid = [(lanes, tokens) for lanes, tokens in grid if lanes * -(-tokens // scratch.page_size) <= scratch.num_pages]
     grid.sort(key=lambda point: point[0] * point[1])

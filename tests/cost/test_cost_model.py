@@ -6,8 +6,7 @@ import pytest
 
 from hetis.core.profile import AttentionProfile, DeviceProfile, FleetProfile, LinkProfile, TransferProfile
 from hetis.cost.cost_model import LARGEST_FACTOR, SMALLEST_FACTOR, CostModel
-from tests.cost.test_profile import KEY
-from tests.dispatcher.fleets import make_spec
+from tests.dispatcher.fleets import KEY, make_spec
 
 
 def profile(**attention: float) -> DeviceProfile:

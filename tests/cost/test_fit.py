@@ -84,8 +84,7 @@ def test_dense_time_has_two_pieces() -> None:
         return truth.time_us(2 * weights, 2.0 * weights * tokens)
 
     samples = [DenseSample(2**k, time_us(2**k) * rng.uniform(0.98, 1.02)) for k in range(13)]
-    found = fit_dense(samples, weights, 2 * weights, num_ranks=3)
-    assert found.num_ranks == 3
+    found = fit_dense(samples, weights, 2 * weights)
     assert found.us_per_flop == pytest.approx(5e-9, rel=0.1)
     assert found.accuracy > 0.93
     for tokens in (1, 64, 100, 1000):

@@ -17,7 +17,10 @@ from hetis.core.profile import (
 from hetis.cost.cost_model import CostModel
 
 PAGE_SIZE = 4
-KEY = ProfileKey(device="test", driver="1", dtype="float32", head_dim=64, queries_per_group=2, backend="none")
+KEY = ProfileKey(
+    device="test", driver="1", dtype="float32", head_dim=64, queries_per_group=2, page_size=PAGE_SIZE, backend="none",
+    enforce_eager=False, version="1",
+)  # fmt: skip
 
 
 def make_spec(num_groups: int, num_layers: int = 1, windows: tuple[int, ...] = ()) -> ModelSpec:

@@ -1,11 +1,15 @@
 """The mixed integer program against enumeration, and the solver against it."""
 
+import logging
+from functools import partial
 from random import Random
 
+import msgspec
 import pytest
 
 from bench.dispatch_problems import random_problem
-from hetis.dispatcher.balance import balance
+from hetis.dispatcher import milp
+from hetis.dispatcher.balance import balance, homeward
 from hetis.dispatcher.milp import balance_by_highs, solve
 from hetis.dispatcher.problem import peak_us
 from tests.dispatcher.instances import check_fits, tiny_problem
@@ -40,6 +44,38 @@ def test_many_sequences_are_within_two_percent_of_the_optimum() -> None:
             check_fits(problem, counts)
             assert peak_us(problem, counts) <= 1.02 * max(solution.bound_us, 1e-9)
             compared += 1
+
+
+def test_ties_go_to_primaries_here_too() -> None:
+    """No lane is left on a worker that could be at home without a longer peak; HiGHS alone leaves some.
+
+    Floors that are high make ties of nearly all placements.
+    """
+    rng, num_lifted = Random(0), 0
+    for _ in range(60):
+        problem = tiny_problem(rng, rng.randint(1, 3), rng.randint(2, 4))
+        problem = msgspec.structs.replace(problem, floor_us=[60.0] * problem.num_devices)
+        solution, counts = solve(problem), balance_by_highs(problem)
+        if solution is None or counts is None:
+            continue
+        check_fits(problem, counts)
+        assert peak_us(problem, counts) <= peak_us(problem, solution.counts)
+        num_lifted += counts != solution.counts
+        assert homeward(problem, [list(held) for held in counts]) == counts
+    assert num_lifted
+
+
+def test_our_own_solver_decides_where_highs_has_no_time_and_the_log_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    problem = random_problem(Random(3), 16, 16)
+    with pytest.raises(TimeoutError, match=r"within 0\.0 s"):
+        solve(problem, time_limit_s=0.0)
+    monkeypatch.setattr(milp, "solve", partial(solve, time_limit_s=0.0))
+    milp._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert balance_by_highs(problem) == balance_by_highs(problem) == balance(problem)
+    assert len(caplog.records) == 1
 
 
 def test_highs_can_take_the_solvers_place() -> None:

@@ -80,15 +80,38 @@ def test_without_the_library_the_reference_decides_and_the_log_says_so_once(
         native.load.cache_clear()
 
 
-def test_a_library_that_cannot_be_loaded_counts_as_missing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+OF_ANOTHER_MACHINE = "cannot be loaded"
+WITHOUT_OUR_FUNCTIONS = "undefined symbol: hetis_interface"
+
+
+@pytest.mark.parametrize("reason", [OF_ANOTHER_MACHINE, WITHOUT_OUR_FUNCTIONS])
+def test_a_library_that_cannot_be_used_counts_as_missing(
+    reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "_solver.so").write_bytes(b"of another machine")
+    if reason == OF_ANOTHER_MACHINE:
+        (tmp_path / "_solver.so").write_bytes(b"of another machine")
+    else:
+        (tmp_path / "_solver.so").symlink_to(msgspec._core.__file__)
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     native.load.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert native.load() is None
-        assert "cannot be loaded" in caplog.text
+        assert reason in caplog.text
+        assert "--no-deps ." in caplog.text
+    finally:
+        native.load.cache_clear()
+
+
+@needs_library
+def test_a_library_with_another_interface_counts_as_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    native.load.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert native.load() is None
+        assert f"it has interface {native.INTERFACE - 1}" in caplog.text
     finally:
         native.load.cache_clear()

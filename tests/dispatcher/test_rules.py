@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from hetis.core.placement import Dispatcher, FleetView, Placement, PoolId
 from hetis.core.plan import Plan
+from hetis.core.profile import AttentionProfile
 from hetis.core.request import Sequence
+from hetis.dispatcher.admission import Admission
+from hetis.dispatcher.balance import balance
 from hetis.dispatcher.room import pages_of, shortage_of
 from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
 from tests.dispatcher.fleets import device, make_cost, make_view
@@ -185,21 +188,35 @@ def test_nobody_overtakes() -> None:
         assert rule.assign(sequences, view) == [None, None]
 
 
+def test_who_waits_behind_does_not_change_what_a_step_will_take() -> None:
+    """Memory forces two lanes of a short sequence onto each worker.
+
+    The first worker is slow with long lanes, the second one with short ones: which is weak depends on what is placed.
+    """
+    plan = make_plan([[4]], 2)
+    slow_with_bytes, slow_with_heads = (
+        msgspec.structs.replace(device(), attention=AttentionProfile(a_us_per_head=a, b_us_per_byte=b / 512, c_us=0.0))
+        for a, b in ((0.5, 0.05), (10.0, 0.01))
+    )
+    cost = make_cost(plan, [device(), slow_with_bytes, slow_with_heads])
+    view, short, long = make_view(plan, [4, 4, 80]), make_sequence(0, 4, 5), make_sequence(1, 300, 5)
+    alone, followed = (Admission(cost, balance, waiting, view).decide(1) for waiting in ([short], [short, long]))
+    assert alone.counts == [[[0], [2], [2]]]
+    assert followed == alone
+
+
 def random_case(rng: Random) -> tuple[Plan, FleetView, list[Sequence], HetisDispatcher]:
     plan = make_plan(rng.choice([[[3]], [[2, 1]], [[1, 1, 1]], [[4], [1, 3]], [[2], [2], [2]]]), rng.randint(0, 3))
     devices = [
         device(rng.choice((0.1, 1, 1, 4)), rng.uniform(0, 9), rng.choice((0, 5))) for _ in range(plan.world_size)
     ]
-    rule = HetisDispatcher(
-        make_cost(plan, devices, rng.choice((0.0, 30.0)), rng.uniform(0, 50), num_layers=len(plan.stages)),
-        staging_tokens=rng.choice((0, 20)),
-    )
+    cost = make_cost(plan, devices, rng.choice((0.0, 30.0)), rng.uniform(0, 50), num_layers=len(plan.stages))
     pools = make_view(plan, [0] * len(make_pools(plan))).free_pages
     lanes = {pool: rng.choice((0, rng.randint(1, 9))) for pool in pools}
     tokens = {pool: count * rng.randint(1, 30) for pool, count in lanes.items()}
     view = make_view(plan, [rng.choice((rng.randint(-3, 9), rng.randint(0, 60), 500)) for _ in pools], lanes, tokens)
     sequences = [make_sequence(i, rng.randint(1, 25), rng.randint(1, 40)) for i in range(rng.randint(1, 5))]
-    return plan, view, sequences, rule
+    return plan, view, sequences, HetisDispatcher(cost)
 
 
 def make_pools(plan: Plan) -> list[int]:

@@ -21,7 +21,7 @@ def make_rule(name: str, plan: Plan) -> Dispatcher:
     useless = 1000.0 if "useless" in name else 1.0
     devices = [device(1.0 / (useless if plan.role_of(rank) != "primary" else 1)) for rank in range(plan.world_size)]
     cost = make_cost(plan, devices, alpha_us=useless, dense_us=10.0, num_layers=len(plan.stages))
-    return HetisDispatcher(cost, staging_tokens=8)
+    return HetisDispatcher(cost)
 
 
 @pytest.mark.parametrize("rule", RULES)

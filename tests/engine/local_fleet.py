@@ -26,7 +26,9 @@ from hetis.core.profile import (
     DenseProfile,
     DeviceProfile,
     FleetProfile,
+    LayerProfile,
     LinkProfile,
+    PrefillProfile,
     TransferProfile,
 )
 from hetis.core.request import Sequence as EngineSequence
@@ -34,7 +36,7 @@ from hetis.core.sampled import TokenLogprobs
 from hetis.core.sampling_params import SamplingParams
 from hetis.engine.engine import Engine
 from hetis.engine.policies import Policies, make_policies
-from hetis.engine.profiling import profile_key
+from hetis.engine.profiling import layer_share, profile_key
 from hetis.engine.setup import make_setup
 from hetis.models.families import read_model_spec
 from hetis.workers.rank import build_member
@@ -195,7 +197,11 @@ def flat_profile(setup: Setup) -> FleetProfile:
             attention=AttentionProfile(a_us_per_head=0.5, b_us_per_byte=1e-4, c_us=5.0),
             read_bytes_per_us=1e4,
             usable_bytes=info.free_memory,
-            dense=DenseProfile(fixed_us=10.0, us_per_weight_byte=1e-4, us_per_flop=1e-5, num_ranks=1)
+            layer=LayerProfile(
+                share=layer_share(setup, info.rank),
+                dense=DenseProfile(fixed_us=10.0, us_per_weight_byte=1e-4, us_per_flop=1e-5),
+                prefill=PrefillProfile(fixed_us=5.0, us_per_pair=1e-3),
+            )
             if info.rank in primaries
             else None,
         )

@@ -9,10 +9,10 @@ import pytest
 from hetis.core.fleet import DeviceInfo
 from hetis.core.messages import Measure, Measured, MeasureLink, Setup
 from hetis.core.plan import Plan, resolve_plan
-from hetis.core.profile import DeviceProfile, FleetProfile, ProfileKey
+from hetis.core.profile import FleetProfile, KindProfile, LayerShare, ProfileKey
 from hetis.core.samples import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.cost.memory import usable_share
-from hetis.engine.profiling import Profiling, links_of, profile_key, report_of
+from hetis.engine.profiling import Profiling, layer_share, links_of, profile_key, report_of
 from tests.dispatcher.fleets import make_spec
 
 SPEC = msgspec.structs.replace(make_spec(4, num_layers=4), intermediate_size=128, vocab_size=512, max_position=256)
@@ -65,7 +65,7 @@ class Fleet:
     def key(self, rank: int) -> ProfileKey:
         return profile_key(self.setup.fleet[rank], self.setup)
 
-    def run(self, known: Mapping[ProfileKey, DeviceProfile] | None = None, *, share: bool = True) -> Profiling:
+    def run(self, known: Mapping[ProfileKey, KindProfile] | None = None, *, share: bool = True) -> Profiling:
         """Answers come in random order."""
         rng, profiling = Random(0), Profiling(self.setup, known or {}, share=share)
         busy: dict[int, Measure | MeasureLink] = {}
@@ -136,15 +136,12 @@ def test_ranks_of_one_key_are_measured_once_and_links_each() -> None:
     assert [devices[rank].usable_bytes for rank in range(4)] == [
         int((rank + 1 << 20) * usable_share("cpu")) for rank in range(4)
     ], "memory is each rank's own"
-    assert devices[0].dense is not None
-    assert [devices[rank].dense for rank in (1, 2, 3)] == [None] * 3
+    assert devices[0].layer is not None
+    assert [devices[rank].layer for rank in (1, 2, 3)] == [None] * 3
     assert report.sources == {0: "measured in 3.0 s", 1: "as rank 0", 2: "as rank 0", 3: "measured in 2.0 s"}
     assert [(link.primary, link.worker) for link in report.profile.links] == [(0, 1), (0, 2), (0, 3)]
     assert report.profile.links[0].request.alpha_us == pytest.approx(10.0)
-    assert {profile.key: profile.dense is not None for profile in profiling.new()} == {
-        fleet.key(0): True,
-        fleet.key(3): False,
-    }
+    assert {kind.key: len(kind.layers) for kind in profiling.new()} == {fleet.key(0): 1, fleet.key(3): 0}
 
 
 def test_without_sharing_every_rank_is_measured_by_itself_and_in_turn() -> None:
@@ -187,9 +184,14 @@ def test_primaries_of_a_stage_are_measured_together() -> None:
     assert [rank for rank, _ in fleet.asked[place - 1 : place + 1]] == [0, 1], "both are told at the same time"
     report = profiling.report()
     assert report.profile is not None
-    dense = [report.profile.devices[rank].dense for rank in range(5)]
-    assert [found.num_ranks for found in dense if found is not None] == [2, 2, 2, 2, 1]
-    assert dense[0] == dense[2] == dense[3] != dense[1]
+    layers = [report.profile.devices[rank].layer for rank in range(5)]
+    assert [layer.share.num_ranks for layer in layers if layer is not None] == [2, 2, 2, 2, 1]
+    assert layers[0] == layers[2] == layers[3] != layers[1]
+    assert {kind.key: len(kind.layers) for kind in profiling.new()} == {
+        fleet.key(0): 2,
+        fleet.key(1): 1,
+        fleet.key(5): 0,
+    }
     assert report.profile.links[-1].worker == 5
     assert len(fleet.links()) == 5
 
@@ -206,24 +208,58 @@ def test_what_the_cache_knows_is_not_measured_again() -> None:
     assert report.sources == dict.fromkeys(range(3), "cache")
     assert report.profile is not None
     assert report.profile.devices[1].attention == known[fleet.key(0)].attention
-    assert report.profile.devices[1].dense is None
+    assert report.profile.devices[1].layer is None
 
 
 def test_a_cached_worker_lacks_the_layers_and_another_split_needs_them_anew() -> None:
     fleet = Fleet(make_plan([1], 0), [CPU])
     [whole] = fleet.run().new()
-    assert whole.dense is not None
-    worker = msgspec.structs.replace(whole, dense=None, prefill=None)
+    [layer] = whole.layers
+    worker = msgspec.structs.replace(whole, layers=())
     profiling = fleet.run({whole.key: worker})
     assert (fleet.who("attention"), fleet.who("dense")) == ([], [0])
-    assert profiling.new()[0].dense == whole.dense
+    assert profiling.new() == [whole]
     split = Fleet(make_plan([2], 0), [CPU, CPU])
     profiling = split.run({whole.key: whole})
     assert (split.who("attention"), split.who("dense")) == ([], [0, 1])
-    [new] = profiling.new()
-    assert new.dense is not None
-    assert new.dense.num_ranks == 2
-    assert new.attention == whole.attention
+    [both] = profiling.new()
+    assert both.layers[0] == layer, "what was known is kept"
+    assert [layer.share.num_ranks for layer in both.layers] == [1, 2]
+    assert both.attention == whole.attention
+    for again in (fleet, split):
+        assert again.run({whole.key: both}).new() == []
+        assert again.who("dense") == []
+
+
+def test_layers_of_another_model_are_measured_anew_and_attention_is_not() -> None:
+    fleet = Fleet(make_plan([1], 1), [CPU, CPU])
+    [known] = fleet.run().new()
+    larger = msgspec.structs.replace(SPEC, hidden_size=128)
+    fleet.setup = msgspec.structs.replace(fleet.setup, spec=larger)
+    profiling = fleet.run({known.key: known})
+    assert (fleet.who("attention"), fleet.who("dense")) == ([], [0])
+    [both] = profiling.new()
+    assert [layer.share for layer in both.layers[1:]] == [layer_share(fleet.setup, 0)]
+    assert profiling.report().sources == {0: "measured in 1.0 s", 1: "cache"}
+
+
+def test_ranks_that_split_layers_unevenly_have_layers_of_their_own() -> None:
+    plan = make_plan([2], 0)
+    first, second = plan.stages[0].primaries
+    primaries = (
+        msgspec.structs.replace(first, groups=(0, 3)),
+        msgspec.structs.replace(second, groups=(3, 4)),
+    )
+    stage = msgspec.structs.replace(plan.stages[0], primaries=primaries)
+    fleet = Fleet(msgspec.structs.replace(plan, stages=(stage,)), [CPU, CPU])
+    profiling = fleet.run()
+    profile = profiling.report().profile
+    assert profile is not None
+    assert [device.layer and device.layer.share for device in profile.devices.values()] == [
+        LayerShare(num_ranks=2, num_weights=layer_share(fleet.setup, rank).num_weights) for rank in (0, 1)
+    ]
+    [kind] = profiling.new()
+    assert fleet.run({kind.key: kind}).new() == [], "both are kept"
 
 
 def test_a_fleet_without_workers_has_no_links() -> None:
@@ -245,7 +281,7 @@ def full_profile(fleet: Fleet) -> FleetProfile:
 def test_a_file_that_has_everything_is_used_as_it_is() -> None:
     fleet = Fleet(make_plan([1], 2), [CPU, CPU, CPU])
     profile = full_profile(fleet)
-    report = report_of(profile, fleet.setup.plan, "fleet.json")
+    report = report_of(profile, fleet.setup, "fleet.json")
     assert report.profile == profile
     assert set(report.sources.values()) == {"fleet.json"}
 
@@ -265,11 +301,42 @@ def test_what_a_file_lacks_is_named(without: str, lacking: str) -> None:
     if without == "rank":
         del devices[1]
     elif without == "layers":
-        devices[0] = msgspec.structs.replace(devices[0], dense=None)
+        devices[0] = msgspec.structs.replace(devices[0], layer=None)
     else:
         links.pop()
     with pytest.raises(ValueError, match=lacking):
-        report_of(FleetProfile(devices=devices, links=tuple(links)), fleet.setup.plan, "fleet.json")
+        report_of(FleetProfile(devices=devices, links=tuple(links)), fleet.setup, "fleet.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "bfloat16"}, "dtype is float32 in the file and bfloat16 here"),
+        ({"block_size": 32}, "page_size is 16 in the file and 32 here"),
+        ({"enforce_eager": True}, "enforce_eager is False in the file and True here"),
+        ({"spec": msgspec.structs.replace(SPEC, num_query_heads=4)}, "queries_per_group is 2 in the file and 1 here"),
+        ({"spec": msgspec.structs.replace(SPEC, head_dim=128)}, "head_dim is 64 in the file and 128 here"),
+        ({"spec": msgspec.structs.replace(SPEC, hidden_size=128)}, "num_weights is"),
+    ],
+)
+def test_a_file_made_for_something_else_is_refused(change: dict[str, object], said: str) -> None:
+    fleet = Fleet(make_plan([1], 1), [CPU, CPU])
+    profile = full_profile(fleet)
+    other = msgspec.structs.replace(fleet.setup, **change)
+    with pytest.raises(ValueError, match=rf"fleet\.json does not hold for rank 0: its {said}.*run `hetis profile`"):
+        report_of(profile, other, "fleet.json")
+
+
+def test_a_file_made_on_other_devices_or_for_another_split_is_refused() -> None:
+    one, two = Fleet(make_plan([1], 2), [CPU, CPU, CPU]), Fleet(make_plan([2], 1), [CPU, CPU, CPU])
+    large = Fleet(one.setup.plan, [CPU, CPU, ("b", "cpu", "large")])
+    with pytest.raises(ValueError, match="rank 2: its device is small, 1 threads in the file and large, 1 threads"):
+        report_of(full_profile(one), large.setup, "fleet.json")
+    whole, split = full_profile(one), full_profile(two)
+    layers = msgspec.structs.replace(split.devices[0], layer=whole.devices[0].layer)
+    devices = {**split.devices, 0: layers}
+    with pytest.raises(ValueError, match="rank 0: its num_ranks is 1 in the file and 2 here"):
+        report_of(msgspec.structs.replace(split, devices=devices), two.setup, "fleet.json")
 
 
 def test_links_of_all_stages() -> None:

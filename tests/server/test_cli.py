@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from hetis.core.config import EngineConfig
 from hetis.core.messages import FleetStats, MemberStats
+from hetis.server.arguments import engine_arguments
+from hetis.server.cli import build_parser
 from hetis.server.generate import LinePrinter, fleet_table, moves
 from tests.server.fleet_process import ROOT, torchrun_command
 
@@ -99,6 +102,8 @@ def test_help_shows_defaults(command: list[str], tmp_path: Path) -> None:
         (["--plan", "1+x"], "1+x"),
         (["--max-num-seqs", "0"], "max_num_seqs"),
         (["--temperature", "-1"], "temperature"),
+        (["--theta", "inf"], "theta"),
+        (["--step-timeout", "nan"], "step_timeout"),
         (["/no/such/model"], "/no/such/model"),
         (["--kv-cache-memory", "1KiB"], "rank 0"),
         (["--device", "cuda:9"], "cuda:9"),
@@ -130,6 +135,24 @@ def test_under_torchrun_what_cannot_be_is_said_once(arguments: list[str], word: 
     said = [line for line in result.stderr.splitlines() if word in line and line.startswith("hetis")]
     assert len(said) == 1, result.stderr
     assert "Traceback" not in ours
+
+
+@pytest.mark.parametrize(("text", "found"), [("0", 0), ("64MiB", 64 << 20)])
+def test_the_migration_budget_may_be_nothing(text: str, found: int) -> None:
+    options = build_parser().parse_args(["generate", "--migration-budget", text])
+    assert engine_arguments(options)["migration_budget"] == found
+
+
+def test_a_migration_budget_that_is_not_understood_says_how_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["generate", "--migration-budget", "much"])
+    assert "write for example 2GiB" in capsys.readouterr().err
+
+
+def test_every_option_of_the_engine_has_its_default() -> None:
+    arguments = engine_arguments(build_parser().parse_args(["generate"]))
+    del arguments["tokenizer"]
+    assert EngineConfig(**arguments) == EngineConfig()
 
 
 def test_two_hosts_play_one_fleet(tmp_path: Path) -> None:

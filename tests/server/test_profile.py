@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hetis.core.profile import DeviceProfile, FleetProfile
-from hetis.cost.profile import cache_folder, load, save
+from hetis.core.profile import FleetProfile, KindProfile
+from hetis.engine.profile_files import cache_folder, load, save
 from tests.server.fleet_process import ROOT
 
 HETIS = [sys.executable, "-m", "hetis"]
@@ -42,8 +42,8 @@ def test_every_device_and_link_is_shown_and_written(measured: tuple[Path, str]) 
     profile = load(file, FleetProfile)
     assert sorted(profile.devices) == [0, 1]
     assert [(link.primary, link.worker) for link in profile.links] == [(0, 1)]
-    assert profile.devices[0].dense is not None
-    assert profile.devices[1].dense is None
+    assert profile.devices[0].layer is not None
+    assert profile.devices[1].layer is None
     assert profile.devices[0].key == profile.devices[1].key
     assert "measured in" in text
     assert "as rank 0" in text
@@ -57,17 +57,43 @@ def test_the_next_start_takes_it_from_the_cache_unless_that_is_damaged(measured:
     file, _ = measured
     known = load(file, FleetProfile).devices[0]
     folder = cache_folder({"XDG_CACHE_HOME": str(cache)})
-    assert [path.name for path in folder.iterdir()] == [known.key.file_name]
-    again = cache / "again.json"
-    result = run(["profile", "--plan", "1+1", *SMALL, "--output", str(again)], cache)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("cache") == 2
-    assert load(again, FleetProfile).devices[0].attention == known.attention
+    assert folder is not None
+    [kept] = folder.iterdir()
+    assert kept.name == known.key.file_name
+    before = load(kept, KindProfile)
+    assert (before.attention, before.layers) == (known.attention, (known.layer,))
+    generate = ["generate", "--plan", "1+1", *SMALL, "--prompt", "It", "--max-tokens", "4"]
+    written = kept.stat()
+    assert run(generate, cache).returncode == 0
+    assert kept.stat() == written, "nothing was measured, nothing is written"
 
-    (folder / known.key.file_name).write_text('{"key": "nonsense"}')
-    result = run(["generate", "--plan", "1+1", *SMALL, "--prompt", "It", "--max-tokens", "4"], cache)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert load(folder / known.key.file_name, DeviceProfile).dense is not None, "it was measured and kept again"
+    for damage in (b'{"key": "nonsense"}', b"[" * 100_000):
+        kept.write_bytes(damage)
+        result = run(generate, cache)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert len(load(kept, KindProfile).layers) == 1, "it was measured and kept again"
+
+
+def test_profile_measures_anew_and_refreshes_the_cache(measured: tuple[Path, str], cache: Path) -> None:
+    file, _ = measured
+    known = load(file, FleetProfile).devices[0]
+    folder = cache_folder({"XDG_CACHE_HOME": str(cache)})
+    assert folder is not None
+    made_up = msgspec.structs.replace(known.attention, c_us=123456.0)
+    kind = KindProfile(key=known.key, attention=made_up, read_bytes_per_us=1.0)
+    save(kind, folder / known.key.file_name)
+    result = run(["profile", "--plan", "1+1", *SMALL], cache)
+    assert result.returncode == 0, result.stderr
+    assert "cache" not in result.stdout
+    assert "as rank 0" in result.stdout, "once for each kind"
+    assert load(folder / known.key.file_name, KindProfile).attention != made_up
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    result = run(["profile", *SMALL, "--output", str(tmp_path)], tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"hetis: profile {tmp_path} cannot be written")
+    assert not any(tmp_path.iterdir()), "nothing was measured"
 
 
 def test_a_fleet_without_workers_is_measured_if_it_is_asked_for(tmp_path: Path) -> None:
@@ -94,3 +120,11 @@ def test_a_file_that_does_not_fit_is_refused(measured: tuple[Path, str], tmp_pat
     result = run(["generate", "--plan", "1+1", *SMALL, "--profile", str(part)], tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert result.stderr.startswith(f"hetis: profile {part} lacks rank 1")
+
+
+def test_a_file_made_for_another_dtype_is_refused(measured: tuple[Path, str], tmp_path: Path) -> None:
+    file, _ = measured
+    arguments = ["generate", "--plan", "1+1", *SMALL[:-1], "bfloat16", "--profile", str(file)]
+    result = run(arguments, tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "rank 0: its dtype is float32 in the file and bfloat16 here" in result.stderr

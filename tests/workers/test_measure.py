@@ -11,7 +11,7 @@ from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.messages import Measure, Measured, MeasureLink, Setup
 from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer
 from hetis.workers.attention import AttentionRank
-from hetis.workers.measure import Scratch, read_bandwidth
+from hetis.workers.measure import COLD_BYTES, LEAST_BYTES, Scratch, _affordable, measure_decode, read_bandwidth
 from hetis.workers.primary import PrimaryRank
 from hetis.workers.rank import build_member
 from tests.checkpoints import make_checkpoint
@@ -83,7 +83,7 @@ def test_every_part_of_a_fleet_can_be_measured_and_fitted(directory: Path) -> No
     one, other = measure(Measure(part="dense", seconds=0.05), first, second)
     assert one.dense == other.dense, "they agree about times, and so about when to stop"
     assert [sample.num_tokens for sample in one.dense] == sorted(sample.num_tokens for sample in one.dense)
-    assert fit_dense(one.dense, 1000, 4000, 2).num_ranks == 2
+    assert fit_dense(one.dense, 1000, 4000).time_us(4000, 2000) > 0
     assert fit_prefill(one.prefill).us_per_pair >= 0
 
     command = MeasureLink(primary=1, worker=2, seconds=0.02)
@@ -123,3 +123,24 @@ def test_scratch_pages_are_taken_in_turn(directory: Path) -> None:
     assert pages.tolist() != sorted(pages.tolist())
     assert scratch.take(3, 16).equal(tables[0])
     assert read_bandwidth(scratch.pool_2PSD) > 0
+
+
+@pytest.mark.parametrize("num_pages", [1, 2, 3, 60])
+def test_attention_can_be_fitted_however_few_pages_are_left(num_pages: int, directory: Path) -> None:
+    with LocalFleet(directory, "1+0", block_size=4) as fleet:
+        setup = fleet.setup
+    page_bytes = setup.block_size * setup.spec.kv_bytes_per_token(1, setup.dtype)
+    scratch = Scratch(setup, num_pages * page_bytes, CPU)
+    assert scratch.num_pages == num_pages
+    samples = measure_decode(setup, scratch, num_pages, 10.0)
+    assert len(samples) >= 12
+    assert max(sample.kv_bytes for sample in samples) <= num_pages * page_bytes
+    assert fit_attention(samples).time_us(1, page_bytes) > 0
+
+
+def test_a_full_gpu_has_some_pages_left_to_measure_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, gib = torch.device("cuda"), 1 << 30
+    for free, found in ((0, LEAST_BYTES), (LEAST_BYTES, LEAST_BYTES), (100 << 20, 50 << 20), (80 * gib, COLD_BYTES)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 * gib))
+        assert _affordable(COLD_BYTES, gpu) == found
+    assert _affordable(COLD_BYTES, CPU) == COLD_BYTES

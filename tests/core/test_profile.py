@@ -1,0 +1,75 @@
+"""The formulas of profiles, and which numbers are believed."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from hetis.core.profile import FleetProfile
+from tests.engine.test_profile_files import DEVICE, LAYER, LINK
+
+FLEET = FleetProfile(devices={0: DEVICE}, links=(LINK,))
+
+
+def test_predictions_are_the_formulas() -> None:
+    attention = DEVICE.attention
+    assert attention.time_us(0, 0) == 0
+    assert attention.time_us(8, 0) == 11.5
+    assert attention.time_us(64, 100_000_000) == pytest.approx(0.64 + 70.0 + 8.0)
+    assert LAYER.dense.time_us(1e8, 1e9) == pytest.approx(12 + 70)
+    assert LAYER.dense.time_us(1e8, 1e11) == pytest.approx(12 + 400)
+    assert LAYER.prefill.time_us(0) == 0
+    assert LAYER.prefill.time_us(1000) == pytest.approx(9.1)
+    assert LINK.request.time_us(10_000) == pytest.approx(6.8)
+
+
+# --- what a file may say ----------------------------------------------------------------------------------------------
+
+
+def numbers(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all numbers in a tree of dictionaries and lists."""
+    if isinstance(tree, int | float):
+        return [] if isinstance(tree, bool) else [path]
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [found for key, below in items for found in numbers(below, (*path, key))]
+
+
+def changed(path: tuple[Any, ...], value: object) -> bytes:
+    """FLEET as JSON, but for one value."""
+    tree = msgspec.json.decode(msgspec.json.encode(FLEET))
+    inner = tree
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return msgspec.json.encode(tree)
+
+
+PATHS = numbers(msgspec.json.decode(msgspec.json.encode(FLEET)))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(map(str, path)))
+def test_no_number_is_negative_or_endless(path: tuple[Any, ...]) -> None:
+    assert msgspec.json.decode(changed(path, 1), type=FleetProfile)
+    wrong = [1e300, float(1 << 63)] if path[-1] == "accuracy" else [-1, -1e-300, 1e300, 1 << 63]
+    for value in wrong:
+        with pytest.raises(msgspec.ValidationError, match=str(path[-1])):
+            msgspec.json.decode(changed(path, value), type=FleetProfile)
+
+
+def test_attention_takes_time() -> None:
+    nothing = {"a_us_per_head": 0, "b_us_per_byte": 0, "c_us": 0, "floor_us": 0}
+    with pytest.raises(msgspec.ValidationError, match="takes no time"):
+        msgspec.json.decode(changed(("devices", "0", "attention"), nothing), type=FleetProfile)
+    for term in nothing:
+        assert msgspec.json.decode(changed(("devices", "0", "attention"), nothing | {term: 1}), type=FleetProfile)
+
+
+@pytest.mark.parametrize("path", [("what",), ("devices", "0", "dense"), ("links", 0, "request", "gamma")], ids=str)
+def test_a_field_that_nobody_knows_is_refused(path: tuple[Any, ...]) -> None:
+    with pytest.raises(msgspec.ValidationError, match=f"unknown field `{path[-1]}`"):
+        msgspec.json.decode(changed(path, 1), type=FleetProfile)
+
+
+def test_a_layer_is_all_or_nothing() -> None:
+    with pytest.raises(msgspec.ValidationError, match=r"layer\.prefill"):
+        msgspec.json.decode(changed(("devices", "0", "layer", "prefill"), None), type=FleetProfile)
