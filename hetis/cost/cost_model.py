@@ -19,6 +19,7 @@ FORGETTING = 5e-3  # how fast trust in the estimate goes back to the prior's, pe
 LARGEST_STEP = 1.0  # a measurement counts for no more than this, relative to the prediction
 SMALLEST_FACTOR, LARGEST_FACTOR = 1 / 16, 64.0
 RELAXING = 0.01  # of the way back to the profile, per step without work
+LEAST_US = 1e-12  # a prediction below it has nothing that a factor could follow
 DENSE_WEIGHT = 0.1  # of one measurement of the dense part in its moving average
 
 
@@ -171,13 +172,13 @@ class CostModel:
         terms = [profile.a_us_per_head * heads, profile.b_us_per_byte * kv_bytes, profile.c_us]
         if sum(terms) < profile.floor_us:  # by the profile: what is learned must not decide what is learned from
             terms = [0.0, 0.0, profile.floor_us]
-        if any(terms):
+        if sum(terms) > LEAST_US:
             self._attention[rank].observe(terms, measured_us)
 
     def observe_link(self, worker: int, heads: int, measured_us: float) -> None:
         """The round trip of a layer's message, less the worker's attention."""
         terms = self._link_terms(worker, heads) if worker in self._devices else []
-        if heads and any(terms):
+        if heads and sum(terms) > LEAST_US:
             self._link[worker].observe(terms, measured_us)
 
     def observe_dense(self, rank: int, layer_us: float, other_us: float = 0.0) -> None:
