@@ -45,7 +45,7 @@ def main() -> None:
     scenario = SCENARIOS[options.scenario]
     if options.emulate is not None:
         scenario = with_fleet(scenario, msgspec.json.decode(options.emulate.read_bytes(), type=Fleet))
-    trace = None if options.trace_file is None else read_trace(options.trace_file)
+    trace = read_trace(options.trace_file) if options.trace_file is not None else []
     requests = make_requests(scenario.workload, scenario.model.vocab_size, trace)
     cases = [case for case in scenario.cases if options.dispatch is None or case.dispatch in options.dispatch]
     print(describe(requests, scenario), flush=True)
@@ -59,7 +59,8 @@ def main() -> None:
     print("\n" + table(rows))
     results = verdicts(scenario.requirements, rows)
     print("\n".join(sentence for sentence, _ in results))
-    print(draw(options.scenario, scenario, rows))
+    given = [path.stem for path in (options.emulate, options.trace_file) if path is not None]
+    print(draw("_".join([options.scenario, *given]), scenario, rows))
     sys.exit(not all(holds for _, holds in results))
 
 

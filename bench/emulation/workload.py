@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -41,19 +41,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     num_generated: int
 
 
-def make_requests(workload: Workload, vocab_size: int, trace: Iterable[tuple[int, int]] | None = None) -> list[Request]:
-    """In order of arrival. `trace`: (context, generated) tokens to take instead of drawn lengths."""
+def make_requests(workload: Workload, vocab_size: int, trace: Sequence[tuple[int, int]] = ()) -> list[Request]:
+    """In order of arrival. `trace`: (context, generated) tokens, of which to draw instead of making lengths up."""
     rng, requests, now = Random(workload.seed), [], 0.0
-    given = iter(trace) if trace is not None else None
     for _ in range(workload.num_requests):
         now += rng.expovariate(workload.rate_per_s)
-        if given is None:
-            context, generated = workload.context.draw(rng), workload.generated.draw(rng)
-        else:
-            row = next(given, None)
-            if row is None:
-                raise ValueError(f"the trace has fewer than {workload.num_requests} rows: ask for fewer requests.")
+        if trace:
+            row = rng.choice(trace)
             context, generated = workload.context.fit(row[0]), workload.generated.fit(row[1])
+        else:
+            context, generated = workload.context.draw(rng), workload.generated.draw(rng)
         ids = [rng.randrange(FIRST_TOKEN_ID, vocab_size) for _ in range(context)]
         requests.append(Request(arrival_s=now, token_ids=ids, num_generated=generated))
     return requests
@@ -64,6 +61,9 @@ def read_trace(path: Path) -> list[tuple[int, int]]:
     with path.open(newline="") as file:
         rows = csv.DictReader(file)
         try:
-            return [(int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in rows]
+            found = [(int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in rows]
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is no trace: line {rows.line_num} has {error}.") from error
+    if not found:
+        raise ValueError(f"{path} is no trace: it has no requests.")
+    return found
