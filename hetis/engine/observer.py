@@ -5,7 +5,7 @@ from hetis.core.plan import Plan
 from hetis.core.times import Span, StageTimes
 from hetis.cost.cost_model import CostModel
 
-HAUL_SHARE = 0.05  # of a layer's time, that pages of lanes on the move may take on a link
+HAUL_SHARE = 0.03  # of a layer's time, that pages of lanes on the move may take on a link; 0.05 shows at times
 LAYER_WEIGHT = 0.1  # of one step in the moving average of a layer's time
 
 
