@@ -2,7 +2,7 @@
 
     python bench/bench_migration.py [--plan 1+2] [--sequences 16] [--context 512] [--lanes 4]
 
-A fleet of CPU ranks with random weights decodes a fixed batch. For 40 steps all lanes rest, for 40 steps some are on
+A fleet of CPU ranks with random weights decodes a fixed batch. For 12 steps all lanes rest, for 12 steps some are on
 the move all the time, and so on. The fleet's own trace tells how long a step of the primary took and how many pages it
 carried. Prints median and 95th percentile of steps with and without pages, their ratios, and the rate of the moves.
 """
@@ -21,7 +21,7 @@ from bench_vs_vllm import CONFIG
 from hetis import LLM, SamplingParams
 from hetis.core.messages import FleetStats
 
-REST, MOVING = 40, 40  # steps
+REST, MOVING = 12, 12  # steps; the machine changes its speed from one stretch of seconds to the next
 SHAPE = CONFIG | {"num_hidden_layers": 12, "vocab_size": 32000}
 AIM = 1.10  # of the 95th percentile
 
