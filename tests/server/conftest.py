@@ -13,6 +13,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[LLM]:
-    """The model in the package on one primary and two workers."""
-    with LLM(plan="1+2", device="cpu", dtype="float32", kv_cache_memory="32MiB", max_logprobs=50) as llm:
+    """The model in the package on one primary and two workers, all of which get lanes, whatever their speed today."""
+    options = {"device": "cpu", "dtype": "float32", "kv_cache_memory": "32MiB", "dispatch": "even"}
+    with LLM(plan="1+2", max_logprobs=50, **options) as llm:
         yield llm

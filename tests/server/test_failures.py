@@ -19,7 +19,7 @@ STEP_TIMEOUT = 5.0
 
 EVERYBODY = "dispatch=even"  # so that every rank is needed: the small model would stay on the primary otherwise
 NAMES = {"rank 0": "rank 0 (primary on cpu)", "rank 1": "rank 1 (attention worker on cpu)", "driver": "the driver"}
-LONG = ("generate", "--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--device", "cpu")
+LONG = tuple("generate --max-tokens 900 --ignore-eos --kv-cache-memory 64MiB --device cpu --dispatch even".split())
 
 
 @pytest.fixture
