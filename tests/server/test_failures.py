@@ -17,9 +17,11 @@ from tests.server.fleet_process import SHIM, FleetProcess
 END_SECONDS = 15.0
 STEP_TIMEOUT = 5.0
 
-EVERYBODY = "dispatch=even"  # so that every rank is needed: the small model would stay on the primary otherwise
+# so that every rank is needed: the small model would stay on the primary otherwise
+EVERYBODY = "dispatch=even"
 NAMES = {"rank 0": "rank 0 (primary on cpu)", "rank 1": "rank 1 (attention worker on cpu)", "driver": "the driver"}
-LONG = tuple("generate --max-tokens 900 --ignore-eos --kv-cache-memory 64MiB --device cpu --dispatch even".split())
+LONG = ("generate", "--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--device", "cpu")
+EVERYBODY_HERE = ("--dispatch", "even")  # the same on the command line
 
 
 @pytest.fixture
@@ -157,7 +159,7 @@ def test_a_truncated_checkpoint_is_told_in_one_sentence(directory: Path, tmp_pat
 
 
 def start_torchrun(directory: Path, plan: str = "1+1", num_ranks: int = 2, **variables: str) -> FleetProcess:
-    options = (*LONG, "--plan", plan, "--step-timeout", str(STEP_TIMEOUT))
+    options = (*LONG, *EVERYBODY_HERE, "--plan", plan, "--step-timeout", str(STEP_TIMEOUT))
     return FleetProcess.torchrun(directory, num_ranks, *options, **variables)
 
 
