@@ -97,6 +97,20 @@ def workload(num_requests: int) -> Workload:
     return Workload(num_requests=num_requests, rate_per_s=12.0, context=CONTEXT, generated=GENERATED)
 
 
+def joined_by(fleet: Fleet) -> Scenario:
+    """`LARGE_HOME`, and the same with a worker, which must not hurt."""
+    return Scenario(
+        model=MODEL,
+        max_num_seqs=32,
+        workload=workload(60),
+        cases=(
+            Case(label="with it", fleet=fleet, dispatch="hetis"),
+            Case(label="without it", fleet=LARGE_HOME, dispatch="hetis"),
+        ),
+        requirements=(Requirement(metric="tokens_per_s", of="with it", over="without it", bound=0.97),),
+    )
+
+
 SCENARIOS = {
     "small-primary": Scenario(
         model=MODEL,
@@ -110,26 +124,8 @@ SCENARIOS = {
             Requirement(metric="tpot_p95", of="hetis", over="proportional", bound=1.0, at_least=False),
         ),
     ),
-    "slow-worker": Scenario(
-        model=MODEL,
-        max_num_seqs=32,
-        workload=workload(60),
-        cases=(
-            Case(label="with it", fleet=SLOW_WORKER, dispatch="hetis"),
-            Case(label="without it", fleet=LARGE_HOME, dispatch="hetis"),
-        ),
-        requirements=(Requirement(metric="tokens_per_s", of="with it", over="without it", bound=0.97),),
-    ),
-    "slow-link": Scenario(
-        model=MODEL,
-        max_num_seqs=32,
-        workload=workload(60),
-        cases=(
-            Case(label="with it", fleet=SLOW_LINK, dispatch="hetis"),
-            Case(label="without it", fleet=LARGE_HOME, dispatch="hetis"),
-        ),
-        requirements=(Requirement(metric="tokens_per_s", of="with it", over="without it", bound=0.97),),
-    ),
+    "slow-worker": joined_by(SLOW_WORKER),
+    "slow-link": joined_by(SLOW_LINK),
     "throttled": Scenario(
         model=MODEL,
         max_num_seqs=32,

@@ -17,7 +17,7 @@ Accuracy = Annotated[float, Meta(le=1)]
 Rank = Annotated[int, Meta(ge=0, le=1 << 31)]
 Count = Annotated[int, Meta(ge=1, le=1 << 62)]
 
-LEAST_US = 1e-12  # of all terms of attention together: where nothing takes time nothing can be compared
+LEAST_US = 1e-12  # of all terms of a prediction together: where nothing takes time nothing can be compared or followed
 
 
 class ProfileKey(msgspec.Struct, frozen=True, kw_only=True, order=True, forbid_unknown_fields=True):

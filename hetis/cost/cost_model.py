@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
-from hetis.core.profile import AttentionProfile, DeviceProfile, FleetProfile, LinkProfile
+from hetis.core.profile import LEAST_US, AttentionProfile, DeviceProfile, FleetProfile, LinkProfile
 
 LSE_BYTES = 4  # of the log-sum-exp that comes back with each head: float32
 
@@ -19,7 +19,6 @@ FORGETTING = 5e-3  # how fast trust in the estimate goes back to the prior's, pe
 LARGEST_STEP = 1.0  # a measurement counts for no more than this, relative to the prediction
 SMALLEST_FACTOR, LARGEST_FACTOR = 1 / 16, 64.0
 RELAXING = 0.01  # of the way back to the profile, per step without work
-LEAST_US = 1e-12  # a prediction below it has nothing that a factor could follow
 DENSE_WEIGHT = 0.1  # of one measurement of the dense part in its moving average
 
 

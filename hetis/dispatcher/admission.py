@@ -8,8 +8,7 @@ from hetis.core.placement import FleetView, Placement
 from hetis.core.request import Sequence as Request
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.load import FleetLoad, StageDevices, is_worth, stage_devices, weak_workers
-from hetis.dispatcher.problem import Counts, Problem
-from hetis.dispatcher.residents import UNLIMITED
+from hetis.dispatcher.problem import UNLIMITED, Counts, Problem
 from hetis.dispatcher.room import Pages, Room, pages_of, reserve
 
 Solve = Callable[[Problem], Counts | None]

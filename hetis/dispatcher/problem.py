@@ -21,6 +21,7 @@ from operator import add, mul
 import msgspec
 
 Counts = list[list[int]]  # [N][J] lanes
+UNLIMITED = 1 << 40  # free pages, where memory is no matter
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):

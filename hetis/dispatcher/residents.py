@@ -11,10 +11,8 @@ from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.balance import insert
 from hetis.dispatcher.bound import is_possible, least_possible_us
 from hetis.dispatcher.load import FleetLoad, StageDevices, stage_devices, weak_workers
-from hetis.dispatcher.problem import Problem
+from hetis.dispatcher.problem import UNLIMITED, Problem
 from hetis.dispatcher.room import reserve
-
-UNLIMITED = 1 << 40  # pages
 
 
 class Resident(msgspec.Struct, frozen=True, kw_only=True):

@@ -85,11 +85,11 @@ class PrimaryRank:
     def _compute(self, command: StepCommand, step: PrimaryInput) -> StepResult | None:
         if self._is_first:
             hidden_TH = self._decoder.embed(step.token_T, step.position_T)
+            self._timer.lap(Span.OTHER)
         else:
             self._timer.lap(Span.OTHER)
             hidden_TH = self._pipeline.recv(step.num_tokens)
             self._timer.lap(Span.STAGE)
-        self._timer.lap(Span.OTHER)
         hidden_TH = self._decoder.forward(hidden_TH, step.position_T, self._attention)
         self._timer.lap(Span.DENSE)
         self._attention.finish()

@@ -8,10 +8,9 @@ from hetis.dispatcher.rebalance import Rebalancer
 from hetis.dispatcher.rules import HetisDispatcher
 from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
 from tests.dispatcher.fleets import device, make_cost
-from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence
+from tests.scheduler.toy_engine import ToyEngine, alone, churn, make_plan, make_sequence
 
 GROUPS = [[4]], [[2, 1]], [[3], [2, 1]], [[2], [2]], [[1, 1]]
-MOST_STEPS = 20_000  # some hundred are usual
 
 
 class Soak:
@@ -63,20 +62,7 @@ def test_everybody_is_served_and_nothing_is_lost(seed: int) -> None:
     arrivals = range(random.randint(4, 24))
     sequences = [make_sequence(a, random.randint(1, max(1, context // 3)), random.randint(1, 40)) for a in arrivals]
     expected = [alone(sequence, context) for sequence in sequences]
-    coming, aborted = list(sequences), set()
-    for _ in range(MOST_STEPS):
-        while coming and (random.random() < 0.3 or not engine.has_work):
-            engine.scheduler.add(coming.pop(0))
-        if random.random() < 0.02:
-            victim = random.choice(sequences)
-            if engine.scheduler.abort(victim.id) is not None:
-                aborted.add(victim.id)
-        if engine.has_work:
-            soak.turn()
-        elif not coming:
-            break
-    assert not coming
-    engine.check_idle()
+    aborted = churn(engine, sequences, random, soak.turn)
     for sequence, tokens in zip(sequences, expected, strict=True):
         assert sequence.id in aborted or sequence.token_ids == tokens
 

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from hetis.core.request import Sequence
-from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence
+from tests.scheduler.toy_engine import ToyEngine, alone, churn, make_plan, make_sequence
 
 GROUPS = [[8]], [[5, 3]], [[1]], [[3], [3]], [[5, 3], [8]], [[2, 1], [1, 1, 1], [3]]
 
@@ -50,24 +50,10 @@ def test_random_requests_complete_as_if_alone(
     engine = random_engine(random, groups, num_workers, moves_per_step)
     context = engine.max_model_len
     assert context is not None
-    expected: dict[str, list[int]] = {}
-    sequences: list[Sequence] = []
-    aborted: set[str] = set()
-    while len(sequences) < 40 or engine.has_work:
-        while len(sequences) < 40 and (random.random() < 0.3 or not engine.has_work):
-            sequence = random_sequence(random, len(sequences), context)
-            expected[sequence.id] = alone(sequence, context)
-            sequences.append(sequence)
-            engine.scheduler.add(sequence)
-        if random.random() < 0.02:
-            victim = random.choice(sequences)
-            if engine.scheduler.abort(victim.id) is not None:
-                aborted.add(victim.id)
-        if engine.has_work:
-            engine.step()
-    engine.check_idle()
-    for sequence in sequences:
-        tokens = expected[sequence.id]
+    sequences = [random_sequence(random, arrival, context) for arrival in range(40)]
+    expected = [alone(sequence, context) for sequence in sequences]
+    aborted = churn(engine, sequences, random, engine.step)
+    for sequence, tokens in zip(sequences, expected, strict=True):
         if sequence.id in aborted:
             assert sequence.finish_reason == "abort"
             assert sequence.token_ids == tokens[: len(sequence.token_ids)]

@@ -291,6 +291,23 @@ class ToyEngine:
             assert self.cache.free_pages(pool) == allocator.num_pages
 
 
+def churn(engine: ToyEngine, sequences: list[Sequence], random: Random, turn: Callable[[], None]) -> set[str]:
+    """Adds `sequences` in order, aborts some, and calls `turn` until all is done. The ids of the aborted."""
+    coming, aborted = list(sequences), set()
+    for _ in range(100_000):
+        if not (coming or engine.has_work):
+            engine.check_idle()
+            return aborted
+        while coming and (random.random() < 0.3 or not engine.has_work):
+            engine.scheduler.add(coming.pop(0))
+        victim = random.choice(sequences)
+        if random.random() < 0.02 and engine.scheduler.abort(victim.id) is not None:
+            aborted.add(victim.id)
+        if engine.has_work:
+            turn()
+    raise AssertionError("somebody is never done")
+
+
 def replay(deltas: list[PageDelta], tables: dict[PoolId, dict[tuple[int, int], int]]) -> None:
     """Enters deltas in tables of (row, page index) -> page, as a rank does."""
     for delta in deltas:
