@@ -1,9 +1,9 @@
 """Memory bandwidth of the Triton kernels beside a plain copy on the same card; needs a CUDA device.
 
-    python bench/bench_kernels.py [--dtype bfloat16] [--no-save]
+    python bench/bench_kernels.py [--dtype bfloat16] [--output FILE]
 
-Prints a table and appends its rows to bench/results/kernels.jsonl, keyed by commit, device and shape. Times are medians
-of 30 runs, each after the caches were overwritten. Prefill is bound by arithmetic: its figure is TFLOP/s.
+Prints a table and appends its rows to a file (bench/results/kernels.jsonl), keyed by commit, device and shape. Times
+are medians of 30 runs, each after the caches were overwritten. Prefill is bound by arithmetic: its figure is TFLOP/s.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def copy_bandwidth() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--no-save", action="store_true", help="do not append to bench/results/kernels.jsonl")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file that rows are appended to")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels: no CUDA device here; the kernels' bandwidth can only be measured on one")
@@ -180,9 +180,8 @@ def main() -> None:
             )
             figure = f"{row.tflop_s:7.1f} TFLOP/s" if case.num_flops else f"{row.bandwidth_gb_s:7.1f} GB/s"
             print(f"{row.name:18}{row.shape:32}{row.time_us:10.1f} us {figure:>16} {row.share_of_copy:6.0%} of copy")
-            if not arguments.no_save:
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(asdict(row)) + "\n")
+            with arguments.output.open("a") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
 
 
 if __name__ == "__main__":

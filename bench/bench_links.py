@@ -1,10 +1,11 @@
 """Round trips and bandwidth of links between two processes with a core each.
 
-    python bench/bench_links.py [--kinds shm torchdist tcp] [--json FILE]
+    python bench/bench_links.py [--kinds shm torchdist tcp] [--device cuda] [--json FILE]
 
-"torchdist" is gloo, "tcp" is zmq. Every round trip includes writing the message (a copy from the sender's memory) and
-reading it (a copy to the receiver's memory) at both ends. Bandwidth counts one direction: bytes of all messages over
-the time of a stream with one acknowledgement at its end.
+"torchdist" is gloo, "tcp" is zmq. `--device cuda`: a primary on a GPU and a worker on the CPU ("shm", "tcp"). Every
+round trip includes writing the message (a copy from the sender's memory) and reading it (a copy to the receiver's
+memory) at both ends. Bandwidth counts one direction: bytes of all messages over the time of a stream with one
+acknowledgement at its end.
 """
 
 import argparse
@@ -31,10 +32,10 @@ KINDS = ("shm", "torchdist", "tcp")
 SIZES = tuple(16 * 1024 * 2**i for i in range(10))  # 16 KB to 8 MB
 SECONDS_PER_POINT = 0.4
 STREAM_BYTES = 64 * 2**20  # zmq keeps what it cannot send yet: a longer stream would measure its memory
-CPU = torch.device("cpu")
 
 
-def open_end(kind: str, rank: int, rendezvous: StoreRendezvous) -> Link:
+def open_end(kind: str, rank: int, rendezvous: StoreRendezvous, device: torch.device) -> Link:
+    """`device`: of this end."""
     primary, worker = (
         DeviceInfo(
             rank=r,
@@ -55,16 +56,16 @@ def open_end(kind: str, rank: int, rendezvous: StoreRendezvous) -> Link:
         primary=primary,
         worker=worker,
         is_primary=rank == 0,
-        device=CPU,
+        device=device,
         max_send_bytes=max(SIZES),
         max_recv_bytes=max(SIZES),
         spin_us=100,
     )
 
 
-def measure(link: Link, rank: int, size: int) -> tuple[float, float]:
+def measure(link: Link, rank: int, size: int, device: torch.device) -> tuple[float, float]:
     """(median us of a round trip, GB/s one way) at rank 0."""
-    memory = torch.zeros(size, dtype=torch.uint8)
+    memory = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def send() -> None:
         link.send_buffer(size).copy_(memory)
@@ -95,7 +96,7 @@ def measure(link: Link, rank: int, size: int) -> tuple[float, float]:
             link.send_buffer(8).copy_(wire.view(torch.uint8))
             link.send()
         else:
-            wire = link.recv(8).clone().view(torch.int64)
+            wire = link.recv(8).cpu().view(torch.int64).clone()
             link.release()
         return int(wire)
 
@@ -115,23 +116,24 @@ def measure(link: Link, rank: int, size: int) -> tuple[float, float]:
     return round_trip_us, gigabytes_per_second
 
 
-def run_rank(rank: int, kinds: Sequence[str]) -> None:
+def run_rank(rank: int, kinds: Sequence[str], primary_device: str) -> None:
     """One end. Rank 0 prints a JSON line per point."""
+    device = torch.device(primary_device if rank == 0 else "cpu")
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     rendezvous = StoreRendezvous.from_environment(60.0)
     for kind in kinds:
-        link = open_end(kind, rank, rendezvous)
+        link = open_end(kind, rank, rendezvous, device)
         for size in SIZES:
-            round_trip_us, gigabytes_per_second = measure(link, rank, size)
-            row = {"kind": kind, "bytes": size, "round_trip_us": round(round_trip_us, 1)}
+            round_trip_us, gigabytes_per_second = measure(link, rank, size, device)
+            row = {"kind": kind, "device": primary_device, "bytes": size, "round_trip_us": round(round_trip_us, 1)}
             if rank == 0:
                 print(json.dumps(row | {"gigabytes_per_second": round(gigabytes_per_second, 2)}), flush=True)
         link.close()
 
 
-def start_ranks(kinds: Sequence[str]) -> list[dict[str, float]]:
+def start_ranks(kinds: Sequence[str], primary_device: str) -> list[dict[str, float]]:
     """Runs both ends as processes; what rank 0 measured."""
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
     environment = os.environ | {
@@ -140,7 +142,7 @@ def start_ranks(kinds: Sequence[str]) -> list[dict[str, float]]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "LOCAL_WORLD_SIZE": "2",
     }
-    command = [sys.executable, __file__, "--kinds", *kinds]
+    command = [sys.executable, __file__, "--kinds", *kinds, "--device", primary_device]
     processes = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
@@ -153,12 +155,13 @@ def start_ranks(kinds: Sequence[str]) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the primary's end")
     parser.add_argument("--json", type=Path, help="append the rows to this file, one JSON object a line")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
-        run_rank(int(os.environ["RANK"]), arguments.kinds)
+        run_rank(int(os.environ["RANK"]), arguments.kinds, arguments.device)
         return
-    rows = start_ranks(arguments.kinds)
+    rows = start_ranks(arguments.kinds, arguments.device)
     machine = {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -3,6 +3,7 @@
 They see lanes, rows and pages, and nothing of requests, models or ranks.
 """
 
+from .flash_prefill import flash_prefill
 from .gated_activation import gated_activation, gated_activation_ref
 from .kv_append import kv_append, kv_append_ref
 from .lane_pack import lane_pack, lane_pack_ref, lane_unpack, lane_unpack_ref
@@ -16,6 +17,7 @@ from .varlen_prefill import paged_prefill, paged_prefill_ref
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_ref",
+    "flash_prefill",
     "gated_activation",
     "gated_activation_ref",
     "kv_append",

@@ -22,8 +22,9 @@ from hetis.models.decoder import Decoder
 from hetis.workers.build import TORCH_DTYPES, message_limits, wire_format
 from hetis.workers.measure_links import answer_probes, probe_link
 from hetis.workers.rounds import Call, Point, device_timer, spread, time_points
-from hetis_kernels import paged_decode, paged_prefill
+from hetis_kernels import flash_prefill, paged_decode, paged_prefill
 from hetis_kernels.dispatch import cpu_op
+from hetis_kernels.flash_prefill import flash_serves
 
 COLD_BYTES = 256 << 20  # more than processors keep of what they have read
 LEAST_BYTES = 4 << 20  # of pages, however little is left: what only one page is seen of cannot be told apart
@@ -190,17 +191,19 @@ def measure_decode(setup: Setup, scratch: Scratch, most_lanes: int, seconds: flo
 
 
 def measure_prefill(setup: Setup, num_groups: int, device: torch.device, seconds: float) -> list[PrefillSample]:
-    """One prompt chunk, of 16 tokens to the largest, with nothing, something, and much before it."""
+    """One prompt chunk, of 16 tokens to the largest, with nothing, something, and much before it; the chunk that is
+    a whole prompt by flash-attn where steps use it."""
     spec, dtype = setup.spec, TORCH_DTYPES[setup.dtype]
+    uses_flash, M = flash_serves(device, dtype, spec.head_dim), spec.queries_per_group
     token_bytes = num_groups * spec.kv_bytes_per_token(1, setup.dtype)
     most_context = min(setup.max_model_len, max(1, _affordable(COLD_BYTES, device) // token_bytes))
     longest = min(setup.max_num_batched_tokens, most_context)
     chunks = spread(min(16, longest), longest, 5)
     grid = [(tokens, min(tokens * context, most_context)) for tokens in chunks for context in (1, 4, 16)]
     scratch = Scratch(setup, (grid[-1][1] + setup.block_size) * token_bytes, device)
-    shape = (longest, num_groups, spec.queries_per_group, spec.head_dim)
-    q_TGMD = torch.randn(shape, device=device).to(dtype)
-    out_TGMD, lse2_TGM = torch.empty_like(q_TGMD), torch.empty(shape[:3], device=device)
+    qkv_TGHD = torch.randn(longest, num_groups, M + 2, spec.head_dim, device=device).to(dtype)
+    out_TGMD = torch.empty_like(qkv_TGHD[:, :, :M], memory_format=torch.contiguous_format)
+    lse2_TGM = torch.empty(out_TGMD.shape[:3], device=device)
     lane_CG = torch.arange(num_groups, dtype=torch.int32, device=device)[None]
 
     def prepare(tokens: int, context: int) -> Call:
@@ -210,11 +213,14 @@ def measure_prefill(setup: Setup, num_groups: int, device: torch.device, seconds
 
         def call() -> None:
             paged_prefill(
-                q_TGMD[:tokens], scratch.pool_2PSD, table_UW, start_C1, lane_CG, context_C, spec.attention_scale, 0,
-                out_TGMD[:tokens], lse2_TGM[:tokens],
+                qkv_TGHD[:tokens, :, :M], scratch.pool_2PSD, table_UW, start_C1, lane_CG, context_C,
+                spec.attention_scale, 0, out_TGMD[:tokens], lse2_TGM[:tokens],
             )  # fmt: skip
 
-        return call
+        def call_flash() -> None:
+            flash_prefill(qkv_TGHD[:tokens], start_C1, tokens, spec.attention_scale, 0, out_TGMD[:tokens])
+
+        return call_flash if uses_flash and context == tokens else call
 
     def pairs(tokens: int, context: int) -> int:
         seen = tokens * (context - tokens) + tokens * (tokens + 1) // 2

@@ -3,6 +3,8 @@
 A step on a primary:  embed or receive, layers (with split attention), then hand on, or logits and sample.
 """
 
+import logging
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,12 +16,15 @@ from hetis.core.messages import Setup, StepCommand, StepResult, StepTimes
 from hetis.core.sampled import SCORED_ROWS, TokenLogprobs
 from hetis.core.times import Span
 from hetis.models.decoder import Decoder
-from hetis.workers.build import make_pool, wire_format
+from hetis.workers.build import TORCH_DTYPES, make_pool, wire_format
 from hetis.workers.measure import Measurer
 from hetis.workers.sampler import Sampler
 from hetis.workers.split_attention import SplitAttention
 from hetis.workers.step_input import PrimaryInput, StepPlanner, StepRows
 from hetis.workers.timer import StageTimer, attention_seconds, step_times
+from hetis_kernels.flash_prefill import flash_serves, prompt_attention
+
+_log = logging.getLogger(__name__)
 
 
 class PrimaryRank:
@@ -45,7 +50,11 @@ class PrimaryRank:
         self._widths = [p.vocab_rows[1] - p.vocab_rows[0] for p in stage.primaries]
         self._workers = [worker.rank for worker in setup.plan.workers]
         pool, windows = make_pool(setup, rank, self._stage_index, device), setup.spec.windows[slice(*stage.layers)]
-        self._planner = StepPlanner(pool, setup.spec.num_head_groups, setup.max_num_seqs, windows, device)
+        uses_flash = flash_serves(device, TORCH_DTYPES[setup.dtype], setup.spec.head_dim)
+        _log.info("attention of prompts: %s", prompt_attention(uses_flash))
+        self._planner = StepPlanner(
+            pool, setup.spec.num_head_groups, setup.max_num_seqs, windows, device, uses_flash=uses_flash
+        )
         self._timer = StageTimer(self._stage_index, setup.spec.queries_per_group, device, setup.trace)
         first, stop = self._primary.groups
         self._attention = SplitAttention(

@@ -12,7 +12,7 @@ from hetis.core.times import Span
 from hetis.workers.step_input import PrimaryInput
 from hetis.workers.timer import StageTimer
 from hetis.workers.wire import WireFormat
-from hetis_kernels import kv_append, lane_pack, lane_unpack, paged_decode, paged_prefill
+from hetis_kernels import flash_prefill, kv_append, lane_pack, lane_unpack, paged_decode, paged_prefill
 
 
 class SplitAttention:
@@ -102,13 +102,19 @@ class SplitAttention:
                 self._scale, window, out_NMD, lse2_NM[: len(out_NMD)], max_length=lanes.max_length,
             )  # fmt: skip
             self._timer.lap(Span.ATTENTION)
-        if step.prefill is not None:
-            chunks, first = step.prefill, step.num_decode
-            T, G = qkv_TGHD.shape[0] - first, qkv_TGHD.shape[1]
+        if (chunks := step.prefill) is not None:
+            tokens = slice(chunks.first_token, chunks.stop_token)
+            out = out_TGMD[tokens]
             paged_prefill(
-                qkv_TGHD[first:, :, :M], pages_2PSD, table_BW, chunks.query_start_C1, chunks.lane_CG, chunks.context_C,
-                self._scale, window, out_TGMD[first:], lse2_NM[: T * G].view(T, G, M),
+                qkv_TGHD[tokens, :, :M], pages_2PSD, table_BW, chunks.query_start_C1, chunks.lane_CG, chunks.context_C,
+                self._scale, window, out, lse2_NM[: out[..., 0, 0].numel()].view(*out.shape[:3]),
             )  # fmt: skip
+            self._timer.lap(Span.PROMPT)
+        if (prompts := step.whole_prompts) is not None:
+            first = prompts.first_token
+            flash_prefill(
+                qkv_TGHD[first:], prompts.query_start_C1, prompts.max_tokens, self._scale, window, out_TGMD[first:]
+            )
             self._timer.lap(Span.PROMPT)
 
     def _collect(self, layer: int, out_NMD: Tensor) -> None:

@@ -78,11 +78,22 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunks:
-    """Prompt chunks for `paged_prefill`."""
+    """Prompt chunks for `paged_prefill`, tokens [first_token, stop_token) of the step."""
 
-    query_start_C1: Tensor
+    first_token: int
+    stop_token: int
+    query_start_C1: Tensor  # counted from first_token
     lane_CG: Tensor
     context_C: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WholePrompts:
+    """Prompt chunks without cached context for `flash_prefill`, the tokens of the step from `first_token` on."""
+
+    first_token: int
+    query_start_C1: Tensor  # counted from first_token
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,7 @@ class PrimaryInput:
     append: Append
     local: DecodeLanes
     prefill: PrefillChunks | None
+    whole_prompts: WholePrompts | None
     routes: list[Route]
 
 
@@ -149,9 +161,18 @@ class StepPlanner:
     """Turns commands into inputs for one stage on one rank. Keeps who owns which lane."""
 
     def __init__(
-        self, pool: PagePool, num_groups: int, max_num_seqs: int, windows: Sequence[int], device: torch.device
+        self,
+        pool: PagePool,
+        num_groups: int,
+        max_num_seqs: int,
+        windows: Sequence[int],
+        device: torch.device,
+        *,
+        uses_flash: bool = False,
     ) -> None:
-        """`pool`: of the rank and stage. `windows`: per layer of the stage; 0: none."""
+        """`pool`: of the rank and stage. `windows`: per layer of the stage; 0: none. `uses_flash`: prompts without
+        cached context are `whole_prompts` of the step."""
+        self._uses_flash = uses_flash
         self.rank, self.stage, self.num_groups = pool.id.rank, pool.id.stage, num_groups
         self.pool, self.device = pool, device
         self._windows = Counter(windows)
@@ -176,6 +197,7 @@ class StepPlanner:
         append_row = np.concatenate([local_row, prompt[3]])
         append_slot = np.concatenate([self.pool.slots(lanes, position), self.pool.slots(prompt_lanes, prompt[2])])
         _, all_positions = rows.tokens_of(0)
+        first_whole = self._first_whole_prompt(rows)
         return PrimaryInput(
             num_tokens=rows.num_tokens,
             num_decode=rows.num_decode,
@@ -183,7 +205,8 @@ class StepPlanner:
             position_T=self._move(all_positions),
             append=Append(self._int32(append_row), self._move(append_slot)),
             local=self._decode_lanes(lanes, self._int32(local_row), position),
-            prefill=self._chunks(rows, groups),
+            prefill=self._chunks(rows, groups, first_whole),
+            whole_prompts=self._whole_prompts(rows, first_whole),
             routes=self._routes(command, rows, groups, workers),
         )
 
@@ -214,16 +237,40 @@ class StepPlanner:
         kv_tokens = seen / self._windows.total()
         return DecodeLanes(self._int32(lanes), row_U, self._int32(position + 1), max_length, kv_tokens)
 
-    def _chunks(self, rows: StepRows, groups: Span) -> PrefillChunks | None:
-        counts = rows.counts_R[rows.num_decode :]
+    def _first_whole_prompt(self, rows: StepRows) -> int:
+        """The row from which on all rows are prompts without cached context; no row without flash-attn.
+
+        The scheduler puts prompts that go on before those that begin, so these are all of them.
+        """
+        num_rows = len(rows.counts_R)
+        if not self._uses_flash:
+            return num_rows
+        continued = np.flatnonzero(rows.starts_R[rows.num_decode :])
+        return rows.num_decode + (int(continued[-1]) + 1 if len(continued) else 0)
+
+    def _chunks(self, rows: StepRows, groups: Span, stop_row: int) -> PrefillChunks | None:
+        """Of the prompt rows before `stop_row`."""
+        chunks = slice(rows.num_decode, stop_row)
+        counts = rows.counts_R[chunks]
         if len(counts) == 0:
             return None
-        slots = rows.slots_R[rows.num_decode :]
-        lanes = slots[:, None] * self.num_groups + np.arange(*groups)[None, :]
+        lanes = rows.slots_R[chunks, None] * self.num_groups + np.arange(*groups)[None, :]
         return PrefillChunks(
+            first_token=rows.num_decode,
+            stop_token=rows.num_decode + int(counts.sum()),
             query_start_C1=self._int32(np.concatenate([[0], np.cumsum(counts)])),
             lane_CG=self._int32(lanes),
-            context_C=self._int32(rows.starts_R[rows.num_decode :] + counts),
+            context_C=self._int32(rows.starts_R[chunks] + counts),
+        )
+
+    def _whole_prompts(self, rows: StepRows, first_row: int) -> WholePrompts | None:
+        counts = rows.counts_R[first_row:]
+        if len(counts) == 0:
+            return None
+        return WholePrompts(
+            first_token=int(rows.counts_R[:first_row].sum()),
+            query_start_C1=self._int32(np.concatenate([[0], np.cumsum(counts)])),
+            max_tokens=int(counts.max()),
         )
 
     def _routes(self, command: StepCommand, rows: StepRows, groups: Span, workers: list[int]) -> list[Route]:
