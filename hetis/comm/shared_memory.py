@@ -7,7 +7,6 @@ frees it with the last process that maps it, however that process ends. Nothing 
 import ctypes
 import errno
 import functools
-import logging
 import mmap
 import os
 import platform
@@ -23,8 +22,6 @@ from hetis.comm import supervision
 WORD_BYTES = 128  # a counter has its cache line to itself, and the neighbour that the processor fetches with it
 PAGE_BYTES = 4096
 LOOK_AROUND_MS = 100  # longest sleep before the peer's life and Python's signals are looked at
-
-_log = logging.getLogger(__name__)
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -151,7 +148,6 @@ def operations() -> tuple[Wait, Publish]:
     wait, publish = cpu_op("shm_wait"), cpu_op("shm_publish")
     if wait is not None and publish is not None:
         return cast(Wait, wait), publish
-    _log.warning("the C++ extension is not built: shared-memory links sleep instead of spinning (slower).")
     return plain_wait, plain_publish
 
 

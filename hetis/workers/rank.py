@@ -1,5 +1,6 @@
 """The life of one rank: join the driver, build what `Setup` says, obey until `Shutdown`."""
 
+import logging
 import os
 import signal
 import sys
@@ -24,6 +25,9 @@ from hetis.models.loader import load_weights
 from hetis.workers.attention import AttentionRank
 from hetis.workers.build import TORCH_DTYPES, describe_device, open_links, share_of_cores
 from hetis.workers.primary import PrimaryRank
+from hetis_kernels import extension
+
+_log = logging.getLogger("hetis")
 
 JOIN_SECONDS = 300.0  # until all ranks have joined; loading has no limit, a rank that loads is alive
 
@@ -50,6 +54,8 @@ def run_rank(
     heart.start()
     control = ControlClient(joining.endpoints.ranks, str(rank), "rank")
     device_name = choose_device(joining.devices[rank], local_rank)
+    if local_rank == 0 and (problem := extension.problem()) is not None:  # once for a host: it is one installation
+        _log.warning("%s", problem)
 
     def fail(error: BaseException) -> NoReturn:
         _report(heart, rank, device_name, error, is_mistake=False)
