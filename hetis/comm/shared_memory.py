@@ -86,13 +86,7 @@ class Peer:
             self._poll.register(self._pidfd, select.POLLIN)
 
     def is_alive(self) -> bool:
-        if self._pidfd is not None:
-            return not self._poll.poll(0)
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+        return not (supervision.has_ended(self.pid) if self._pidfd is None else self._poll.poll(0))
 
     def check(self) -> None:
         if not self.is_alive():

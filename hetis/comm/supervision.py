@@ -91,6 +91,17 @@ def wait_status(pid: int) -> int | None:
         return None
 
 
+def has_ended(pid: int) -> bool:
+    """Whether no process of this host has this number, or one that waits to be reaped."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        return False
+    return wait_status(pid) is not None
+
+
 def await_status(pid: int, seconds: float) -> int | None:
     """`wait_status` of a process that is about to end, or has: the kernel closes its files before it notes how."""
     deadline = time.monotonic() + seconds

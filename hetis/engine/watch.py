@@ -57,6 +57,9 @@ class Watch:
         fd = supervision.open_pidfd(info.pid)
         if fd is not None:
             self.pid_fds[fd] = info.rank
+        elif supervision.has_ended(info.pid):  # after it had sent its hello
+            self._ended[info.rank] = supervision.wait_status(info.pid)
+            self._note()
         return fd
 
     def on_heartbeat(self, rank: int, step: int) -> None:

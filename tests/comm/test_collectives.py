@@ -15,18 +15,19 @@ from hetis.comm.process_groups import make_process_group
 from hetis.comm.rendezvous import LocalRendezvous, StoreRendezvous
 from hetis.comm.shared_reduce import SharedTensorParallel, open_shared
 from tests.comm.comm_helpers import CPU, Ranks, together
+from tests.processes import DEADLINE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make_shared(size: int) -> list[TensorParallel]:
     rendezvous = LocalRendezvous()
-    return together(*[partial(open_shared, rendezvous, "stage", range(size), i, 10.0) for i in range(size)])
+    return together(*[partial(open_shared, rendezvous, "stage", range(size), i, DEADLINE) for i in range(size)])
 
 
 def make_gloo(size: int) -> list[TensorParallel]:
     store = LocalRendezvous().store
-    limit = timedelta(seconds=20)
+    limit = timedelta(seconds=DEADLINE)
 
     def join(i: int) -> TensorParallel:
         return GroupTensorParallel(make_process_group(store, "stage", i, size, CPU, limit, "127.0.0.1"), range(size))

@@ -17,8 +17,7 @@ import zmq
 from hetis.comm import supervision
 from hetis.comm.control import TOLD_TO_END, ControlClient, ControlServer
 from hetis.core import messages as m
-
-DEADLINE = 30.0
+from tests.processes import DEADLINE
 
 
 @pytest.fixture
@@ -104,6 +103,7 @@ import signal, sys, threading
 from hetis.comm import supervision
 from hetis.comm.control import Heart
 from hetis.core import messages as m
+from tests.processes import DEADLINE
 
 bell = supervision.Bell()
 bell.take_over(signal.SIGTERM, signal.SIGINT)

@@ -12,6 +12,7 @@ from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.plan import AttentionWorker, Plan
 from tests.comm.comm_helpers import CPU, Ranks, device_info, together
 from tests.comm.rank_script import plan_of_stages
+from tests.processes import DEADLINE
 
 H = 40
 
@@ -32,7 +33,7 @@ def join_all(plan: Plan, **places: str) -> list[Groups]:
             max_tokens=17,
             hidden_size=H,
             dtype=torch.float16,
-            timeout=timedelta(seconds=20),
+            timeout=timedelta(seconds=DEADLINE),
         )
 
     return together(*[partial(join, rank) for rank in range(count)])

@@ -40,6 +40,7 @@ from hetis.engine.profiling import layer_share, profile_key
 from hetis.engine.setup import make_setup
 from hetis.models.families import read_model_spec
 from hetis.workers.rank import build_member
+from tests.processes import DEADLINE
 
 GIB = 1 << 30
 
@@ -140,7 +141,7 @@ class LocalFleet:
                 commands.put(command)
         self.most_in_flight = max(self.most_in_flight, self.engine.num_in_flight)
         if self.engine.num_in_flight:
-            result = self._results.get(timeout=60)
+            result = self._results.get(timeout=DEADLINE)
             if isinstance(result, BaseException):
                 raise result
             self.engine.on_result(result)
@@ -158,7 +159,7 @@ class LocalFleet:
         for commands in self._commands:
             commands.put(None)
         for thread in self._threads:
-            thread.join(timeout=10)
+            thread.join(DEADLINE)
 
 
 class RandomDispatcher:

@@ -201,3 +201,10 @@ def test_when_rank_0_is_told_to_end_while_loading_the_driver_speaks_at_once() ->
     fleet = Fleet(())
     fleet.watch.on_parent_death(9)
     assert str(fleet.verdict()).startswith("rank 0 (primary on cpu) was killed by SIGKILL")
+
+
+def test_a_rank_that_ended_after_its_hello_is_named() -> None:
+    """It was gone before there was a descriptor of its process."""
+    fleet = Fleet((0, 2))
+    assert fleet.join(1, pid=2**22 - 1) is None
+    assert "rank 1 (" in str(fleet.verdict())

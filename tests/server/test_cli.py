@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,17 @@ from hetis.core.messages import FleetStats, MemberStats
 from hetis.server.arguments import engine_arguments
 from hetis.server.cli import build_parser
 from hetis.server.generate import LinePrinter, fleet_table, moves
+from tests.processes import DEADLINE
 from tests.server.fleet_process import ROOT, torchrun_command
 
 HETIS = [sys.executable, "-m", "hetis"]
 SMALL = ["--device", "cpu", "--kv-cache-memory", "16MiB"]
 
 
-def run(command: list[str], directory: Path, timeout: float = 120) -> "subprocess.CompletedProcess[str]":
+def run(command: list[str], directory: Path) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=timeout
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=DEADLINE
     )
 
 
@@ -167,7 +169,7 @@ def test_two_hosts_play_one_fleet(tmp_path: Path) -> None:
 
     agents = [agent(0), agent(1)]
     try:
-        texts = [each.communicate(timeout=120) for each in agents]
+        texts = [each.communicate(timeout=DEADLINE) for each in agents]
     finally:
         for each in agents:
             each.kill()
@@ -178,9 +180,13 @@ def test_two_hosts_play_one_fleet(tmp_path: Path) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the kernel gives to whoever asks for any port, so that nobody else takes it meanwhile."""
+    first = 20_000 + os.getpid() % 10_000
+    for port in range(first, first + 1_000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port from {first} on is free")
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

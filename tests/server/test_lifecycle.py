@@ -14,19 +14,21 @@ import pytest
 from hetis import LLM, SamplingParams
 from hetis.server.client import EngineDeadError
 from tests.checkpoints import greedy_reference, load_reference, make_checkpoint, make_tokenizer
+from tests.processes import DEADLINE, family
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0)
 SMALL: dict[str, Any] = {"device": "cpu", "kv_cache_memory": "16MiB"}
 
 
-def children() -> set[int]:
-    return {process.pid for process in psutil.Process().children(recursive=True)}
+def children() -> set[psutil.Process]:
+    return set(family(psutil.Process())[1:])
 
 
-def wait_until_gone(pids: set[int]) -> None:
-    deadline = time.monotonic() + 15
-    while pids & set(psutil.pids()):
-        assert time.monotonic() < deadline, f"still there: {pids & set(psutil.pids())}"
+def wait_until_gone(processes: set[psutil.Process]) -> None:
+    """Looks without reaping: whoever started them wants to know how they ended."""
+    deadline = time.monotonic() + DEADLINE
+    while left := [process for process in processes if process.is_running()]:
+        assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.02)
 
 
@@ -89,7 +91,9 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         'print(len(llm.generate("It", SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0].token_ids))\n'
         'print("torch" in sys.modules)\n'
     )
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=DEADLINE
+    )
     assert (result.returncode, result.stdout.split(), result.stderr) == (0, ["3", "False"], "")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from hetis.core.profile import FleetProfile, KindProfile
 from hetis.engine.profile_files import cache_folder, load, save
+from tests.processes import DEADLINE
 from tests.server.fleet_process import ROOT
 
 HETIS = [sys.executable, "-m", "hetis"]
@@ -19,7 +20,7 @@ SMALL = ["--device", "cpu", "--kv-cache-memory", "16MiB", "--dtype", "float32"]
 def run(arguments: list[str], cache: Path) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
     return subprocess.run(
-        [*HETIS, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+        [*HETIS, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=DEADLINE
     )
 
 

@@ -16,6 +16,7 @@ from hetis.workers.primary import PrimaryRank
 from hetis.workers.rank import build_member
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_fleet import LocalFleet
+from tests.processes import DEADLINE
 
 CPU = torch.device("cpu")
 Member = PrimaryRank | AttentionRank
@@ -46,7 +47,7 @@ def in_parallel(*calls: Callable[[], object]) -> list[object]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(DEADLINE)
         assert not thread.is_alive(), "ranks wait for each other"
     return results
 
