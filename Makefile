@@ -21,7 +21,7 @@ $(STAMP): $(SOURCES)
 	@touch $(STAMP)
 
 install-bench: install
-	$(BIN)/pip install --quiet -c constraints.txt matplotlib
+	$(BIN)/pip install --quiet -c constraints.txt matplotlib scipy
 
 # The dispatcher would leave a model as small as the demo's on the primary: here every device gets its share.
 demo: install

@@ -43,7 +43,7 @@ REQUIREMENTS = [
 ]
 EXTRAS = {
     "flash": ["flash-attn"],
-    "bench": ["matplotlib"],
+    "bench": ["matplotlib", "scipy"],
     "test": ["pytest", "pytest-xdist", "hypothesis", "scipy"],
     "dev": ["ruff", "mypy"],
 }

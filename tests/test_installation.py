@@ -1,0 +1,51 @@
+"""hetis is found wherever Python starts, beside a folder of its name as well."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# what a shell would do; PYTHONPATH and friends of whoever runs the tests must not help
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
+def run(where: Path, *arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=where, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+@pytest.fixture(params=["checkout", "empty folder", "nothing"])
+def beside(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A working directory: what in it is called `hetis`, and `hetis_kernels`, and is not the package."""
+    if request.param == "checkout":
+        (tmp_path / "hetis").symlink_to(ROOT)
+    elif request.param == "empty folder":
+        (tmp_path / "hetis").mkdir()
+        (tmp_path / "hetis_kernels").mkdir()
+    return tmp_path
+
+
+def test_both_packages_are_those_of_the_checkout(beside: Path) -> None:
+    show = "import hetis, hetis_kernels; from hetis import LLM; print(hetis.__file__); print(hetis_kernels.__file__)"
+    found = [Path(line).resolve() for line in run(beside, "-c", show).splitlines()]
+    assert found == [ROOT / "hetis/__init__.py", ROOT / "kernels/__init__.py"]
+
+
+def test_the_module_runs(beside: Path) -> None:
+    assert "usage: hetis" in run(beside, "-m", "hetis", "--help")
+
+
+def test_nothing_but_the_packages_is_on_the_path() -> None:
+    """`tests`, `bench`, `kernels` are names that other projects use, too."""
+    assert sorted(path.name for path in (ROOT / "packages").iterdir() if path.is_symlink()) == [
+        "hetis",
+        "hetis_kernels",
+    ]
+    paths = run(Path("/"), "-c", "import sys; print(*sys.path, sep='\\n')").splitlines()
+    assert str(ROOT) not in paths
+    assert str(ROOT / "packages") in paths
