@@ -208,6 +208,8 @@ class Driver:
         self._engine = Engine(self._setup, policies, self._args.config.migration_budget)
         for front in self._fronts:
             self._greet(front)
+        if self._waiting_for_stats:
+            self._ask_for_stats()
 
     def _greet(self, front: bytes) -> None:
         assert self._ready is not None
@@ -242,20 +244,27 @@ class Driver:
                     self._fronts.add(front)
                     if self.is_up:
                         self._greet(front)
-                case m.AddRequest():
-                    assert self._engine is not None
-                    self._engine.add(message)
-                case m.AbortRequest():
-                    assert self._engine is not None
-                    self._engine.abort(message.id)
+                case m.AddRequest() | m.AbortRequest():
+                    self._on_request(front, message)
                 case m.FleetQuery():
-                    if not self._waiting_for_stats:
+                    if self.is_up and not self._waiting_for_stats:
                         self._ask_for_stats()
-                    self._waiting_for_stats.add(front)
+                    self._waiting_for_stats.add(front)  # until the fleet is up
                 case m.ProfileQuery():
                     self._server.send("front", front, self._report)
                 case m.Shutdown():
                     self._ending = True
+
+    def _on_request(self, front: bytes, message: m.AddRequest | m.AbortRequest) -> None:
+        """A front end that does not wait for `EngineReady` is told so: nothing runs that could take its request."""
+        if self._engine is None:
+            reason = "the fleet is not up yet: wait for EngineReady."
+            refused = m.TokenOutput(id=message.id, token_ids=[], finish_reason="error", error=reason)
+            self._server.send("front", front, m.Outputs(outputs=[refused]))
+        elif isinstance(message, m.AddRequest):
+            self._engine.add(message)
+        else:
+            self._engine.abort(message.id)
 
     def _ask_for_stats(self) -> None:
         self._stats = {}
