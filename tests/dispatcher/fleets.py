@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from hetis.cache.lane_table import pools_of
 from hetis.core.model_spec import ModelSpec
-from hetis.core.placement import FleetView, PoolId
+from hetis.core.placement import FleetView, Placement, PoolId
 from hetis.core.plan import Plan
 from hetis.core.profile import (
     AttentionProfile,
@@ -14,7 +14,9 @@ from hetis.core.profile import (
     ProfileKey,
     TransferProfile,
 )
+from hetis.core.request import Sequence as Request
 from hetis.cost.cost_model import CostModel
+from hetis.dispatcher.room import pages_of
 
 PAGE_SIZE = 4
 KEY = ProfileKey(
@@ -84,3 +86,20 @@ def make_view(
         held_lanes=nothing | (held_lanes or {}),
         held_tokens=nothing | (held_tokens or {}),
     )
+
+
+def check_fits(view: FleetView, placements: Sequence[Placement | None], requests: Sequence[Request]) -> None:
+    """Counts pages lane by lane; all placements together."""
+    free = dict(view.free_pages)
+    for placement, request in zip(placements, requests, strict=True):
+        if placement is None:
+            continue
+        now, later = pages_of(request, view.page_size)
+        for stage, owners in enumerate(placement.owners):
+            for group, owner in enumerate(owners):
+                pool, home = PoolId(owner, stage), PoolId(view.plan.stages[stage].home(group).rank, stage)
+                assert pool == home or owner in {worker.rank for worker in view.plan.workers}
+                free[pool] -= later
+                free[home] -= now if pool != home else 0
+    touched = any(placement is not None for placement in placements)
+    assert not touched or all(count >= min(0, view.free_pages[pool]) for pool, count in free.items())

@@ -5,13 +5,13 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.core.placement import PoolId
+from hetis.core.placement import FleetView, Move, PoolId, pages_for
 from hetis.core.profile import LEAST_US, AttentionProfile, DeviceProfile, FleetProfile, LinkProfile, TransferProfile
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.rebalance import MigrationBudget, Rebalancer
 from hetis.dispatcher.residents import Resident
 from hetis.dispatcher.rules import HetisDispatcher
-from tests.dispatcher.fleets import KEY, make_spec, make_view
+from tests.dispatcher.fleets import KEY, PAGE_SIZE, check_fits, make_spec, make_view
 from tests.scheduler.toy_engine import make_plan, make_sequence
 
 AMOUNTS = (0.0, 0.0, LEAST_US, 1.0, 1e12)
@@ -49,10 +49,30 @@ def test_numbers_at_the_bounds_stop_nobody(seed: int) -> None:
             cost.observe_link(worker, rng.choice((0, 4)), rng.choice((0.0, 1.0, 1e9)))
     rule, rebalancer = HetisDispatcher(cost), Rebalancer(cost)
     sequences = [make_sequence(index, rng.choice((4, 20)), 5) for index in range(3)]
-    assert len(rule.assign(sequences, view)) == 3
-    assert isinstance(rule.why_not(sequences[0], view), str)
+    placements = rule.assign(sequences, view)
+    assert None not in placements or placements[placements.index(None) :] == [None] * placements.count(None), "in turn"
+    check_fits(view, placements, sequences)
+    if placements[0] is None:
+        assert rule.why_not(sequences[0], view) != ""
     residents = [
         Resident(slot=slot, arrival=slot, num_tokens=8, owners=((rng.randrange(3),) * 4,)) for slot in range(3)
     ]
-    assert not rebalancer.compute(residents, view, MigrationBudget(1e9, 1e9)).preempt
-    rebalancer.memory(residents, view, {PoolId(0, 0): 4})
+    outcome = rebalancer.compute(residents, view, MigrationBudget(1e9, 1e9))
+    assert outcome.preempt == []
+    check_moves(outcome.moves, residents, view)
+    relieved = rebalancer.memory(residents, view, {PoolId(0, 0): 4})
+    check_moves(relieved.moves, residents, view)
+    assert all(move.source == 0 for move in relieved.moves)
+    pages_off = sum(pages_for(residents[move.slot].num_tokens, PAGE_SIZE) for move in relieved.moves)
+    assert relieved.exhausted == ([] if pages_off >= 4 else [PoolId(0, 0)])
+
+
+def check_moves(moves: list[Move], residents: list[Resident], view: FleetView) -> None:
+    """Each lane moves once, from where it lives, to pages that are free now."""
+    free = dict(view.free_pages)
+    assert len({(move.slot, move.stage, move.group) for move in moves}) == len(moves)
+    for move in moves:
+        moving = residents[move.slot]
+        assert moving.owners[move.stage][move.group] == move.source != move.target
+        free[PoolId(move.target, move.stage)] -= pages_for(moving.num_tokens, PAGE_SIZE) + 1
+    assert all(free[PoolId(move.target, move.stage)] >= 0 for move in moves)

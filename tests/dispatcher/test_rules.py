@@ -13,29 +13,12 @@ from hetis.core.profile import AttentionProfile
 from hetis.core.request import Sequence
 from hetis.dispatcher.admission import Admission
 from hetis.dispatcher.balance import balance
-from hetis.dispatcher.room import pages_of, shortage_of
+from hetis.dispatcher.room import shortage_of
 from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
-from tests.dispatcher.fleets import device, make_cost, make_view
+from tests.dispatcher.fleets import check_fits, device, make_cost, make_view
 from tests.scheduler.toy_engine import make_plan, make_sequence
 
 PLENTY = 10_000
-
-
-def check_fits(view: FleetView, placements: list[Placement | None], sequences: list[Sequence]) -> None:
-    """Counts pages lane by lane; all placements together."""
-    free = dict(view.free_pages)
-    for placement, sequence in zip(placements, sequences, strict=True):
-        if placement is None:
-            continue
-        now, later = pages_of(sequence, view.page_size)
-        for stage, owners in enumerate(placement.owners):
-            for group, owner in enumerate(owners):
-                pool, home = PoolId(owner, stage), PoolId(view.plan.stages[stage].home(group).rank, stage)
-                assert pool == home or owner in {worker.rank for worker in view.plan.workers}
-                free[pool] -= later
-                free[home] -= now if pool != home else 0
-    touched = any(placement is not None for placement in placements)
-    assert not touched or all(count >= min(0, view.free_pages[pool]) for pool, count in free.items())
 
 
 def counts_of(placement: Placement | None, stage: int = 0) -> dict[int, int]:

@@ -70,7 +70,7 @@ def test_every_part_of_a_fleet_can_be_measured_and_fitted(directory: Path) -> No
         assert (found.rank, found.dense, found.request) == (rank, [], [])
         assert found.seconds > 0
         assert found.read_bytes_per_us > 0
-        assert fit_attention(found.attention).b_us_per_byte >= 0
+        assert fit_attention(found.attention).time_us(1, 1) > 0
         per_token = spec.kv_bytes_per_token(1, setup.dtype)
         for sample in found.attention:
             lanes = sample.heads // spec.queries_per_group
@@ -85,12 +85,16 @@ def test_every_part_of_a_fleet_can_be_measured_and_fitted(directory: Path) -> No
     assert one.dense == other.dense, "they agree about times, and so about when to stop"
     assert [sample.num_tokens for sample in one.dense] == sorted(sample.num_tokens for sample in one.dense)
     assert fit_dense(one.dense, 1000, 4000).time_us(4000, 2000) > 0
-    assert fit_prefill(one.prefill).us_per_pair >= 0
+    assert len({sample.pairs for sample in one.prefill}) > 2, "a line needs points"
+    assert fit_prefill(one.prefill).time_us(max(sample.pairs for sample in one.prefill)) > 0
 
     command = MeasureLink(primary=1, worker=2, seconds=0.02)
     mine, its = measure(command, second, worker)
-    assert fit_transfer(mine.request).alpha_us >= 0
-    assert fit_transfer(mine.reply).alpha_us >= 0
+    for samples in (mine.request, mine.reply):
+        sizes = [sample.num_bytes for sample in samples]
+        assert sizes == sorted(sizes)
+        assert len(set(sizes)) > 2, "a line needs points"
+        assert fit_transfer(samples).time_us(sizes[-1]) > 0
     assert (its.rank, its.request, its.reply) == (2, [], [])
     sent = second.stats().bytes_sent | worker.stats().bytes_sent
     assert set(sent.values()) == {0}, "what was sent for measuring is nobody's traffic"
@@ -104,8 +108,11 @@ def test_a_worker_of_two_stages_answers_on_both_links(directory: Path) -> None:
     plan.write_text('{"stages": [{"layers": 1, "primaries": [{}]}, {"primaries": [{}]}], "attention": [{}]}')
     _, members = build(directory, str(plan))
     for primary in (0, 1):
-        measure(Measure(part="dense", seconds=0.01), members[primary])
-        measure(MeasureLink(primary=primary, worker=2, seconds=0.01), members[primary], members[2])
+        [found] = measure(Measure(part="dense", seconds=0.01), members[primary])
+        assert (found.rank, bool(found.dense)) == (primary, True)
+        mine, its = measure(MeasureLink(primary=primary, worker=2, seconds=0.01), members[primary], members[2])
+        assert (mine.rank, bool(mine.request), bool(mine.reply)) == (primary, True, True)
+        assert (its.rank, its.request, its.reply) == (2, [], [])
     for member in members:
         member.close()
 
