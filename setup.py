@@ -125,6 +125,7 @@ class BuildOrExplain(build_ext if BuildExtension is None else BuildExtension):
         cause = library.with_suffix(".missing")
         if name in self.causes:
             library.unlink(missing_ok=True)
+            cause.parent.mkdir(parents=True, exist_ok=True)
             cause.write_text(self.causes[name])
         else:
             cause.unlink(missing_ok=True)
