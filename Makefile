@@ -20,6 +20,7 @@ $(STAMP): $(SOURCES)
 		{ echo "make: hetis is not installed; the reason is above (its C++ extensions need g++ and must build here)." >&2; exit 1; }
 	@touch $(STAMP)
 
+# What the extra `bench` of setup.py names, without building hetis again.
 install-bench: install
 	$(BIN)/pip install --quiet -c constraints.txt matplotlib scipy
 

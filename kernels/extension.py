@@ -1,5 +1,6 @@
 """Finds and loads the C++ extension (csrc/), which registers the operations `torch.ops.hetis.*`."""
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -24,8 +25,10 @@ def problem() -> str | None:
         built_for = torch.ops.hetis.built_for_torch()
     except (OSError, AttributeError) as error:
         return _sentence(f"cannot be loaded ({error})")
-    here = torch.__version__.partition("+")[0]
-    return None if built_for == here else _sentence(f"was built for torch {built_for}, and this is torch {here}")
+    here = torch.__version__
+    if re.match(rf"{re.escape(built_for)}(?!\d)", here):  # "2.13.0" of "2.13.0+cpu" or "2.13.0a0"
+        return None
+    return _sentence(f"was built for torch {built_for}, and this is torch {here}")
 
 
 def load() -> bool:
