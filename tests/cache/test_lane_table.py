@@ -155,7 +155,7 @@ class NaiveCache:
 
 
 @given(seed=st.integers(0, 2**32), groups=st.sampled_from([[[3]], [[2, 1]], [[1, 2], [3]]]), workers=st.integers(0, 2))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_random_operations_against_the_naive_cache(seed: int, groups: list[list[int]], workers: int) -> None:
     random = Random(seed)
     plan = make_plan(groups, workers)

@@ -49,7 +49,7 @@ def simple(start_us: list[float], each_us: list[float], num_lanes: int, **change
 
 
 @given(st.integers(0, 1 << 30), st.integers(1, 5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_one_sequence_is_exact(seed: int, num_devices: int) -> None:
     problem = tiny_problem(Random(seed), 1, num_devices)
     every = all_counts(problem)
@@ -82,7 +82,7 @@ def test_a_few_sequences_are_near_the_best_of_all_ways() -> None:
 
 
 @given(st.integers(0, 1 << 30), st.integers(1, 9), st.integers(1, 9))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_placements_fit_and_are_the_same_each_time(seed: int, num_sequences: int, num_devices: int) -> None:
     problem = random_problem(Random(seed), num_sequences, num_devices)
     counts = balance(problem)
@@ -94,7 +94,7 @@ def test_placements_fit_and_are_the_same_each_time(seed: int, num_sequences: int
 
 
 @given(st.integers(0, 1 << 30), st.integers(2, 8))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_another_device_never_raises_the_optimum(seed: int, num_devices: int) -> None:
     whole = random_problem(Random(seed), 1, num_devices)
     without = msgspec.structs.replace(
@@ -112,7 +112,7 @@ def test_another_device_never_raises_the_optimum(seed: int, num_devices: int) ->
 
 
 @given(st.integers(0, 1 << 30), st.integers(1, 8), st.integers(1, 8))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_one_device_that_gets_faster_never_raises_the_optimum_of_one(seed: int, at: int, num_devices: int) -> None:
     problem = random_problem(Random(seed), 1, num_devices)
     lane_us = [[cost * (0.5 if device == at else 1) for cost in row] for device, row in enumerate(problem.lane_us)]
@@ -170,7 +170,7 @@ def test_bounds_are_bounds(seed: int) -> None:
 
 
 @given(st.integers(0, 1 << 30), st.integers(1, 9), st.integers(1, 9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_what_was_reached_is_possible(seed: int, num_sequences: int, num_devices: int) -> None:
     problem = random_problem(Random(seed), num_sequences, num_devices)
     counts = balance(problem)

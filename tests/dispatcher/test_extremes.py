@@ -38,7 +38,7 @@ def extreme_cost(rng: Random) -> CostModel:
 
 
 @given(st.integers(0, 1 << 30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_numbers_at_the_bounds_stop_nobody(seed: int) -> None:
     rng = Random(seed)
     cost, view = extreme_cost(rng), make_view(PLAN, [rng.choice((8, 400)) for _ in range(3)])

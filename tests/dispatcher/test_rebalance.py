@@ -260,7 +260,7 @@ def test_a_device_that_joins_gets_lanes() -> None:
 
 
 @given(st.integers(0, 1 << 30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_moves_fit_are_possible_and_come_to_an_end(seed: int) -> None:
     """Whatever moves finds pages that are free now, and a steady fleet soon has nothing more to move."""
     rng = Random(seed)

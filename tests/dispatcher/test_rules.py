@@ -207,7 +207,7 @@ def make_pools(plan: Plan) -> list[int]:
 
 
 @given(st.integers(0, 1 << 30))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_all_rules_keep_what_a_dispatcher_promises(seed: int) -> None:
     _, view, sequences, hetis = random_case(Random(seed))
     rules: list[Dispatcher] = [hetis, EvenDispatcher(), PrimaryOnlyDispatcher()]
@@ -220,7 +220,7 @@ def test_all_rules_keep_what_a_dispatcher_promises(seed: int) -> None:
 
 
 @given(st.integers(0, 1 << 30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_who_fits_an_empty_fleet_is_placed(seed: int) -> None:
     """No deadlock: with nobody running, the first sequence is taken if there is any way."""
     plan, view, sequences, rule = random_case(Random(seed))

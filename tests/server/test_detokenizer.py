@@ -67,7 +67,7 @@ def pieces_of(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 
 @tokenizers
 @given(text=TEXT)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 def test_pieces_are_whole_characters_and_add_up(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     ids = ids_of(tokenizer, text)
@@ -79,7 +79,7 @@ def test_pieces_are_whole_characters_and_add_up(name: str, text: str) -> None:
 
 @tokenizers
 @given(text=TEXT, data=st.data())
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_output_continues_the_prompt(name: str, text: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     ids = ids_of(tokenizer, text)
@@ -93,7 +93,7 @@ def test_output_continues_the_prompt(name: str, text: str, data: st.DataObject) 
 
 @pytest.mark.parametrize("name", ["regex", "joined"])
 @given(data=st.data())
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 def test_any_tokens_make_the_text_of_all_less_the_unfinished_end(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     ids = data.draw(st.lists(st.integers(2, tokenizer.get_vocab_size() - 1), max_size=60))
@@ -168,7 +168,7 @@ STOPS = st.lists(st.text("ab\n👍", min_size=1, max_size=4), min_size=1, max_si
 
 
 @given(text=st.text("ab\n👍", max_size=30), stops=STOPS, include=st.booleans(), least=st.integers(0, 6))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 def test_stop_strings_are_found_as_by_a_search_of_all_text(
     text: str, stops: list[str], include: bool, least: int
 ) -> None:
@@ -194,7 +194,7 @@ def test_stop_strings_are_found_as_by_a_search_of_all_text(
 
 
 @given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=4))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 def test_only_what_may_become_a_stop_string_is_held(text: str, stops: list[str]) -> None:
     checker = StopChecker(stops)
     for length in range(1, len(text) + 1):
