@@ -56,7 +56,7 @@ def decode(kind: type[Structure], values: Json, prefix: str = "") -> Structure:
             value = values[field.encode_name]
             try:
                 decoded[field.name] = msgspec.convert(value, field.type)
-            except msgspec.ValidationError:
+            except (msgspec.ValidationError, ValueError, RecursionError):  # the others: lone surrogates, deep nesting
                 raise ValueError(f"{key} is {shown(value)}; it must be {_accepted(field.type)}.") from None
         elif field.required:
             raise ValueError(f"{key} is missing; it must be {_accepted(field.type)}.")
@@ -65,7 +65,10 @@ def decode(kind: type[Structure], values: Json, prefix: str = "") -> Structure:
 
 def shown(value: object) -> str:
     """A value of a file as part of a sentence: as it is written in JSON, on one line, not too long."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = "a deeply nested value"
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
 
 

@@ -39,6 +39,7 @@ from hetis.engine.policies import Policies, make_policies
 from hetis.engine.profiling import layer_share, profile_key
 from hetis.engine.setup import make_setup
 from hetis.models.families import read_model_spec
+from hetis.models.weight_files import with_own_head
 from hetis.workers.rank import build_member
 
 GIB = 1 << 30
@@ -82,7 +83,7 @@ class LocalFleet:
         options.setdefault("device", "cpu")
         options.setdefault("kv_cache_memory", 4 << 20)
         config = EngineConfig(model=str(directory), plan=plan, max_logprobs=-1, **options)
-        spec = read_model_spec(directory)
+        spec = with_own_head(read_model_spec(directory), directory)
         resolved = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
         args = DriverArgs(
             config=config, spec=spec, plan=resolved, eos_token_ids=[], run_directory="", address=None, announce=False
