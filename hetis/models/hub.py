@@ -20,18 +20,13 @@ def resolve_model(model: str | None, revision: str | None = None, weights: bool 
     if model is None:
         return PACKAGED
     directory = Path(model).expanduser()
-    if is_on_disk(model):
+    if model and directory.is_dir():
         return directory
     if directory.is_file():
         raise ValueError(f"model {model!r} is a file; give the directory of a Hugging Face checkpoint.")
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise ValueError(f"model {model!r} is neither an existing directory nor a hub id such as Qwen/Qwen3-0.6B.")
     return _download(model, revision, weights)
-
-
-def is_on_disk(model: str | None) -> bool:
-    """Whether `model` is a directory (or the packaged one), and no hub id."""
-    return model is None or (model != "" and Path(model).expanduser().is_dir())
 
 
 def _download(model: str, revision: str | None, weights: bool) -> Path:

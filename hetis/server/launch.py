@@ -25,7 +25,7 @@ from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan, resolve_plan
 from hetis.models.end_tokens import read_eos_token_ids
 from hetis.models.families import read_model_spec
-from hetis.models.hub import is_on_disk, resolve_model
+from hetis.models.hub import resolve_model
 from hetis.models.json_files import read_object
 from hetis.models.weight_files import find_tensors, with_own_head
 
@@ -67,7 +67,8 @@ def _check_files(config: EngineConfig, directory: Path, spec: ModelSpec) -> None
         return
     if spec.tied_embeddings:
         resolve_model(config.model, config.revision)  # how much memory they take depends on the weights themselves
-    if spec.tied_embeddings or is_on_disk(config.model):
+    is_local = config.model is None or directory == Path(config.model).expanduser()
+    if spec.tied_embeddings or is_local:
         find_tensors(directory, spec)
 
 

@@ -11,6 +11,7 @@ from hetis import LLM
 from hetis.core.config import EngineConfig
 from hetis.models.hub import PACKAGED
 from hetis.models.weight_files import INDEX
+from hetis.server import launch
 from hetis.server import llm as llm_module
 from hetis.server.launch import plan_for
 
@@ -51,6 +52,26 @@ def test_a_broken_file_is_refused_before_anything_starts(
         LLM(model, device="cpu")
     assert all(word in str(refused.value) for word in [str(model), *words]), refused.value
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("tied", "load_format", "fetched"), [(True, "auto", True), (False, "auto", False), (True, "dummy", False)]
+)
+def test_weights_of_a_tied_model_are_fetched_before_anything_starts(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, load_format: Any, fetched: bool
+) -> None:
+    """Whether the LM head is the embedding decides about memory, and only the weights tell."""
+    asked: list[bool] = []
+
+    def resolve(name: str, revision: str | None, weights: bool = True) -> Path:
+        asked.append(weights)
+        return model
+
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+    monkeypatch.setattr(launch, "resolve_model", resolve)
+    plan_for(EngineConfig(model="organisation/model", load_format=load_format, device="cpu"))
+    assert asked == [False, True] if fetched else [False]
 
 
 def test_dummy_weights_need_no_files(model: Path) -> None:
