@@ -47,6 +47,9 @@ class RopeKeys(msgspec.Struct, frozen=True, kw_only=True):
     beta_slow: OptionalNumber = None  # yarn
     truncate: OptionalFlag = None  # yarn
     attention_factor: OptionalNumber = None  # yarn
+    attn_factor: OptionalNumber = (
+        None  # yarn, of its first implementation: multiplies what is inferred without the above
+    )
     mscale: _OptionalWeight = None  # yarn; 0 is the same as null
     mscale_all_dim: _OptionalWeight = None  # yarn
     alpha: OptionalNumber = None  # another dynamic rope
@@ -157,14 +160,19 @@ def _yarn(keys: RopeKeys, name: str, factor: float, original: int) -> dict[str, 
 
 
 def _yarn_attention_factor(keys: RopeKeys, factor: float) -> float:
-    """0.1 ln(factor) + 1, for q and for k (YaRN, arXiv 2309.00071, section 3.4); both mscale are DeepSeek's."""
+    """0.1 ln(factor) + 1, for q and for k (YaRN, arXiv 2309.00071, section 3.4); both mscale are DeepSeek's.
+
+    `attn_factor` as in vLLM; transformers passes over it (DeepSeek-R1-0528-Qwen3-8B makes the product 1 with it).
+    """
 
     def magnitude(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0
 
     if keys.mscale and keys.mscale_all_dim:
-        return magnitude(keys.mscale) / magnitude(keys.mscale_all_dim)
-    return magnitude(1.0)
+        inferred = magnitude(keys.mscale) / magnitude(keys.mscale_all_dim)
+    else:
+        inferred = magnitude(1.0)
+    return inferred * (keys.attn_factor or 1.0)
 
 
 def _llama3(keys: RopeKeys, name: str, original: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def find_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
     """
     found = _read_headers(_weight_files(directory))
     expected = expected_tensors(spec, FAMILIES[spec.family].names)
-    embedding, head = tied_names(spec)
+    embedding, head = _tied_names(spec)
     known = expected | {head: expected[embedding]}
     entries: dict[str, StoredTensor] = {}
     for name, entry in found.items():
@@ -72,7 +72,7 @@ def find_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
     return entries
 
 
-def tied_names(spec: ModelSpec) -> tuple[str, str]:
+def _tied_names(spec: ModelSpec) -> tuple[str, str]:
     """The tensors of embedding and LM head."""
     names = FAMILIES[spec.family].names
     return f"{names.embedding}.weight", f"{names.head}.weight"
@@ -87,7 +87,7 @@ def with_own_head(spec: ModelSpec, directory: Path) -> ModelSpec:
     if not spec.tied_embeddings:
         return spec
     tensors = find_tensors(directory, spec)
-    embedding, head = (tensors.get(name) for name in tied_names(spec))
+    embedding, head = (tensors.get(name) for name in _tied_names(spec))
     assert embedding is not None
     if head is None or _hold_the_same(embedding, head):
         return spec

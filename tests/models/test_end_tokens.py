@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hetis.models.end_tokens import read_eos_token_ids
+from tests.models.test_json_files import VALUES
 
 VOCAB = 1000
 
@@ -69,3 +72,13 @@ def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"generation_config.json is not a JSON object"):
         read_eos_token_ids(tmp_path, VOCAB)
+
+
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(VALUES | st.lists(VALUES | st.integers(0, VOCAB), max_size=5))
+def test_any_value_gives_ids_of_the_vocabulary(tmp_path: Path, value: Any) -> None:
+    ids = read_eos_token_ids(write(tmp_path, generation_config=value), VOCAB)
+    assert all(type(token_id) is int and 0 <= token_id < VOCAB for token_id in ids)
+    assert len(set(ids)) == len(ids)

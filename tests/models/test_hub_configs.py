@@ -103,6 +103,10 @@ CHECKPOINTS: dict[str, tuple[Config, tuple[int, int, int, bool, str, float, int]
         qwen3(4096, 12288, 36, 32, rope_scaling=YARN | {"rope_type": "yarn"}),
         (8, 128, 131072, False, "yarn", 1e6, 0),
     ),
+    "DeepSeek-R1-0528-Qwen3-8B": (
+        qwen3(4096, 12288, 36, 32, max_position_embeddings=131072, rope_scaling=YARN | {"attn_factor": 0.87824885}),
+        (8, 128, 131072, False, "yarn", 1e6, 0),
+    ),
     "Qwen3-4B-Instruct-2507": (
         qwen3(2560, 9728, 36, 32, max_position_embeddings=262144, rope_theta=5000000, tie_word_embeddings=True),
         (8, 128, 262144, True, "none", 5e6, 0),

@@ -104,6 +104,23 @@ def test_logits_beyond_the_original_length_equal_those_of_transformers(
     torch.testing.assert_close(logits_TV, expected_TV, rtol=0, atol=1e-4)
 
 
+def test_attn_factor_multiplies_what_is_inferred(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers passes over this key, and so it has to be told the product."""
+    yarn = {"type": "yarn"} | YARN
+    spec = read_model_spec(with_rope(checkpoint, tmp_path, rope_scaling=yarn | {"attn_factor": 0.8782488562869419}))
+    assert spec.rope is not None
+    assert spec.rope.attention_factor == pytest.approx(1.0, abs=1e-6)
+    (tmp_path / "told").mkdir()
+    told = with_rope(checkpoint, tmp_path / "told", rope_scaling=yarn | {"attention_factor": 1.0})
+    logits_TV = decode_all(spec, split_evenly("1+0", spec), tmp_path, tokens(100))
+    torch.testing.assert_close(logits_TV, reference_logits(load_reference(told), tokens(100)), rtol=0, atol=1e-4)
+    both = yarn | {"attn_factor": 0.5, "attention_factor": 1.25}
+    (tmp_path / "both").mkdir()
+    spec = read_model_spec(with_rope(checkpoint, tmp_path / "both", rope_scaling=both))
+    assert spec.rope is not None
+    assert spec.rope.attention_factor == 1.25
+
+
 def test_dynamic_rope_is_that_of_transformers_at_the_longest_length(checkpoint: Path, tmp_path: Path) -> None:
     """transformers computes the table anew for every length; the fixed one is that of the longest sequence."""
     keys = {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_theta": 500.0}
@@ -122,9 +139,10 @@ def test_dynamic_rope_of_shorter_sequences_has_the_same_base(checkpoint: Path, t
     (tmp_path / "plain").mkdir()
     base = 500.0 * (FACTOR * LONGEST / ORIGINAL - (FACTOR - 1)) ** (32 / 30)  # head_dim is 32
     plain = with_rope(checkpoint, tmp_path / "plain", rope_theta=base, max_position_embeddings=LONGEST)
+    model = load_reference(plain)
     for count in (5, ORIGINAL, ORIGINAL + 1, 100):
         logits_TV = decode_all(spec, split_evenly("1+0", spec), tmp_path, tokens(count))
-        expected_TV = reference_logits(load_reference(plain), tokens(count))
+        expected_TV = reference_logits(model, tokens(count))
         torch.testing.assert_close(logits_TV, expected_TV, rtol=0, atol=1e-4)
 
 
