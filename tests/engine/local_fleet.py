@@ -27,6 +27,7 @@ from hetis.core.profile import (
     DeviceProfile,
     FleetProfile,
     LayerProfile,
+    LayerShare,
     LinkProfile,
     PrefillProfile,
     TransferProfile,
@@ -198,22 +199,23 @@ def flat_profile(setup: Setup) -> FleetProfile:
             attention=AttentionProfile(a_us_per_head=0.5, b_us_per_byte=1e-4, c_us=5.0),
             read_bytes_per_us=1e4,
             usable_bytes=info.free_memory,
-            layer=LayerProfile(
-                share=layer_share(setup, info.rank),
-                dense=DenseProfile(fixed_us=10.0, us_per_weight_byte=1e-4, us_per_flop=1e-5),
-                prefill=PrefillProfile(fixed_us=5.0, us_per_pair=1e-3),
-            )
-            if info.rank in primaries
-            else None,
+            layer=_layer(layer_share(setup, info.rank)) if info.rank in primaries else None,
         )
         for info in setup.fleet
     }
     links = tuple(
-        LinkProfile(primary=primary, worker=worker.rank, request=way, reply=way)
-        for primary in primaries
-        for worker in setup.plan.workers
+        LinkProfile(primary=home.rank, worker=worker.rank, request=way, reply=way)
+        for home, worker in setup.plan.links()
     )
     return FleetProfile(devices=devices, links=links)
+
+
+def _layer(share: LayerShare) -> LayerProfile:
+    return LayerProfile(
+        share=share,
+        dense=DenseProfile(fixed_us=10.0, us_per_weight_byte=1e-4, us_per_flop=1e-5),
+        prefill=PrefillProfile(fixed_us=5.0, us_per_pair=1e-3) if share.num_groups else None,
+    )
 
 
 def _device(rank: int) -> DeviceInfo:
