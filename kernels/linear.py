@@ -24,6 +24,7 @@ class PackedLinear:
     """What `linear` needs of one layer.
 
     weight: [N, K], the very tensor that was given (no copy), so that an embedding and an LM head may be one tensor.
+    N or K may be 0: no outputs, or the bias (else zeros) as the result.
     bias: [N] or None. kernel_tokens: calls of up to so many tokens run our kernel, larger ones torch's.
     """
 
@@ -55,7 +56,8 @@ def pack_linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear
     on_cpu = weight_NK.device.type == "cpu"
     if on_cpu and cpu_op("advise_huge_pages") is not None:
         torch.ops.hetis.advise_huge_pages(weight_NK, True)
-    return PackedLinear(weight_NK, bias_N, kernel_tokens(weight_NK.dtype) if on_cpu else 0)
+    has_kernel = on_cpu and weight_NK.numel() > 0
+    return PackedLinear(weight_NK, bias_N, kernel_tokens(weight_NK.dtype) if has_kernel else 0)
 
 
 def linear(x_TK: Tensor, packed: PackedLinear, out_TN: Tensor | None = None) -> Tensor:

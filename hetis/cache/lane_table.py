@@ -306,9 +306,9 @@ class CacheManager:
 
 
 def pools_of(plan: Plan) -> list[PoolId]:
-    """One pool per primary, and one per worker and stage."""
-    primaries = [PoolId(primary.rank, s) for s, stage in enumerate(plan.stages) for primary in stage.primaries]
-    return primaries + [PoolId(worker.rank, stage) for worker in plan.workers for stage in range(len(plan.stages))]
+    """One pool per home, and one per worker and stage."""
+    homes = [PoolId(home.rank, s) for s, stage in enumerate(plan.stages) for home in stage.homes]
+    return homes + [PoolId(worker.rank, stage) for worker in plan.workers for stage in range(len(plan.stages))]
 
 
 def _without(entry: tuple[PoolLanes, Int32, int, Int32], row: int) -> tuple[PoolLanes, Int32, int, Int32]:

@@ -1,7 +1,8 @@
 """Who does what: which rank holds which layers, head groups, MLP columns and vocabulary rows, on which device.
 
 Spans are half-open `[start, stop)`. A plan comes from `P+A` (`split_evenly`) or from a JSON file (`load_plan`); both
-end as the same `Plan`. Nothing here must divide anything: 8 groups over two ranks as 5+3 is fine.
+end as the same `Plan`. Nothing here must divide anything: 8 groups over two ranks as 5+3 is fine. A primary may have no
+head groups (then it needs no KV memory), no columns or no rows, but not nothing at all.
 
 A plan file has counts where `Plan` has spans; whatever it leaves out is split evenly over those who left it out:
 
@@ -36,7 +37,7 @@ class Primary(msgspec.Struct, frozen=True, kw_only=True):
     groups: Span
     mlp_columns: Span
     vocab_rows: Span  # of the embedding in the first stage and of the LM head in the last one
-    kv_memory: int | None = None  # bytes; None: decided from the device's free memory
+    kv_memory: int | None = None  # bytes, if it has head groups; None: decided from the device's free memory
 
     @property
     def num_groups(self) -> int:
@@ -58,6 +59,11 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_layers(self) -> int:
         return self.layers[1] - self.layers[0]
+
+    @property
+    def homes(self) -> tuple[Primary, ...]:
+        """The primaries with head groups, in tensor-parallel order. The others have neither pages nor links."""
+        return tuple(primary for primary in self.primaries if primary.num_groups)
 
     def home(self, group: int) -> Primary:
         """The primary that computes q, k and v of `group`."""
@@ -88,6 +94,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """All ranks of the plan in rank order."""
         primaries = [p for stage in self.stages for p in stage.primaries]
         return sorted([*primaries, *self.workers], key=lambda member: member.rank)
+
+    def links(self) -> list[tuple[Primary, AttentionWorker]]:
+        """(home, worker) of every link, in the order in which they are opened."""
+        return [(home, worker) for stage in self.stages for home in stage.homes for worker in self.workers]
 
     def position_of(self, rank: int) -> tuple[int, int]:
         """(stage index, tensor-parallel index) of a primary."""
@@ -129,7 +139,8 @@ def resolve_plan(
 def split_evenly(plan: str, spec: ModelSpec, devices: Devices = "auto", kv_memory: KvMemory = None) -> Plan:
     """`P+A`: one stage of P tensor-parallel primaries (ranks 0 .. P-1) and A attention workers, all shares even.
 
-    Raises ValueError for text that is not P+A, for P = 0 and for more primaries than the model has head groups.
+    With more primaries than head groups the last ones have none. Raises ValueError for text that is not P+A, for P = 0
+    and for primaries that would have nothing at all.
     """
     match = _SPLIT.fullmatch(plan.strip())
     if match is None:
@@ -137,31 +148,11 @@ def split_evenly(plan: str, spec: ModelSpec, devices: Devices = "auto", kv_memor
     num_primaries, num_workers = int(match[1]), int(match[2])
     if num_primaries < 1:
         raise ValueError(f"plan {plan!r} has no primary; at least one rank must hold weights, as in 1+{num_workers}.")
-    if num_primaries > spec.num_head_groups:
-        raise ValueError(
-            f"plan {plan!r} has {num_primaries} primaries but the model has {spec.num_head_groups} head groups; use at "
-            f"most {spec.num_head_groups} primaries, or pipeline stages in a plan file."
-        )
-    shares = [
-        spans(even_split(total, num_primaries))
-        for total in (spec.num_head_groups, spec.intermediate_size, spec.vocab_size)
-    ]
-    primaries = tuple(
-        Primary(
-            rank=rank,
-            device=device_name(devices, rank),
-            groups=groups,
-            mlp_columns=columns,
-            vocab_rows=rows,
-            kv_memory=kv_memory_of(kv_memory, rank),
-        )
-        for rank, (groups, columns, rows) in enumerate(zip(*shares, strict=True))
-    )
-    workers = tuple(
-        AttentionWorker(rank=rank, device=device_name(devices, rank), kv_memory=kv_memory_of(kv_memory, rank))
-        for rank in range(num_primaries, num_primaries + num_workers)
-    )
-    return Plan(stages=(Stage(layers=(0, spec.num_layers), primaries=primaries),), workers=workers)
+    file = _File(stages=[_Stage(primaries=[_Primary()] * num_primaries)], attention=[_Member()] * num_workers)
+    try:
+        return _build(file, spec, devices, kv_memory)
+    except ValueError as error:
+        raise ValueError(f"plan {plan!r}: {error}") from error
 
 
 class _Member(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -190,7 +181,8 @@ def load_plan(path: Path | str, spec: ModelSpec, devices: Devices = "auto", kv_m
     """The plan in a JSON file (format above), completed and checked against the model.
 
     Raises ValueError, naming the file and the numbers, for a file that cannot be read, unknown or misspelt fields,
-    counts that do not add up to the model's, shares below one, and ranks that are not 0 .. world size - 1.
+    counts that do not add up to the model's, stages without layers, primaries without anything, and ranks that are not
+    0 .. world size - 1.
     """
     try:
         file = msgspec.json.decode(Path(path).read_bytes(), type=_File)
@@ -207,7 +199,7 @@ def load_plan(path: Path | str, spec: ModelSpec, devices: Devices = "auto", kv_m
 def _build(file: _File, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:
     if not file.stages:
         raise ValueError("there is no stage; give at least one stage with one primary.")
-    layers = spans(_complete([stage.layers for stage in file.stages], spec.num_layers, "layers", "the stages"))
+    layers = spans(_complete([stage.layers for stage in file.stages], spec.num_layers, "layers", "the stages", least=1))
     ranks = iter(_ranks([*(p for stage in file.stages for p in stage.primaries), *file.attention]))
 
     def place(member: _Member) -> tuple[int, str, int | None]:
@@ -219,11 +211,11 @@ def _build(file: _File, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) 
     for index, (span, stage) in enumerate(zip(layers, file.stages, strict=True)):
         if not stage.primaries:
             raise ValueError(f"stage {index} has no primary; give at least one.")
-        groups, columns, rows = _shares(index, stage, spec)
         primaries = []
-        for member, g, c, r in zip(stage.primaries, groups, columns, rows, strict=True):
+        for member, g, c, r in zip(stage.primaries, *_shares(index, stage, spec), strict=True):
             rank, device, memory = place(member)
             primaries.append(Primary(rank=rank, device=device, groups=g, mlp_columns=c, vocab_rows=r, kv_memory=memory))
+            _refuse_idle(primaries[-1], index, reads_vocabulary=index in (0, len(file.stages) - 1))
         stages.append(Stage(layers=span, primaries=tuple(primaries)))
     workers = []
     for worker in file.attention:
@@ -240,21 +232,33 @@ def _shares(index: int, stage: _Stage, spec: ModelSpec) -> list[list[tuple[int, 
         ([p.mlp_columns for p in stage.primaries], spec.intermediate_size, "mlp_columns"),
         ([p.vocab_rows for p in stage.primaries], spec.vocab_size, "vocab_rows"),
     )
-    return [spans(_complete(counts, total, name, where)) for counts, total, name in wanted]
+    return [spans(_complete(counts, total, name, where, least=0)) for counts, total, name in wanted]
 
 
-def _complete(counts: Sequence[int | None], total: int, name: str, where: str) -> list[int]:
-    """Fill the gaps in `counts` evenly, so that the sum is `total` and every share is at least one."""
+def _refuse_idle(primary: Primary, stage: int, *, reads_vocabulary: bool) -> None:
+    """ValueError for a primary without work. `reads_vocabulary`: the stage has the embedding or the LM head."""
+    if primary.num_groups or primary.num_mlp_columns or (primary.num_vocab_rows and reads_vocabulary):
+        return
+    rows = f"{primary.num_vocab_rows} vocabulary rows"
+    rows += "" if reads_vocabulary else ", which only the first and the last stage read"
+    raise ValueError(
+        f"rank {primary.rank}, a primary of stage {stage}, has nothing to do: 0 head groups, 0 MLP columns and {rows}; "
+        f"give it a share, or use fewer primaries."
+    )
+
+
+def _complete(counts: Sequence[int | None], total: int, name: str, where: str, least: int) -> list[int]:
+    """Fill the gaps in `counts` evenly, so that the sum is `total` and every share is at least `least`."""
     given = [count for count in counts if count is not None]
-    if any(count < 1 for count in given):
-        raise ValueError(f"{name} of {where} are {_show(counts)}; every share must be at least 1.")
+    if any(count < least for count in given):
+        raise ValueError(f"{name} of {where} are {_show(counts)}; every share must be at least {least}.")
     rest, open_places = total - sum(given), len(counts) - len(given)
     if open_places == 0 and rest != 0:
         raise ValueError(f"{name} of {where} are {_show(counts)}, together {sum(given)}, but the model has {total}.")
-    if rest < open_places:
+    if rest < least * open_places:
         raise ValueError(
-            f"{name} of {where} are {_show(counts)}: {max(rest, 0)} of the model's {total} are left for {open_places} "
-            f"more, and every share must be at least 1."
+            f"{name} of {where} are {_show(counts)}, but the model has {total} and every share must be at least "
+            f"{least}; lower those that are given."
         )
     fill = iter(even_split(rest, open_places) if open_places else [])
     return [next(fill) if count is None else count for count in counts]

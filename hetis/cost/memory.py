@@ -20,7 +20,7 @@ CPU_SHARE = 0.5  # a host has other things to do, and its page cache holds the c
 
 
 class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank. A worker has one pool per stage, each of `pages` pages; a primary has one."""
+    """One rank. A worker has one pool per stage, each of `pages` pages; a primary has one if it has head groups."""
 
     rank: int
     role: str
@@ -125,7 +125,7 @@ def _rows(
             kv=num_pages[member.rank] * page[member.rank],
             page_bytes=page[member.rank],
             pages=num_pages[member.rank],
-            tokens=num_pages[member.rank] // _num_lanes(spec, member) * block_size,
+            tokens=num_pages[member.rank] // max(1, _num_lanes(spec, member)) * block_size,
         )
         for member in plan.members()
     )
@@ -143,18 +143,14 @@ def largest_context(plan: Plan, num_pages: Mapping[int, int], block_size: int) -
     its head groups, wherever the lanes live: staging. So for each stage and primary, groups * pages(n) <= its pages.
     Then the lanes may live there too, on those same pages. Attention workers let more sequences run, not longer ones.
     """
-    return min(
-        num_pages[primary.rank] // primary.num_groups * block_size
-        for stage in plan.stages
-        for primary in stage.primaries
-    )
+    return min(num_pages[home.rank] // home.num_groups * block_size for stage in plan.stages for home in stage.homes)
 
 
 def total_tokens(spec: ModelSpec, plan: Plan, num_pages: Mapping[int, int], block_size: int) -> int:
     """Tokens of all sequences together that the fleet holds: the least over the stages, pages being free to place."""
     on_workers = sum(num_pages[worker.rank] for worker in plan.workers)
     return min(
-        (sum(num_pages[primary.rank] for primary in stage.primaries) + on_workers) // spec.num_head_groups * block_size
+        (sum(num_pages[home.rank] for home in stage.homes) + on_workers) // spec.num_head_groups * block_size
         for stage in plan.stages
     )
 
@@ -167,19 +163,23 @@ def _num_lanes(spec: ModelSpec, member: Primary | AttentionWorker) -> int:
 def _divide(
     plan: Plan, infos: Mapping[int, DeviceInfo], fixed: Mapping[int, int], useful: Mapping[int, int]
 ) -> tuple[dict[int, int], list[str]]:
-    """KV memory of every rank, and what does not fit. Ranks of one host and device draw on the same free memory."""
+    """KV memory of every rank, and what does not fit. Ranks of one host and device draw on the same free memory.
+
+    A rank for which none is `useful` gets none.
+    """
     shared: dict[tuple[str, str], list[Primary | AttentionWorker]] = defaultdict(list)
     for member in plan.members():
         info = infos[member.rank]
         shared[info.host, info.device].append(member)
-    kv: dict[int, int] = {}
+    kv: dict[int, int] = dict.fromkeys(infos, 0)
     refusals: list[str] = []
     for (_, device), members in shared.items():
         free = min(infos[member.rank].free_memory for member in members)
         needed = sum(fixed[member.rank] for member in members)
-        given = {member.rank: member.kv_memory for member in members if member.kv_memory is not None}
-        others = [member.rank for member in members if member.rank not in given]
-        share = usable_share(device) if others else 1.0
+        takers = [member for member in members if useful[member.rank]]
+        given = {member.rank: member.kv_memory for member in takers if member.kv_memory is not None}
+        others = [member.rank for member in takers if member.rank not in given]
+        share = 1.0 if all(member.kv_memory is not None for member in members) else usable_share(device)
         left = int(free * share) - needed - sum(given.values())
         if left < 0:
             refusals.append(_does_not_fit(device, members, needed, sum(given.values()), free, share))
@@ -225,8 +225,8 @@ def _too_long(
     if wanted > max_position:
         return f"max_model_len is {wanted}, but the model has {max_position} positions; lower max_model_len."
     tightest = min(
-        (primary for stage in plan.stages for primary in stage.primaries),
-        key=lambda primary: num_pages[primary.rank] // primary.num_groups,
+        (home for stage in plan.stages for home in stage.homes),
+        key=lambda home: num_pages[home.rank] // home.num_groups,
     )
     return (
         f"max_model_len is {wanted}, but the largest context is {context}: rank {tightest.rank} has "

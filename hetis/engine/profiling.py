@@ -101,12 +101,12 @@ class Profiling:
     def _link_jobs(self) -> list[_Job]:
         return [
             _Job(
-                (primary, worker),
-                frozenset((primary,)),
-                MeasureLink(primary=primary, worker=worker, seconds=LINK_SECONDS),
-                frozenset((self._infos[rank].host, "") for rank in (primary, worker)),
+                (home.rank, worker.rank),
+                frozenset((home.rank,)),
+                MeasureLink(primary=home.rank, worker=worker.rank, seconds=LINK_SECONDS),
+                frozenset((self._infos[rank].host, "") for rank in (home.rank, worker.rank)),
             )
-            for primary, worker in links_of(self._plan)
+            for home, worker in self._plan.links()
         ]
 
     def _claims(self, ranks: tuple[int, ...]) -> frozenset[Claim]:
@@ -161,7 +161,8 @@ class Profiling:
         kind, share = self._kind(answer.rank), layer_share(self._setup, answer.rank)
         self._parts[kind, share] = _Part(answer.rank, answer.seconds)
         dense = fit_dense(answer.dense, share.num_weights, share.num_weights * DTYPE_BYTES[self._setup.dtype])
-        self._layers[kind, share] = LayerProfile(share=share, dense=dense, prefill=fit_prefill(answer.prefill))
+        prefill = fit_prefill(answer.prefill) if share.num_groups else None
+        self._layers[kind, share] = LayerProfile(share=share, dense=dense, prefill=prefill)
 
     def _keep_link(self, asked: MeasureLink, answer: Measured) -> None:
         request, reply = fit_transfer(answer.request), fit_transfer(answer.reply)
@@ -229,13 +230,11 @@ def layer_share(setup: Setup, rank: int) -> LayerShare:
     """What a primary has of a layer."""
     stage, index = setup.plan.position_of(rank)
     primaries = setup.plan.stages[stage].primaries
-    return LayerShare(num_ranks=len(primaries), num_weights=layer_weights(setup.spec, primaries[index], index))
-
-
-def links_of(plan: Plan) -> list[tuple[int, int]]:
-    """(primary, worker) of every link."""
-    primaries = [primary.rank for stage in plan.stages for primary in stage.primaries]
-    return [(primary, worker.rank) for primary in primaries for worker in plan.workers]
+    return LayerShare(
+        num_ranks=len(primaries),
+        num_groups=primaries[index].num_groups,
+        num_weights=layer_weights(setup.spec, primaries[index], index),
+    )
 
 
 # --- profiles from files ----------------------------------------------------------------------------------------------
@@ -264,10 +263,11 @@ def report_of(profile: FleetProfile, setup: Setup, name: str) -> ProfileReport:
 def _lacking(profile: FleetProfile, plan: Plan) -> list[str]:
     devices, found = profile.devices, {(link.primary, link.worker) for link in profile.links}
     primaries = [primary.rank for stage in plan.stages for primary in stage.primaries]
+    links = [(home.rank, worker.rank) for home, worker in plan.links()]
     return [
         *(f"rank {member.rank}" for member in plan.members() if member.rank not in devices),
         *(f"layers of rank {rank}" for rank in primaries if rank in devices and devices[rank].layer is None),
-        *(f"link {primary}->{worker}" for primary, worker in links_of(plan) if (primary, worker) not in found),
+        *(f"link {home}->{worker}" for home, worker in links if (home, worker) not in found),
     ]
 
 

@@ -1,7 +1,8 @@
 """The decoder of one stage and one tensor-parallel shard: mathematics only.
 
 Attention and reduction come from outside. T tokens, H hidden size, G head groups of this shard, M query heads per
-group, D head_dim, F MLP columns of this shard, V vocabulary rows of this shard, N rows whose logits are wanted.
+group, D head_dim, F MLP columns of this shard, V vocabulary rows of this shard, N rows whose logits are wanted. G, F
+and V may be 0: then the tensors are empty, and this shard adds zeros (or its bias) to the sums.
 """
 
 from dataclasses import dataclass, fields
@@ -100,6 +101,8 @@ class Decoder:
         first, stop = self._weights.primary.vocab_rows
         if stop - first == self._spec.vocab_size:
             torch.index_select(embedding_VH, 0, token_T, out=hidden_TH)
+        elif stop == first:
+            hidden_TH.zero_()
         else:
             local_T = token_T - first
             torch.index_select(embedding_VH, 0, local_T.clamp(0, stop - first - 1), out=hidden_TH)

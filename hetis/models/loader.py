@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan
-from hetis.models.checkpoint import Checkpoint, DummyWeights, Shapes, WeightSource
-from hetis.models.families import FAMILIES, TensorNames
+from hetis.models.checkpoint import Checkpoint, DummyWeights, WeightSource
+from hetis.models.families import FAMILIES
 from hetis.models.layers import LayerWeights, Norm, StageWeights
+from hetis.models.tensor_names import TensorNames, expected_tensors
 from hetis_kernels.linear import PackedLinear, pack_linear
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
@@ -43,52 +44,14 @@ def load_weights(
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format {load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}.")
     names = FAMILIES[spec.family].names
-    expected = expected_tensors(spec, names)
     source: WeightSource
     if load_format == "dummy":
-        source = DummyWeights(expected, dtype, seed)
+        source = DummyWeights(expected_tensors(spec, names), dtype, seed)
     else:
-        tied_names = (f"{names.embedding}.weight", f"{names.head}.weight") if spec.tied_embeddings else None
-        source = Checkpoint(directory, expected, tied_names)
+        source = Checkpoint(directory, spec)
     shard = _Shard(spec, plan, stage_index, tp_index, names, source, dtype, device)
     with _progress_bar(show_progress, "loading weights") as bar:
         return shard.load(on_progress or bar)
-
-
-def expected_tensors(spec: ModelSpec, names: TensorNames) -> Shapes:
-    """Name and shape of every tensor of the whole model, as a checkpoint holds them."""
-    hidden, columns = spec.hidden_size, spec.intermediate_size
-    query_rows, key_rows = spec.num_query_heads * spec.head_dim, spec.num_head_groups * spec.head_dim
-    shapes: Shapes = {}
-
-    def module(name: str, *shape: int, bias: bool = False) -> None:
-        shapes[f"{name}.weight"] = shape
-        if bias:
-            shapes[f"{name}.bias"] = shape[:1]
-
-    has_norm_bias = spec.norm == "layer"
-    module(names.embedding, spec.vocab_size, hidden)
-    if spec.learned_position_offset is not None:
-        module(names.positions, spec.max_position + spec.learned_position_offset, hidden)
-    if not spec.tied_embeddings:
-        module(names.head, spec.vocab_size, hidden)
-    module(names.final_norm, hidden, bias=has_norm_bias)
-    for index in range(spec.num_layers):
-        prefix = names.layer.format(layer=index)
-        module(prefix + names.attention_norm, hidden, bias=has_norm_bias)
-        module(prefix + names.mlp_norm, hidden, bias=has_norm_bias)
-        module(prefix + names.query, query_rows, hidden, bias=spec.qkv_bias)
-        module(prefix + names.key, key_rows, hidden, bias=spec.qkv_bias)
-        module(prefix + names.value, key_rows, hidden, bias=spec.qkv_bias)
-        module(prefix + names.output, hidden, query_rows, bias=spec.output_bias)
-        if spec.qk_norm:
-            module(prefix + names.query_norm, spec.head_dim)
-            module(prefix + names.key_norm, spec.head_dim)
-        if spec.gated:
-            module(prefix + names.gate, columns, hidden, bias=spec.mlp_bias)
-        module(prefix + names.up, columns, hidden, bias=spec.mlp_bias)
-        module(prefix + names.down, hidden, columns, bias=spec.mlp_bias)
-    return shapes
 
 
 class _Shard:

@@ -23,8 +23,11 @@ from hetis.comm import supervision
 from hetis.core.config import DriverArgs, EngineConfig, Joining
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan, resolve_plan
-from hetis.models.families import read_eos_token_ids, read_model_spec
+from hetis.models.end_tokens import read_eos_token_ids
+from hetis.models.families import read_model_spec
 from hetis.models.hub import resolve_model
+from hetis.models.json_files import read_object
+from hetis.models.weight_files import find_tensors, with_own_head
 
 FRONT_VARIABLE = "HETIS_FRONT"  # set for a front end under torchrun: the run directory
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
@@ -48,11 +51,25 @@ def plan_for(config: EngineConfig) -> tuple[Path, ModelSpec, Plan]:
     """(directory of the model, what it is, who does what). ValueError for what does not fit together."""
     directory = resolve_model(config.model, config.revision, weights=False)
     spec = read_model_spec(directory)
+    _check_files(config, directory, spec)
     plan = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
     by_rank = config.kv_cache_memory if isinstance(config.kv_cache_memory, dict) else {}
     for rank in by_rank.keys() - range(plan.world_size):
         raise ValueError(f"kv_cache_memory names rank {rank}, but the plan has ranks 0 to {plan.world_size - 1}.")
     return directory, spec, plan
+
+
+def _check_files(config: EngineConfig, directory: Path, spec: ModelSpec) -> None:
+    """ValueError for files that ranks would refuse later, as far as they are here."""
+    if (directory / "generation_config.json").exists():
+        read_object(directory / "generation_config.json")
+    if config.load_format == "dummy":
+        return
+    if spec.tied_embeddings:
+        resolve_model(config.model, config.revision)  # how much memory they take depends on the weights themselves
+    is_local = config.model is None or directory == Path(config.model).expanduser()
+    if spec.tied_embeddings or is_local:
+        find_tensors(directory, spec)
 
 
 # --- one rank ---------------------------------------------------------------------------------------------------------
@@ -123,13 +140,15 @@ class Children:
         """Starts both; ValueError for what does not fit together."""
         directory, spec, plan = plan_for(config)
         check_world_size(plan)
+        if config.load_format != "dummy":
+            spec = with_own_head(spec, directory)
         self._run_directory = run_directory or make_run_directory()
         many_hosts = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
         self._args = DriverArgs(
             config=config,
             spec=spec,
             plan=plan,
-            eos_token_ids=read_eos_token_ids(directory),
+            eos_token_ids=read_eos_token_ids(directory, spec.vocab_size),
             run_directory=str(self._run_directory),
             address=own_address() if many_hosts else None,
             announce=front_argv is not None,

@@ -104,12 +104,12 @@ def layers_table(profile: FleetProfile, spec: ModelSpec, plan: Plan, dtype: str)
             layer, weights = profile.devices[primary.rank].layer, layer_weights(spec, primary, index)
             assert layer is not None, f"rank {primary.rank} is a primary without a profile of its layers"
             times = [layer.dense.time_us(weights * DTYPE_BYTES[dtype], 2 * weights * tokens) for tokens in TOKENS]
+            prompts = layer.prefill
             table.add_row(
                 str(primary.rank),
                 *(f"{time_us:.0f}" for time_us in times),
                 f"{layer.dense.accuracy:.1%}",
-                f"{1e3 * layer.prefill.us_per_pair:.3g}",
-                f"{layer.prefill.accuracy:.1%}",
+                *(("-", "-") if prompts is None else (f"{1e3 * prompts.us_per_pair:.3g}", f"{prompts.accuracy:.1%}")),
             )
     return table
 

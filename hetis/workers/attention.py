@@ -1,7 +1,7 @@
-"""An attention worker: no weights, only cache. One thread per pipeline stage serves the primaries of that stage.
+"""An attention worker: no weights, only cache. One thread per pipeline stage serves the homes of that stage.
 
 A worker obeys the same StepCommands as the primaries, so it knows which lanes each message carries. Within a stage,
-primaries are served in tensor-parallel order, layer by layer; stages are independent, so that micro-batches of
+homes are served in tensor-parallel order, layer by layer; stages are independent, so that micro-batches of
 different stages never wait for each other here.
 """
 
@@ -24,12 +24,12 @@ from hetis_kernels import kv_append, paged_decode
 
 
 class StageServer:
-    """Serves the primaries of one stage."""
+    """Serves the homes of one stage."""
 
     def __init__(self, setup: Setup, rank: int, stage_index: int, links: dict[int, Link], device: torch.device) -> None:
         """`links`: by primary rank."""
         stage: Stage = setup.plan.stages[stage_index]
-        self._links = [(primary, links[primary.rank]) for primary in stage.primaries]
+        self._links = [(home, links[home.rank]) for home in stage.homes]
         self._wire = wire_format(setup)
         self._scale = setup.spec.attention_scale
         first, stop = stage.layers

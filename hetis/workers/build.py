@@ -42,7 +42,7 @@ def make_pool(setup: Setup, rank: int, stage: int, device: torch.device) -> Page
 
 def message_limits(setup: Setup, primary: Primary) -> tuple[int, int]:
     """Largest (request, reply) in bytes on a link of `primary`."""
-    wire, groups = wire_format(setup), primary.groups[1] - primary.groups[0]
+    wire, groups = wire_format(setup), primary.num_groups
     lanes = min(setup.max_num_seqs, setup.max_num_batched_tokens) * groups
     pages = setup.pages_per_haul
     return wire.request_bytes(lanes, setup.max_num_batched_tokens * groups, pages), wire.reply_bytes(lanes, pages)
@@ -52,24 +52,22 @@ def open_links(setup: Setup, rank: int, device: torch.device, rendezvous: Rendez
     """This rank's links by peer rank, opened in one global order so that no two ranks wait for each other crosswise."""
     fleet = {info.rank: info for info in setup.fleet}
     links: dict[int, Link] = {}
-    for stage in setup.plan.stages:
-        for primary in stage.primaries:
-            request, reply = message_limits(setup, primary)
-            for worker in setup.plan.workers:
-                if rank not in (primary.rank, worker.rank):
-                    continue
-                is_primary = rank == primary.rank
-                links[worker.rank if is_primary else primary.rank] = open_link(
-                    choose_link(fleet[primary.rank], fleet[worker.rank]),
-                    rendezvous,
-                    primary=fleet[primary.rank],
-                    worker=fleet[worker.rank],
-                    is_primary=is_primary,
-                    device=device,
-                    max_send_bytes=request if is_primary else reply,
-                    max_recv_bytes=reply if is_primary else request,
-                    timeout=setup.step_timeout,
-                )
+    for primary, worker in setup.plan.links():
+        if rank not in (primary.rank, worker.rank):
+            continue
+        is_primary = rank == primary.rank
+        request, reply = message_limits(setup, primary)
+        links[worker.rank if is_primary else primary.rank] = open_link(
+            choose_link(fleet[primary.rank], fleet[worker.rank]),
+            rendezvous,
+            primary=fleet[primary.rank],
+            worker=fleet[worker.rank],
+            is_primary=is_primary,
+            device=device,
+            max_send_bytes=request if is_primary else reply,
+            max_recv_bytes=reply if is_primary else request,
+            timeout=setup.step_timeout,
+        )
     return links
 
 

@@ -82,7 +82,7 @@ class Measurer:
             dense=measure_dense(
                 setup, self._decoder, self._tensor_parallel, self._device, seconds * (1 - PREFILL_SHARE)
             ),
-            prefill=measure_prefill(setup, groups, self._device, seconds * PREFILL_SHARE),
+            prefill=measure_prefill(setup, groups, self._device, seconds * PREFILL_SHARE) if groups else [],
         )
 
     def _measure_link(self, command: MeasureLink) -> Measured:

@@ -215,11 +215,10 @@ class StepPlanner:
         return DecodeLanes(self._int32(lanes), row_U, self._int32(position + 1), max_length, kv_tokens)
 
     def _chunks(self, rows: StepRows, groups: Span) -> PrefillChunks | None:
-        counts = rows.counts_R[rows.num_decode :]
-        if len(counts) == 0:
-            return None
-        slots = rows.slots_R[rows.num_decode :]
+        counts, slots = rows.counts_R[rows.num_decode :], rows.slots_R[rows.num_decode :]
         lanes = slots[:, None] * self.num_groups + np.arange(*groups)[None, :]
+        if lanes.size == 0:
+            return None
         return PrefillChunks(
             query_start_C1=self._int32(np.concatenate([[0], np.cumsum(counts)])),
             lane_CG=self._int32(lanes),

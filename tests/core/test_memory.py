@@ -81,6 +81,30 @@ def test_no_more_memory_is_taken_than_sequences_can_use() -> None:
     assert ledger.num_pages == {0: 3 * 8 * 7, 1: 3 * 8 * 7}  # sequences x groups x pages of 100 tokens
 
 
+def test_primaries_without_head_groups_need_no_pages() -> None:
+    """Their device's memory goes to those that hold KV, and what was meant for every rank is not taken there."""
+    mqa = msgspec.structs.replace(SPEC, num_query_heads=2, num_head_groups=1)
+    plan = split_evenly("3+1", mqa, "cpu", "1MiB")
+    ledger = ledger_of(plan, fleet(plan), mqa)
+    assert ledger.num_pages == {0: 73, 1: 0, 2: 0, 3: 73}
+    assert [(row.kv, row.tokens) for row in ledger.rows[1:3]] == [(0, 0), (0, 0)]
+    assert all(row.weights > 0 and row.activations > 0 for row in ledger.rows[:3])
+    assert (ledger.largest_context, ledger.total_tokens) == (512, 2 * 73 * PAGE)
+    with pytest.raises(ValueError, match=r"rank 0 has 7 pages of 16 tokens for 1 head groups"):
+        ledger_of(split_evenly("3+1", mqa, "cpu", {0: 2**20 // 10}), fleet(plan), mqa, max_model_len=500)
+
+    together = split_evenly("2+0", mqa, "cpu")
+    found = ledger_of(together, fleet(together, free=48 * 2**20), mqa, max_num_seqs=1000)
+    used = sum(row.kv + row.weights + row.activations for row in found.rows)
+    assert found.num_pages[1] == 0
+    assert 24 * 2**20 - found.rows[0].page_bytes < used <= 24 * 2**20, "nothing is set aside for rank 1"
+
+    apart = split_evenly("2+0", mqa, ["cuda:0", "cuda:1"])
+    infos = [msgspec.structs.replace(info, free_memory=2**20) if info.rank else info for info in fleet(apart)]
+    with pytest.raises(ValueError, match=r"rank 1 on cuda:1.*0 B of KV memory do not fit into 90%"):
+        ledger_of(apart, infos, mqa)
+
+
 def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     plan = split_evenly("2+1", SPEC, "cpu", "1GiB")
     with pytest.raises(ValueError, match=r"ranks 0, 1, 2 on cpu.*3.00 GiB of KV memory.*100% of 2.00 GiB"):

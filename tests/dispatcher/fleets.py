@@ -59,14 +59,14 @@ def link(primary: int, worker: int, alpha_us: float, beta_us_per_byte: float = 0
 def make_cost(
     plan: Plan, devices: Sequence[DeviceProfile], alpha_us: float = 0.0, dense_us: float = 0.0, **shape: int
 ) -> CostModel:
-    """`devices`: by rank. All links have the same latency, all homes the same dense part."""
-    homes = [primary.rank for stage in plan.stages for primary in stage.primaries]
-    links = [link(home, worker.rank, alpha_us) for home in homes for worker in plan.workers]
+    """`devices`: by rank. All links have the same latency, all primaries the same dense part."""
+    primaries = [primary.rank for stage in plan.stages for primary in stage.primaries]
+    links = [link(home.rank, worker.rank, alpha_us) for home, worker in plan.links()]
     num_groups = sum(primary.num_groups for primary in plan.stages[0].primaries)
     profile = FleetProfile(devices=dict(enumerate(devices)), links=tuple(links))
     cost = CostModel(profile, make_spec(num_groups, **shape), "float32")
-    for home in homes:
-        cost.observe_dense(home, dense_us)
+    for rank in primaries:
+        cost.observe_dense(rank, dense_us)
     return cost
 
 

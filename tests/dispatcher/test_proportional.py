@@ -141,7 +141,7 @@ def all_placements(plan: Plan) -> list[Placement]:
 
 
 @given(
-    st.sampled_from([[[3]], [[2, 1]], [[1, 1, 1]], [[2], [1, 1]]]),
+    st.sampled_from([[[3]], [[2, 1]], [[1, 1, 1]], [[2], [1, 1]], [[0, 2, 1]], [[1], [0, 1]]]),
     st.integers(0, 2),
     st.lists(st.integers(-2, 9), min_size=7, max_size=7),
     st.integers(1, 9),

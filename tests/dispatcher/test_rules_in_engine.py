@@ -25,7 +25,7 @@ def make_rule(name: str, plan: Plan) -> Dispatcher:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("groups", [[[8]], [[5, 3]], [[3], [3]], [[2, 1], [1, 1, 1], [3]]], ids=str)
+@pytest.mark.parametrize("groups", [[[8]], [[5, 3]], [[3], [3]], [[2, 1], [1, 1, 1], [3]], [[0, 2, 0], [2]]], ids=str)
 def test_all_requests_complete(rule: str, groups: list[list[int]]) -> None:
     random = Random(f"{rule} {groups}")
     plan = make_plan(groups, 2)

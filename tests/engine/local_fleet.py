@@ -27,6 +27,7 @@ from hetis.core.profile import (
     DeviceProfile,
     FleetProfile,
     LayerProfile,
+    LayerShare,
     LinkProfile,
     PrefillProfile,
     TransferProfile,
@@ -39,6 +40,7 @@ from hetis.engine.policies import Policies, make_policies
 from hetis.engine.profiling import layer_share, profile_key
 from hetis.engine.setup import make_setup
 from hetis.models.families import read_model_spec
+from hetis.models.weight_files import with_own_head
 from hetis.workers.rank import build_member
 from tests.processes import DEADLINE
 
@@ -83,7 +85,7 @@ class LocalFleet:
         options.setdefault("device", "cpu")
         options.setdefault("kv_cache_memory", 4 << 20)
         config = EngineConfig(model=str(directory), plan=plan, max_logprobs=-1, **options)
-        spec = read_model_spec(directory)
+        spec = with_own_head(read_model_spec(directory), directory)
         resolved = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
         args = DriverArgs(
             config=config, spec=spec, plan=resolved, eos_token_ids=[], run_directory="", address=None, announce=False
@@ -198,22 +200,23 @@ def flat_profile(setup: Setup) -> FleetProfile:
             attention=AttentionProfile(a_us_per_head=0.5, b_us_per_byte=1e-4, c_us=5.0),
             read_bytes_per_us=1e4,
             usable_bytes=info.free_memory,
-            layer=LayerProfile(
-                share=layer_share(setup, info.rank),
-                dense=DenseProfile(fixed_us=10.0, us_per_weight_byte=1e-4, us_per_flop=1e-5),
-                prefill=PrefillProfile(fixed_us=5.0, us_per_pair=1e-3),
-            )
-            if info.rank in primaries
-            else None,
+            layer=_layer(layer_share(setup, info.rank)) if info.rank in primaries else None,
         )
         for info in setup.fleet
     }
     links = tuple(
-        LinkProfile(primary=primary, worker=worker.rank, request=way, reply=way)
-        for primary in primaries
-        for worker in setup.plan.workers
+        LinkProfile(primary=home.rank, worker=worker.rank, request=way, reply=way)
+        for home, worker in setup.plan.links()
     )
     return FleetProfile(devices=devices, links=links)
+
+
+def _layer(share: LayerShare) -> LayerProfile:
+    return LayerProfile(
+        share=share,
+        dense=DenseProfile(fixed_us=10.0, us_per_weight_byte=1e-4, us_per_flop=1e-5),
+        prefill=PrefillProfile(fixed_us=5.0, us_per_pair=1e-3) if share.num_groups else None,
+    )
 
 
 def _device(rank: int) -> DeviceInfo:

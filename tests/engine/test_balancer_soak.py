@@ -10,7 +10,7 @@ from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, alone, churn, make_plan, make_sequence
 
-GROUPS = [[4]], [[2, 1]], [[3], [2, 1]], [[2], [2]], [[1, 1]]
+GROUPS = [[4]], [[2, 1]], [[3], [2, 1]], [[2], [2]], [[1, 1]], [[0, 1]], [[2, 0], [0, 1, 1]]
 
 
 class Soak:

@@ -1,5 +1,6 @@
 """Moving lanes does not change answers: bit-identical logits, whatever moves where in the middle of it."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,12 @@ def baseline(directory: Path, dtype: str) -> list[Generated]:
         return fleet.generate(prompts(), PARAMS)
 
 
-def plan_file(directory: Path) -> str:
-    """Two stages, of which the first has two homes; two workers."""
+def plan_file(directory: Path, *stages: list[int]) -> str:
+    """Stages of two layers and of the rest, with so many head groups on their primaries; two workers."""
     path = directory / "plan.json"
-    path.write_text(
-        '{"stages": [{"layers": 2, "primaries": [{"head_groups": 3}, {"head_groups": 2}]}, {"primaries": [{}]}],'
-        ' "attention": [{}, {}]}'
-    )
+    primaries = [[{"head_groups": count} for count in counts] for counts in stages]
+    first, second = ({"primaries": each} for each in primaries)
+    path.write_text(json.dumps({"stages": [first | {"layers": 2}, second], "attention": [{}, {}]}))
     return str(path)
 
 
@@ -78,11 +78,17 @@ def test_moves_do_not_change_a_bit(dtype: str, pages: int, least: int, tmp_path:
         assert torch.equal(one.logits(VOCAB), plain.logits(VOCAB))
 
 
-def test_moves_between_several_homes_and_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("family", "stages"),
+    [("five_groups", [[3, 2], [5]]), ("mqa", [[0, 1], [1, 0]]), ("llama3", [[1, 0, 1], [0, 2]])],
+)
+def test_moves_between_several_homes_and_stages(
+    family: str, stages: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Sums over two homes round differently, so the tokens are compared with those of the same plan at rest."""
-    directory = make_checkpoint(tmp_path, "five_groups")
+    directory = make_checkpoint(tmp_path, family)
     monkeypatch.setattr(hetis.engine.setup, "HAUL_BYTES", 2 * PAGE_BYTES)
-    plan = plan_file(tmp_path)
+    plan = plan_file(tmp_path, *stages)
     with LocalFleet(directory, plan, dispatcher=RandomDispatcher(None), **OPTIONS) as fleet:
         expected = fleet.generate(prompts(), PARAMS)
     with RestlessFleet(directory, plan, 7, **OPTIONS) as fleet:

@@ -13,12 +13,12 @@ from tests.engine.test_parity import VOCAB, prompts
 NUM_PLACEMENTS = 20
 
 
-def run(directory: Path, dtype: str, seed: int | None) -> list[Generated]:
-    """Greedy tokens with all logits; `seed` of random placements, None: everything on the primary."""
+def run(directory: Path, dtype: str, seed: int | None, plan: str = "1+3") -> list[Generated]:
+    """Greedy tokens with all logits; `seed` of random placements, None: everything at home."""
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=-1)
     with LocalFleet(
         directory,
-        "1+3",
+        plan,
         dispatcher=RandomDispatcher(seed),
         dtype=dtype,
         logprobs_mode="raw_logits",
@@ -32,6 +32,18 @@ def test_every_placement_gives_bit_identical_logits(dtype: str, tmp_path: Path):
     directory = make_checkpoint(tmp_path, "five_groups")
     baseline = run(directory, dtype, None)
     for seed in range(NUM_PLACEMENTS):
-        for one, expected in zip(run(directory, dtype, seed), baseline, strict=True):
-            assert one.token_ids == expected.token_ids
-            assert torch.equal(one.logits(VOCAB), expected.logits(VOCAB))
+        assert_equal(run(directory, dtype, seed), baseline)
+
+
+@pytest.mark.parametrize(("family", "plan"), [("mqa", "2+2"), ("llama3", "3+1"), ("three_groups", "5+2")])
+def test_primaries_without_head_groups_change_nothing(family: str, plan: str, tmp_path: Path):
+    directory = make_checkpoint(tmp_path, family)
+    baseline = run(directory, "bfloat16", None, plan)
+    for seed in range(3):
+        assert_equal(run(directory, "bfloat16", seed, plan), baseline)
+
+
+def assert_equal(found: list[Generated], baseline: list[Generated]) -> None:
+    for one, expected in zip(found, baseline, strict=True):
+        assert one.token_ids == expected.token_ids
+        assert torch.equal(one.logits(VOCAB), expected.logits(VOCAB))

@@ -32,7 +32,7 @@ KEY = ProfileKey(
     version="0.1.0",
 )
 LAYER = LayerProfile(
-    share=LayerShare(num_ranks=2, num_weights=100_000_000),
+    share=LayerShare(num_ranks=2, num_groups=4, num_weights=100_000_000),
     dense=DenseProfile(fixed_us=12.0, us_per_weight_byte=7e-7, us_per_flop=4e-9, accuracy=0.95),
     prefill=PrefillProfile(fixed_us=9.0, us_per_pair=1e-4),
 )

@@ -96,6 +96,28 @@ def test_without_tokens_or_with_a_bias_alone(instructions: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 70])
+def test_a_share_of_nothing(dtype: torch.dtype, plain: bool, num_tokens: int) -> None:
+    """No outputs; and without inputs the bias, or zeros where there is none, whatever was in the result before."""
+    x, bias = torch.randn(num_tokens, 16).to(dtype), torch.randn(9).to(dtype)
+    into, out_of = (
+        pack_linear(x.new_empty(0, 16)),
+        (pack_linear(x.new_empty(9, 0)), pack_linear(x.new_empty(9, 0), bias)),
+    )
+    use_plain(plain)
+    try:
+        nothing = linear(x, into, x.new_empty(num_tokens, 0))
+        assert nothing.shape == (num_tokens, 0)
+        for packed, expected in zip(out_of, (torch.zeros(9, dtype=dtype), bias), strict=True):
+            out = torch.full((num_tokens, 9), torch.nan, dtype=dtype)
+            assert linear(nothing, packed, out) is out
+            assert torch.equal(out, expected.expand(num_tokens, 9))
+            assert torch.equal(linear(nothing, packed), out)
+    finally:
+        use_plain(False)
+
+
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_layer_is_the_one_of_torch(dtype: torch.dtype, plain: bool, with_bias: bool) -> None:
     x, weight = torch.randn(6, 64).to(dtype), torch.randn(50, 64).to(dtype)

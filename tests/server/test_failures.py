@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from hetis.models.hub import PACKAGED
 from tests.server.fleet_process import SHIM, FleetProcess
 
 pytestmark = pytest.mark.process
@@ -146,12 +145,11 @@ def test_another_primary_that_is_killed_is_named(directory: Path) -> None:
         check_end(fleet, "rank 1 (primary on cpu)", "was killed by SIGKILL")
 
 
-def test_a_truncated_checkpoint_is_told_in_one_sentence(directory: Path, tmp_path: Path) -> None:
-    broken = shutil.copytree(PACKAGED, tmp_path / "broken")
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with FleetProcess.script(directory, "1+1", "idle", f"model={broken}") as fleet:
-        check_end(fleet, "FleetRefusedError: ", str(weights))
+def test_a_mistake_that_only_a_rank_sees_is_told_in_one_sentence(directory: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"stages": [{"primaries": [{}]}], "attention": [{"device": "cuda:99"}]}')
+    with FleetProcess.script(directory, str(plan), "idle") as fleet:
+        check_end(fleet, "FleetRefusedError: ", "device cuda:99 does not exist")
         assert not any("rank" in line for line in fleet.err), "ranks must not show tracebacks of a user's mistake"
 
 

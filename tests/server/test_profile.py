@@ -8,8 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hetis import LLM, SamplingParams
 from hetis.core.profile import FleetProfile, KindProfile
 from hetis.engine.profile_files import cache_folder, load, save
+from tests.checkpoints import greedy_reference, load_reference, make_checkpoint
 from tests.processes import DEADLINE
 from tests.server.fleet_process import ROOT
 
@@ -111,6 +113,30 @@ def test_a_file_takes_the_place_of_measuring(measured: tuple[Path, str], tmp_pat
     result = run(arguments, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert not any(tmp_path.iterdir()), "nothing is kept"
+
+
+def test_more_primaries_than_head_groups(tmp_path: Path) -> None:
+    """One head group over two primaries: the second has no pages, no link and no prompts, and its share of the rest."""
+    model, file = make_checkpoint(tmp_path / "mqa", "mqa"), tmp_path / "fleet.json"
+    result = run(["profile", str(model), "--plan", "2+1", *SMALL, "--output", str(file)], tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    profile = load(file, FleetProfile)
+    assert [(link.primary, link.worker) for link in profile.links] == [(0, 2)]
+    layers = [profile.devices[rank].layer for rank in range(3)]
+    assert [layer and (layer.share.num_groups, layer.prefill is None) for layer in layers] == [
+        (1, False),
+        (0, True),
+        None,
+    ]
+    prompts = [[3, 1, 4, 1, 5], [9] * 40, [2, 6]]
+    options = {"device": "cpu", "dtype": "float32", "kv_cache_memory": "16MiB", "profile": str(file)}
+    with LLM(str(model), plan="2+1", **options) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))
+        members = llm.fleet_stats().members
+    reference = load_reference(model)
+    assert [o.outputs[0].token_ids for o in outputs] == [greedy_reference(reference, p, 12) for p in prompts]
+    assert [member.pages_total > 0 for member in members] == [True, False, True]
+    assert (members[1].heads_peak, members[1].bytes_sent, members[1].bytes_received) == (0, {}, {})
 
 
 def test_a_file_that_does_not_fit_is_refused(measured: tuple[Path, str], tmp_path: Path) -> None:

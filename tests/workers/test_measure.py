@@ -102,6 +102,21 @@ def test_every_part_of_a_fleet_can_be_measured_and_fitted(directory: Path) -> No
         member.close()
 
 
+def test_a_primary_without_head_groups_has_layers_and_no_prompts(directory: Path) -> None:
+    """Nor links; with others it agrees about times. Its pool is empty, which measuring its device does not mind."""
+    setup, members = build(directory, "3+1")
+    *homes, idle = members[:3]
+    assert setup.num_pages[2] == 0
+    assert (idle.stats().bytes_sent, idle.stats().bytes_received) == ({}, {})
+    one, _, its = measure(Measure(part="dense", seconds=0.05), *homes, idle)
+    assert its.dense == one.dense
+    assert (len(one.prefill) > 0, its.prefill) == (True, [])
+    [found] = measure(Measure(part="attention", seconds=0.02), idle)
+    assert fit_attention(found.attention).time_us(1, 1000) > 0
+    for member in members:
+        member.close()
+
+
 def test_a_worker_of_two_stages_answers_on_both_links(directory: Path) -> None:
     """Its links are served by a thread each, once there are steps; probing comes before and from another thread."""
     plan = directory / "plan.json"

@@ -90,6 +90,17 @@ def cells() -> list[tuple[int, int]]:
     return [(lane, w) for lane in range(SLOTS * GROUPS) for w in range(16)]
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("span", [(0, 0), (3, 3), (GROUPS, GROUPS)])
+def test_without_head_groups_there_are_tokens_alone(seed: int, span: tuple[int, int]):
+    command, primary = Step(seed).command(), make_planner(PRIMARY)
+    primary.apply(command)
+    found = primary.primary_input(command, span, WORKERS)
+    assert found.token_T.tolist() == list(range(found.num_tokens))
+    assert len(found.position_T) == found.num_tokens > 0
+    assert (len(found.append), len(found.local), found.prefill, found.routes) == (0, 0, None, [])
+
+
 @pytest.mark.parametrize("span", [(0, GROUPS), (2, 5), (1, 2)])
 @pytest.mark.parametrize("seed", range(8))
 def test_against_loops(seed: int, span: tuple[int, int]):
