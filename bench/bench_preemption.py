@@ -44,9 +44,7 @@ def make_plan(num_stages: int, num_workers: int) -> Plan:
     stages = tuple(
         Stage(
             layers=(index, index + 1),
-            primaries=(
-                Primary(rank=index, device="cpu", groups=(0, GROUPS), mlp_columns=(0, 1), vocab_rows=(0, 1)),
-            ),
+            primaries=(Primary(rank=index, device="cpu", groups=(0, GROUPS), mlp_columns=(0, 1), vocab_rows=(0, 1)),),
         )
         for index in range(num_stages)
     )

@@ -207,7 +207,7 @@ class Scheduler:
             if victim is None or victim.in_flight:
                 draft.closed.update(self._cache.pools)
                 return False
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is sequence:
                 return False
         return True
@@ -233,7 +233,7 @@ class Scheduler:
             count = bisect_left(range(len(later)), True, key=lambda count: self._has_place(sequence, later[:count]))
             for victim in later[:count]:
                 if not victim.in_flight:
-                    self._preempt(victim)
+                    self.preempt(victim)
             if not any(victim.in_flight for victim in later[:count]):
                 self._admit([sequence], draft)
                 return
@@ -249,7 +249,8 @@ class Scheduler:
         view = self._cache.view(without={s.slot for s in without})
         return self._dispatcher.assign([sequence], view)[0] is not None
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes all pages from a running sequence that is not in flight; it starts over in its turn."""
         self._release(sequence)
         self._enqueue(sequence)
         sequence.num_preemptions += 1
