@@ -50,15 +50,15 @@ class CacheManager:
 
     # --- growing and shrinking ----------------------------------------------------------------------------------------
 
-    def admit(self, slot: int, placement: Placement, prefill_len: int) -> Shortage | None:
-        """Gives a new sequence its lanes and the pages of its first `prefill_len` tokens, staging included.
+    def admit(self, slot: int, placement: Placement, num_tokens: int) -> Shortage | None:
+        """Gives a new sequence its lanes and the pages of its first `num_tokens` tokens, staging included.
 
         All or nothing: with a `Shortage` the slot stays empty.
         """
         assert 0 <= slot < self._max_num_seqs, f"slot {slot} of {self._max_num_seqs}"
         assert slot not in self._sequences, f"slot {slot} is taken"
         lanes = self._lanes(slot, placement)
-        shortage = self._grow(lanes, prefill_len)
+        shortage = self._grow(lanes, num_tokens)
         if shortage is None:
             self._sequences[slot] = lanes
             for part in lanes.owned:

@@ -49,7 +49,7 @@ class Balancer:
             return
         self._budget.refill(now - self._last)
         self._last = now
-        staging_tokens = refused.prefill_len if refused else _mean_prompt(running)
+        staging_tokens = len(refused.token_ids) if refused else _mean_prompt(running)
         residents, view = self.residents(running), self._cache.view()
         outcome = self._rebalancer.compute(residents, view, self._budget, staging_tokens)
         assert not outcome.preempt, "no rank has left the plan"
@@ -77,7 +77,7 @@ class Balancer:
         return {pool: lacking[pool] for pool in relief.exhausted}
 
     def residents(self, running: Iterable[Sequence]) -> list[Resident]:
-        """What the rebalancer may know of each sequence. Lanes of prompts stay, and those on the move go on."""
+        """What the rebalancer may know of each. Lanes stay until all their tokens are computed, or have arrived."""
         cache = self._cache
         return [
             Resident(
@@ -85,7 +85,7 @@ class Balancer:
                 arrival=sequence.arrival,
                 num_tokens=cache.num_tokens(sequence.slot),
                 owners=cache.owners(sequence.slot),
-                movable=not sequence.is_prefilling and not cache.is_moving(sequence.slot),
+                movable=sequence.is_generating and not cache.is_moving(sequence.slot),
             )
             for sequence in running
         ]

@@ -28,17 +28,27 @@ _ARRIVAL = attrgetter("arrival")
 class _Draft:
     """A micro-batch that is being filled."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, max_num_seqs: int) -> None:
         self.budget = budget  # tokens that it still takes
+        self.decode_budget = max_num_seqs  # of them, for which ranks have room in decode
         self.rows: list[Row] = []
         self.admitted: list[tuple[Sequence, Placement]] = []
         self.closed: set[PoolId] = set()  # pools that lack pages for an earlier sequence than those that follow
 
-    def add(self, sequence: Sequence, count: int) -> None:
-        """The next `count` tokens of a sequence, or as many of them as the budget allows."""
-        row = Row(sequence=sequence, start=sequence.num_computed, count=min(count, self.budget))
-        self.rows.append(row)
-        self.budget -= row.count
+    def add_prompt(self, sequence: Sequence) -> None:
+        """The next tokens of its prompt, as many as the budget allows."""
+        self._add(sequence, min(sequence.prompt_len - sequence.num_computed, self.budget))
+
+    def add_decode(self, sequence: Sequence) -> None:
+        """Its next token; of one that starts over as many as the budgets allow."""
+        count = min(len(sequence.token_ids) - sequence.num_computed, self.budget, self.decode_budget)
+        self.decode_budget -= count
+        self._add(sequence, count)
+
+    def _add(self, sequence: Sequence, count: int) -> None:
+        if count:
+            self.rows.append(Row(sequence=sequence, start=sequence.num_computed, count=count))
+            self.budget -= count
 
 
 class Scheduler:
@@ -58,7 +68,7 @@ class Scheduler:
         """`max_num_batched_tokens`: of all micro-batches in flight together. `max_model_len`: at most the context that
         a sequence finds room for when it has the fleet for itself."""
         self._cache, self._dispatcher, self._relief = cache, dispatcher, relief or NoRelief()
-        self._max_model_len, self._num_stages = max_model_len, num_stages
+        self._max_num_seqs, self._max_model_len, self._num_stages = max_num_seqs, max_model_len, num_stages
         self._token_budget = _share(max_num_batched_tokens, num_stages)
         self._waiting: list[Sequence] = []  # in order of arrival
         self._running: list[Sequence] = []  # too
@@ -121,7 +131,7 @@ class Scheduler:
         """
         if self._num_in_flight == self._num_stages:
             return None
-        draft = _Draft(self._token_budget)
+        draft = _Draft(self._token_budget, self._max_num_seqs)
         self.refused = None
         self._continue(draft)
         if not draft.closed:
@@ -144,9 +154,9 @@ class Scheduler:
             if sequence.in_flight:
                 continue
             if sequence.slot >= 0 and sequence.is_prefilling:
-                draft.add(sequence, sequence.prefill_len - sequence.num_computed)
+                draft.add_prompt(sequence)
             elif sequence.slot >= 0 and self._reserve_next(sequence, draft):
-                draft.add(sequence, 1)
+                draft.add_decode(sequence)
             if sequence.slot < 0:  # since long, for an earlier one in this loop, or in order to be placed anew
                 self._bring_back(sequence, draft)
 
@@ -170,7 +180,7 @@ class Scheduler:
             if budget <= 0:
                 break
             candidates.append(sequence)
-            budget -= sequence.prefill_len
+            budget -= sequence.prompt_len
         return candidates
 
     def _admit(self, candidates: list[Sequence], draft: _Draft) -> None:
@@ -180,20 +190,20 @@ class Scheduler:
             if placement is None:
                 break
             sequence.slot = self._free_slots.pop()
-            shortage = self._cache.admit(sequence.slot, placement, sequence.prefill_len)
+            shortage = self._cache.admit(sequence.slot, placement, len(sequence.token_ids))
             assert shortage is None, f"the dispatcher promised pages that are not there: {shortage}"
             self._waiting.remove(sequence)
             insort(self._running, sequence, key=_ARRIVAL)
             draft.admitted.append((sequence, placement))
-            draft.add(sequence, sequence.prefill_len)
+            draft.add_prompt(sequence)
         if placements and placements[0] is None:
             self.refused = candidates[0]
 
     # --- when pages run out -------------------------------------------------------------------------------------------
 
     def _reserve_next(self, sequence: Sequence, draft: _Draft) -> bool:
-        """Pages for one more token; lanes move away, or a sequence is preempted. False: not in this step."""
-        num_tokens = sequence.num_computed + 1
+        """Pages for its newest token; lanes move away, or a sequence is preempted. False: not in this step."""
+        num_tokens = len(sequence.token_ids)
         if draft.closed and not draft.closed.isdisjoint(self._cache.pools_to_grow(sequence.slot, num_tokens)):
             return False
         while (shortage := self._cache.reserve(sequence.slot, num_tokens)) is not None:
@@ -257,7 +267,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _enqueue(self, sequence: Sequence) -> None:
-        sequence.num_computed, sequence.prefill_len = 0, len(sequence.token_ids)
+        sequence.num_computed = 0
         insort(self._waiting, sequence, key=_ARRIVAL)
 
     def _release(self, sequence: Sequence) -> None:

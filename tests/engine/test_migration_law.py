@@ -29,7 +29,7 @@ class RestlessFleet(LocalFleet):
     def turn(self, *, check: bool = False) -> None:
         engine, plan = self.engine, self.setup.plan
         for sequence in engine.scheduler.running:
-            if sequence.is_prefilling or engine.cache.is_moving(sequence.slot):
+            if not sequence.is_generating or engine.cache.is_moving(sequence.slot):
                 continue
             for stage, owners in enumerate(engine.cache.owners(sequence.slot)):
                 for group, source in enumerate(owners):

@@ -242,7 +242,7 @@ class ToyEngine:
 
     def _start_moves(self) -> None:
         """A random lane goes to a random rank, with the probability `moves_per_step`."""
-        candidates = [s for s in self.scheduler.running if not s.is_prefilling and not self.cache.is_moving(s.slot)]
+        candidates = [s for s in self.scheduler.running if s.is_generating and not self.cache.is_moving(s.slot)]
         if not candidates or self.random.random() >= self.moves_per_step:
             return
         sequence = self.random.choice(candidates)
