@@ -31,24 +31,24 @@ class _Draft:
     def __init__(self, budget: int, max_num_seqs: int) -> None:
         self.budget = budget  # tokens that it still takes
         self.decode_budget = max_num_seqs  # of them, for which ranks have room in decode
-        self.rows: list[Row] = []
+        self.decodes: list[Row] = []
+        self.prompts: list[Row] = []
         self.admitted: list[tuple[Sequence, Placement]] = []
         self.closed: set[PoolId] = set()  # pools that lack pages for an earlier sequence than those that follow
 
     def add_prompt(self, sequence: Sequence) -> None:
         """The next tokens of its prompt, as many as the budget allows."""
-        self._add(sequence, min(sequence.prompt_len - sequence.num_computed, self.budget))
+        count = min(sequence.prompt_len - sequence.num_computed, self.budget)
+        self.budget -= count
+        self.prompts.append(Row(sequence=sequence, start=sequence.num_computed, count=count))
 
     def add_decode(self, sequence: Sequence) -> None:
         """Its next token; of one that starts over as many as the budgets allow."""
         count = min(len(sequence.token_ids) - sequence.num_computed, self.budget, self.decode_budget)
-        self.decode_budget -= count
-        self._add(sequence, count)
-
-    def _add(self, sequence: Sequence, count: int) -> None:
         if count:
-            self.rows.append(Row(sequence=sequence, start=sequence.num_computed, count=count))
             self.budget -= count
+            self.decode_budget -= count
+            self.decodes.append(Row(sequence=sequence, start=sequence.num_computed, count=count))
 
 
 class Scheduler:
@@ -136,20 +136,22 @@ class Scheduler:
         self._continue(draft)
         if not draft.closed:
             self._admit(self._newcomers(draft), draft)
-        if not draft.rows and (self._num_in_flight or not self._relief.is_busy):
+        rows = draft.decodes + draft.prompts
+        if not rows and (self._num_in_flight or not self._relief.is_busy):
             assert self._num_in_flight or not self.has_work, "an empty fleet has no place for a sequence that waits"
             return None
-        for row in draft.rows:
+        for row in rows:
             row.sequence.in_flight = True
         self._num_in_flight += 1
         released, self._released = self._released, []
-        rows = sorted(draft.rows, key=lambda row: not row.is_decode)
         return Batch(rows=rows, admitted=draft.admitted, released=released)
 
     def _continue(self, draft: _Draft) -> None:
         """The next tokens of running sequences, and of preempted ones that are earlier than these."""
-        for sequence in self._admitted_before():
-            if self._is_full(draft, joining=sequence.slot < 0):
+        sequences = self._admitted_before()
+        most_rows = _share(len(sequences), self._num_stages)
+        for sequence in sequences:
+            if not draft.budget or len(draft.decodes) + len(draft.prompts) == most_rows:
                 break
             if sequence.in_flight:
                 continue
@@ -166,14 +168,10 @@ class Scheduler:
         returning = self._waiting[: bisect_left(self._waiting, last, key=_ARRIVAL)]
         return sorted([*returning, *self._running], key=_ARRIVAL) if returning else list(self._running)
 
-    def _is_full(self, draft: _Draft, joining: int) -> bool:
-        """Whether the micro-batch has its share of the tokens, or of those that run and `joining` ones."""
-        return draft.budget == 0 or len(draft.rows) >= _share(len(self._running) + joining, self._num_stages)
-
     def _newcomers(self, draft: _Draft) -> list[Sequence]:
         """Those of the queue that slots, this micro-batch's share of sequences and its budget allow."""
         acceptable = min(len(self._waiting), len(self._free_slots))
-        places = _share(len(self._running) + acceptable, self._num_stages) - len(draft.rows)
+        places = _share(len(self._running) + acceptable, self._num_stages) - len(draft.decodes) - len(draft.prompts)
         budget = draft.budget
         candidates: list[Sequence] = []
         for sequence in self._waiting[: max(0, min(acceptable, places))]:
