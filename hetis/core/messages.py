@@ -133,7 +133,6 @@ class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
     slot: int
     owners: bytes  # int32 [num_stages, G]
     prompt_len: int
-    prefill_len: int
     seed: int
     params: SamplingParams
 
@@ -165,7 +164,7 @@ class StepCommand(Message):
     slots: bytes  # [R]
     starts: bytes  # [R] position of the first new token
     counts: bytes  # [R] number of new tokens
-    num_decode: int
+    num_decode: int  # rows, which come first
     tokens: bytes  # [T] ids of the new tokens
     sampled: bytes  # indices of rows that draw a token
     hauls: bytes  # int32 [n, 6] (stage, lane row, source, target, first page, stop page): see cache.migration

@@ -237,7 +237,6 @@ def _new_sequence(sequence: Sequence, placement: Placement) -> NewSequence:
         slot=sequence.slot,
         owners=_int32(owner for stage in placement.owners for owner in stage),
         prompt_len=sequence.prompt_len,
-        prefill_len=sequence.prefill_len,
         seed=sequence.seed,
         params=sequence.params,
     )

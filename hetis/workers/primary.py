@@ -174,7 +174,7 @@ class PrimaryRank:
             self._sampler.remove(slot)
         for new in command.admitted:
             self._sampler.add(new.slot, new.params, new.prompt_len, new.seed)
-        slots, positions = StepRows.of(command).tokens_of(0)
+        slots, positions = StepRows.of(command).tokens_of(slice(None))
         self._sampler.observe(slots, np.frombuffer(command.tokens, dtype=np.int32), positions)
 
     def stats(self) -> RankStats:

@@ -1,7 +1,7 @@
 """From a StepCommand to index tensors: all host work of a step happens here, once, so that a layer only launches.
 
-Order of lanes. Decode lanes run over batch rows, then head groups; prefill entries over tokens, then head groups. Both
-ends of a link build the same lists from the same command, so that a message needs no header.
+Order of lanes. Decode lanes run over the tokens of decode rows, then head groups; prefill entries over the others, then
+head groups. Both ends of a link build the same lists from the same command, so that a message needs no header.
 Row of a (token, group) in the flattened QKV of one primary: `token * G_local + (group - first_group)`.
 """
 
@@ -43,12 +43,17 @@ class StepRows:
     def num_tokens(self) -> int:
         return int(self.counts_R.sum())
 
-    def tokens_of(self, first_row: int) -> tuple[Ints, Ints]:
-        """(slot_T, position_T) of the tokens of rows `first_row` and after."""
-        counts = self.counts_R[first_row:]
+    @property
+    def num_decode_tokens(self) -> int:
+        """More than rows where sequences start over: their output goes through decode again, many tokens in a row."""
+        return int(self.counts_R[: self.num_decode].sum())
+
+    def tokens_of(self, rows: slice) -> tuple[Ints, Ints]:
+        """(slot_T, position_T) of the tokens of `rows`."""
+        counts = self.counts_R[rows]
         begin = np.repeat(np.cumsum(counts) - counts, counts)
-        position = np.arange(counts.sum()) - begin + np.repeat(self.starts_R[first_row:], counts)
-        return np.repeat(self.slots_R[first_row:], counts), position
+        position = np.arange(counts.sum()) - begin + np.repeat(self.starts_R[rows], counts)
+        return np.repeat(self.slots_R[rows], counts), position
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +105,7 @@ class PrimaryInput:
     """One step of one primary."""
 
     num_tokens: int
-    num_decode: int
+    num_decode: int  # of them, the first ones
     token_T: Tensor  # int64
     position_T: Tensor  # int64
     append: Append
@@ -127,22 +132,25 @@ class WorkerInput:
 def decode_lanes(
     rows: StepRows, owners_BG: NDArray[np.int32], groups: Span, owner: int
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """(slot, group, position, row in the flattened QKV) of the decode lanes that live on `owner`."""
-    slots = rows.slots_R[: rows.num_decode]
+    """(slot, group, position, row in the flattened QKV) of the decode lanes that live on `owner`, token by token.
+
+    Several tokens of a lane are as many problems, each over all tokens up to its own.
+    """
+    slots, positions = rows.tokens_of(slice(rows.num_decode))
     first, stop = groups
     token, group = np.nonzero(owners_BG[slots, first:stop] == owner)
-    return slots[token], group + first, rows.starts_R[token], token * (stop - first) + group
+    return slots[token], group + first, positions[token], token * (stop - first) + group
 
 
 def prefill_entries(
     rows: StepRows, owners_BG: NDArray[np.int32], groups: Span, owner: int | None
 ) -> tuple[Ints, Ints, Ints, Ints]:
     """The same for prompt tokens, of lanes on `owner`, or of all lanes for None (the home keeps all in prefill)."""
-    slots, positions = rows.tokens_of(rows.num_decode)
+    slots, positions = rows.tokens_of(slice(rows.num_decode, None))
     first, stop = groups
     chosen = np.ones((len(slots), stop - first), dtype=bool) if owner is None else owners_BG[slots, first:stop] == owner
     token, group = np.nonzero(chosen)
-    return slots[token], group + first, positions[token], (token + rows.num_decode) * (stop - first) + group
+    return slots[token], group + first, positions[token], (token + rows.num_decode_tokens) * (stop - first) + group
 
 
 class StepPlanner:
@@ -175,10 +183,10 @@ class StepPlanner:
         prompt_lanes = prompt[0] * self.num_groups + prompt[1]
         append_row = np.concatenate([local_row, prompt[3]])
         append_slot = np.concatenate([self.pool.slots(lanes, position), self.pool.slots(prompt_lanes, prompt[2])])
-        _, all_positions = rows.tokens_of(0)
+        _, all_positions = rows.tokens_of(slice(None))
         return PrimaryInput(
             num_tokens=rows.num_tokens,
-            num_decode=rows.num_decode,
+            num_decode=rows.num_decode_tokens,
             token_T=self._move(np.frombuffer(command.tokens, dtype=np.int32).astype(np.int64)),
             position_T=self._move(all_positions),
             append=Append(self._int32(append_row), self._move(append_slot)),

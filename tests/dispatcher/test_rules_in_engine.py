@@ -31,8 +31,7 @@ def test_all_requests_complete(rule: str, groups: list[list[int]]) -> None:
     plan = make_plan(groups, 2)
     biggest = max(max(counts) for counts in groups)
     num_pages = {rank: biggest * 7 if plan.role_of(rank) == "primary" else 30 for rank in range(plan.world_size)}
-    engine = ToyEngine(plan, num_pages, random=random)
-    engine.scheduler._dispatcher = make_rule(rule, plan)
+    engine = ToyEngine(plan, num_pages, random=random, dispatcher=make_rule(rule, plan))
     assert engine.max_model_len is not None
     sequences = [make_sequence(i, random.randint(1, 20), random.randint(1, 31)) for i in range(25)]
     expected = [alone(sequence, engine.max_model_len) for sequence in sequences]

@@ -53,7 +53,7 @@ def test_a_prompt_that_starts_over_is_scored_once(checkpoint: Path):
             fleet.turn()
         [sequence] = fleet.engine.scheduler.running
         assert 0 < sequence.num_computed < len(prompt)
-        fleet.engine.scheduler._preempt(sequence)
+        fleet.engine.scheduler.preempt(sequence)
         while not (outputs := fleet.engine.take_outputs()):
             fleet.turn()
     assert outputs[0].prompt_logprobs == expected.prompt_rows

@@ -13,7 +13,7 @@ from hetis.core.placement import Move
 from hetis.core.sampling_params import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_fleet import Generated, LocalFleet, RandomDispatcher
-from tests.engine.test_parity import VOCAB, prompts
+from tests.engine.test_parity import VOCAB, long_prompts, prompts
 
 PAGE_BYTES = 4 * 2 * 32 * 4  # 4 tokens, K and V, 32 values of float32, one layer
 
@@ -29,7 +29,7 @@ class RestlessFleet(LocalFleet):
     def turn(self, *, check: bool = False) -> None:
         engine, plan = self.engine, self.setup.plan
         for sequence in engine.scheduler.running:
-            if sequence.is_prefilling or engine.cache.is_moving(sequence.slot):
+            if not sequence.is_generating or engine.cache.is_moving(sequence.slot):
                 continue
             for stage, owners in enumerate(engine.cache.owners(sequence.slot)):
                 for group, source in enumerate(owners):
@@ -73,6 +73,25 @@ def test_moves_do_not_change_a_bit(dtype: str, pages: int, least: int, tmp_path:
         homes = {0}
         kinds = {(move.source in homes, move.target in homes) for move in fleet.started}
         assert kinds == {(True, False), (False, True), (False, False)}
+    for one, plain in zip(outputs, expected, strict=True):
+        assert one.token_ids == plain.token_ids
+        assert torch.equal(one.logits(VOCAB), plain.logits(VOCAB))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moves_of_lanes_that_are_cut_do_not_change_a_bit(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_checkpoint(tmp_path, "five_groups", max_position_embeddings=1024, num_hidden_layers=2)
+    monkeypatch.setattr(hetis.engine.setup, "HAUL_BYTES", 40 * PAGE_BYTES)
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=-1)
+    options = OPTIONS | {"max_num_batched_tokens": 700, "kv_cache_memory": 16 << 20, "dtype": dtype}
+    with LocalFleet(directory, "1+0", **options) as fleet:
+        expected = fleet.generate(long_prompts(), params)
+    with RestlessFleet(directory, "1+3", 3, **options) as fleet:
+        outputs = fleet.generate(long_prompts(), params, check=True)
+        assert sum(len(long_prompts()[move.slot]) > 256 for move in fleet.started) > 10  # slots in order of arrival
+        assert fleet.engine.hauler.num_landed > 10
     for one, plain in zip(outputs, expected, strict=True):
         assert one.token_ids == plain.token_ids
         assert torch.equal(one.logits(VOCAB), plain.logits(VOCAB))

@@ -24,6 +24,15 @@ def prompts() -> list[list[int]]:
     return [[draw.randrange(VOCAB) for _ in range(length)] for length in LENGTHS]
 
 
+def long_prompts() -> list[list[int]]:
+    """Two whose lanes attention cuts (from 256 tokens on), one whose lanes grow into that, and one that is short.
+
+    For checkpoints with `max_position_embeddings=1024`.
+    """
+    draw = random.Random(2)
+    return [[draw.randrange(VOCAB) for _ in range(length)] for length in (607, 701, 250, 3)]
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory):
     """family -> (directory, greedy tokens and logits of transformers for `prompts()`)."""

@@ -8,12 +8,20 @@ import torch
 from hetis.core.sampling_params import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_fleet import Generated, LocalFleet, RandomDispatcher
-from tests.engine.test_parity import VOCAB, prompts
+from tests.engine.test_parity import VOCAB, long_prompts, prompts
 
 NUM_PLACEMENTS = 20
+NUM_PLACEMENTS_OF_LONG_LANES = 2
 
 
-def run(directory: Path, dtype: str, seed: int | None, plan: str = "1+3") -> list[Generated]:
+def run(
+    directory: Path,
+    dtype: str,
+    seed: int | None,
+    plan: str = "1+3",
+    texts: list[list[int]] | None = None,
+    num_batched_tokens: int = 64,
+) -> list[Generated]:
     """Greedy tokens with all logits; `seed` of random placements, None: everything at home."""
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=-1)
     with LocalFleet(
@@ -22,9 +30,10 @@ def run(directory: Path, dtype: str, seed: int | None, plan: str = "1+3") -> lis
         dispatcher=RandomDispatcher(seed),
         dtype=dtype,
         logprobs_mode="raw_logits",
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=num_batched_tokens,
+        kv_cache_memory=16 << 20,
     ) as fleet:
-        return fleet.generate(prompts(), params)
+        return fleet.generate(texts or prompts(), params)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -33,6 +42,15 @@ def test_every_placement_gives_bit_identical_logits(dtype: str, tmp_path: Path):
     baseline = run(directory, dtype, None)
     for seed in range(NUM_PLACEMENTS):
         assert_equal(run(directory, dtype, seed), baseline)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lanes_that_are_cut_give_bit_identical_logits(dtype: str, tmp_path: Path):
+    """Also whatever the chunks of their prompts are."""
+    directory = make_checkpoint(tmp_path, "five_groups", max_position_embeddings=1024, num_hidden_layers=2)
+    baseline = run(directory, dtype, None, texts=long_prompts(), num_batched_tokens=2048)
+    for seed in range(NUM_PLACEMENTS_OF_LONG_LANES):
+        assert_equal(run(directory, dtype, seed, texts=long_prompts(), num_batched_tokens=150), baseline)
 
 
 @pytest.mark.parametrize(("family", "plan"), [("mqa", "2+2"), ("llama3", "3+1"), ("three_groups", "5+2")])
