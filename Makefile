@@ -46,7 +46,7 @@ prove: install-bench
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=packages $(BIN)/mypy -p hetis -p hetis_kernels
+	MYPYPATH=build/packages $(BIN)/mypy -p hetis -p hetis_kernels
 	$(BIN)/python bench/size.py
 
 format: install
@@ -54,4 +54,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build packages/*.egg-info kernels/*.so kernels/*.missing hetis/dispatcher/*.so hetis/dispatcher/*.missing
+	rm -rf $(VENV) build kernels/*.so kernels/*.missing hetis/dispatcher/*.so hetis/dispatcher/*.missing

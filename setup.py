@@ -1,8 +1,8 @@
 """Packages `hetis` and `kernels/` (imported as `hetis_kernels`), and the C++ extensions from `csrc/`.
 
-`packages/` holds a link for each package under its import name. An editable installation puts that folder on Python's
-path, so new modules are found without installing again, and the folder of a checkout, which is called `hetis` as well,
-hides nothing when Python starts beside it.
+`build/packages/` is made here and holds a link for each package under its import name. An editable installation puts
+that folder on Python's path, so new modules are found without installing again, and the folder of a checkout, which is
+called `hetis` as well, hides nothing when Python starts beside it.
 
 The extension for tensors is built against the torch of this environment: torch's C++ interface changes with its
 version, so a torch that is downloaded for the build alone would not do. What cannot be built is left out, and a file
@@ -26,6 +26,8 @@ except ImportError:
     BuildExtension = None
 
 ROOT = Path(__file__).parent
+LINKS = "build/packages"
+PACKAGES = {"hetis": "hetis", "hetis_kernels": "kernels"}  # import name -> folder
 REQUIRED = os.environ.get("HETIS_REQUIRE_EXTENSIONS") == "1"
 KERNELS, SOLVER = "hetis_kernels._cpu", "hetis.dispatcher._solver"
 REQUIREMENTS = [
@@ -47,6 +49,15 @@ EXTRAS = {
     "test": ["pytest", "pytest-xdist", "hypothesis", "scipy"],
     "dev": ["ruff", "mypy"],
 }
+
+
+def link_packages() -> None:
+    """Makes the links of `LINKS` that are not there."""
+    folder = ROOT / LINKS
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, target in PACKAGES.items():
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(Path("../..") / target)
 
 
 def sources(folder: str, pattern: str) -> list[str]:
@@ -136,6 +147,7 @@ class BuildOrExplain(build_ext if BuildExtension is None else BuildExtension):
 
 
 os.chdir(ROOT)
+link_packages()
 setup(
     name="hetis",
     version="0.1.0",
@@ -143,8 +155,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages("packages"),
-    package_dir={"": "packages"},
+    packages=find_packages(LINKS),
+    package_dir={"": LINKS},
     package_data={"hetis": ["py.typed", "assets/**/*"], "hetis_kernels": ["py.typed"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -42,13 +42,13 @@ def test_the_module_runs(beside: Path) -> None:
 
 def test_nothing_but_the_packages_is_on_the_path() -> None:
     """`tests`, `bench`, `kernels` are names that other projects use, too."""
-    assert sorted(path.name for path in (ROOT / "packages").iterdir() if path.is_symlink()) == [
+    assert sorted(path.name for path in (ROOT / "build" / "packages").iterdir() if path.is_symlink()) == [
         "hetis",
         "hetis_kernels",
     ]
     paths = run(Path("/"), "-c", "import sys; print(*sys.path, sep='\\n')").splitlines()
     assert str(ROOT) not in paths
-    assert str(ROOT / "packages") in paths
+    assert str(ROOT / "build" / "packages") in paths
 
 
 # --- without a compiler, or without torch -----------------------------------------------------------------------------
