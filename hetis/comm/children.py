@@ -36,10 +36,19 @@ def begin(parent: int | None = None) -> None:
     """First act of every process of a fleet. `parent`: the process with which this one ends."""
     if parent is not None:
         supervision.die_with_parent(parent)
+    leave_deleted_directory()
     open_standard_descriptors()
     encoding = sys.stderr.encoding
     sys.stderr = io.TextIOWrapper(_Lenient(2, "w", closefd=False), encoding, "backslashreplace", write_through=True)
     raise_file_limit()
+
+
+def leave_deleted_directory() -> None:
+    """Libraries (MKL, transformers) fail at start in a working directory that is gone. No path is relative to it."""
+    try:
+        os.getcwd()
+    except OSError:
+        os.chdir("/")
 
 
 def open_standard_descriptors() -> None:

@@ -42,6 +42,7 @@ class Job(msgspec.Struct, frozen=True):
 
 def start_launcher(config: EngineConfig, plan: Plan, run_directory: Path) -> "subprocess.Popen[bytes]":
     """Starts the launcher, and with it the ranks. They end when its standard input is closed."""
+    children.leave_deleted_directory()
     (run_directory / _JOB).write_bytes(msgspec.json.encode(Job(config, plan)))
     return subprocess.Popen(
         children.command(_MODULE, str(run_directory), str(os.getpid())),
