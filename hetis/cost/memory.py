@@ -202,9 +202,9 @@ def _does_not_fit(
             f"activations take {format_bytes(needed)}. Give at most {format_bytes(left)}{of_each}."
         )
     return (
-        f"{ranks}: weights and activations take {format_bytes(needed)}, but hetis may use {format_bytes(free * share)} "
-        f"({share:.0%} of the {format_bytes(free)} that are free); give layers, head groups or columns to other ranks, "
-        f"or lower max_num_batched_tokens."
+        f"{ranks}: {format_bytes(needed)} of weights and activations do not fit into {share:.0%} of "
+        f"{format_bytes(free)} free memory; give layers, head groups or columns to other ranks, or lower "
+        f"max_num_batched_tokens."
     )
 
 

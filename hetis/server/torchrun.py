@@ -24,8 +24,8 @@ def check_variables() -> None:
     missing = [name for name in (*RANK_VARIABLES, *_ADDRESS_VARIABLES) if not os.environ.get(name)]
     if missing:
         raise ValueError(
-            f"TORCHELASTIC_RUN_ID is set, as by torchrun, but {', '.join(missing)} is not: start with torchrun, or "
-            f"unset TORCHELASTIC_RUN_ID to start without it."
+            f"TORCHELASTIC_RUN_ID is set, as by torchrun, but not {', '.join(missing)}: start with torchrun, or unset "
+            f"TORCHELASTIC_RUN_ID to start without it."
         )
     for prefix in ("", "LOCAL_", "GROUP_"):
         index, count = f"{prefix}RANK", f"{prefix}WORLD_SIZE"
