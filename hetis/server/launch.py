@@ -8,6 +8,7 @@ failure, the verdict.
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -46,11 +47,26 @@ def make_run_directory() -> Path:
     for place in places:
         if os.path.isabs(place) and len(os.fsencode(place)) <= _LONGEST_PLACE:
             with suppress(OSError):
-                return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+                directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+                if holds_sockets(directory):
+                    return directory
+                directory.rmdir()
     raise ValueError(
         f"there is no place for the sockets of a run: tried {', '.join(places)}. Set TMPDIR to a folder that can be "
         f"written to and whose path has at most {_LONGEST_PLACE} bytes."
     )
+
+
+def holds_sockets(directory: Path) -> bool:
+    """Not every file system does that can be written to: those of some container hosts and networks do not."""
+    trial = directory / "health"
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(trial))
+        trial.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def plan_for(config: EngineConfig) -> tuple[Path, ModelSpec, Plan]:

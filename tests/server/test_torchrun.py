@@ -117,6 +117,17 @@ def test_relative_places_are_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_pa
     made.rmdir()
 
 
+def test_a_file_system_without_sockets_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="t") as first, tempfile.TemporaryDirectory(prefix="t") as second:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", first)
+        monkeypatch.setenv("TMPDIR", second)
+        bind = launch.holds_sockets
+        monkeypatch.setattr(launch, "holds_sockets", lambda path: path.parent != Path(first) and bind(path))
+        made = launch.make_run_directory()
+        assert made.parent == Path(second)
+        assert list(made.iterdir()) == list(Path(first).iterdir()) == []
+
+
 def test_no_place_for_sockets_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> str:
         raise OSError("read-only file system")
