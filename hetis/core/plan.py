@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from hetis.core.model_spec import ModelSpec
-from hetis.core.plan_file import FileMember, FileStage, PlanFile, read_plan_file
+from hetis.core.plan_file import FileMember, FilePrimary, FileStage, PlanFile, read_plan_file
 from hetis.core.sizes import parse_bytes
 
 Span = tuple[int, int]
@@ -153,7 +153,8 @@ def split_evenly(plan: str, spec: ModelSpec, devices: Devices = "auto", kv_memor
     num_primaries, num_workers = int(match[1]), int(match[2])
     if num_primaries < 1:
         raise ValueError(f"plan {plan!r} has no primary; at least one rank must hold weights, as in 1+{num_workers}.")
-    file = _File(stages=[_Stage(primaries=[_Primary()] * num_primaries)], attention=[_Member()] * num_workers)
+    members = [FileMember()] * num_workers
+    file = PlanFile(stages=[FileStage(primaries=[FilePrimary()] * num_primaries)], attention=members)
     try:
         return _build(file, spec, devices, kv_memory)
     except ValueError as error:

@@ -101,7 +101,7 @@ def test_primaries_without_head_groups_need_no_pages() -> None:
 
     apart = split_evenly("2+0", mqa, ["cuda:0", "cuda:1"])
     infos = [msgspec.structs.replace(info, free_memory=2**20) if info.rank else info for info in fleet(apart)]
-    with pytest.raises(ValueError, match=r"rank 1 on cuda:1.*0 B of KV memory do not fit into 90%"):
+    with pytest.raises(ValueError, match=r"rank 1 on cuda:1.*weights.*do not fit into 90%"):
         ledger_of(apart, infos, mqa)
 
 
