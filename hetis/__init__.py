@@ -1,7 +1,6 @@
 """hetis: LLM serving over fleets of unlike devices, split by attention head."""
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing has it; nothing is imported before `__main__` has set the path
 if TYPE_CHECKING:
     from hetis.core.outputs import CompletionOutput, RequestOutput
     from hetis.core.sampling_params import SamplingParams
@@ -18,7 +17,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imports a public name when it is first used: the driver and the ranks load only what they need."""
     if name not in _HOMES:
         raise AttributeError(f"module 'hetis' has no attribute {name!r}")

@@ -26,7 +26,7 @@ Client = Literal["ranks", "health", "front"]
 _FROM_RANK = m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Stats | m.Failure | m.Heartbeat
 _TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
 _FROM_FRONT = m.Attach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery | m.Shutdown
-_TO_FRONT = m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.EngineDead
+_TO_FRONT = m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.Refused | m.EngineDead
 
 MAX_MESSAGE_BYTES = 1 << 30
 RECONNECT_MILLISECONDS = 10  # clients start before the driver listens
@@ -87,8 +87,7 @@ class ControlServer:
     def receive(self, client: Client) -> tuple[bytes, Any] | None:
         """The next message of one kind of client, with the sender's identity; None if there is none now.
 
-        A frame that is no message of ours is dropped: nobody but our own processes can connect, and if one could, its
-        garbage must not stop the others.
+        Frames that are no message are dropped, so that they cannot stop the others; a front end is told.
         """
         while True:
             try:
@@ -99,8 +98,9 @@ class ControlServer:
                 continue
             try:
                 return frames[0], self._decoders[client].decode(frames[1])
-            except msgspec.MsgspecError:
-                continue
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                if client == "front":
+                    self.send(client, frames[0], m.Refused(reason=f"this is no message of a front end: {error}"))
 
     def send(self, client: Client, identity: bytes, message: m.Message | bytes) -> None:
         payload = message if isinstance(message, bytes) else encode(message)

@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from hetis.comm import supervision
+from hetis.comm.limits import usable_cores
 
 WORD_BYTES = 128  # a counter has its cache line to itself, and the neighbour that the processor fetches with it
 PAGE_BYTES = 4096
@@ -127,7 +128,7 @@ def default_spin_us() -> int:
     work 60 to 160 us per message: 256 us a step without, 336 us with 50 us of spinning.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 100 if ranks <= len(os.sched_getaffinity(0)) else 0
+    return 100 if ranks <= usable_cores() else 0
 
 
 Wait = Callable[[int, int, int, int], bool]  # (address of counter, known value, ns to spin, ms to sleep) -> it differs

@@ -35,6 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     measure: bool = False  # anew, also where nothing depends on it: what `hetis profile` wants
     trace: str | None = None  # file for a Chrome trace of what every rank does
     step_timeout: float = 60.0  # seconds without a sign of life before a rank counts as dead
+    oversubscribe: bool = False  # start more ranks than the host has room for
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -42,8 +43,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ValueError(f"max_model_len is {self.max_model_len}: it must be at least 1, or left out.")
-        if not (isfinite(self.step_timeout) and self.step_timeout > 0):
-            raise ValueError(f"step_timeout is {self.step_timeout}: it must be a positive number of seconds, like 60.")
+        if not (isfinite(self.step_timeout) and self.step_timeout >= 1):  # ranks beat four times a second
+            raise ValueError(f"step_timeout is {self.step_timeout}: it must be a number of seconds of at least 1.")
         if not (isfinite(self.theta) and self.theta > 0):
             raise ValueError(f"theta is {self.theta}: it must be a positive number, like 0.5.")
         if self.migration_budget < 0:
@@ -62,6 +63,7 @@ class DriverArgs(msgspec.Struct, frozen=True, kw_only=True):
     run_directory: str  # private directory for unix sockets
     address: str | None  # address to bind for ranks on other hosts; None: unix sockets only
     announce: bool  # print the verdict of a failure (under torchrun nobody else does)
+    parent: int  # pid of rank 0
 
 
 class Joining(msgspec.Struct, frozen=True, kw_only=True):

@@ -295,5 +295,11 @@ class FleetStats(Message):
     migrated_bytes: int
 
 
+class Refused(Message):
+    """Answer to a message that is none of a front end's. The front end and all others go on."""
+
+    reason: str
+
+
 class EngineDead(Message):
     reason: str

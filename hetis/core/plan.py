@@ -11,6 +11,7 @@ A plan file has counts where `Plan` has spans; whatever it leaves out is split e
      "attention": [{"rank": 2, "device": "cpu", "kv_memory": "1GiB"}]}
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -19,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from hetis.core.model_spec import ModelSpec
+from hetis.core.plan_file import FileMember, FilePrimary, FileStage, PlanFile, read_plan_file
 from hetis.core.sizes import parse_bytes
 
 Span = tuple[int, int]
@@ -26,6 +28,7 @@ Devices = str | Sequence[str] | Callable[[int], str]  # one name for all ranks, 
 KvMemory = int | str | Mapping[int, int | str] | None  # of every rank, by rank, or None: decided from free memory
 
 _SPLIT = re.compile(r"(\d+)\+(\d+)")
+_MOST_DIGITS = 4
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -124,7 +127,7 @@ def resolve_plan(
     `device` and `kv_memory` (bytes or "2GiB", for every rank or by rank) apply to ranks for which the file names none.
     Raises ValueError with the numbers when the plan does not fit the model or `world_size`.
     """
-    if Path(text_or_path).suffix == ".json" or Path(text_or_path).is_file():
+    if text_or_path.endswith(".json") or os.path.isfile(text_or_path):
         plan = load_plan(Path(text_or_path), spec, device, kv_memory)
     else:
         plan = split_evenly(text_or_path, spec, device, kv_memory)
@@ -145,36 +148,17 @@ def split_evenly(plan: str, spec: ModelSpec, devices: Devices = "auto", kv_memor
     match = _SPLIT.fullmatch(plan.strip())
     if match is None:
         raise ValueError(f"plan {plan!r} is neither P+A (as 1+2) nor the path of an existing plan file.")
+    if max(len(match[1]), len(match[2])) > _MOST_DIGITS:
+        raise ValueError(f"plan {plan!r} has more ranks than any fleet; use at most {10**_MOST_DIGITS - 1} of a kind.")
     num_primaries, num_workers = int(match[1]), int(match[2])
     if num_primaries < 1:
         raise ValueError(f"plan {plan!r} has no primary; at least one rank must hold weights, as in 1+{num_workers}.")
-    file = _File(stages=[_Stage(primaries=[_Primary()] * num_primaries)], attention=[_Member()] * num_workers)
+    members = [FileMember()] * num_workers
+    file = PlanFile(stages=[FileStage(primaries=[FilePrimary()] * num_primaries)], attention=members)
     try:
         return _build(file, spec, devices, kv_memory)
     except ValueError as error:
         raise ValueError(f"plan {plan!r}: {error}") from error
-
-
-class _Member(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    rank: int | None = None
-    device: str | None = None
-    kv_memory: int | str | None = None
-
-
-class _Primary(_Member, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    head_groups: int | None = None
-    mlp_columns: int | None = None
-    vocab_rows: int | None = None
-
-
-class _Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    primaries: list[_Primary]
-    layers: int | None = None
-
-
-class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    stages: list[_Stage]
-    attention: list[_Member] = []
 
 
 def load_plan(path: Path | str, spec: ModelSpec, devices: Devices = "auto", kv_memory: KvMemory = None) -> Plan:
@@ -184,25 +168,20 @@ def load_plan(path: Path | str, spec: ModelSpec, devices: Devices = "auto", kv_m
     counts that do not add up to the model's, stages without layers, primaries without anything, and ranks that are not
     0 .. world size - 1.
     """
-    try:
-        file = msgspec.json.decode(Path(path).read_bytes(), type=_File)
-    except OSError as error:
-        raise ValueError(f"plan file {path} cannot be read ({error.strerror}).") from error
-    except msgspec.MsgspecError as error:
-        raise ValueError(f"plan file {path} is not a plan: {error}.") from error
+    file = read_plan_file(Path(path))
     try:
         return _build(file, spec, devices, kv_memory)
     except ValueError as error:
         raise ValueError(f"plan file {path}: {error}") from error
 
 
-def _build(file: _File, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:
+def _build(file: PlanFile, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:
     if not file.stages:
         raise ValueError("there is no stage; give at least one stage with one primary.")
     layers = spans(_complete([stage.layers for stage in file.stages], spec.num_layers, "layers", "the stages", least=1))
     ranks = iter(_ranks([*(p for stage in file.stages for p in stage.primaries), *file.attention]))
 
-    def place(member: _Member) -> tuple[int, str, int | None]:
+    def place(member: FileMember) -> tuple[int, str, int | None]:
         rank = next(ranks)
         device = device_name(devices if member.device in (None, "auto") else str(member.device), rank)
         return rank, device, kv_memory_of(kv_memory if member.kv_memory is None else member.kv_memory, rank)
@@ -224,7 +203,7 @@ def _build(file: _File, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) 
     return Plan(stages=tuple(stages), workers=tuple(workers))
 
 
-def _shares(index: int, stage: _Stage, spec: ModelSpec) -> list[list[tuple[int, int]]]:
+def _shares(index: int, stage: FileStage, spec: ModelSpec) -> list[list[tuple[int, int]]]:
     """Spans of head groups, MLP columns and vocabulary rows of a stage's primaries."""
     where = f"the primaries of stage {index}"
     wanted = (
@@ -268,7 +247,7 @@ def _show(counts: Sequence[int | None]) -> str:
     return " + ".join("?" if count is None else str(count) for count in counts)
 
 
-def _ranks(members: Sequence[_Member]) -> list[int]:
+def _ranks(members: Sequence[FileMember]) -> list[int]:
     """The rank of every member; those without one take the free ranks in order."""
     given = [member.rank for member in members if member.rank is not None]
     if len(set(given)) != len(given) or any(not 0 <= rank < len(members) for rank in given):

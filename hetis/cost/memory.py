@@ -89,6 +89,8 @@ def plan_memory(
     most_pages = max_num_seqs * pages_for(longest, block_size)  # for one lane of each sequence
     useful = {member.rank: page[member.rank] * most_pages * _num_lanes(spec, member) for member in plan.members()}
     kv, refusals = _divide(plan, infos, {rank: sum(both) for rank, both in fixed.items()}, useful)
+    if refusals:  # a table of what does not exist would not explain it
+        raise ValueError(refusals[0])
     num_pages = {rank: kv[rank] // page[rank] for rank in kv}
     context = min(largest_context(plan, num_pages, block_size), spec.max_position)
     ledger = MemoryLedger(
@@ -96,7 +98,7 @@ def plan_memory(
         largest_context=context,
         total_tokens=total_tokens(spec, plan, num_pages, block_size),
     )
-    refusals += _too_few_pages(plan, infos, kv, page, num_pages)
+    refusals = _too_few_pages(plan, infos, kv, page, num_pages)
     if max_model_len is not None and max_model_len > context:
         refusals.append(_too_long(plan, num_pages, block_size, max_model_len, context, spec.max_position))
     if refusals:
@@ -190,11 +192,19 @@ def _divide(
 def _does_not_fit(
     device: str, members: Sequence[Primary | AttentionWorker], needed: int, given: int, free: int, share: float
 ) -> str:
-    ranks = ", ".join(str(member.rank) for member in members)
+    ranks = f"{'ranks' if len(members) > 1 else 'rank'} {', '.join(str(member.rank) for member in members)} on {device}"
+    left = int(free * share) - needed
+    if left > 0:  # only the KV memory is too much
+        of_each = " together" if len(members) > 1 else ""
+        return (
+            f"--kv-cache-memory (or kv_memory in the plan) gives {ranks} {format_bytes(given)}{of_each}, which is more "
+            f"than the {format_bytes(left)} that are left there: {format_bytes(free)} are free, and weights and "
+            f"activations take {format_bytes(needed)}. Give at most {format_bytes(left)}{of_each}."
+        )
     return (
-        f"{'ranks' if len(members) > 1 else 'rank'} {ranks} on {device}: {format_bytes(needed)} of weights and "
-        f"activations and {format_bytes(given)} of KV memory do not fit into {share:.0%} of {format_bytes(free)} free "
-        f"memory; give layers, head groups or columns to other ranks, or lower kv_memory or max_num_batched_tokens."
+        f"{ranks}: {format_bytes(needed)} of weights and activations do not fit into {share:.0%} of "
+        f"{format_bytes(free)} free memory; give layers, head groups or columns to other ranks, or lower "
+        f"max_num_batched_tokens."
     )
 
 

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import msgspec
 
-from hetis.comm import supervision
+from hetis.comm import children, supervision
 from hetis.comm.control import ControlServer
 from hetis.core import messages as m
 from hetis.core.config import DriverArgs, Joining
@@ -57,7 +57,6 @@ class Driver:
         self._hellos: dict[int, DeviceInfo] = {}
         self._num_ready = 0
         self._ending = False
-        self._parent = supervision.parent_pid()
 
     def run(self) -> None:
         """Serves until shutdown; FleetFailedError when the fleet cannot go on."""
@@ -103,7 +102,7 @@ class Driver:
         elif word == supervision.TOLD:
             self._watch.on_parent_death(signal.SIGTERM)
         else:
-            self._watch.on_parent_death(supervision.await_status(self._parent, 1.0))
+            self._watch.on_parent_death(supervision.await_status(self._args.parent, 1.0))
 
     def _outlive(self, ranks: list[int], seconds: float) -> None:
         """Waits for the end of these ranks, then sees to it. (Rank 0, our parent, waits for us when all is well.)"""
@@ -301,6 +300,8 @@ class Driver:
 
 
 def main() -> NoReturn:
+    children.begin()
+    supervision.run_on_without_parent()
     line = sys.stdin.buffer.readline()
     if not line:
         sys.exit(1)  # rank 0 is gone already

@@ -45,6 +45,8 @@ def _add_fleet(group: "argparse._ArgumentGroup", default: EngineConfig) -> None:
     add("--device", default=default.device, help=devices)
     silence = "seconds after which a silent rank counts as dead"
     add("--step-timeout", type=float, default=default.step_timeout, help=silence)
+    more = "start more ranks than the memory and the cores of this host are good for"
+    add("--oversubscribe", action="store_true", help=more)
     add("--trace", help="file for a trace of what every rank does, for ui.perfetto.dev")
 
 
@@ -96,7 +98,7 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     names = (
         "model", "revision", "tokenizer", "plan", "device", "dtype", "load_format", "max_model_len", "max_num_seqs",
         "max_num_batched_tokens", "block_size", "kv_cache_memory", "profile", "profile_cache", "seed", "enforce_eager",
-        "max_logprobs", "step_timeout", "dispatch", "theta", "migration_budget", "trace",
+        "max_logprobs", "step_timeout", "dispatch", "theta", "migration_budget", "trace", "oversubscribe",
     )  # fmt: skip
     return {name: getattr(options, name) for name in names} | {"measure": options.command == "profile"}
 

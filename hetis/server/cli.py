@@ -6,10 +6,10 @@ import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import NoReturn
 
-from hetis.comm.supervision import die_with_parent
 from hetis.core.config import EngineConfig
 from hetis.server import launch
 from hetis.server.arguments import HelpFormatter, add_engine_arguments, engine_arguments
+from hetis.server.torchrun import under_torchrun
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,11 +36,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Parses, then runs the command; errors of the user and of the fleet end as one sentence and exit code 1."""
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
-    if launch.under_torchrun():
+    if under_torchrun():
         launch.run_member(_config(options), argv)
-    is_child = launch.FRONT_VARIABLE in os.environ
-    if is_child:
-        die_with_parent()
+    is_child = launch.fleet_directory is not None
     from hetis.server.client import EngineDeadError
 
     try:
@@ -60,7 +58,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Under torchrun every rank reads the same command line; one is enough to complain about it."""
     with ExitStack() as silence:
-        if launch.under_torchrun() and os.environ["RANK"] != "0":
+        if under_torchrun() and os.environ.get("RANK") != "0":
             nowhere = silence.enter_context(open(os.devnull, "w"))
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))

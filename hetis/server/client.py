@@ -12,10 +12,10 @@ from hetis.comm.control import ControlClient
 from hetis.core import messages as m
 from hetis.core.config import EngineConfig
 from hetis.core.plan import Plan
-from hetis.server.launch import FRONT_VARIABLE, make_run_directory
-from hetis.server.local_launcher import start_launcher
+from hetis.server import launch
+from hetis.server.capacity import check_processes
+from hetis.server.local_launcher import end_launcher, start_launcher
 
-CLOSE_SECONDS = 4.0  # more than the launcher takes for all that it started
 POLL_SECONDS = 0.2
 
 
@@ -37,10 +37,12 @@ class EngineClient:
         """
         self._launcher: subprocess.Popen[bytes] | None = None
         self._reason = "the fleet has been closed."
-        if FRONT_VARIABLE in os.environ:
-            self._directory = Path(os.environ[FRONT_VARIABLE])
+        if launch.fleet_directory is not None:
+            self._directory = launch.fleet_directory
         else:
-            self._directory = make_run_directory()
+            if not config.oversubscribe:
+                check_processes(plan)
+            self._directory = launch.make_run_directory()
             self._launcher = start_launcher(config, plan, self._directory)
         self._control = ControlClient(f"ipc://{self._directory / 'front'}", f"front-{os.getpid()}", "front")
         self._finalizer = weakref.finalize(self, _close, self._control, self._launcher, self._directory)
@@ -108,12 +110,6 @@ def _close(control: ControlClient, launcher: "subprocess.Popen[bytes] | None", d
     if launcher is None:  # under torchrun the ranks and the directory belong to rank 0
         control.close()
         return
-    assert launcher.stdin is not None
-    launcher.stdin.close()  # it allows the ranks some seconds for the message above
-    try:
-        launcher.wait(CLOSE_SECONDS)
-    except subprocess.TimeoutExpired:
-        launcher.kill()  # its ranks die with it
-        launcher.wait()
+    end_launcher(launcher)
     control.close(linger=0)
     shutil.rmtree(directory, ignore_errors=True)

@@ -6,6 +6,7 @@ import platform
 import torch
 
 from hetis.cache.pool import PagePool
+from hetis.comm.limits import usable_cores, usable_memory
 from hetis.comm.links import choose_link, open_link
 from hetis.comm.links.base import Link
 from hetis.comm.rendezvous import Rendezvous
@@ -78,9 +79,7 @@ def describe_device(rank: int, device: torch.device, address: str) -> DeviceInfo
         name, backend = torch.cuda.get_device_name(device), "triton"
         driver = f"torch {torch.__version__}, {_cuda_driver()}"
     else:
-        import psutil
-
-        memory = psutil.virtual_memory()
+        memory = usable_memory()
         free, total, name = memory.available, memory.total, _cpu_name()
         driver = f"torch {torch.__version__}"
         backend = "reference" if cpu_op("paged_decode") is None else "cpu"
@@ -101,7 +100,7 @@ def describe_device(rank: int, device: torch.device, address: str) -> DeviceInfo
 
 def share_of_cores(ranks_on_host: int) -> int:
     """Threads for one rank's operators: its share of the cores this process may use."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks_on_host))
+    return max(1, int(usable_cores() / max(1, ranks_on_host)))
 
 
 def _cuda_driver() -> str:

@@ -90,8 +90,9 @@ def _join(
     setup = control.receive(JOIN_SECONDS)
     if setup is None:
         raise TimeoutError(f"the driver sent no setup within {JOIN_SECONDS:.0f} s")
-    if not isinstance(setup, m.Setup):
+    if isinstance(setup, m.Shutdown):
         return None
+    assert isinstance(setup, m.Setup), f"the driver sent {type(setup).__name__} before Setup"
     heart.timeout = setup.step_timeout
     member = build_member(setup, rank, device, rendezvous, on_failure)
     control.send(m.Ready(rank=rank))

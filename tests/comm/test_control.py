@@ -82,6 +82,19 @@ def test_garbage_is_dropped(server: ControlServer) -> None:
         stranger.close(linger=0)
 
 
+def test_a_front_end_is_told_what_is_no_message(server: ControlServer) -> None:
+    front = ControlClient(server.endpoints.front, "front", "front")
+    front.send(m.StatsQuery())
+    front.socket.send(b"\xff\xfe")
+    front.send(m.Attach())
+    assert take(server, "front") == (b"front", m.Attach()), "the driver goes on"
+    for word in ("StatsQuery", ""):
+        answer = front.receive(DEADLINE)
+        assert isinstance(answer, m.Refused)
+        assert word in answer.reason
+    front.close()
+
+
 def test_a_lost_driver_is_noticed_at_once(directory: Path) -> None:
     server = ControlServer(str(directory), None)
     client = ControlClient(server.endpoints.ranks, "1", "rank")

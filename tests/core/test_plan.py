@@ -217,11 +217,46 @@ def test_refused_files(tmp_path: Path, plan: Any, words: list[str]) -> None:
     assert all(word in str(refused.value) for word in words), refused.value
 
 
-def test_refused_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["is empty"]),
+        (" \n\t", ["is empty"]),
+        ('{"stages": [\n  {"primaries": [{}]\n\n', ["ends in the middle (line 2)", "a ], }"]),
+        ('{"stages": [{"primaries": [{"kv_memory": "2G', ["ends in the middle (line 1)"]),
+        ('{"stages":\n  [{"primaries": [{}]},,]}', ["not JSON", "line 2, column 24"]),
+        ("{'stages': []}", ["line 1, column 2", "double quotes"]),
+        ('{"stages": []} {}', ["line 1, column 16", "extra data"]),
+        ('{"stages": NaN}', ["not JSON", "NaN"]),
+        ('{"stages": "\\ud800"}', ["not JSON"]),
+        ("[" * 100_000, ["nested too deeply"]),
+        ("\xff", ["UTF-8", "byte 0"]),
+        ('{"stages": [{"primaries": [{"memory": 1}]}]}', ["stages[0].primaries[0]", "kv_memory?", "head_groups"]),
+        ('{"stages": [{"primaries": [{}], "layer": 1}]}', ["stages[0]", "mean layers?", "known: primaries, layers"]),
+        ('{"stages": [], "workers": []}', ["`workers`", "known: stages, attention"]),
+        ('{"stages": [], "attention": [{"head_groups": 1}]}', ["attention[0]", "known: rank, device, kv_memory."]),
+    ],
+)
+def test_refused_json(tmp_path: Path, text: str, words: list[str]) -> None:
     path = tmp_path / "plan.json"
-    path.write_text('{"stages": [')
-    with pytest.raises(ValueError, match="not a plan"):
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError) as refused:
         load_plan(path, SPEC)
+    assert str(refused.value).startswith(f"plan file {path} ")
+    assert "\n" not in str(refused.value)
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text('{"stages": [{"primaries": [{}]}]}', encoding="utf-8-sig")
+    assert load_plan(path, SPEC).world_size == 1
+
+
+@pytest.mark.parametrize("plan", ["1+" + "9" * 5000, "10000+0", "x" * 5000, "1\0+0"])
+def test_numbers_and_names_without_end_are_refused(plan: str) -> None:
+    with pytest.raises(ValueError, match="plan"):
+        resolve_plan(plan, SPEC)
 
 
 def test_world_size_must_fit() -> None:

@@ -136,7 +136,7 @@ def run(sockets: Sockets, script: Script, directory: Path | str = "", **options:
     plan = resolve_plan(config.plan, SPEC, config.device, config.kv_cache_memory)
     args = DriverArgs(
         config=config, spec=SPEC, plan=plan, eos_token_ids=[3], run_directory=str(directory), address=None,
-        announce=False,
+        announce=False, parent=1,
     )  # fmt: skip
     sockets.driver, sockets.script = Driver(args, sockets), script  # type: ignore[arg-type]
     sockets.driver.run()

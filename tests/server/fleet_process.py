@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 SHIM = Path(__file__).parent / "shim"
 END_SECONDS = 50.0
 
-# A front end: says where it is, waits for a word when idle, streams for long when busy.
+# A front end: says where it is, waits for a word when idle or closing, streams for long when busy.
 SCRIPT = """
 import sys
 from hetis import LLM, SamplingParams
@@ -29,7 +29,10 @@ plan, phase, options = sys.argv[1], sys.argv[2], dict(pair.split("=") for pair i
 options = {name: float(value) if name == "step_timeout" else value for name, value in options.items()}
 llm = LLM(plan=plan, device="cpu", kv_cache_memory="64MiB", **options)
 print("ready", flush=True)
-if phase == "idle":
+if phase == "closing":
+    sys.stdin.readline()
+    llm.close()
+elif phase == "idle":
     sys.stdin.readline()
     llm.generate("It")
 else:
@@ -179,6 +182,6 @@ def role_of(seen: Look) -> str | None:
         return "launcher" if not command.endswith(" rank") else None if rank is None else f"rank {rank}"
     if "torch.distributed.run" in command:
         return "torchrun"
-    if "-m hetis" in command and "HETIS_FRONT" not in seen.variables and rank is not None:
+    if "-m hetis" in command and rank is not None:
         return f"rank {rank}"
     return "front" if re.search("-m hetis|import LLM", command) else None

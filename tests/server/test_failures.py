@@ -118,7 +118,7 @@ def test_a_rank_that_raises_shows_its_traceback(directory: Path, when: str) -> N
 def test_a_rank_that_stops_while_it_measures_is_found(directory: Path) -> None:
     variables = {"PYTHONPATH": str(SHIM), "FAILING_RANK": "1:stopping"}
     with FleetProcess.script(directory, "1+1", "idle", f"step_timeout={STEP_TIMEOUT}", **variables) as fleet:
-        check_end(fleet, NAMES["rank 1"], "gave no sign of life")
+        check_end(fleet, NAMES["rank 1"], f"did not answer within --step-timeout ({STEP_TIMEOUT:g} s)")
 
 
 @pytest.mark.parametrize(
