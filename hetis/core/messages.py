@@ -50,7 +50,7 @@ class StepResult(Message):
 
     step: int
     tokens: bytes
-    invalid: list[int] = []  # indices among sampled rows whose logits were not finite
+    errors: dict[int, str] = {}  # index among sampled rows -> why it has no token
     logprobs: list[TokenLogprobs | None] = []  # per sampled row, empty when nobody asked
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # row index -> its positions in this step
 
@@ -242,7 +242,7 @@ class TokenOutput(msgspec.Struct, kw_only=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    error: str | None = None
+    error: str | None = None  # why, when finish_reason is "error"
 
 
 class Outputs(Message):

@@ -1,5 +1,7 @@
 """A sequence on its way through the engine: host-side state, owned by the driver."""
 
+from collections import abc
+
 import msgspec
 
 from hetis.core.sampling_params import SamplingParams
@@ -41,3 +43,12 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     def is_generating(self) -> bool:
         """Whether all tokens that it had at its last step are computed, prompt and output."""
         return self.num_computed >= max(self.prompt_len, len(self.token_ids) - 1)
+
+
+def check_token_ids(name: str, token_ids: abc.Sequence[int], vocab_size: int) -> None:
+    """ValueError for a prompt, called `name`, that is empty or has a token that the model does not."""
+    if not token_ids:
+        raise ValueError(f"{name} is empty: give at least one token.")
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        outside = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise ValueError(f"{name} has token id {outside}: the vocabulary is 0 to {vocab_size - 1}.")

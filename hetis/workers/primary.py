@@ -136,7 +136,7 @@ class PrimaryRank:
         return StepResult(
             step=command.step,
             tokens=drawn.token_R.astype(np.int32).tobytes(),
-            invalid=drawn.invalid_rows(),
+            errors=drawn.errors,
             logprobs=drawn.logprobs,
             prompt_logprobs=scored,
         )
