@@ -39,7 +39,7 @@ REQUIREMENTS = [
     "tokenizers",
     "huggingface_hub",
     "pyzmq>=26.4",
-    "msgspec",
+    "msgspec>=0.20",
     "psutil",
     "rich",
 ]

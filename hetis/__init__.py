@@ -2,11 +2,14 @@
 
 TYPE_CHECKING = False  # as typing has it; nothing is imported before `__main__` has set the path
 if TYPE_CHECKING:
+    from hetis.core.config import EngineConfig
+    from hetis.core.messages import FleetStats
     from hetis.core.outputs import CompletionOutput, RequestOutput
     from hetis.core.sampling_params import SamplingParams
     from hetis.server.llm import LLM
+    from hetis.server.requests import Piece
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "FleetStats", "Piece", "RequestOutput", "SamplingParams"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -14,6 +17,9 @@ _HOMES = {
     "SamplingParams": "hetis.core.sampling_params",
     "RequestOutput": "hetis.core.outputs",
     "CompletionOutput": "hetis.core.outputs",
+    "Piece": "hetis.server.requests",
+    "FleetStats": "hetis.core.messages",
+    "EngineConfig": "hetis.core.config",
 }
 
 

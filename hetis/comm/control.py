@@ -134,8 +134,17 @@ class ControlClient:
         """Whether there was a connection and the driver's end of it closed: it ended, however that happened."""
         return bool(self._losses.poll(0))
 
-    def send(self, message: m.Message) -> None:
-        self.socket.send(encode(message))
+    def send(self, message: m.Message | bytes) -> None:
+        """`bytes`: encoded already."""
+        self.socket.send(message if isinstance(message, bytes) else encode(message))
+
+    def waiter(self, *others: int, until_lost: bool) -> Callable[[float | None], object]:
+        """A function that returns when there is something to receive, one of the `others` (descriptors) is readable or,
+        with `until_lost`, the connection is lost; at the latest after as many seconds as it is given."""
+        poller = zmq.Poller()
+        for each in (self.socket, *others, *((self._losses,) if until_lost else ())):
+            poller.register(each, zmq.POLLIN)
+        return lambda seconds: poller.poll(None if seconds is None else int(1000 * seconds))
 
     def receive(self, timeout: float | None = None) -> Any:
         """The next message; None after `timeout` seconds."""

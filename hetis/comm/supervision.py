@@ -152,6 +152,11 @@ class Bell:
         with suppress(BlockingIOError):  # full: it rings already
             self._in.send(b"\0")
 
+    def close(self) -> None:
+        """It must not ring again."""
+        self._out.close()
+        self._in.close()
+
     def take_over(self, *signals: signal.Signals) -> None:
         """From now on these signals do nothing but ring. Main thread only."""
         for each in signals:

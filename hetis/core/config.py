@@ -1,7 +1,7 @@
 """One frozen configuration, as the user gave it; "auto" values are resolved once, at start, into `Setup`."""
 
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -13,8 +13,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Names are vLLM's where the meaning is the same."""
 
     model: str | None = None  # directory or hub id; None: the small model in the package
-    revision: str | None = None
-    plan: str = "1+0"  # "P+A" or the path of a plan file
+    revision: str | None = None  # branch, tag or commit of a model on the hub
+    tokenizer: str | None = None  # directory or hub id; None: the model's
+    plan: str | dict[str, Any] = "1+0"  # "P+A", the path of a plan file, or what stands in one
     device: str = "auto"  # "cpu", "cuda", "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
@@ -49,6 +50,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"theta is {self.theta}: it must be a positive number, like 0.5.")
         if self.migration_budget < 0:
             raise ValueError(f"migration_budget is {self.migration_budget}: it must be 0 (never) or more bytes/s.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: it must be a 64-bit integer.")
         if self.max_logprobs < -1:
             raise ValueError(f"max_logprobs is {self.max_logprobs}: it must be -1 (no limit) or at least 0.")
 

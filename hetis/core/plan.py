@@ -16,11 +16,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from hetis.core.model_spec import ModelSpec
-from hetis.core.plan_file import FileMember, FilePrimary, FileStage, PlanFile, read_plan_file
+from hetis.core.plan_file import FileMember, FilePrimary, FileStage, PlanFile, explain, read_plan_file
 from hetis.core.sizes import parse_bytes
 
 Span = tuple[int, int]
@@ -116,27 +117,29 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve_plan(
-    text_or_path: str,
+    plan: str | dict[str, Any],
     spec: ModelSpec,
     device: Devices = "auto",
     kv_memory: KvMemory = None,
     world_size: int | None = None,
 ) -> Plan:
-    """The plan named by `P+A` or by the path of a plan file, for `spec`.
+    """The plan named by `P+A` or by the path of a plan file, or given as what stands in such a file, for `spec`.
 
     `device` and `kv_memory` (bytes or "2GiB", for every rank or by rank) apply to ranks for which the file names none.
     Raises ValueError with the numbers when the plan does not fit the model or `world_size`.
     """
-    if text_or_path.endswith(".json") or os.path.isfile(text_or_path):
-        plan = load_plan(Path(text_or_path), spec, device, kv_memory)
+    if isinstance(plan, dict):
+        resolved = _from_dict(plan, spec, device, kv_memory)
+    elif plan.endswith(".json") or os.path.isfile(plan):
+        resolved = load_plan(Path(plan), spec, device, kv_memory)
     else:
-        plan = split_evenly(text_or_path, spec, device, kv_memory)
-    if world_size is not None and plan.world_size != world_size:
+        resolved = split_evenly(plan, spec, device, kv_memory)
+    if world_size is not None and resolved.world_size != world_size:
         raise ValueError(
-            f"plan {text_or_path!r} has {plan.world_size} ranks, but the world size is {world_size}; start "
-            f"{plan.world_size} processes."
+            f"plan {plan!r} has {resolved.world_size} ranks, but the world size is {world_size}; start "
+            f"{resolved.world_size} processes."
         )
-    return plan
+    return resolved
 
 
 def split_evenly(plan: str, spec: ModelSpec, devices: Devices = "auto", kv_memory: KvMemory = None) -> Plan:
@@ -173,6 +176,15 @@ def load_plan(path: Path | str, spec: ModelSpec, devices: Devices = "auto", kv_m
         return _build(file, spec, devices, kv_memory)
     except ValueError as error:
         raise ValueError(f"plan file {path}: {error}") from error
+
+
+def _from_dict(plan: dict[str, Any], spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:
+    try:
+        return _build(msgspec.convert(plan, PlanFile), spec, devices, kv_memory)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"the plan is not one: {explain(str(error))}.") from error
+    except ValueError as error:
+        raise ValueError(f"the plan: {error}") from error
 
 
 def _build(file: PlanFile, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:

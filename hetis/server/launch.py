@@ -27,6 +27,7 @@ from hetis.models.end_tokens import read_eos_token_ids
 from hetis.models.families import read_model_spec
 from hetis.models.hub import resolve_model
 from hetis.models.json_files import read_object
+from hetis.models.tokenizer_eos import read_tokenizer_eos
 from hetis.models.weight_files import find_tensors, with_own_head
 from hetis.server import torchrun
 
@@ -92,6 +93,16 @@ def _check_files(config: EngineConfig, directory: Path, spec: ModelSpec) -> None
     is_local = config.model is None or directory == Path(config.model).expanduser()
     if spec.tied_embeddings or is_local:
         find_tensors(directory, spec)
+
+
+def end_of_sequence_ids(config: EngineConfig, directory: Path, vocab_size: int) -> list[int]:
+    """The tokens that end a sequence: those of the model's configuration, and the tokenizer's own, as in vLLM."""
+    if config.tokenizer is not None:
+        tokenizer_directory = resolve_model(config.tokenizer, weights=False, what="tokenizer")
+    else:
+        tokenizer_directory = directory
+    own = [token for token in read_tokenizer_eos(tokenizer_directory) if token < vocab_size]  # others never come
+    return list(dict.fromkeys([*read_eos_token_ids(directory, vocab_size), *own]))
 
 
 # --- one rank ---------------------------------------------------------------------------------------------------------
@@ -164,7 +175,7 @@ class Children:
             config=config,
             spec=spec,
             plan=plan,
-            eos_token_ids=read_eos_token_ids(directory, spec.vocab_size),
+            eos_token_ids=end_of_sequence_ids(config, directory, spec.vocab_size),
             run_directory=str(self._run_directory),
             address=torchrun.own_address() if many_hosts else None,
             announce=front_argv is not None,

@@ -37,18 +37,14 @@ def run(options: argparse.Namespace) -> None:
 
     if options.output is not None:
         check_writable(options.output)  # before measuring
-    arguments = engine_arguments(options)
-    del arguments["tokenizer"]
-    config = make_config(**arguments)
+    config = make_config(**engine_arguments(options))
     _, spec, plan = plan_for(config)
     client = EngineClient(config, plan)
     try:
         client.wait_until_ready()
-        client.send(ProfileQuery())
-        report = client.receive()
+        report = client.ask(ProfileQuery(), ProfileReport)
     finally:
         client.close()
-    assert isinstance(report, ProfileReport)
     assert report.profile is not None
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for title, table in tables(report.profile, report.sources, spec, plan, resolve_dtype(config.dtype, spec)):
