@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hetis.server.prompts import check_text
+from hetis.server.prompts import check_text, kind_of
 
 Message = Mapping[str, Any]  # as in OpenAI's interface: "role", "content", and what the template knows besides
 Conversation = Sequence[Message]
@@ -12,7 +12,7 @@ Conversation = Sequence[Message]
 def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
     """One conversation or many."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise ValueError(f"messages is a {type(messages).__name__}; give a list of messages, or a list of such lists.")
+        raise ValueError(f"messages is {kind_of(messages)}; give a list of messages, or a list of such lists.")
     if any(isinstance(message, Mapping) for message in messages):
         return [messages]  # type: ignore[list-item]
     return list(messages)  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def render(
 
 def _plain_messages(index: int, conversation: Conversation) -> list[dict[str, Any]]:
     if not isinstance(conversation, Sequence) or isinstance(conversation, str | bytes) or not conversation:
-        what = "empty" if conversation == [] else f"a {type(conversation).__name__}"
+        what = "empty" if conversation == [] else kind_of(conversation)
         raise ValueError(f"conversation {index} is {what}; give a list of messages with 'role' and 'content'.")
     return [_plain_message(f"message {n} of conversation {index}", message) for n, message in enumerate(conversation)]
 
@@ -62,7 +62,7 @@ def _plain_messages(index: int, conversation: Conversation) -> list[dict[str, An
 def _plain_message(name: str, message: Message) -> dict[str, Any]:
     """With its content as text. Parts of text are joined by line breaks, as in vLLM."""
     if not isinstance(message, Mapping):
-        raise ValueError(f"{name} is a {type(message).__name__}; give a dict with 'role' and 'content'.")
+        raise ValueError(f"{name} is {kind_of(message)}; give a dict with 'role' and 'content'.")
     if not isinstance(message.get("role"), str):
         raise ValueError(f"{name} has no 'role'; give 'system', 'user' or 'assistant'.")
     content = message.get("content")
@@ -71,7 +71,7 @@ def _plain_message(name: str, message: Message) -> dict[str, Any]:
     if content is None and "tool_calls" not in message:
         raise ValueError(f"{name} has no 'content'; give text.")
     if content is not None and not isinstance(content, str):
-        raise ValueError(f"{name} has a {type(content).__name__} as 'content'; give text, or a list of text parts.")
+        raise ValueError(f"{name} has {kind_of(content)} as 'content'; give text, or a list of text parts.")
     return {**message, "content": "" if content is None else check_text(name, content)}
 
 

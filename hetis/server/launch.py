@@ -73,6 +73,8 @@ def holds_sockets(directory: Path) -> bool:
 def plan_for(config: EngineConfig) -> tuple[Path, ModelSpec, Plan]:
     """(directory of the model, what it is, who does what). ValueError for what does not fit together."""
     directory = resolve_model(config.model, config.revision, weights=False)
+    if config.tokenizer is not None:
+        resolve_model(config.tokenizer, weights=False, what="tokenizer")
     spec = read_model_spec(directory)
     _check_files(config, directory, spec)
     plan = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)

@@ -51,10 +51,10 @@ def read_params(sampling_params: SamplingParams | Sequence[SamplingParams] | Non
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * count
     if not _is_list(sampling_params):
-        raise ValueError(f"sampling_params is {_kind(sampling_params)}; give SamplingParams(...), or a list of them.")
+        raise ValueError(f"sampling_params is {kind_of(sampling_params)}; give SamplingParams(...), or a list of them.")
     for index, params in enumerate(sampling_params):
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling_params {index} is {_kind(params)}; give SamplingParams(...).")
+            raise ValueError(f"sampling_params {index} is {kind_of(params)}; give SamplingParams(...).")
     if len(sampling_params) != count:
         raise ValueError(
             f"{count} prompts but {len(sampling_params)} sampling parameters: give one, or one per prompt."
@@ -74,7 +74,7 @@ def _as_list(prompts: Any) -> Sequence[Any]:
     if isinstance(prompts, str | Mapping) or _is_array(prompts):
         return [prompts]
     if not _is_list(prompts):
-        raise ValueError(f"prompts is {_kind(prompts)}; {_FORMS}, or a list of these.")
+        raise ValueError(f"prompts is {kind_of(prompts)}; {_FORMS}, or a list of these.")
     are_ids = any(isinstance(item, Number) for item in prompts)  # be they good ones or not
     return [prompts] if are_ids and not any(isinstance(item, str | Mapping) for item in prompts) else prompts
 
@@ -94,7 +94,7 @@ def _read_mapping(name: str, prompt: Mapping[Any, Any]) -> ReadPrompt:
         raise ValueError(f"{name} is a dict with {what}; known: {', '.join(PromptDict.__annotations__)}.")
     text = prompt.get("prompt")
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"{name} has {_kind(text)} as 'prompt'; give text.")
+        raise ValueError(f"{name} has {kind_of(text)} as 'prompt'; give text.")
     if text is not None:
         check_text(name, text)
     if "prompt_token_ids" in prompt:
@@ -110,7 +110,7 @@ def _token_ids(name: str, ids: Any) -> list[int]:
             raise ValueError(f"{name} is an array of shape {tuple(ids.shape)}; give one dimension of token ids.")
         ids = ids.tolist()
     elif not _is_list(ids):
-        raise ValueError(f"{name} is {_kind(ids)}; {_FORMS}.")
+        raise ValueError(f"{name} is {kind_of(ids)}; {_FORMS}.")
     for position, token in enumerate(ids):
         if not isinstance(token, Integral) or isinstance(token, bool):
             raise ValueError(f"{name} has {_short(token)} at position {position}; token ids are integers.")
@@ -126,7 +126,8 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
     if value is None:
         return "None"
     name = type(value).__name__
