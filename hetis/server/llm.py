@@ -22,7 +22,7 @@ from hetis.server.launch import plan_for
 from hetis.server.progress import progress_bar
 from hetis.server.prompts import Prompt, ReadPrompt, read_params, read_prompts
 from hetis.server.requests import Piece, Request
-from hetis.server.tokenizer import load_tokenizer
+from hetis.server.tokenizer import encode, load_tokenizer
 
 _log = logging.getLogger("hetis")
 
@@ -240,7 +240,7 @@ class LLM:
         ids = prompt.token_ids
         if ids is None:
             assert prompt.text is not None
-            ids = _encode(self.get_tokenizer(), prompt.text, add_special_tokens)
+            ids = encode(self.get_tokenizer(), prompt.text, add_special_tokens)
         check_token_ids(f"prompt {index}", ids, self.vocab_size)
         if len(ids) >= self.max_model_len:
             raise ValueError(
@@ -256,17 +256,6 @@ def _tokenizer_of(config: EngineConfig) -> Any:
     return load_tokenizer(config.tokenizer, None, what="tokenizer")
 
 
-def _encode(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
-    """By the tokenizer below transformers', which threads may share."""
-    encode, begin = tokenizer.backend_tokenizer.encode, tokenizer.bos_token_id
-    ids: list[int] = encode(text, add_special_tokens=add_special_tokens).ids
-    if add_special_tokens and begin is not None and ids[:2] == [begin, begin]:
-        plain = encode(text, add_special_tokens=False).ids
-        if plain[:1] == [begin] and ids[1 : 1 + len(plain)] == plain:  # the text, from a chat template, has it already
-            return ids[1:]
-    return ids
-
-
 def make_config(**options: Any) -> EngineConfig:
     """An `EngineConfig` from loose keyword arguments; ValueError names an unknown or impossible one."""
     unknown = sorted(set(options) - set(EngineConfig.__struct_fields__))
@@ -275,7 +264,10 @@ def make_config(**options: Any) -> EngineConfig:
     options = {name: str(value) if isinstance(value, PurePath) else value for name, value in options.items()}
     memory = options.get("kv_cache_memory")
     if isinstance(memory, dict):
-        options["kv_cache_memory"] = {int(rank): parse_bytes(size) for rank, size in memory.items()}
+        for rank in memory:
+            if not isinstance(rank, int) or isinstance(rank, bool):
+                raise ValueError(f"kv_cache_memory names rank {rank!r}: ranks are integers from 0.")
+        options["kv_cache_memory"] = {rank: parse_bytes(size) for rank, size in memory.items()}
     elif memory is not None:
         options["kv_cache_memory"] = parse_bytes(memory)
     for field in msgspec.structs.fields(EngineConfig):

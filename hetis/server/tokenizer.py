@@ -45,3 +45,15 @@ def _load(directory: Path, is_complete: bool) -> Any:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a prompt, with the special tokens that the tokenizer puts around text; a begin of sequence that the
+    text has already (a chat template wrote it) is not doubled. By the tokenizer below transformers', for threads."""
+    backend, begin = tokenizer.backend_tokenizer, tokenizer.bos_token_id
+    ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+    if add_special_tokens and begin is not None and ids[:2] == [begin, begin]:
+        plain = backend.encode(text, add_special_tokens=False).ids
+        if plain[:1] == [begin] and ids[1 : 1 + len(plain)] == plain:
+            return ids[1:]
+    return ids

@@ -215,6 +215,10 @@ def test_refused_files(tmp_path: Path, plan: Any, words: list[str]) -> None:
         load_plan(path, SPEC)
     assert str(path) in str(refused.value)
     assert all(word in str(refused.value) for word in words), refused.value
+    if isinstance(plan, dict):
+        with pytest.raises(ValueError, match=r"^the plan") as refused:
+            resolve_plan(plan, SPEC)
+        assert all(word in str(refused.value) for word in words), refused.value
 
 
 @pytest.mark.parametrize(
@@ -257,6 +261,11 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
 def test_numbers_and_names_without_end_are_refused(plan: str) -> None:
     with pytest.raises(ValueError, match="plan"):
         resolve_plan(plan, SPEC)
+
+
+def test_a_dict_is_what_stands_in_a_file(tmp_path: Path) -> None:
+    plan = {"stages": [{"layers": 2, "primaries": [{"head_groups": 5}, {}]}, {"primaries": [{}]}], "attention": [{}]}
+    assert resolve_plan(plan, SPEC, "cpu") == load_plan(write(tmp_path / "plan.json", plan), SPEC, "cpu")
 
 
 def test_world_size_must_fit() -> None:

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from hetis.server import tokenizer as tokenizer_module
-from hetis.server.tokenizer import load_tokenizer
+from hetis.server.tokenizer import encode, load_tokenizer
 
 CORPUS = ["hello world, in 2024 there were 12345 of them", "It's naïve — 日本語"] * 20
 TEXTS = [
@@ -106,6 +106,22 @@ def test_the_chat_template_comes_from_beside_it(where: str, tmp_path: Path) -> N
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     rendered = load_tokenizer(tmp_path, None).apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert rendered == "<s>hi"
+
+
+def test_a_begin_of_sequence_is_not_doubled(tmp_path: Path) -> None:
+    KINDS["yi"]().save(str(tmp_path / "tokenizer.json"))  # puts <s> in front of text
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    ours = load_tokenizer(tmp_path, None)
+    hello = encode(ours, "hello", add_special_tokens=False)
+    assert encode(ours, "hello") == [1, *hello]
+    assert encode(ours, "<s>hello") == [1, *hello]
+    assert encode(ours, "<s>hello", add_special_tokens=False) == [1, *hello]
+    assert encode(ours, "<s><s>hello") == [1, 1, *hello], "what the user wrote twice is there twice"
+    assert encode(ours, "") == [1]
+    ours.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert encode(ours, "<s>hello") == [1, *hello, 2]
 
 
 def test_older_files_make_a_tokenizer_as_well(tmp_path: Path) -> None:
