@@ -109,7 +109,7 @@ def test_any_tokens_make_the_text_of_all_less_the_unfinished_end(name: str, data
 
 @tokenizers
 @given(text=TEXT, count=st.integers(1, 5), cut=st.integers(0, 3))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_a_replacement_character_that_was_written_is_text_like_any_other(
     name: str, text: str, count: int, cut: int
 ) -> None:
@@ -187,7 +187,7 @@ def first_end(text: str, stops: list[str], after: int = 0) -> tuple[int, str] | 
     return None
 
 
-STOPS = st.lists(st.text("ab\n👍", min_size=1, max_size=4), min_size=1, max_size=4)
+STOPS = st.lists(st.text("ab\n👍", min_size=1, max_size=4), min_size=1, max_size=8)
 
 
 @given(text=st.text("ab\n👍", max_size=30), stops=STOPS, include=st.booleans(), least=st.integers(0, 6))
@@ -216,7 +216,7 @@ def test_stop_strings_are_found_as_by_a_search_of_all_text(
         assert detokenizer.num_tokens == shortest
 
 
-@given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=4))
+@given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=12))
 @settings(max_examples=200)
 def test_only_what_may_become_a_stop_string_is_held(text: str, stops: list[str]) -> None:
     checker = StopChecker(stops)
