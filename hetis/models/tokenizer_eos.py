@@ -5,6 +5,8 @@ from typing import Any
 
 import msgspec
 
+from hetis.models.json_files import read_object
+
 # where the name of the token may be, the first one first
 _NAMED_IN = ("tokenizer_config.json", "special_tokens_map.json")
 
@@ -52,7 +54,7 @@ def read_tokenizer_eos(directory: Path) -> list[int]:
 def _eos_name(directory: Path) -> str | None:
     for file in _NAMED_IN:
         if (directory / file).exists():
-            token = _read(directory / file, dict[str, Any]).get("eos_token")
+            token = read_object(directory / file).get("eos_token")
             if isinstance(token, dict):  # with how it is matched in text
                 token = token.get("content")
             if isinstance(token, str):

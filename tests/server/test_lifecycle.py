@@ -17,7 +17,7 @@ import pytest
 
 import hetis
 from hetis import LLM, EngineConfig, SamplingParams
-from hetis.models.families import read_eos_token_ids
+from hetis.models.end_tokens import read_eos_token_ids
 from hetis.models.hub import PACKAGED
 from hetis.server.client import EngineDeadError
 from hetis.server.launch import end_of_sequence_ids
@@ -161,9 +161,11 @@ def test_the_tokenizers_end_of_sequence_ends_it_as_well(tmp_path: Path) -> None:
     end = 300
     content = load_tokenizer(PACKAGED, None).convert_ids_to_tokens(end)
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": content}))
-    assert end_of_sequence_ids(EngineConfig(), directory) == [*read_eos_token_ids(PACKAGED), end]
-    other = EngineConfig(tokenizer=str(directory))
-    assert end_of_sequence_ids(other, PACKAGED) == [*read_eos_token_ids(PACKAGED), end]
+    other, own = EngineConfig(tokenizer=str(directory)), read_eos_token_ids(PACKAGED, 3072)
+    assert own
+    assert end_of_sequence_ids(EngineConfig(), directory, 3072) == [*own, end]
+    assert end_of_sequence_ids(other, PACKAGED, 3072) == [*own, end]
+    assert end_of_sequence_ids(other, PACKAGED, end) == own, "the model has no such token"
     with LLM(directory, **SMALL) as llm:
         params = SamplingParams(max_tokens=9, min_tokens=2, temperature=0, logit_bias={end: 100.0})
         completion = llm.generate("It was", params)[0].outputs[0]
