@@ -60,6 +60,7 @@ class LLM:
         measure: bool = False,
         trace: str | Path | None = None,
         step_timeout: float = 60.0,
+        oversubscribe: bool = False,
         **unknown: Never,
     ) -> None:
         """Names are vLLM's where the meaning is the same; `EngineConfig` says what each does.
