@@ -8,6 +8,8 @@ import msgspec
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan
 
+LARGEST_COUNT = 2**31 - 1
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Names are vLLM's where the meaning is the same."""
@@ -35,11 +37,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     measure: bool = False  # anew, also where nothing depends on it: what `hetis profile` wants
     trace: str | None = None  # file for a Chrome trace of what every rank does
     step_timeout: float = 60.0  # seconds without a sign of life before a rank counts as dead
+    progress: bool = True  # bars on terminals while the fleet starts
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "max_logprobs"):
+            if (getattr(self, name) or 0) > LARGEST_COUNT:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at most {LARGEST_COUNT}.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: it must be a 64-bit integer.")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ValueError(f"max_model_len is {self.max_model_len}: it must be at least 1, or left out.")
         if not (isfinite(self.step_timeout) and self.step_timeout > 0):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 
 from hetis.comm import supervision
@@ -14,6 +15,7 @@ from hetis.core.config import EngineConfig
 from hetis.core.plan import Plan
 from hetis.server.launch import FRONT_VARIABLE, make_run_directory
 from hetis.server.local_launcher import start_launcher
+from hetis.server.progress import ProgressBar, progress_bar
 
 CLOSE_SECONDS = 4.0  # more than the launcher takes for all that it started
 POLL_SECONDS = 0.2
@@ -36,7 +38,7 @@ class EngineClient:
         Returns at once: `wait_until_ready` waits for the fleet.
         """
         self._launcher: subprocess.Popen[bytes] | None = None
-        self._reason = "the fleet has been closed."
+        self._reason, self._progress = "the fleet has been closed.", config.progress
         if FRONT_VARIABLE in os.environ:
             self._directory = Path(os.environ[FRONT_VARIABLE])
         else:
@@ -52,8 +54,13 @@ class EngineClient:
         return self._finalizer.alive
 
     def wait_until_ready(self) -> m.EngineReady:
-        """EngineDeadError when the fleet fails, FleetRefusedError when it cannot be what was asked for."""
-        message = self.receive()
+        """EngineDeadError when the fleet fails, FleetRefusedError when it cannot be what was asked for.
+
+        Shows how far measuring is, on a terminal.
+        """
+        with _MeasuringBar(self._progress) as bar:
+            while isinstance(message := self.receive(), m.Measuring):
+                bar.follow(message)
         assert isinstance(message, m.EngineReady)
         return message
 
@@ -101,6 +108,21 @@ class EngineClient:
     def close(self) -> None:
         """Ends the fleet; it has some seconds to do so in order. Harmless when called again."""
         self._finalizer()
+
+
+class _MeasuringBar(ExitStack):
+    """How far measuring is, from the first message about it to the end of the block."""
+
+    def __init__(self, show: bool) -> None:
+        super().__init__()
+        self._show, self._done = show, 0
+        self._bar: ProgressBar | None = None
+
+    def follow(self, news: m.Measuring) -> None:
+        if self._bar is None:
+            self._bar = self.enter_context(progress_bar("measuring devices and links", news.total, show=self._show))
+        self._bar.advance(news.done - self._done)
+        self._done = news.done
 
 
 def _close(control: ControlClient, launcher: "subprocess.Popen[bytes] | None", directory: Path) -> None:

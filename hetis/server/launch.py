@@ -21,6 +21,8 @@ import msgspec
 
 from hetis.comm import supervision
 from hetis.core.config import DriverArgs, EngineConfig, Joining
+from hetis.core.files import check_writable
+from hetis.core.logs import set_up_logging
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan, resolve_plan
 from hetis.models.end_tokens import read_eos_token_ids
@@ -48,7 +50,12 @@ def make_run_directory() -> Path:
 
 
 def plan_for(config: EngineConfig) -> tuple[Path, ModelSpec, Plan]:
-    """(directory of the model, what it is, who does what). ValueError for what does not fit together."""
+    """(directory of the model, what it is, who does what).
+
+    ValueError for what does not fit together, and for a trace file that cannot be written: before anything starts.
+    """
+    if config.trace is not None:
+        check_writable(Path(config.trace), "trace file")
     directory = resolve_model(config.model, config.revision, weights=False)
     spec = read_model_spec(directory)
     _check_files(config, directory, spec)
@@ -86,6 +93,7 @@ def run_member(config: EngineConfig, front_argv: list[str] | None, run_directory
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: ranks share cores with each other
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for weights and cache: less time in page walks
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    set_up_logging(f"rank {rank}")
     children = None
     if rank == 0:
         try:

@@ -19,6 +19,7 @@ import msgspec
 
 from hetis.comm import supervision
 from hetis.core.config import EngineConfig
+from hetis.core.logs import environment_of_children
 from hetis.core.plan import Plan
 from hetis.server.launch import RANK_VARIABLES, run_member
 
@@ -38,7 +39,7 @@ class Job(msgspec.Struct, frozen=True):
 def start_launcher(config: EngineConfig, plan: Plan, run_directory: Path) -> "subprocess.Popen[bytes]":
     """Starts the launcher, and with it the ranks. They end when its standard input is closed."""
     (run_directory / _JOB).write_bytes(msgspec.json.encode(Job(config, plan)))
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | environment_of_children()
     return subprocess.Popen(
         [sys.executable, "-m", "hetis.server.local_launcher", str(run_directory)],
         stdin=subprocess.PIPE,

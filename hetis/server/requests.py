@@ -19,13 +19,18 @@ class RequestFailedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one completion gained."""
+    """What one completion gained. The last one says how it ended, in the words of `CompletionOutput`."""
 
     prompt_index: int
     index: int  # of the completion, 0 .. n-1
     text: str
     token_ids: list[int]
-    finished: bool
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
 
 
 class Completion:
@@ -129,7 +134,8 @@ class Request:
             self._prompt_logprobs += [named_logprobs(row, self._decode) for row in new.prompt_logprobs]
         text = completion.add(new)
         abort = AbortRequest(id=new.id) if completion.finished and new.finish_reason is None else None
-        piece = Piece(self._prompt_index, completion.output.index, text, new.token_ids, completion.finished)
+        output = completion.output
+        piece = Piece(self._prompt_index, output.index, text, new.token_ids, output.finish_reason)
         return piece, abort
 
     def output(self) -> RequestOutput:

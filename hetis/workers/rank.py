@@ -1,9 +1,11 @@
 """The life of one rank: join the driver, build what `Setup` says, obey until `Shutdown`."""
 
+import logging
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,6 +26,8 @@ from hetis.models.loader import load_weights
 from hetis.workers.attention import AttentionRank
 from hetis.workers.build import TORCH_DTYPES, describe_device, open_links, share_of_cores
 from hetis.workers.primary import PrimaryRank
+
+_log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 300.0  # until all ranks have joined; loading has no limit, a rank that loads is alive
 
@@ -87,7 +91,9 @@ def _join(
     if not isinstance(setup, m.Setup):
         return None
     heart.timeout = setup.step_timeout
+    begin = time.monotonic()
     member = build_member(setup, rank, device, rendezvous, on_failure)
+    _log.log(logging.INFO if rank == 0 else logging.DEBUG, "loaded in %.1f s", time.monotonic() - begin)
     control.send(m.Ready(rank=rank))
     return member
 
@@ -146,7 +152,7 @@ def build_member(
         device,
         load_format=setup.load_format,
         seed=setup.seed,
-        show_progress=rank == 0,
+        show_progress=rank == 0 and setup.progress,
     )
     decoder = Decoder(
         setup.spec,

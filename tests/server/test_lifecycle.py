@@ -108,6 +108,10 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         ({"kv_cache_memory": "2 parsecs"}, ["2 parsecs"]),
         ({"kv_cache_memory": {3: "1GiB"}}, ["3"]),
         ({"tensor_parallel_size": 2}, ["tensor_parallel_size"]),
+        ({"trace": "/no/such/folder/trace.json"}, ["trace file /no/such/folder/trace.json", "No such file"]),
+        ({"seed": 2**64}, ["seed", str(2**64)]),
+        ({"max_num_seqs": 2**40}, ["max_num_seqs", str(2**40)]),
+        ({"kv_cache_memory": 2**70}, [str(2**70), "more than any memory"]),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(options: dict[str, Any], words: list[str]) -> None:
