@@ -8,6 +8,8 @@ import msgspec
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan
 
+LARGEST_COUNT = 2**31 - 1
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Names are vLLM's where the meaning is the same."""
@@ -37,11 +39,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     trace: str | None = None  # file for a Chrome trace of what every rank does
     step_timeout: float = 60.0  # seconds without a sign of life before a rank counts as dead
     oversubscribe: bool = False  # start more ranks than the host has room for
+    progress: bool = True  # bars on terminals while the fleet starts
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "max_logprobs"):
+            if (getattr(self, name) or 0) > LARGEST_COUNT:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at most {LARGEST_COUNT}.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: it must be a 64-bit integer.")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ValueError(f"max_model_len is {self.max_model_len}: it must be at least 1, or left out.")
         if not (isfinite(self.step_timeout) and self.step_timeout >= 1):  # ranks beat four times a second
@@ -50,8 +58,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"theta is {self.theta}: it must be a positive number, like 0.5.")
         if self.migration_budget < 0:
             raise ValueError(f"migration_budget is {self.migration_budget}: it must be 0 (never) or more bytes/s.")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}: it must be a 64-bit integer.")
         if self.max_logprobs < -1:
             raise ValueError(f"max_logprobs is {self.max_logprobs}: it must be -1 (no limit) or at least 0.")
 

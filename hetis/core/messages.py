@@ -108,6 +108,7 @@ class Setup(Message):
     logprobs_mode: str
     step_timeout: float
     trace: bool  # ranks report every lap of a step
+    progress: bool = True  # a bar on stderr while weights are loaded, if that is a terminal
 
 
 class Measure(Message):
@@ -224,6 +225,14 @@ class ProfileReport(Message):
 
     profile: FleetProfile | None  # None: nothing was measured, since nothing is placed
     sources: dict[int, str] = {}  # rank -> where its numbers come from, printable
+    devices: dict[int, str] = {}  # rank -> the device it took, like "cuda:0"
+
+
+class Measuring(Message):
+    """Devices and links are measured before the fleet is up: how many measurements are done."""
+
+    done: int
+    total: int
 
 
 class EngineReady(Message):

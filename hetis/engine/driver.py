@@ -24,18 +24,22 @@ from hetis.comm.control import ControlServer
 from hetis.core import messages as m
 from hetis.core.config import DriverArgs, Joining
 from hetis.core.fleet import DeviceInfo, RankStats
+from hetis.core.logs import set_up_logging
 from hetis.core.profile import FleetProfile
 from hetis.engine.engine import Engine
 from hetis.engine.policies import SOLVERS, check_solver, make_policies
 from hetis.engine.profile_files import cached_profiles, keep_profiles, load
 from hetis.engine.profiling import Profiling, report_of
 from hetis.engine.setup import make_setup
+from hetis.engine.start_report import start_lines
 from hetis.engine.trace import TraceFile
 from hetis.engine.watch import FleetFailedError, Watch
 
 POLL_MILLISECONDS = 200
 END_SECONDS = 1.5  # for the ranks to end, when all is well
 FAIL_SECONDS = 3.0  # when it is not
+
+_log = logging.getLogger("hetis")
 
 
 class Driver:
@@ -57,6 +61,7 @@ class Driver:
         self._hellos: dict[int, DeviceInfo] = {}
         self._num_ready = 0
         self._ending = False
+        self._begin = time.monotonic()
 
     def run(self) -> None:
         """Serves until shutdown; FleetFailedError when the fleet cannot go on."""
@@ -179,6 +184,9 @@ class Driver:
             ledger=ledger,
             eos_token_ids=setup.eos_token_ids,
         )
+        for line in start_lines(self._args.config, setup):
+            _log.info("%s", line)
+        _log.debug("memory:\n%s", ledger)
         self._broadcast(setup)
 
     def _on_ready(self) -> None:
@@ -192,12 +200,16 @@ class Driver:
             known = cached_profiles(self._setup) if config.profile_cache and not config.measure else {}
             self._profiling = Profiling(self._setup, known, share=config.profile_cache)
             self._send_each(self._profiling.start())
+            _log.info("measuring devices and links: %d measurements", self._profiling.num_jobs)
         self._begin_if_measured()
 
     def _begin_if_measured(self) -> None:
         """The fleet is up, unless somebody still measures."""
         assert self._setup is not None
         if self._profiling is not None:
+            for front in self._fronts:
+                done, total = self._profiling.num_done, self._profiling.num_jobs
+                self._server.send("front", front, m.Measuring(done=done, total=total))
             if not self._profiling.is_finished:
                 return
             self._report = self._profiling.report()
@@ -205,6 +217,7 @@ class Driver:
                 keep_profiles(self._profiling.new())
         policies = make_policies(self._args.config, self._setup, self._report.profile)
         self._engine = Engine(self._setup, policies, self._args.config.migration_budget)
+        _log.info("the fleet is up after %.1f s", time.monotonic() - self._begin)
         for front in self._fronts:
             self._greet(front)
         if self._waiting_for_stats:
@@ -306,7 +319,7 @@ def main() -> NoReturn:
     if not line:
         sys.exit(1)  # rank 0 is gone already
     args = msgspec.json.decode(line, type=DriverArgs)
-    logging.basicConfig(level=logging.INFO, format="hetis: %(message)s")
+    set_up_logging("driver")
     server = ControlServer(args.run_directory, args.address)
     joining = Joining(endpoints=server.endpoints, devices=[member.device for member in args.plan.members()])
     with suppress(BrokenPipeError):  # its end is noticed in the loop

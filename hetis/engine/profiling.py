@@ -24,6 +24,7 @@ from hetis.core.profile import (
     LinkProfile,
     ProfileKey,
 )
+from hetis.core.sizes import plural
 from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer
 from hetis.cost.footprint import layer_weights
 from hetis.cost.memory import usable_share
@@ -69,6 +70,13 @@ class Profiling:
         self._waiting = [*self._attention_jobs(), *self._dense_jobs()]
         self._waiting_links = self._link_jobs()
         self._running: dict[int, _Job] = {}  # by rank that has not answered
+        self.num_jobs = len(self._waiting) + len(self._waiting_links)
+
+    @property
+    def num_done(self) -> int:
+        """Of `num_jobs`, those that all their ranks have answered."""
+        running = len({id(job) for job in self._running.values()})
+        return self.num_jobs - running - len(self._waiting) - len(self._waiting_links)
 
     @property
     def is_finished(self) -> bool:
@@ -174,7 +182,9 @@ class Profiling:
         links = tuple(sorted(self._links, key=lambda link: (link.primary, link.worker)))
         devices = {rank: self._device(rank) for rank in self._infos}
         return ProfileReport(
-            profile=FleetProfile(devices=devices, links=links), sources={rank: self._source(rank) for rank in devices}
+            profile=FleetProfile(devices=devices, links=links),
+            sources={rank: self._source(rank) for rank in devices},
+            devices={info.rank: info.device for info in self._setup.fleet},
         )
 
     def new(self) -> list[KindProfile]:
@@ -214,7 +224,7 @@ class Profiling:
 def profile_key(info: DeviceInfo, setup: Setup) -> ProfileKey:
     """What is the same for ranks that need not be measured twice."""
     return ProfileKey(
-        device=f"{info.name}, {info.num_threads} threads" if info.device == "cpu" else info.name,
+        device=f"{info.name}, {plural(info.num_threads, 'thread')}" if info.device == "cpu" else info.name,
         driver=info.driver,
         dtype=setup.dtype,
         head_dim=setup.spec.head_dim,
@@ -257,7 +267,8 @@ def report_of(profile: FleetProfile, setup: Setup, name: str) -> ProfileReport:
                 f"profile {name} does not hold for rank {info.rank}: {', '.join(different)}; "
                 f"run `hetis profile` with this model, plan and options, or leave it out."
             )
-    return ProfileReport(profile=profile, sources={member.rank: name for member in setup.plan.members()})
+    devices = {info.rank: info.device for info in setup.fleet}
+    return ProfileReport(profile=profile, sources=dict.fromkeys(devices, name), devices=devices)
 
 
 def _lacking(profile: FleetProfile, plan: Plan) -> list[str]:

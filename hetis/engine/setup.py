@@ -53,6 +53,7 @@ def make_setup(args: DriverArgs, fleet: Sequence[DeviceInfo]) -> tuple[Setup, st
         logprobs_mode=config.logprobs_mode,
         step_timeout=config.step_timeout,
         trace=config.trace is not None,
+        progress=config.progress,
     )
     return setup, str(ledger)
 

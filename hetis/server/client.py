@@ -11,7 +11,8 @@ import signal
 import subprocess
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -24,6 +25,7 @@ from hetis.core.plan import Plan
 from hetis.server import launch
 from hetis.server.capacity import check_processes
 from hetis.server.local_launcher import end_launcher, start_launcher
+from hetis.server.progress import ProgressBar, progress_bar
 
 POLL_SECONDS = 0.2  # where the system does not tell when a process ends
 
@@ -67,7 +69,7 @@ class EngineClient:
 
         Returns at once: `wait_until_ready` waits for the fleet.
         """
-        self._pid = os.getpid()
+        self._pid, self._progress = os.getpid(), config.progress
         self._asking = threading.Lock()
         launcher = None
         if launch.fleet_directory is not None:
@@ -87,14 +89,22 @@ class EngineClient:
         return os.getpid() == self._pid and self._channel.is_open
 
     def wait_until_ready(self) -> m.EngineReady:
-        """EngineDeadError when the fleet fails, FleetRefusedError when it cannot be what was asked for."""
-        return self.ask(m.Attach(), m.EngineReady)
+        """EngineDeadError when the fleet fails, FleetRefusedError when it cannot be what was asked for.
 
-    def ask(self, question: m.Message, kind: type[_Answer]) -> _Answer:
-        """The answer to a question, one at a time; EngineDeadError when there will be none."""
+        Shows how far measuring is, on a terminal.
+        """
+        with _MeasuringBar(self._progress) as bar:
+            return self.ask(m.Attach(), m.EngineReady, bar.follow)
+
+    def ask(
+        self, question: m.Message, kind: type[_Answer], on_news: Callable[[m.Message], None] = lambda _: None
+    ) -> _Answer:
+        """The answer to a question, one at a time; EngineDeadError when there will be none. `on_news`: gets what comes
+        before the answer.
+        """
         self._check_process()
         with self._asking:
-            return self._channel.ask(question, kind)
+            return self._channel.ask(question, kind, on_news)
 
     def open(self, request_ids: Iterable[str], requests: Iterable[m.Message]) -> Inbox:
         """Sends `requests`; their tokens, and those of all sequences called `request_id/...`, come to the inbox.
@@ -123,6 +133,23 @@ class EngineClient:
                 f"this fleet belongs to process {self._pid}, and a forked child cannot use it: "
                 "make the LLM in the child, or use threads."
             )
+
+
+class _MeasuringBar(ExitStack):
+    """How far measuring is, from the first message about it to the end of the block."""
+
+    def __init__(self, show: bool) -> None:
+        super().__init__()
+        self._show, self._done = show, 0
+        self._bar: ProgressBar | None = None
+
+    def follow(self, news: m.Message) -> None:
+        if not isinstance(news, m.Measuring):
+            return
+        if self._bar is None:
+            self._bar = self.enter_context(progress_bar("measuring devices and links", news.total, show=self._show))
+        self._bar.advance(news.done - self._done)
+        self._done = news.done
 
 
 def _close(channel: "_Channel", pid: int) -> None:
@@ -172,7 +199,7 @@ class _Channel(threading.Thread):
             self._outgoing.put(encode(message))  # here, so that an error is the caller's
         self._ring()
 
-    def ask(self, question: m.Message, kind: type[_Answer]) -> _Answer:
+    def ask(self, question: m.Message, kind: type[_Answer], on_news: Callable[[m.Message], None]) -> _Answer:
         with self._lock:
             self._check_end()
             while not self._answers.empty():  # to somebody who did not wait for it
@@ -181,6 +208,7 @@ class _Channel(threading.Thread):
         while not isinstance(answer := self._answers.get(), kind):
             if isinstance(answer, EngineDeadError):
                 raise type(answer)(str(answer))
+            on_news(answer)
         return answer
 
     def close(self) -> None:

@@ -21,6 +21,8 @@ import msgspec
 
 from hetis.comm import children, supervision
 from hetis.core.config import DriverArgs, EngineConfig, Joining
+from hetis.core.files import check_writable
+from hetis.core.logs import set_up_logging
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan, resolve_plan
 from hetis.models.end_tokens import read_eos_token_ids
@@ -71,7 +73,12 @@ def holds_sockets(directory: Path) -> bool:
 
 
 def plan_for(config: EngineConfig) -> tuple[Path, ModelSpec, Plan]:
-    """(directory of the model, what it is, who does what). ValueError for what does not fit together."""
+    """(directory of the model, what it is, who does what).
+
+    ValueError for what does not fit together, and for a trace file that cannot be written: before anything starts.
+    """
+    if config.trace is not None:
+        check_writable(Path(config.trace), "trace file")
     directory = resolve_model(config.model, config.revision, weights=False)
     if config.tokenizer is not None:
         resolve_model(config.tokenizer, weights=False, what="tokenizer")
@@ -128,6 +135,7 @@ def run_member(
         except ValueError as error:
             give_up(error, None)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    set_up_logging(f"rank {rank}")
     family = None
     if rank == 0:
         try:

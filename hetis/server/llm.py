@@ -61,6 +61,7 @@ class LLM:
         trace: str | Path | None = None,
         step_timeout: float = 60.0,
         oversubscribe: bool = False,
+        progress: bool = True,
         **unknown: Never,
     ) -> None:
         """Names are vLLM's where the meaning is the same; `EngineConfig` says what each does.

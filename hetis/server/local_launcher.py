@@ -20,6 +20,7 @@ import msgspec
 
 from hetis.comm import children, supervision
 from hetis.core.config import EngineConfig
+from hetis.core.logs import environment_of_children
 from hetis.core.plan import Plan
 from hetis.server import torchrun
 from hetis.server.launch import run_member
@@ -48,7 +49,7 @@ def start_launcher(config: EngineConfig, plan: Plan, run_directory: Path) -> "su
         children.command(_MODULE, str(run_directory), str(os.getpid())),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL if sys.__stderr__ is None else 2,  # ranks have nothing to say on standard output
-        env=torchrun.without_torchrun(children.environment()),
+        env=torchrun.without_torchrun(children.environment()) | environment_of_children(),
         start_new_session=True,  # Ctrl-C is for the front end, which then shuts down in order
     )
 

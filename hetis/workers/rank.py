@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -28,6 +29,8 @@ from hetis.workers.primary import PrimaryRank
 from hetis_kernels import extension
 
 _log = logging.getLogger("hetis")
+
+_log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 300.0  # until all ranks have joined; loading has no limit, a rank that loads is alive
 
@@ -94,7 +97,9 @@ def _join(
         return None
     assert isinstance(setup, m.Setup), f"the driver sent {type(setup).__name__} before Setup"
     heart.timeout = setup.step_timeout
+    begin = time.monotonic()
     member = build_member(setup, rank, device, rendezvous, on_failure)
+    _log.log(logging.INFO if rank == 0 else logging.DEBUG, "loaded in %.1f s", time.monotonic() - begin)
     control.send(m.Ready(rank=rank))
     return member
 
@@ -153,7 +158,7 @@ def build_member(
         device,
         load_format=setup.load_format,
         seed=setup.seed,
-        show_progress=rank == 0,
+        show_progress=rank == 0 and setup.progress,
     )
     decoder = Decoder(
         setup.spec,

@@ -1,6 +1,7 @@
 """Who measures what and when, on fleets that know the truth about themselves."""
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from random import Random
 
 import msgspec
@@ -347,7 +348,7 @@ def test_a_file_made_for_something_else_is_refused(change: dict[str, object], sa
 def test_a_file_made_on_other_devices_or_for_another_split_is_refused() -> None:
     one, two = Fleet(make_plan([1], 2), [CPU, CPU, CPU]), Fleet(make_plan([2], 1), [CPU, CPU, CPU])
     large = Fleet(one.setup.plan, [CPU, CPU, ("b", "cpu", "large")])
-    with pytest.raises(ValueError, match="rank 2: its device is small, 1 threads in the file and large, 1 threads"):
+    with pytest.raises(ValueError, match="rank 2: its device is small, 1 thread in the file and large, 1 thread"):
         report_of(full_profile(one), large.setup, "fleet.json")
     whole, split = full_profile(one), full_profile(two)
     layers = msgspec.structs.replace(split.devices[0], layer=whole.devices[0].layer)
@@ -361,3 +362,16 @@ def test_links_of_all_stages() -> None:
     fleet.run()
     links = [(told.primary, told.worker) for rank, told in fleet.asked if isinstance(told, MeasureLink)]
     assert links == [pair for pair in ((0, 3), (0, 4), (1, 3), (1, 4), (2, 3), (2, 4)) for _ in pair]
+
+
+def test_how_far_measuring_is_grows_by_one_measurement_at_a_time() -> None:
+    fleet = Fleet(make_plan([2], 2), [CPU, ("a", "cpu", "large"), ("b", "cpu", "small"), ("c", "cpu", "small")])
+    profiling = Profiling(fleet.setup, {}, share=True)
+    assert profiling.num_jobs == 2 + 1 + 4, "two kinds of devices, a stage, links"
+    busy, done = dict(profiling.start()), [profiling.num_done]
+    while busy:
+        rank = min(busy)
+        busy |= dict(profiling.on_measured(fleet.answer(rank, busy.pop(rank))))
+        done.append(profiling.num_done)
+    assert (done[0], done[-1]) == (0, profiling.num_jobs)
+    assert all(after - before in (0, 1) for before, after in pairwise(done))

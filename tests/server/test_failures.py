@@ -20,6 +20,7 @@ STEP_TIMEOUT = 10.0
 EVERYBODY = "dispatch=even"
 NAMES = {"rank 0": "rank 0 (primary on cpu)", "rank 1": "rank 1 (attention worker on cpu)", "driver": "the driver"}
 LONG = ("generate", "--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--device", "cpu")
+LONG += ("--log-level", "error", "--prompt", "It was", "--prompt", "The")
 EVERYBODY_HERE = ("--dispatch", "even")  # the same on the command line
 
 

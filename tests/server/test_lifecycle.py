@@ -121,14 +121,17 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         ({"kv_cache_memory": "2 parsecs"}, ["2 parsecs"]),
         ({"kv_cache_memory": {3: "1GiB"}}, ["3"]),
         ({"kv_cache_memory": {"first": "1GiB"}}, ["kv_cache_memory", "first"]),
+        ({"kv_cache_memory": 2**70}, [str(2**70), "more than any memory"]),
         ({"tensor_parallel_size": 2}, ["LLM has no option tensor_parallel_size; known: model, revision, "]),
         ({"plan": {"stages": [{"primaries": [{"heads": 3}]}]}}, ["plan", "heads"]),
         ({"plan": {"stages": []}}, ["plan", "no stage"]),
         ({"plan": 5}, ["plan is 5"]),
         ({"seed": 2**64}, ["seed", str(2**64), "64-bit"]),
         ({"seed": -(2**63) - 1}, ["seed", "64-bit"]),
+        ({"max_num_seqs": 2**40}, ["max_num_seqs", str(2**40)]),
         ({"tokenizer": "/no/such"}, ["tokenizer '/no/such'"]),
         ({"revision": "v9"}, ["revision 'v9'", "has no revisions"]),
+        ({"trace": "/no/such/folder/trace.json"}, ["trace file /no/such/folder/trace.json", "No such file"]),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(options: dict[str, Any], words: list[str]) -> None:
