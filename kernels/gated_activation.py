@@ -86,4 +86,5 @@ def _launch(gate_up_TF2: torch.Tensor, activation: str, out_TF: torch.Tensor) ->
         out_TF.stride(0),
         ACTIVATION=activation,
         BLOCK_F=1024,
+        enable_fp_fusion=True,
     )

@@ -181,6 +181,7 @@ class Heart(threading.Thread):
         self._endpoint, self._rank, self._bell = endpoint, rank, bell
         self._on_lost_driver, self._prints_verdict = on_lost_driver, prints_verdict
         self.timeout = 120.0  # until Setup says otherwise
+        self.host = supervision.host_id()  # until it is proven
         self.step = -1
         self._stopping = threading.Event()
         self._last_words: queue.SimpleQueue[m.Failure] = queue.SimpleQueue()
@@ -219,7 +220,7 @@ class Heart(threading.Thread):
         while (message := client.receive(0)) is not None:
             self._last_answer = time.monotonic()
             if isinstance(message, m.Abort):
-                if message.host == supervision.host_id():
+                if message.host == self.host:
                     supervision.kill(pid for pid in message.culprits if pid != os.getpid())
                 self._end(message.reason)
 

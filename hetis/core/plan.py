@@ -109,6 +109,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             (s, t) for s, stage in enumerate(self.stages) for t, p in enumerate(stage.primaries) if p.rank == rank
         )
 
+    def handovers(self) -> list[tuple[int, int]]:
+        """(sender, receiver) ranks between stages: every rank receives from one rank of the stage before."""
+        return [
+            (before.primaries[j % len(before.primaries)].rank, receiver.rank)
+            for before, after in pairwise(self.stages)
+            for j, receiver in enumerate(after.primaries)
+        ]
+
     def is_first(self, stage_index: int) -> bool:
         return stage_index == 0
 

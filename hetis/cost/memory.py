@@ -13,6 +13,7 @@ from hetis.core.model_spec import ModelSpec
 from hetis.core.placement import pages_for
 from hetis.core.plan import AttentionWorker, Plan, Primary
 from hetis.core.sizes import format_bytes
+from hetis.cost.buffers import Limits, buffer_bytes
 from hetis.cost.footprint import fixed_bytes, page_bytes_of
 
 GPU_SHARE = 0.9  # of free memory that hetis takes when no KV memory is given: the rest is for kernels' own needs
@@ -28,6 +29,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
     free: int  # before anything is loaded; ranks that share a device see the same bytes
     weights: int
     activations: int
+    buffers: int  # page tables, messages, and what a GPU's libraries need
     kv: int
     page_bytes: int  # of one page in every pool of the rank
     pages: int
@@ -47,9 +49,9 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
         return {row.rank: row.pages for row in self.rows}
 
     def __str__(self) -> str:
-        cells = [["rank", "role", "device", "free", "weights", "activations", "KV", "pages", "tokens"]]
+        cells = [["rank", "role", "device", "free", "weights", "activations", "buffers", "KV", "pages", "tokens"]]
         for row in self.rows:
-            sizes = [format_bytes(size) for size in (row.free, row.weights, row.activations, row.kv)]
+            sizes = [format_bytes(size) for size in (row.free, row.weights, row.activations, row.buffers, row.kv)]
             cells.append([str(row.rank), row.role, row.device, *sizes, str(row.pages), str(row.tokens)])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
@@ -86,15 +88,23 @@ def plan_memory(
     }
     page = {member.rank: page_bytes_of(spec, plan, member, block_size, dtype) for member in plan.members()}
     longest = min(max_model_len or spec.max_position, spec.max_position)
+    limits = Limits(
+        dtype=dtype,
+        block_size=block_size,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_model_len=longest,
+    )
+    buffers = {member.rank: buffer_bytes(spec, plan, infos, member, limits) for member in plan.members()}
     most_pages = max_num_seqs * pages_for(longest, block_size)  # for one lane of each sequence
     useful = {member.rank: page[member.rank] * most_pages * _num_lanes(spec, member) for member in plan.members()}
-    kv, refusals = _divide(plan, infos, {rank: sum(both) for rank, both in fixed.items()}, useful)
+    kv, refusals = _divide(plan, infos, {rank: sum(fixed[rank]) + buffers[rank] for rank in fixed}, useful)
     if refusals:  # a table of what does not exist would not explain it
         raise ValueError(refusals[0])
     num_pages = {rank: kv[rank] // page[rank] for rank in kv}
     context = min(largest_context(plan, num_pages, block_size), spec.max_position)
     ledger = MemoryLedger(
-        rows=_rows(spec, plan, infos, fixed, page, num_pages, block_size),
+        rows=_rows(spec, plan, infos, fixed, buffers, page, num_pages, block_size),
         largest_context=context,
         total_tokens=total_tokens(spec, plan, num_pages, block_size),
     )
@@ -111,6 +121,7 @@ def _rows(
     plan: Plan,
     infos: Mapping[int, DeviceInfo],
     fixed: Mapping[int, tuple[int, int]],
+    buffers: Mapping[int, int],
     page: Mapping[int, int],
     num_pages: Mapping[int, int],
     block_size: int,
@@ -124,6 +135,7 @@ def _rows(
             free=infos[member.rank].free_memory,
             weights=fixed[member.rank][0],
             activations=fixed[member.rank][1],
+            buffers=buffers[member.rank],
             kv=num_pages[member.rank] * page[member.rank],
             page_bytes=page[member.rank],
             pages=num_pages[member.rank],
@@ -165,17 +177,17 @@ def _num_lanes(spec: ModelSpec, member: Primary | AttentionWorker) -> int:
 def _divide(
     plan: Plan, infos: Mapping[int, DeviceInfo], fixed: Mapping[int, int], useful: Mapping[int, int]
 ) -> tuple[dict[int, int], list[str]]:
-    """KV memory of every rank, and what does not fit. Ranks of one host and device draw on the same free memory.
+    """KV memory of every rank, and what does not fit. Ranks that share a device draw on the same free memory.
 
     A rank for which none is `useful` gets none.
     """
     shared: dict[tuple[str, str], list[Primary | AttentionWorker]] = defaultdict(list)
     for member in plan.members():
-        info = infos[member.rank]
-        shared[info.host, info.device].append(member)
+        shared[infos[member.rank].place].append(member)
     kv: dict[int, int] = dict.fromkeys(infos, 0)
     refusals: list[str] = []
-    for (_, device), members in shared.items():
+    for members in shared.values():
+        device = infos[members[0].rank].device
         free = min(infos[member.rank].free_memory for member in members)
         needed = sum(fixed[member.rank] for member in members)
         takers = [member for member in members if useful[member.rank]]
@@ -198,11 +210,11 @@ def _does_not_fit(
         of_each = " together" if len(members) > 1 else ""
         return (
             f"--kv-cache-memory (or kv_memory in the plan) gives {ranks} {format_bytes(given)}{of_each}, which is more "
-            f"than the {format_bytes(left)} that are left there: {format_bytes(free)} are free, and weights and "
-            f"activations take {format_bytes(needed)}. Give at most {format_bytes(left)}{of_each}."
+            f"than the {format_bytes(left)} that are left there: {format_bytes(free)} are free, and weights, "
+            f"activations and buffers take {format_bytes(needed)}. Give at most {format_bytes(left)}{of_each}."
         )
     return (
-        f"{ranks}: {format_bytes(needed)} of weights and activations do not fit into {share:.0%} of "
+        f"{ranks}: {format_bytes(needed)} of weights, activations and buffers do not fit into {share:.0%} of "
         f"{format_bytes(free)} free memory; give layers, head groups or columns to other ranks, or lower "
         f"max_num_batched_tokens."
     )

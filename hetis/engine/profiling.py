@@ -34,7 +34,7 @@ ATTENTION_SECONDS = 2.0
 DENSE_SECONDS = 2.5
 LINK_SECONDS = 0.3
 
-Claim = tuple[str, str]  # (host, device)
+Claim = tuple[str, str]  # a device, or (host, "")
 Kind = tuple[ProfileKey, int]  # ranks of one kind are measured once: those with one key, or (key, rank) that rank alone
 What = tuple[Kind, LayerShare | None]  # its share of the layers, or its decode attention
 ALL = -1
@@ -118,7 +118,7 @@ class Profiling:
         ]
 
     def _claims(self, ranks: tuple[int, ...]) -> frozenset[Claim]:
-        return frozenset((self._infos[rank].host, self._infos[rank].device) for rank in ranks)
+        return frozenset(self._infos[rank].place for rank in ranks)
 
     def _kind(self, rank: int) -> Kind:
         return self._keys[rank], ALL if self._share else rank

@@ -14,7 +14,7 @@ from torch import Tensor
 from hetis.core.model_spec import ModelSpec
 from hetis.models.layers import LayerWeights, StageWeights, activate, add_and_normalise, normalise, rope_table
 from hetis_kernels import gated_activation, qk_norm_rope
-from hetis_kernels.linear import linear, use_plain
+from hetis_kernels.linear import linear
 
 
 class Attention(Protocol):
@@ -70,7 +70,7 @@ class Decoder:
     """One stage's layers (and embedding, final norm and LM head where the stage has them) for one shard.
 
     `reduce` sums over the stage's tensor-parallel ranks. `max_tokens` bounds the tokens of a step, `max_position`
-    (default: the model's) the positions that occur. `enforce_eager`: plain torch linears in this process.
+    (default: the model's) the positions that occur.
     """
 
     def __init__(
@@ -82,12 +82,10 @@ class Decoder:
         max_tokens: int,
         device: torch.device,
         max_position: int | None = None,
-        enforce_eager: bool = False,
     ) -> None:
         self._spec, self._weights, self._reduce = spec, weights, reduce
         self._workspace = Workspace.allocate(spec, weights, max_tokens)
         self._cos_sin_PR = rope_table(spec.rope, max_position or spec.max_position, device) if spec.rope else None
-        use_plain(enforce_eager)
 
     def embed(self, token_T: Tensor, position_T: Tensor) -> Tensor:
         """Hidden states [T, H] of tokens (int64 [T]) at `position_T` (int64 [T]); first stage only.

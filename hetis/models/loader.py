@@ -6,6 +6,7 @@ shard, M query heads per group, D head_dim, H hidden size, F MLP columns of this
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,13 +33,15 @@ def load_weights(
     device: torch.device,
     load_format: str = "auto",
     seed: int = 0,
+    enforce_eager: bool = False,
     show_progress: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> StageWeights:
     """The share of one primary, converted to `dtype` on `device`.
 
     "auto" and "safetensors" read `directory`; "dummy" makes random weights from `seed`, the same whatever the plan.
-    `show_progress`: a bar on stderr; `on_progress(done, total)` is called after every layer. Raises ValueError, one
+    `enforce_eager`: linear layers that torch computes. `show_progress`: a bar on stderr; `on_progress(done, total)` is
+    called after every layer. Raises ValueError, one
     sentence with file, tensor and remedy, for checkpoints that are missing, incomplete, damaged or of another model.
     """
     if load_format not in LOAD_FORMATS:
@@ -49,7 +52,7 @@ def load_weights(
         source = DummyWeights(expected_tensors(spec, names), dtype, seed)
     else:
         source = Checkpoint(directory, spec)
-    shard = _Shard(spec, plan, stage_index, tp_index, names, source, dtype, device)
+    shard = _Shard(spec, plan, stage_index, tp_index, names, source, dtype, device, enforce_eager)
     with _progress_bar(show_progress, "loading weights") as bar:
         return shard.load(on_progress or bar)
 
@@ -67,8 +70,10 @@ class _Shard:
         source: WeightSource,
         dtype: torch.dtype,
         device: torch.device,
+        enforce_eager: bool,
     ) -> None:
         self._spec, self._names, self._source = spec, names, source
+        self._pack = partial(pack_linear, plain=enforce_eager)
         self._stage, self._tp_index = plan.stages[stage_index], tp_index
         self._primary = self._stage.primaries[tp_index]
         self._is_first, self._is_last = plan.is_first(stage_index), plan.is_last(stage_index)
@@ -119,7 +124,7 @@ class _Shard:
             self._source.fill(weight_GHDK[:, heads], f"{prefix}{name}.weight", rows)
             if bias_GHD is not None:
                 self._source.fill(bias_GHD[:, heads], f"{prefix}{name}.bias", rows)
-        return pack_linear(weight_GHDK.flatten(0, 2), None if bias_GHD is None else bias_GHD.flatten())
+        return self._pack(weight_GHDK.flatten(0, 2), None if bias_GHD is None else bias_GHD.flatten())
 
     def _gate_up(self, prefix: str) -> PackedLinear:
         """Gate rows, then up rows: [2F, H]; up rows alone without a gate."""
@@ -131,13 +136,13 @@ class _Shard:
             self._source.fill(weight_PFK[index], f"{prefix}{name}.weight", columns)
             if bias_PF is not None:
                 self._source.fill(bias_PF[index], f"{prefix}{name}.bias", columns)
-        return pack_linear(weight_PFK.flatten(0, 1), None if bias_PF is None else bias_PF.flatten())
+        return self._pack(weight_PFK.flatten(0, 1), None if bias_PF is None else bias_PF.flatten())
 
     def _row_parallel(self, name: str, columns: tuple[int, int], has_bias: bool) -> PackedLinear:
         """All rows, this shard's columns. The sum over ranks must hold the bias once: index 0 adds it."""
         weight_HF = self._empty(self._spec.hidden_size, columns[1] - columns[0])
         self._source.fill(weight_HF, f"{name}.weight", columns=columns)
-        return pack_linear(weight_HF, self._whole(f"{name}.bias") if has_bias and self._tp_index == 0 else None)
+        return self._pack(weight_HF, self._whole(f"{name}.bias") if has_bias and self._tp_index == 0 else None)
 
     def _embedding(self) -> Tensor:
         return self._vocabulary(self._names.embedding)
@@ -145,8 +150,8 @@ class _Shard:
     def _head(self, embedding_VH: Tensor | None) -> PackedLinear:
         """The LM head's rows; a tied one shares the embedding's memory where this rank holds both."""
         if not self._spec.tied_embeddings:
-            return pack_linear(self._vocabulary(self._names.head))
-        return pack_linear(embedding_VH if embedding_VH is not None else self._embedding())
+            return self._pack(self._vocabulary(self._names.head))
+        return self._pack(embedding_VH if embedding_VH is not None else self._embedding())
 
     def _vocabulary(self, name: str) -> Tensor:
         table_VH = self._empty(self._primary.num_vocab_rows, self._spec.hidden_size)

@@ -35,6 +35,13 @@ from hetis.server import torchrun
 
 fleet_directory: Path | None = None  # set where this process is the front end of a fleet under torchrun
 
+RANK_DEFAULTS = {  # environment of a rank, read when torch is imported or CUDA is first used
+    "OMP_WAIT_POLICY": "PASSIVE",  # ranks share cores with each other
+    "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for weights and cache: less time in page walks
+    # A hardware queue for each stream (8 by default). Where two share one, work of a stage may stand behind another
+    # stage's wait for a message that depends on it.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+}
 _PREFIX = "hetis-"
 _LONGEST_PLACE = 107 - len(f"/{_PREFIX}12345678/health")  # bytes: the kernel's limit for the path of a socket
 _END_SECONDS = 0.5  # for this rank to end after the driver has
@@ -127,8 +134,8 @@ def run_member(
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the rank's heart beats; no traceback of an import
     children.begin(os.getppid() if parent is None else parent)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: ranks share cores with each other
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for weights and cache: less time in page walks
+    for name, value in RANK_DEFAULTS.items():
+        os.environ.setdefault(name, value)
     if run_directory is None:
         try:
             torchrun.check_variables()

@@ -57,6 +57,7 @@ class Measurer:
         else:
             found = self._measure_layers(command.seconds)
         if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # steps go on with the same links, on other streams
             torch.cuda.empty_cache()
         return msgspec.structs.replace(found, seconds=perf_counter() - begin)
 

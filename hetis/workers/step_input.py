@@ -8,6 +8,7 @@ Row of a (token, group) in the flattened QKV of one primary: `token * G_local + 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from hetis.cache.pool import PagePool
 from hetis.core.messages import StepCommand
 from hetis.core.plan import Span
 from hetis.workers.hauling import LinkHaul, hauls_of, no_haul, primary_hauls, worker_haul
+from hetis.workers.step_arrays import step_arrays
 
 Ints = NDArray[np.int64]
 
@@ -47,6 +49,11 @@ class StepRows:
     def num_decode_tokens(self) -> int:
         """More than rows where sequences start over: their output goes through decode again, many tokens in a row."""
         return int(self.counts_R[: self.num_decode].sum())
+
+    def last_tokens(self, rows: NDArray[np.int32]) -> Ints:
+        """Where among the step's tokens the last ones of these rows are."""
+        stops: Ints = np.cumsum(self.counts_R)[rows] - 1
+        return stops
 
     def tokens_of(self, rows: slice) -> tuple[Ints, Ints]:
         """(slot_T, position_T) of the tokens of `rows`."""
@@ -108,6 +115,7 @@ class PrimaryInput:
     num_decode: int  # of them, the first ones
     token_T: Tensor  # int64
     position_T: Tensor  # int64
+    sampled_token_R: Tensor  # int64, of the rows that draw a token: their last one, among the step's
     append: Append
     local: DecodeLanes
     prefill: PrefillChunks | None
@@ -154,14 +162,18 @@ def prefill_entries(
 
 
 class StepPlanner:
-    """Turns commands into inputs for one stage on one rank. Keeps who owns which lane."""
+    """Turns commands into inputs for one stage on one rank. Keeps who owns which lane.
+
+    Inputs of a step can be used after `upload`, which comes once, when all of them have been asked for.
+    """
 
     def __init__(
         self, pool: PagePool, num_groups: int, max_num_seqs: int, windows: Sequence[int], device: torch.device
     ) -> None:
         """`pool`: of the rank and stage. `windows`: per layer of the stage; 0: none."""
         self.rank, self.stage, self.num_groups = pool.id.rank, pool.id.stage, num_groups
-        self.pool, self.device = pool, device
+        self.pool, self._arrays = pool, step_arrays(device)
+        self.upload = self._arrays.send
         self._windows = Counter(windows)
         self.owners_BG: NDArray[np.int32] = np.full((max_num_seqs, num_groups), -1, dtype=np.int32)
 
@@ -187,9 +199,10 @@ class StepPlanner:
         return PrimaryInput(
             num_tokens=rows.num_tokens,
             num_decode=rows.num_decode_tokens,
-            token_T=self._move(np.frombuffer(command.tokens, dtype=np.int32).astype(np.int64)),
-            position_T=self._move(all_positions),
-            append=Append(self._int32(append_row), self._move(append_slot)),
+            token_T=self._put(np.frombuffer(command.tokens, dtype=np.int32).astype(np.int64)),
+            position_T=self._put(all_positions),
+            sampled_token_R=self._put(rows.last_tokens(np.frombuffer(command.sampled, dtype=np.int32))),
+            append=Append(self._int32(append_row), self._put(append_slot)),
             local=self._decode_lanes(lanes, self._int32(local_row), position),
             prefill=self._chunks(rows, groups),
             routes=self._routes(command, rows, groups, workers),
@@ -205,10 +218,10 @@ class StepPlanner:
         prompt_lanes = prompt_slots * self.num_groups + prompt_group
         return WorkerInput(
             lanes=self._decode_lanes(lanes, order, position),
-            append=Append(order, self._move(self.pool.slots(lanes, position))),
+            append=Append(order, self._put(self.pool.slots(lanes, position))),
             prefill_append=Append(
                 self._int32(np.arange(len(prompt_lanes))),
-                self._move(self.pool.slots(prompt_lanes, prompt_position)),
+                self._put(self.pool.slots(prompt_lanes, prompt_position)),
             ),
             haul=worker_haul(hauls_of(command, self.stage, groups, self.num_groups), self.pool, home),
         )
@@ -245,8 +258,7 @@ class StepPlanner:
         return routes
 
     def _int32(self, array: NDArray[np.int64]) -> Tensor:
-        return self._move(array.astype(np.int32))
+        return self._put(array.astype(np.int32))
 
-    def _move(self, array: NDArray[np.generic]) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(array))
-        return host if self.device.type == "cpu" else host.to(self.device, non_blocking=True)
+    def _put(self, array: NDArray[Any]) -> Tensor:
+        return self._arrays.put(array)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hetis_kernels.linear import kernel_tokens, linear, pack_linear, use_plain
+from hetis_kernels.linear import kernel_tokens, linear, pack_linear
 
 
 @pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
@@ -101,49 +101,39 @@ def test_a_share_of_nothing(dtype: torch.dtype, plain: bool, num_tokens: int) ->
     """No outputs; and without inputs the bias, or zeros where there is none, whatever was in the result before."""
     x, bias = torch.randn(num_tokens, 16).to(dtype), torch.randn(9).to(dtype)
     into, out_of = (
-        pack_linear(x.new_empty(0, 16)),
-        (pack_linear(x.new_empty(9, 0)), pack_linear(x.new_empty(9, 0), bias)),
+        pack_linear(x.new_empty(0, 16), plain=plain),
+        (pack_linear(x.new_empty(9, 0), plain=plain), pack_linear(x.new_empty(9, 0), bias, plain=plain)),
     )
-    use_plain(plain)
-    try:
-        nothing = linear(x, into, x.new_empty(num_tokens, 0))
-        assert nothing.shape == (num_tokens, 0)
-        for packed, expected in zip(out_of, (torch.zeros(9, dtype=dtype), bias), strict=True):
-            out = torch.full((num_tokens, 9), torch.nan, dtype=dtype)
-            assert linear(nothing, packed, out) is out
-            assert torch.equal(out, expected.expand(num_tokens, 9))
-            assert torch.equal(linear(nothing, packed), out)
-    finally:
-        use_plain(False)
+    nothing = linear(x, into, x.new_empty(num_tokens, 0))
+    assert nothing.shape == (num_tokens, 0)
+    for packed, expected in zip(out_of, (torch.zeros(9, dtype=dtype), bias), strict=True):
+        out = torch.full((num_tokens, 9), torch.nan, dtype=dtype)
+        assert linear(nothing, packed, out) is out
+        assert torch.equal(out, expected.expand(num_tokens, 9))
+        assert torch.equal(linear(nothing, packed), out)
 
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_layer_is_the_one_of_torch(dtype: torch.dtype, plain: bool, with_bias: bool) -> None:
     x, weight = torch.randn(6, 64).to(dtype), torch.randn(50, 64).to(dtype)
-    packed = pack_linear(weight, torch.randn(50).to(dtype) if with_bias else None)
+    packed = pack_linear(weight, torch.randn(50).to(dtype) if with_bias else None, plain=plain)
     assert packed.weight.data_ptr() == weight.data_ptr()  # tied embeddings stay one tensor
     tolerance = 4 * torch.finfo(dtype).eps
     out = torch.empty(6, 50, dtype=dtype)
-    use_plain(plain)
-    try:
-        expected = functional.linear(x, weight, packed.bias)
-        torch.testing.assert_close(linear(x, packed), expected, rtol=tolerance, atol=8 * tolerance)
-        assert linear(x, packed, out) is out
-        torch.testing.assert_close(out, expected, rtol=tolerance, atol=8 * tolerance)
-    finally:
-        use_plain(False)
+    expected = functional.linear(x, weight, packed.bias)
+    torch.testing.assert_close(linear(x, packed), expected, rtol=tolerance, atol=8 * tolerance)
+    assert linear(x, packed, out) is out
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=8 * tolerance)
+    assert linear(x[:0], packed).shape == (0, 50)
 
 
 def test_plain_and_large_calls_are_left_to_torch() -> None:
     assert kernel_tokens(torch.float32) > 0
     packed = pack_linear(torch.randn(32, 16))
     x = torch.randn(4, 16)
-    use_plain(True)
-    try:
-        assert torch.equal(linear(x, packed), functional.linear(x, packed.weight))
-    finally:
-        use_plain(False)
+    plain = pack_linear(packed.weight, plain=True)
+    assert torch.equal(linear(x, plain), functional.linear(x, packed.weight))
     assert torch.equal(linear(x, packed), run_kernel(x, packed.weight))
     torch.ops.hetis.limit_dense_isa("portable")
     try:
