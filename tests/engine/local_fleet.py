@@ -88,7 +88,14 @@ class LocalFleet:
         spec = with_own_head(read_model_spec(directory), directory)
         resolved = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
         args = DriverArgs(
-            config=config, spec=spec, plan=resolved, eos_token_ids=[], run_directory="", address=None, announce=False
+            config=config,
+            spec=spec,
+            plan=resolved,
+            eos_token_ids=[],
+            run_directory="",
+            address=None,
+            announce=False,
+            parent=os.getpid(),
         )
         fleet = [_device(rank) for rank in range(resolved.world_size)]
         self.setup, self.ledger = make_setup(args, fleet)
