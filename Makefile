@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The CPU build of torch lives on an index of its own; it is used where there is no NVIDIA GPU and the index answers.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || $(PYTHON) bench/torch_index.py)
-SOURCES := $(wildcard csrc/*/*) setup.py constraints.txt
+SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: install demo test test-all test-gpu check format clean
+.PHONY: install install-bench demo test test-process test-gpu prove check format clean
 install: $(STAMP)
 
 $(STAMP): $(SOURCES)
@@ -15,34 +15,43 @@ $(STAMP): $(SOURCES)
 		{ echo "make: cannot create a virtual environment: install the python3-venv package of your system." >&2; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
 	$(BIN)/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch numpy
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	@HETIS_REQUIRE_EXTENSIONS=1 PYTHONWARNINGS=ignore \
+		$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev]' || \
+		{ echo "make: hetis is not installed; the reason is above (its C++ extensions need g++ and must build here)." >&2; exit 1; }
 	@touch $(STAMP)
+
+# What the extra `bench` of setup.py names, without building hetis again.
+install-bench: install
+	$(BIN)/pip install --quiet -c constraints.txt matplotlib scipy
 
 # The dispatcher would leave a model as small as the demo's on the primary: here every device gets its share.
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 3 -m hetis generate --plan 1+2 --dispatch even
 
 # Most tests use one core: two files at a time.
-TEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
-
 test: install
-	$(TEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-all: install
-	$(TEST) -m 'not gpu'
+# Whole fleets of processes, one test at a time: each uses both cores.
+test-process: install
+	$(BIN)/python -m pytest -m process
 
 test-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
+# Everything that is stated as time or throughput, in turn with the checkout BEFORE if that is given.
+prove: install-bench
+	$(BIN)/python bench/prove.py $(if $(BEFORE),--before $(BEFORE))
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p build/typed && ln -sfn ../../kernels build/typed/hetis_kernels # kernels/ under its import name
-	MYPYPATH=build/typed $(BIN)/mypy -p hetis -p hetis_kernels
+	MYPYPATH=build/packages $(BIN)/mypy -p hetis -p hetis_kernels
+	$(BIN)/python bench/size.py
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info kernels/*.so hetis/dispatcher/*.so
+	rm -rf $(VENV) build kernels/*.so kernels/*.missing hetis/dispatcher/*.so hetis/dispatcher/*.missing

@@ -1,23 +1,35 @@
 """Packages `hetis` and `kernels/` (imported as `hetis_kernels`), and the C++ extensions from `csrc/`.
 
-The one for tensors is built against the torch that is installed, so install with `--no-build-isolation` when torch is
-there (as `make` does). Without torch or a compiler extensions are left out; hetis then runs on their references in
-torch and Python, and says so once.
+`build/packages/` is made here and holds a link for each package under its import name. An editable installation puts
+that folder on Python's path, so new modules are found without installing again, and the folder of a checkout, which is
+called `hetis` as well, hides nothing when Python starts beside it.
+
+The extension for tensors is built against the torch of this environment: torch's C++ interface changes with its
+version, so a torch that is downloaded for the build alone would not do. What cannot be built is left out, and a file
+`*.missing` in its place has the cause, which hetis logs when it starts; with HETIS_REQUIRE_EXTENSIONS=1, as `make`
+sets it, the installation fails instead.
 """
 
 import os
+import shutil
+import site
 import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+sys.path += [path for path in site.getsitepackages() if path not in sys.path]  # pip's isolated builds hide torch
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:  # then without the torch extension
+except ImportError:
     BuildExtension = None
 
 ROOT = Path(__file__).parent
+LINKS = "build/packages"
+PACKAGES = {"hetis": "hetis", "hetis_kernels": "kernels"}  # import name -> folder
+REQUIRED = os.environ.get("HETIS_REQUIRE_EXTENSIONS") == "1"
+KERNELS, SOLVER = "hetis_kernels._cpu", "hetis.dispatcher._solver"
 REQUIREMENTS = [
     "torch>=2.11",
     "triton>=3.6; sys_platform == 'linux'",
@@ -27,16 +39,25 @@ REQUIREMENTS = [
     "tokenizers",
     "huggingface_hub",
     "pyzmq>=26.4",
-    "msgspec",
+    "msgspec>=0.20",
     "psutil",
     "rich",
 ]
 EXTRAS = {
     "flash": ["flash-attn"],
-    "bench": ["matplotlib"],
+    "bench": ["matplotlib", "scipy"],
     "test": ["pytest", "pytest-xdist", "hypothesis", "scipy"],
     "dev": ["ruff", "mypy"],
 }
+
+
+def link_packages() -> None:
+    """Makes the links of `LINKS` that are not there."""
+    folder = ROOT / LINKS
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, target in PACKAGES.items():
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(Path("../..") / target)
 
 
 def sources(folder: str, pattern: str) -> list[str]:
@@ -49,7 +70,7 @@ def solver() -> Extension:
     It has to return what its Python reference returns, so nothing may be contracted to fused operations.
     """
     return Extension(
-        "hetis.dispatcher._solver",
+        SOLVER,
         sources("dispatcher", "*.cpp"),
         depends=sources("dispatcher", "*.h"),
         extra_compile_args=["-std=c++17", "-O2", "-g0", "-ffp-contract=off", "-Wall"],
@@ -63,7 +84,7 @@ def kernels() -> Extension:
     symbols are found in the copy that torch brings along, and both share one pool of threads.
     """
     return CppExtension(
-        "hetis_kernels._cpu",
+        KERNELS,
         sources("cpu", "*.cpp"),
         depends=sources("cpu", "*.h"),
         # GCC 12 finds uninitialised values inside its own AVX-512 headers
@@ -71,37 +92,75 @@ def kernels() -> Extension:
     )
 
 
-class BuildIfPossible(build_ext if BuildExtension is None else BuildExtension.with_options(no_python_abi_suffix=True)):
-    """A missing or failing compiler leaves extensions out instead of ending the installation."""
+class BuildOrExplain(build_ext if BuildExtension is None else BuildExtension):
+    """What cannot be built is left out, with the cause in a file in its place; or ends the installation (REQUIRED)."""
+
+    def run(self) -> None:
+        self.causes: dict[str, str] = {}
+        self.force = True  # torch may be another one than at the last build; ninja knows which objects that concerns
+        if BuildExtension is None:
+            self._leave_out(KERNELS, "torch was not installed in this environment when hetis was")
+        super().run()
+        for name in (KERNELS, SOLVER):
+            self._explain(name)
 
     def build_extensions(self) -> None:
         try:
             super().build_extensions()
-        except Exception as error:
-            print(f"hetis: C++ extensions left out, CPU attention will be slow: {error}", file=sys.stderr)
+        except Exception as error:  # torch looks at the compiler before it builds anything
+            for extension in self.extensions:
+                self._fail(extension, error)
 
     def build_extension(self, ext: Extension) -> None:
         try:
             super().build_extension(ext)
         except Exception as error:
-            print(f"hetis: {ext.name} left out, its work will be done slowly: {error}", file=sys.stderr)
+            self._fail(ext, error)
+
+    def _fail(self, extension: Extension, error: Exception) -> None:
+        print(f"hetis: {extension.name}: {error}", file=sys.stderr)
+        extension.optional = True  # setuptools goes on without its file
+        has_compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++")))
+        cause = "the C++ compiler failed" if has_compiler else "there was no C++ compiler (install g++)"
+        self._leave_out(extension.name, cause)
+
+    def _leave_out(self, name: str, cause: str) -> None:
+        if REQUIRED:
+            raise SystemExit(f"hetis: the C++ extension {name} cannot be built: {cause}.")
+        print(f"hetis: {name} left out: {cause}", file=sys.stderr)
+        self.causes[name] = cause
+
+    def _explain(self, name: str) -> None:
+        """Where the extension belongs lies either its file or the cause, nothing from an earlier build."""
+        library = Path(self.get_ext_fullpath(name))
+        cause = library.with_suffix(".missing")
+        if name in self.causes:
+            library.unlink(missing_ok=True)
+            cause.parent.mkdir(parents=True, exist_ok=True)
+            cause.write_text(self.causes[name])
+        else:
+            cause.unlink(missing_ok=True)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """One name whatever the version of Python: neither library uses Python's C interface."""
+        return os.path.join(*fullname.split(".")) + ".so"
 
 
-extensions = [solver(), *([] if BuildExtension is None else [kernels()])]
-for extension in extensions:
-    extension.optional = True  # an installation may go on without its file
 os.chdir(ROOT)
+link_packages()
 setup(
     name="hetis",
     version="0.1.0",
     description="LLM serving over fleets of unlike devices, split by attention head",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["hetis", "hetis.*"]), "hetis_kernels"],
-    package_dir={"hetis_kernels": "kernels"},
+    packages=find_packages(LINKS),
+    package_dir={"": LINKS},
     package_data={"hetis": ["py.typed", "assets/**/*"], "hetis_kernels": ["py.typed"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hetis = hetis.server.cli:main"]},
-    ext_modules=extensions,
-    cmdclass={"build_ext": BuildIfPossible},
+    ext_modules=[solver(), *([] if BuildExtension is None else [kernels()])],
+    cmdclass={"build_ext": BuildOrExplain},
 )

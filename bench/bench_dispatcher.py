@@ -15,6 +15,7 @@ from random import Random
 from statistics import mean, median, quantiles
 
 from dispatch_problems import random_problem
+from extras import need
 
 from hetis.dispatcher import native
 from hetis.dispatcher.balance import balance_ref
@@ -73,6 +74,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random problems (default 0)")
     parser.add_argument("--no-highs", action="store_true", help="do not compare with HiGHS")
     arguments = parser.parse_args()
+    if not arguments.no_highs:
+        need("scipy")
     rng = Random(arguments.seed)
     print("                   C++, us                  Python, us               gap to HiGHS    HiGHS,")
     print("sequences devices   median    90 % slowest   median    90 % slowest     mean largest       ms")

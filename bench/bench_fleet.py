@@ -10,7 +10,7 @@
 Fleets are emulated with real processes on two cores (`emulation/`); scenarios, with their arithmetic and what must
 hold, are in `fleet_scenarios.py`. Cases alternate; all get the same requests at the same times. Medians over rounds are
 printed as a table; every run becomes a row of bench/results/fleet.jsonl, and the scenario a picture beside it. Needs
-matplotlib (`pip install '.[bench]'`) and Linux.
+matplotlib (`make install-bench`) and Linux.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from emulation.fleet import Fleet
 from emulation.launch import EmulatedFleet
 from emulation.metrics import measure, sliding_rate
 from emulation.workload import Request, make_requests, read_trace
+from extras import need
 from fleet_report import Counted, Row, commit, date, draw, keep, machine, table, verdicts
 from fleet_scenarios import POLICIES, SCENARIOS, Case, Scenario
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trace-file", type=Path, help="lengths from an Azure trace, scaled like the drawn ones")
     options = parser.parse_args()
+    need("matplotlib")
     scenario = SCENARIOS[options.scenario]
     if options.emulate is not None:
         scenario = with_fleet(scenario, msgspec.json.decode(options.emulate.read_bytes(), type=Fleet))

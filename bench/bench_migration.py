@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
 from pathlib import Path
 from statistics import median, quantiles
@@ -82,6 +83,7 @@ def main() -> None:
         f"moving / at rest: median {ratios[0]:.3f}, 95 % {ratios[1]:.3f} (aim {AIM}); {stats.num_migrations} lanes, "
         f"{stats.migrated_bytes / 2**20:.0f} MiB, {stats.migrated_bytes / 2**20 / seconds:.0f} MiB/s while they move"
     )
+    sys.exit(ratios[1] > AIM)
 
 
 if __name__ == "__main__":

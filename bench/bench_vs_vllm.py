@@ -152,7 +152,7 @@ def make_checkpoint(directory: Path) -> Path:
     from safetensors.torch import save_file
 
     from hetis.models.families import FAMILIES, read_model_spec
-    from hetis.models.loader import expected_tensors
+    from hetis.models.tensor_names import expected_tensors
 
     (directory / "config.json").write_text(json.dumps(CONFIG))
     spec = read_model_spec(directory)

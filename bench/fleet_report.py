@@ -15,7 +15,6 @@ from emulation.metrics import Metrics
 from emulation.model import ModelShape
 from emulation.workload import Workload
 from fleet_scenarios import Requirement, Scenario
-from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,15 +53,14 @@ class Row(msgspec.Struct, kw_only=True):
     rates: list[tuple[float, float]]  # (second, output tokens/s in the two seconds before)
 
 
-def commit() -> str:
-    """Of the tree that runs; with a + if something in it, results aside, has not been committed."""
-    dirty = _git("status", "--porcelain", "--", ":/", f":!{RESULTS.name}")
-    return _git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
+def commit(tree: Path = RESULTS.parent.parent) -> str:
+    """Of a checkout; with a + if something in it, results aside, has not been committed."""
 
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=tree, capture_output=True, text=True, check=True).stdout.strip()
 
-def _git(*arguments: str) -> str:
-    here = Path(__file__).parent
-    return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    dirty = git("status", "--porcelain", "--", ":/", ":!bench/results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
 
 
 def date() -> str:
@@ -128,6 +126,8 @@ def verdicts(requirements: Iterable[Requirement], rows: Sequence[Row]) -> list[t
 
 def draw(name: str, scenario: Scenario, rows: Sequence[Row]) -> Path:
     """Bars of the medians with a dot for each round, and output tokens/s over time in the last round."""
+    from matplotlib import pyplot
+
     found = medians(rows)
     figure, axes = pyplot.subplots(1, 4, figsize=(17, 4), width_ratios=[1, 1, 1, 2])
     for axis, metric, title in zip(

@@ -1,13 +1,15 @@
 """hetis: LLM serving over fleets of unlike devices, split by attention head."""
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing has it; nothing is imported before `__main__` has set the path
 if TYPE_CHECKING:
+    from hetis.core.config import EngineConfig
+    from hetis.core.messages import FleetStats
     from hetis.core.outputs import CompletionOutput, RequestOutput
     from hetis.core.sampling_params import SamplingParams
     from hetis.server.llm import LLM
+    from hetis.server.requests import Piece
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "FleetStats", "Piece", "RequestOutput", "SamplingParams"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -15,10 +17,13 @@ _HOMES = {
     "SamplingParams": "hetis.core.sampling_params",
     "RequestOutput": "hetis.core.outputs",
     "CompletionOutput": "hetis.core.outputs",
+    "Piece": "hetis.server.requests",
+    "FleetStats": "hetis.core.messages",
+    "EngineConfig": "hetis.core.config",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imports a public name when it is first used: the driver and the ranks load only what they need."""
     if name not in _HOMES:
         raise AttributeError(f"module 'hetis' has no attribute {name!r}")

@@ -1,5 +1,21 @@
 """`python -m hetis`, and what torchrun starts on every rank."""
 
-from hetis.server.cli import main
+import os
+import sys
 
-main()
+
+def leave_working_directory() -> None:
+    """Off the path, where `python -m` has put it first: a user's file must not take the place of a library."""
+    try:
+        here = os.getcwd()
+    except OSError:  # it has been deleted, and is not on the path
+        return
+    if not sys.flags.safe_path and sys.path[0] == here:
+        del sys.path[0]
+
+
+if __name__ == "__main__":
+    leave_working_directory()  # before anything else is imported
+    from hetis.server.cli import main
+
+    main()

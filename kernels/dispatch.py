@@ -57,22 +57,6 @@ def cpu_op(name: str) -> Callable[..., None] | None:
     return None if packet is None else packet.default
 
 
-@cache
-def _grown_scratch(device: torch.device) -> list[torch.Tensor]:
-    return [torch.empty(0, dtype=torch.float32, device=device)]
-
-
-def scratch(device: torch.device, numel: int) -> torch.Tensor:
-    """float32 working memory of one device, kept between calls and replaced only when a call needs more.
-
-    All kernels of a device share it, which is safe because they run in order on one stream.
-    """
-    holder = _grown_scratch(device)
-    if holder[0].numel() < numel:
-        holder[0] = torch.empty(numel, dtype=torch.float32, device=device)
-    return holder[0]
-
-
 def check_floats(**tensors: torch.Tensor) -> None:
     """ValueError unless all tensors share one float dtype and one device, with contiguous last dimensions."""
     first_name, first = next(iter(tensors.items()))

@@ -1,46 +1,51 @@
 """Finds and loads the C++ extension (csrc/), which registers the operations `torch.ops.hetis.*`."""
 
-import logging
+import re
 from functools import cache
 from pathlib import Path
 
 import torch
 
-logger = logging.getLogger(__name__)
-
-INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+FOLDER = Path(__file__).parent
+INSTALL = "pip install setuptools ninja && pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 @cache
-def load() -> bool:
-    """Loads the extension once for this process; True when its operations can be called.
+def problem() -> str | None:
+    """Loads the extension, once for this process; None when its operations can be called, else why not, in a sentence.
 
-    Without it every launcher runs its torch reference on the CPU, which is much slower, and one warning says so. An
-    extension that was built for another torch counts as missing, and the warning carries the reason.
+    Without it every launcher runs its torch reference on the CPU. An extension that was built for another torch must
+    not be used: torch's C++ interface changes with its version.
     """
-    libraries = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    libraries = sorted(FOLDER.glob("_cpu*.so"))
     if not libraries:
-        logger.warning(
-            "the C++ extension is not built, so attention and linear layers on the CPU run on plain torch, many times "
-            "slower; install g++ and run in the checkout of hetis: %s",
-            INSTALL,
-        )
-        return False
+        return _sentence(f"is not built: {_cause()}")
     try:
         torch.ops.load_library(str(libraries[0]))  # type: ignore[no-untyped-call]
-    except OSError as error:
-        logger.warning(
-            "the C++ extension %s cannot be loaded (%s), so the CPU runs on plain torch, many times slower; to build "
-            "it for torch %s, run in the checkout of hetis: %s",
-            libraries[0],
-            error,
-            torch.__version__,
-            INSTALL,
-        )
-        return False
-    return True
+        built_for = torch.ops.hetis.built_for_torch()
+    except (OSError, AttributeError) as error:
+        return _sentence(f"cannot be loaded ({error})")
+    here = torch.__version__
+    if re.match(rf"{re.escape(built_for)}(?!\d)", here):  # "2.13.0" of "2.13.0+cpu" or "2.13.0a0"
+        return None
+    return _sentence(f"was built for torch {built_for}, and this is torch {here}")
 
 
-def available() -> bool:
-    """Is the extension there and loaded?"""
-    return load()
+def load() -> bool:
+    """Whether the operations of the extension can be called; loads it on first use."""
+    return problem() is None
+
+
+def _cause() -> str:
+    """What setup.py left in place of the library."""
+    try:
+        return (FOLDER / "_cpu.missing").read_text()
+    except FileNotFoundError:
+        return "hetis runs from sources that were not installed"
+
+
+def _sentence(what: str) -> str:
+    return (
+        f"the C++ extension with the CPU kernels {what}; attention and linear layers on the CPU are many times slower, "
+        f"and links within a host sleep instead of spinning. Remedy, in the checkout of hetis: {INSTALL}"
+    )

@@ -76,7 +76,7 @@ def _gated_activation_kernel(
 
 def _launch(gate_up_TF2: torch.Tensor, activation: str, out_TF: torch.Tensor) -> None:
     num_tokens, num_columns = out_TF.shape
-    if num_tokens == 0:
+    if out_TF.numel() == 0:
         return
     _gated_activation_kernel[(num_tokens, triton.cdiv(num_columns, 1024))](
         gate_up_TF2,
@@ -86,4 +86,5 @@ def _launch(gate_up_TF2: torch.Tensor, activation: str, out_TF: torch.Tensor) ->
         out_TF.stride(0),
         ACTIVATION=activation,
         BLOCK_F=1024,
+        enable_fp_fusion=True,
     )

@@ -47,7 +47,7 @@ def kv_append(
     dispatch("kv_append", backend, k_ND.device, kv_append_ref, _launch, (k_ND, v_ND, pool_2PSD, row_A, slot_A))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 @no_type_check
 def _kv_append_kernel(
     k_pointer,
@@ -93,4 +93,5 @@ def _launch(
         D=head_dim,
         BLOCK_A=8,
         BLOCK_D=triton.next_power_of_2(head_dim),
+        enable_fp_fusion=True,
     )

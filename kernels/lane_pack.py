@@ -85,6 +85,7 @@ def _launch_pack(source_NF: torch.Tensor, row_U: torch.Tensor, out_UF: torch.Ten
         out_UF.stride(0),
         SCATTER=scatter,
         BLOCK_F=block,
+        enable_fp_fusion=True,
     )
 
 

@@ -16,15 +16,14 @@ from torch.nn import functional
 
 from .dispatch import check_floats, cpu_op
 
-_plain = False
-
 
 @dataclass(frozen=True)
 class PackedLinear:
     """What `linear` needs of one layer.
 
     weight: [N, K], the very tensor that was given (no copy), so that an embedding and an LM head may be one tensor.
-    bias: [N] or None. kernel_tokens: calls of up to so many tokens run our kernel, larger ones torch's.
+    N or K may be 0: no outputs, or the bias (else zeros) as the result.
+    bias: [N] or None. kernel_tokens: calls of up to so many tokens run our kernel, larger ones torch's; 0: never ours.
     """
 
     weight: Tensor
@@ -32,14 +31,10 @@ class PackedLinear:
     kernel_tokens: int
 
 
-def use_plain(plain: bool) -> None:
-    """True: every `linear` of this process calls `torch.nn.functional.linear`; False (default): the fastest way."""
-    global _plain
-    _plain = plain
-
-
-def pack_linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
+def pack_linear(weight_NK: Tensor, bias_N: Tensor | None = None, *, plain: bool = False) -> PackedLinear:
     """Checks a weight [N, K] and its bias [N] and prepares them for `linear`; both are shared, not copied.
+
+    `plain`: leave every call to torch.
 
     The weight may be a slice of a larger one and must hold its values already: on the CPU its pages are gathered into
     huge ones, which costs 1 to 2 s per GB and gives a quarter more bandwidth; it is free where the allocator did so
@@ -55,7 +50,8 @@ def pack_linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear
     on_cpu = weight_NK.device.type == "cpu"
     if on_cpu and cpu_op("advise_huge_pages") is not None:
         torch.ops.hetis.advise_huge_pages(weight_NK, True)
-    return PackedLinear(weight_NK, bias_N, kernel_tokens(weight_NK.dtype) if on_cpu else 0)
+    has_kernel = on_cpu and not plain and weight_NK.numel() > 0
+    return PackedLinear(weight_NK, bias_N, kernel_tokens(weight_NK.dtype) if has_kernel else 0)
 
 
 def linear(x_TK: Tensor, packed: PackedLinear, out_TN: Tensor | None = None) -> Tensor:
@@ -64,7 +60,7 @@ def linear(x_TK: Tensor, packed: PackedLinear, out_TN: Tensor | None = None) -> 
     x, weight and result have one dtype and contiguous rows (any row stride); sums in float32, rounded once. `out_TN`
     must not overlap x. Raises ValueError or torch's RuntimeError for shapes or dtypes that do not fit.
     """
-    if _plain or x_TK.shape[0] > packed.kernel_tokens:
+    if x_TK.shape[0] > packed.kernel_tokens or packed.kernel_tokens == 0:
         return _torch_linear(x_TK, packed, out_TN)
     if out_TN is None:
         out_TN = x_TK.new_empty(x_TK.shape[0], packed.weight.shape[0])

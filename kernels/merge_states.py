@@ -65,7 +65,7 @@ def merge_states(
     dispatch("merge_states", backend, out_a_NMD.device, merge_states_ref, _launch, arguments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 @no_type_check
 def _merge_states_kernel(
     out_a_pointer,
@@ -122,4 +122,5 @@ def _launch(
         D=head_dim,
         BLOCK_N=8,
         BLOCK_D=triton.next_power_of_2(head_dim),
+        enable_fp_fusion=True,
     )

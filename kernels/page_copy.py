@@ -88,7 +88,7 @@ def _launch_gather(
         return
     block = min(2048, triton.next_power_of_2(num_values))
     _page_copy_kernel[(page_N.shape[0], 2 * num_layers, triton.cdiv(num_values, block))](
-        pool_L2PSD, page_N, buffer_NL2SD, num_pages, num_values, SCATTER=scatter, BLOCK=block
+        pool_L2PSD, page_N, buffer_NL2SD, num_pages, num_values, SCATTER=scatter, BLOCK=block, enable_fp_fusion=True
     )
 
 

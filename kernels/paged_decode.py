@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .attention import accumulate, attention_ref, lane_tokens
-from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch, scratch
+from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch
 
 # A lane of up to MIN_SPLIT tokens is one piece of work; a longer one is cut into pieces of MIN_SPLIT tokens, or into
 # MAX_SPLITS equal ones, whichever is fewer. 32 pieces for each of 8 head groups keep 256 programs busy.
@@ -54,6 +54,7 @@ def paged_decode(
     lse2_NM: torch.Tensor,
     *,
     max_length: int | None = None,
+    scratch: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> None:
     """out[row_U[u]] = softmax(scale q k) v over the cached tokens of table row lane_U[u], for every u, in place.
@@ -65,13 +66,15 @@ def paged_decode(
     window: queries see the last `window` tokens of the lane; 0 means all of them.
     max_length: a bound of length_U known on the host; on CUDA it saves empty programs and scratch memory (without it,
     the width of the page table is the bound) and it never changes a result.
+    scratch: float32, for the pieces of long lanes; only the Triton kernel uses it. One stream (or thread) at a time may
+    use it. `decode_scratch_numel` says how much a call needs; less is refused with ValueError. None: allocated here.
 
     What is computed for a lane depends on its length and the window alone, not on the other lanes of the call.
     Bytes read: 2 * min(length, window) * D values per lane. Raises ValueError for wrong shapes, dtypes or devices.
     """
     _check(q_NMD, pool_2PSD, page_table_BW, lane_U, row_U, length_U, window, out_NMD, lse2_NM)
     arguments = (q_NMD, pool_2PSD, page_table_BW, lane_U, row_U, length_U, scale, window, out_NMD, lse2_NM)
-    launch = partial(_launch, max_length=max_length)
+    launch = partial(_launch, max_length=max_length, scratch=scratch)
     dispatch("paged_decode", backend, q_NMD.device, paged_decode_ref, launch, arguments)
 
 
@@ -233,6 +236,16 @@ def _merge_splits_kernel(
     tl.store(lse2_pointer + row * lse2_stride_n + m, largest + tl.log2(total))
 
 
+def _num_splits(longest: int) -> int:
+    """The most pieces that a lane of up to `longest` attended tokens is cut into."""
+    return min(MAX_SPLITS, max(1, -(-longest // MIN_SPLIT)))
+
+
+def decode_scratch_numel(num_lanes: int, num_queries: int, head_dim: int, longest: int) -> int:
+    """float32 values for the results of all pieces: out and lse2 of `num_lanes` lanes of up to `longest` tokens."""
+    return num_lanes * _num_splits(longest) * num_queries * (head_dim + 1)
+
+
 def decode_tile(num_queries: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Constants of one program, the same on every card: they are part of what a lane's result depends on.
 
@@ -263,6 +276,7 @@ def _launch(
     out_NMD: torch.Tensor,
     lse2_NM: torch.Tensor,
     max_length: int | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> None:
     num_lanes, num_queries, head_dim = lane_U.shape[0], q_NMD.shape[1], q_NMD.shape[2]
     if num_lanes == 0:
@@ -270,10 +284,14 @@ def _launch(
     page_size = pool_2PSD.shape[2]
     longest = page_table_BW.shape[1] * page_size if max_length is None else max_length
     longest = min(longest, window) if window else longest
-    num_splits = min(MAX_SPLITS, max(1, triton.cdiv(longest, MIN_SPLIT)))
+    num_splits = _num_splits(longest)
     partial_numel = num_lanes * num_splits * num_queries
-    memory = scratch(q_NMD.device, partial_numel * (head_dim + 1))
-    partial_out, partial_lse2 = memory, memory[partial_numel * head_dim :]
+    needed = decode_scratch_numel(num_lanes, num_queries, head_dim, longest)
+    if scratch is None:
+        scratch = torch.empty(needed, dtype=torch.float32, device=q_NMD.device)
+    elif scratch.numel() < needed:
+        raise ValueError(f"scratch has {scratch.numel()} values; {num_lanes} lanes of {longest} tokens need {needed}")
+    partial_out, partial_lse2 = scratch, scratch[partial_numel * head_dim :]
     shape = {"M": num_queries, "D": head_dim, "MIN_SPLIT": MIN_SPLIT, "MAX_SPLITS": MAX_SPLITS}
     tile = decode_tile(num_queries, head_dim, q_NMD.dtype)
     _paged_decode_kernel[(num_lanes, num_splits)](
@@ -297,6 +315,7 @@ def _launch(
         out_NMD.stride(1),
         lse2_NM.stride(0),
         S=page_size,
+        enable_fp_fusion=True,
         **shape,
         **tile,
     )
@@ -315,5 +334,6 @@ def _launch(
             lse2_NM.stride(0),
             BLOCK_D=tile["BLOCK_D"],
             BLOCK_K=tile["BLOCK_K"],
+            enable_fp_fusion=True,
             **shape,
         )

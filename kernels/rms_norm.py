@@ -115,4 +115,5 @@ def _launch_add(
         epsilon,
         BLOCK_H=block,
         num_warps=min(16, max(4, block // 512)),
+        enable_fp_fusion=True,
     )

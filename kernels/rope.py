@@ -167,4 +167,5 @@ def _launch(
         BLOCK_H=triton.next_power_of_2(num_queries + 1),
         BLOCK_HALF=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
+        enable_fp_fusion=True,
     )

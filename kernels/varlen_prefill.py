@@ -268,5 +268,6 @@ def _launch(
         M=num_queries,
         D=head_dim,
         S=pool_2PSD.shape[2],
+        enable_fp_fusion=True,
         **tile,
     )

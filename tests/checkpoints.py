@@ -21,6 +21,12 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,  # so that short prompts meet all three ranges of wavelengths
 }
+_YARN = {  # positions of short prompts lie beyond the original length; 2048 in all
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 64.0,
+    "original_max_position_embeddings": 32,
+}
 
 # name -> (configuration class, what differs from `_SMALL`)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,7 +43,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "five_groups": ("Qwen3Config", {"num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 32}),
     "three_groups": (
         "MistralConfig",
-        {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3, "sliding_window": None},
+        {
+            "hidden_size": 192,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "sliding_window": None,
+            "rope_parameters": _YARN,
+        },
     ),
     "head_dim_80": ("LlamaConfig", {"hidden_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}),
     "head_dim_128": ("Qwen3Config", {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 2}),

@@ -66,6 +66,7 @@ RULES = {  # the longest prefix counts
             *HOST_CACHE,
             "hetis.comm.control",
             "hetis.comm.supervision",
+            "hetis.comm.children",
             "hetis.__version__",
             "numpy",
             "msgspec",

@@ -5,6 +5,7 @@
 // on the CPU.
 
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include "operations.h"
 
@@ -29,4 +30,5 @@ TORCH_LIBRARY(hetis, m) {
       "Tensor(b!) lse2_NM) -> ()",
       &hetis::merge_states);
   m.def("stream_read(Tensor tensor) -> int", &hetis::stream_read);
+  m.def("built_for_torch() -> str", [] { return std::string(TORCH_VERSION); });
 }

@@ -50,15 +50,15 @@ class CacheManager:
 
     # --- growing and shrinking ----------------------------------------------------------------------------------------
 
-    def admit(self, slot: int, placement: Placement, prefill_len: int) -> Shortage | None:
-        """Gives a new sequence its lanes and the pages of its first `prefill_len` tokens, staging included.
+    def admit(self, slot: int, placement: Placement, num_tokens: int) -> Shortage | None:
+        """Gives a new sequence its lanes and the pages of its first `num_tokens` tokens, staging included.
 
         All or nothing: with a `Shortage` the slot stays empty.
         """
         assert 0 <= slot < self._max_num_seqs, f"slot {slot} of {self._max_num_seqs}"
         assert slot not in self._sequences, f"slot {slot} is taken"
         lanes = self._lanes(slot, placement)
-        shortage = self._grow(lanes, prefill_len)
+        shortage = self._grow(lanes, num_tokens)
         if shortage is None:
             self._sequences[slot] = lanes
             for part in lanes.owned:
@@ -224,6 +224,11 @@ class CacheManager:
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
+    @property
+    def pools(self) -> Collection[PoolId]:
+        """All pools of the fleet."""
+        return self._pools.keys()
+
     def free_pages(self, pool: PoolId) -> int:
         return self._pools[pool].num_free
 
@@ -231,22 +236,40 @@ class CacheManager:
         """Whether the sequence has pages in one of `pools`."""
         return any(part.pool in pools for part in self._sequences[slot].parts)
 
-    def view(self) -> FleetView:
-        """What a dispatcher needs to know. Each lane that lives in a pool, or moves there, is promised a page more."""
-        promised = {pool: count + self._num_arriving[pool] for pool, count in self._num_lanes.items()}
-        held_lanes, held_tokens = dict(promised), dict.fromkeys(self._pools, 0)
-        for lanes in self._sequences.values():
+    def pools_to_grow(self, slot: int, num_tokens: int) -> set[PoolId]:
+        """In which a sequence has to take pages in order to hold `num_tokens` tokens."""
+        lanes = self._sequences[slot]
+        if num_tokens <= lanes.num_pages * self._page_size:
+            return set()
+        return {part.pool for part in lanes.parts}
+
+    def view(self, without: Collection[int] = ()) -> FleetView:
+        """What a dispatcher needs to know. Each lane that lives in a pool, or moves there, is promised a page more.
+
+        `without`: slots that count as released.
+        """
+        free_pages = {pool: pages.num_free for pool, pages in self._pools.items()}
+        held_lanes, held_tokens = dict.fromkeys(self._pools, 0), dict.fromkeys(self._pools, 0)
+        for slot, lanes in self._sequences.items():
+            if slot in without:
+                for part in lanes.parts:
+                    free_pages[part.pool] += part.num_lanes * lanes.num_pages
+                continue
             for part in lanes.owned:
+                free_pages[part.pool] -= part.num_lanes
+                held_lanes[part.pool] += part.num_lanes
                 held_tokens[part.pool] += part.num_lanes * lanes.num_tokens
             for transit in lanes.transits:
-                source = PoolId(transit.move.source, transit.move.stage)
+                source, target = PoolId(transit.move.source, transit.move.stage), transit.part.pool
+                free_pages[target] -= 1
                 held_lanes[source] -= 1
+                held_lanes[target] += 1
                 held_tokens[source] -= lanes.num_tokens
-                held_tokens[transit.part.pool] += lanes.num_tokens
+                held_tokens[target] += lanes.num_tokens
         return FleetView(
             plan=self._plan,
             page_size=self._page_size,
-            free_pages={pool: pages.num_free - promised[pool] for pool, pages in self._pools.items()},
+            free_pages=free_pages,
             held_lanes=held_lanes,
             held_tokens=held_tokens,
         )
@@ -306,9 +329,9 @@ class CacheManager:
 
 
 def pools_of(plan: Plan) -> list[PoolId]:
-    """One pool per primary, and one per worker and stage."""
-    primaries = [PoolId(primary.rank, s) for s, stage in enumerate(plan.stages) for primary in stage.primaries]
-    return primaries + [PoolId(worker.rank, stage) for worker in plan.workers for stage in range(len(plan.stages))]
+    """One pool per home, and one per worker and stage."""
+    homes = [PoolId(home.rank, s) for s, stage in enumerate(plan.stages) for home in stage.homes]
+    return homes + [PoolId(worker.rank, stage) for worker in plan.workers for stage in range(len(plan.stages))]
 
 
 def _without(entry: tuple[PoolLanes, Int32, int, Int32], row: int) -> tuple[PoolLanes, Int32, int, Int32]:

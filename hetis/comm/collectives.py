@@ -1,6 +1,6 @@
 """What primaries say to each other: sums and logits within a stage, hidden states from one stage to the next.
 
-Sums are taken in rank order on every rank (NCCL excepted), so all ranks of a stage hold the same bits, run after run.
+Sums are taken in rank order on every rank, so all ranks of a stage hold the same bits, run after run.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hetis.comm.links.base import Link
 from hetis.comm.process_groups import lost_peer
+
+SHARED_SUM_BYTES = 1 << 16  # from here on each of three or more ranks sums its own share only
 
 
 class TensorParallel(ABC):
@@ -62,28 +64,53 @@ class GroupTensorParallel(TensorParallel):
         self._others = "ranks " + ", ".join(str(rank) for i, rank in enumerate(ranks) if i != self.index)
 
     def all_reduce(self, x: Tensor) -> None:
+        """With NCCL, two ranks leave the sum to it: it has one order, and is rounded once. Of more it would add in
+        the dtype and in the order of its ring, so these gather the parts and sum them here."""
+        if x.numel() == 0:
+            return
         with lost_peer(self._others):
-            if x.is_cuda:
+            if x.is_cuda and self.size == 2:
                 self._group.allreduce([x]).wait()
-            elif x.numel() > 0:
-                parts = [torch.empty_like(x) for _ in range(self.size)]
-                self._group.allgather([[_bytes(part) for part in parts]], [_bytes(x)]).wait()
-                sum_in_order(parts, x)
+            elif self.size > 2 and x.numel() * x.element_size() >= SHARED_SUM_BYTES:
+                self._sum_shares(x.view(-1))
+            else:
+                parts_RN = x.new_empty(self.size, x.numel())
+                self._group._allgather_base(_bytes(parts_RN), _bytes(x)).wait()
+                sum_in_order(parts_RN.unbind(), x.view(-1))
+
+    def _sum_shares(self, x_N: Tensor) -> None:
+        """Every rank sums its share of `x_N` and shows it to the others: as many bytes as a ring would send."""
+        size = -(-x_N.numel() // self.size)
+        whole_RN = x_N.new_empty(self.size, size)
+        whole_RN.view(-1)[: x_N.numel()] = x_N
+        parts_RN, mine_N = torch.empty_like(whole_RN), x_N.new_empty(size)
+        self._group.alltoall_base(_bytes(parts_RN), _bytes(whole_RN), [], []).wait()
+        sum_in_order(parts_RN.unbind(), mine_N)
+        self._group._allgather_base(_bytes(whole_RN), _bytes(mine_N)).wait()
+        x_N.copy_(whole_RN.view(-1)[: x_N.numel()])
 
     def gather_columns(self, x_NV: Tensor, widths: Sequence[int]) -> Tensor | None:
         assert x_NV.shape[1] == widths[self.index]
         if len(x_NV) == 0:
             return x_NV.new_empty(0, sum(widths)) if self.index == 0 else None
+        mine_B = _bytes(x_NV.contiguous())
+        to = [len(mine_B), *[0] * (self.size - 1)]
+        row_bytes = len(x_NV) * x_NV.element_size()
+        of = [row_bytes * width for width in widths] if self.index == 0 else [0] * self.size
+        whole_B = mine_B.new_empty(sum(of))
         with lost_peer(self._others):
-            if self.index > 0:
-                if widths[self.index] > 0:
-                    self._group.send([_bytes(x_NV.contiguous())], 0, 0).wait()
-                return None
-            parts = [x_NV] + [x_NV.new_empty(len(x_NV), width) for width in widths[1:]]
-            for peer in range(1, self.size):
-                if widths[peer] > 0:
-                    self._group.recv([_bytes(parts[peer])], peer, 0).wait()
+            self._group.alltoall_base(whole_B, mine_B, of, to).wait()
+        if self.index > 0:
+            return None
+        parts = [part.view(x_NV.dtype).view(len(x_NV), -1) for part in torch.split(whole_B, of) if len(part)]
         return torch.cat(parts, dim=1)
+
+    def greet(self, device: torch.device) -> None:
+        """Each operation once; what NCCL needs for them is there afterwards. `device`: of the tensors to come."""
+        ones_11 = torch.ones(1, 1, device=device)
+        self.all_reduce(ones_11)
+        assert float(ones_11) == self.size, f"a sum of {self.size} ones is {float(ones_11)}"
+        self.gather_columns(ones_11, [1] * self.size)
 
     def close(self) -> None:
         self._group = None

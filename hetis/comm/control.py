@@ -26,7 +26,7 @@ Client = Literal["ranks", "health", "front"]
 _FROM_RANK = m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Stats | m.Failure | m.Heartbeat
 _TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
 _FROM_FRONT = m.Attach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery | m.Shutdown
-_TO_FRONT = m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.EngineDead
+_TO_FRONT = m.Measuring | m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.Refused | m.EngineDead
 
 MAX_MESSAGE_BYTES = 1 << 30
 RECONNECT_MILLISECONDS = 10  # clients start before the driver listens
@@ -87,8 +87,7 @@ class ControlServer:
     def receive(self, client: Client) -> tuple[bytes, Any] | None:
         """The next message of one kind of client, with the sender's identity; None if there is none now.
 
-        A frame that is no message of ours is dropped: nobody but our own processes can connect, and if one could, its
-        garbage must not stop the others.
+        Frames that are no message are dropped, so that they cannot stop the others; a front end is told.
         """
         while True:
             try:
@@ -99,8 +98,9 @@ class ControlServer:
                 continue
             try:
                 return frames[0], self._decoders[client].decode(frames[1])
-            except msgspec.MsgspecError:
-                continue
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                if client == "front":
+                    self.send(client, frames[0], m.Refused(reason=f"this is no message of a front end: {error}"))
 
     def send(self, client: Client, identity: bytes, message: m.Message | bytes) -> None:
         payload = message if isinstance(message, bytes) else encode(message)
@@ -134,8 +134,17 @@ class ControlClient:
         """Whether there was a connection and the driver's end of it closed: it ended, however that happened."""
         return bool(self._losses.poll(0))
 
-    def send(self, message: m.Message) -> None:
-        self.socket.send(encode(message))
+    def send(self, message: m.Message | bytes) -> None:
+        """`bytes`: encoded already."""
+        self.socket.send(message if isinstance(message, bytes) else encode(message))
+
+    def waiter(self, *others: int, until_lost: bool) -> Callable[[float | None], object]:
+        """A function that returns when there is something to receive, one of the `others` (descriptors) is readable or,
+        with `until_lost`, the connection is lost; at the latest after as many seconds as it is given."""
+        poller = zmq.Poller()
+        for each in (self.socket, *others, *((self._losses,) if until_lost else ())):
+            poller.register(each, zmq.POLLIN)
+        return lambda seconds: poller.poll(None if seconds is None else int(1000 * seconds))
 
     def receive(self, timeout: float | None = None) -> Any:
         """The next message; None after `timeout` seconds."""
@@ -172,6 +181,7 @@ class Heart(threading.Thread):
         self._endpoint, self._rank, self._bell = endpoint, rank, bell
         self._on_lost_driver, self._prints_verdict = on_lost_driver, prints_verdict
         self.timeout = 120.0  # until Setup says otherwise
+        self.host = supervision.host_id()  # until it is proven
         self.step = -1
         self._stopping = threading.Event()
         self._last_words: queue.SimpleQueue[m.Failure] = queue.SimpleQueue()
@@ -210,7 +220,7 @@ class Heart(threading.Thread):
         while (message := client.receive(0)) is not None:
             self._last_answer = time.monotonic()
             if isinstance(message, m.Abort):
-                if message.host == supervision.host_id():
+                if message.host == self.host:
                     supervision.kill(pid for pid in message.culprits if pid != os.getpid())
                 self._end(message.reason)
 

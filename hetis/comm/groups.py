@@ -15,7 +15,7 @@ from hetis.comm.links.base import Link
 from hetis.comm.process_groups import lost_peer, make_process_group
 from hetis.comm.rendezvous import Rendezvous
 from hetis.comm.shared_reduce import open_shared
-from hetis.core.fleet import DeviceInfo
+from hetis.core.fleet import DeviceInfo, joined_by_nccl
 from hetis.core.plan import Plan
 
 
@@ -67,21 +67,12 @@ def init_groups(
         )
 
     previous, following = None, []
-    for sender, receiver in handovers(plan):  # one order for all: nobody waits crosswise
+    for sender, receiver in plan.handovers():  # one order for all, so that no two wait for each other
         if rank == receiver:
             previous = open_between(sender, receiver)
         elif rank == sender:
             following.append(open_between(sender, receiver))
     return Groups(tensor_parallel, Pipeline(previous, following, hidden_size, dtype, device))
-
-
-def handovers(plan: Plan) -> list[tuple[int, int]]:
-    """(sender, receiver) ranks between stages: every rank receives from one rank of the stage before."""
-    pairs: list[tuple[int, int]] = []
-    for before, after in zip(plan.stages, plan.stages[1:], strict=False):
-        senders = before.primaries
-        pairs += [(senders[j % len(senders)].rank, receiver.rank) for j, receiver in enumerate(after.primaries)]
-    return pairs
 
 
 def _join_stage(
@@ -92,18 +83,17 @@ def _join_stage(
     device: torch.device,
     timeout: timedelta,
 ) -> TensorParallel:
-    """NCCL if every member has a GPU to itself; else over CPU memory, shared where all are on one host."""
+    """Over NCCL if it can join all members; else over CPU memory, shared where all are on one host."""
     if len(members) == 1:
         return Alone()
     ranks = [member.rank for member in members]
-    gpus = {(member.host, member.device) for member in members if member.device.startswith("cuda")}
-    if len(gpus) < len(members) and len({member.host for member in members}) == 1:
+    over_nccl = joined_by_nccl(members)
+    if not over_nccl and len({member.host for member in members}) == 1:
         shared = open_shared(rendezvous, name, ranks, index, timeout.total_seconds())
         return StagedTensorParallel(shared, device) if device.type == "cuda" else shared
-    transport = device if len(gpus) == len(members) else torch.device("cpu")
+    transport = device if over_nccl else torch.device("cpu")
     with lost_peer(f"ranks {ranks}"):
-        group = make_process_group(
-            rendezvous.store, name, index, len(members), transport, timeout, members[index].address
-        )
+        group = make_process_group(rendezvous, name, index, len(members), transport, timeout, members[index].address)
     joined = GroupTensorParallel(group, ranks)
+    joined.greet(transport)
     return StagedTensorParallel(joined, device) if transport != device else joined

@@ -7,7 +7,6 @@ frees it with the last process that maps it, however that process ends. Nothing 
 import ctypes
 import errno
 import functools
-import logging
 import mmap
 import os
 import platform
@@ -19,12 +18,11 @@ import msgspec
 import torch
 
 from hetis.comm import supervision
+from hetis.comm.limits import usable_cores
 
 WORD_BYTES = 128  # a counter has its cache line to itself, and the neighbour that the processor fetches with it
 PAGE_BYTES = 4096
 LOOK_AROUND_MS = 100  # longest sleep before the peer's life and Python's signals are looked at
-
-_log = logging.getLogger(__name__)
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -89,13 +87,7 @@ class Peer:
             self._poll.register(self._pidfd, select.POLLIN)
 
     def is_alive(self) -> bool:
-        if self._pidfd is not None:
-            return not self._poll.poll(0)
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+        return not (supervision.has_ended(self.pid) if self._pidfd is None else self._poll.poll(0))
 
     def check(self) -> None:
         if not self.is_alive():
@@ -136,7 +128,7 @@ def default_spin_us() -> int:
     work 60 to 160 us per message: 256 us a step without, 336 us with 50 us of spinning.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 100 if ranks <= len(os.sched_getaffinity(0)) else 0
+    return 100 if ranks <= usable_cores() else 0
 
 
 Wait = Callable[[int, int, int, int], bool]  # (address of counter, known value, ns to spin, ms to sleep) -> it differs
@@ -151,7 +143,6 @@ def operations() -> tuple[Wait, Publish]:
     wait, publish = cpu_op("shm_wait"), cpu_op("shm_publish")
     if wait is not None and publish is not None:
         return cast(Wait, wait), publish
-    _log.warning("the C++ extension is not built: shared-memory links sleep instead of spinning (slower).")
     return plain_wait, plain_publish
 
 

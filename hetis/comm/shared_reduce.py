@@ -17,12 +17,12 @@ import msgspec
 import torch
 from torch import Tensor
 
+from hetis.comm import collectives
 from hetis.comm.collectives import TensorParallel, sum_in_order
 from hetis.comm.rendezvous import Rendezvous
 from hetis.comm.shared_memory import PAGE_BYTES, WORD_BYTES, Address, Peer, Segment, Waiter, default_spin_us
 
 SLOT_BYTES = 1 << 20  # larger tensors take several turns, which keeps all slots inside the shared cache
-_SHARED_SUM_BYTES = 1 << 16  # from here on each of three or more ranks sums its own share only
 _MASK = 0xFFFFFFFF
 _ALIGNMENT = 16  # elements, between shares
 
@@ -46,7 +46,7 @@ class SharedTensorParallel(TensorParallel):
     def all_reduce(self, x: Tensor) -> None:
         assert x.is_contiguous()
         for part_N in torch.split(x.view(-1), SLOT_BYTES // x.element_size()):
-            if self.size > 2 and part_N.numel() * part_N.element_size() >= _SHARED_SUM_BYTES:
+            if self.size > 2 and part_N.numel() * part_N.element_size() >= collectives.SHARED_SUM_BYTES:
                 self._sum_shares(part_N)
             elif part_N.numel() > 0:
                 turn = self._exchange(part_N)

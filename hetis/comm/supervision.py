@@ -15,7 +15,6 @@ import msgspec
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _VERDICT = "verdict"
-_PARENT = "HETIS_PARENT"  # environment variable
 END, TOLD = b"end\n", b"told\n"  # rank 0's last word to the driver: shut down in order; my launcher ends me
 _BY_REQUEST = frozenset({signal.SIGTERM, signal.SIGINT})
 
@@ -33,22 +32,19 @@ def hold(*signals: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def child_environment() -> dict[str, str]:
-    """For a child that will ask for its `parent_pid`, which it could not tell if that ended before."""
-    return {**os.environ, _PARENT: str(os.getpid())}
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGKILL when the parent ends, so that nothing is orphaned whatever kills it (Linux).
 
-
-def parent_pid() -> int:
-    """Who started this process, even if it has ended."""
-    return int(os.environ.get(_PARENT, os.getppid()))
-
-
-def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the parent ends, so that nothing is orphaned whatever kills it (Linux)."""
-    parent = parent_pid()
+    `parent`: the pid of the process that started this one, which cannot tell if that ended before.
+    """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_on_without_parent() -> None:
+    """Ask the kernel for SIGCONT when the parent ends: this process sees to its own end, even if it was stopped."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
 def adopt_orphans() -> None:
@@ -89,6 +85,17 @@ def wait_status(pid: int) -> int | None:
         return int(fields[49]) if fields[0] in "ZX" else None
     except (OSError, ValueError, IndexError):
         return None
+
+
+def has_ended(pid: int) -> bool:
+    """Whether no process of this host has this number, or one that waits to be reaped."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        return False
+    return wait_status(pid) is not None
 
 
 def await_status(pid: int, seconds: float) -> int | None:
@@ -144,6 +151,11 @@ class Bell:
     def ring(self) -> None:
         with suppress(BlockingIOError):  # full: it rings already
             self._in.send(b"\0")
+
+    def close(self) -> None:
+        """It must not ring again."""
+        self._out.close()
+        self._in.close()
 
     def take_over(self, *signals: signal.Signals) -> None:
         """From now on these signals do nothing but ring. Main thread only."""

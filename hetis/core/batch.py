@@ -15,8 +15,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_decode(self) -> bool:
-        """Attention of decode rows runs where the lanes live, that of prefill rows on the primaries."""
-        return self.start >= self.sequence.prefill_len
+        """Attention of decode rows runs where the lanes live, that of prefill rows on the primaries.
+
+        They have one token, or several of a sequence that starts over.
+        """
+        return self.start >= self.sequence.prompt_len
 
     @property
     def samples(self) -> bool:

@@ -1,20 +1,23 @@
 """One frozen configuration, as the user gave it; "auto" values are resolved once, at start, into `Setup`."""
 
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan
 
+LARGEST_COUNT = 2**31 - 1
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Names are vLLM's where the meaning is the same."""
 
     model: str | None = None  # directory or hub id; None: the small model in the package
-    revision: str | None = None
-    plan: str = "1+0"  # "P+A" or the path of a plan file
+    revision: str | None = None  # branch, tag or commit of a model on the hub
+    tokenizer: str | None = None  # directory or hub id; None: the model's
+    plan: str | dict[str, Any] = "1+0"  # "P+A", the path of a plan file, or what stands in one
     device: str = "auto"  # "cpu", "cuda", "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
@@ -35,15 +38,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     measure: bool = False  # anew, also where nothing depends on it: what `hetis profile` wants
     trace: str | None = None  # file for a Chrome trace of what every rank does
     step_timeout: float = 60.0  # seconds without a sign of life before a rank counts as dead
+    oversubscribe: bool = False  # start more ranks than the host has room for
+    progress: bool = True  # bars on terminals while the fleet starts
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "max_logprobs"):
+            if (getattr(self, name) or 0) > LARGEST_COUNT:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at most {LARGEST_COUNT}.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: it must be a 64-bit integer.")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ValueError(f"max_model_len is {self.max_model_len}: it must be at least 1, or left out.")
-        if not (isfinite(self.step_timeout) and self.step_timeout > 0):
-            raise ValueError(f"step_timeout is {self.step_timeout}: it must be a positive number of seconds, like 60.")
+        if not (isfinite(self.step_timeout) and self.step_timeout >= 1):  # ranks beat four times a second
+            raise ValueError(f"step_timeout is {self.step_timeout}: it must be a number of seconds of at least 1.")
         if not (isfinite(self.theta) and self.theta > 0):
             raise ValueError(f"theta is {self.theta}: it must be a positive number, like 0.5.")
         if self.migration_budget < 0:
@@ -62,6 +72,7 @@ class DriverArgs(msgspec.Struct, frozen=True, kw_only=True):
     run_directory: str  # private directory for unix sockets
     address: str | None  # address to bind for ranks on other hosts; None: unix sockets only
     announce: bool  # print the verdict of a failure (under torchrun nobody else does)
+    parent: int  # pid of rank 0
 
 
 class Joining(msgspec.Struct, frozen=True, kw_only=True):

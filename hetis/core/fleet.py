@@ -1,5 +1,7 @@
 """What each rank reports about itself when it joins."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 
@@ -9,7 +11,7 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     device: str  # "cpu", "cuda:0"
     name: str  # "AMD EPYC", "NVIDIA H100"
-    host: str  # boot id + pid namespace: equal iff two ranks can share memory
+    host: str  # equal iff two ranks share memory and see each other's pids (`comm/hosts.py`)
     address: str  # at which other hosts reach this rank
     pid: int
     num_threads: int
@@ -17,6 +19,25 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     free_memory: int  # bytes
     driver: str = ""  # versions of driver and libraries that its speed depends on
     backend: str = ""  # of attention: "triton", "cpu", "reference"
+    gpu: str = ""  # UUID; "" on a CPU. "cuda:0" of one rank may be another rank's "cuda:1", or another GPU
+    capability: tuple[int, int] = (0, 0)  # compute capability of the GPU
+    nccl: str = ""  # version; ranks with different ones cannot talk over it
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Ranks with the same place share one device: its memory, and its time."""
+        return ("gpu", self.gpu) if self.gpu else (self.host, self.device)
+
+
+def joined_by_nccl(members: Sequence[DeviceInfo]) -> bool:
+    """Whether NCCL can join these ranks: a GPU each, for it refuses two ranks on one, and one version of it for all."""
+    if not all(member.is_gpu and member.nccl for member in members):
+        return False
+    return len({member.place for member in members}) == len(members) and len({member.nccl for member in members}) == 1
 
 
 class RankStats(msgspec.Struct, kw_only=True):

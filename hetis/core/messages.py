@@ -50,7 +50,7 @@ class StepResult(Message):
 
     step: int
     tokens: bytes
-    invalid: list[int] = []  # indices among sampled rows whose logits were not finite
+    errors: dict[int, str] = {}  # index among sampled rows -> why it has no token
     logprobs: list[TokenLogprobs | None] = []  # per sampled row, empty when nobody asked
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # row index -> its positions in this step
 
@@ -108,6 +108,7 @@ class Setup(Message):
     logprobs_mode: str
     step_timeout: float
     trace: bool  # ranks report every lap of a step
+    progress: bool = True  # a bar on stderr while weights are loaded, if that is a terminal
 
 
 class Measure(Message):
@@ -133,7 +134,6 @@ class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
     slot: int
     owners: bytes  # int32 [num_stages, G]
     prompt_len: int
-    prefill_len: int
     seed: int
     params: SamplingParams
 
@@ -165,7 +165,7 @@ class StepCommand(Message):
     slots: bytes  # [R]
     starts: bytes  # [R] position of the first new token
     counts: bytes  # [R] number of new tokens
-    num_decode: int
+    num_decode: int  # rows, which come first
     tokens: bytes  # [T] ids of the new tokens
     sampled: bytes  # indices of rows that draw a token
     hauls: bytes  # int32 [n, 6] (stage, lane row, source, target, first page, stop page): see cache.migration
@@ -225,6 +225,14 @@ class ProfileReport(Message):
 
     profile: FleetProfile | None  # None: nothing was measured, since nothing is placed
     sources: dict[int, str] = {}  # rank -> where its numbers come from, printable
+    devices: dict[int, str] = {}  # rank -> the device it took, like "cuda:0"
+
+
+class Measuring(Message):
+    """Devices and links are measured before the fleet is up: how many measurements are done."""
+
+    done: int
+    total: int
 
 
 class EngineReady(Message):
@@ -243,7 +251,7 @@ class TokenOutput(msgspec.Struct, kw_only=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    error: str | None = None
+    error: str | None = None  # why, when finish_reason is "error"
 
 
 class Outputs(Message):
@@ -294,6 +302,12 @@ class FleetStats(Message):
     num_reliefs: int  # times that lanes moved because pages ran out
     num_migrations: int  # lanes that have moved
     migrated_bytes: int
+
+
+class Refused(Message):
+    """Answer to a message that is none of a front end's. The front end and all others go on."""
+
+    reason: str
 
 
 class EngineDead(Message):

@@ -10,15 +10,22 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary position embedding (halves rotated, as in Llama). `scaling` names the frequency correction."""
+    """Rotary position embedding (halves rotated, as in Llama). `scaling` names the frequency correction.
+
+    Dynamic NTK rope needs none: with a fixed table it is a larger `theta`.
+    """
 
     theta: float
     rotary_dim: int
-    scaling: Literal["none", "linear", "llama3"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 0
+    original_max_position: int = 0  # llama3, yarn: the length before scaling
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn: rotations within the original length above which a frequency stays
+    beta_slow: float = 1.0  # yarn: rotations below which it is divided by `factor`
+    truncate: bool = True  # yarn: the passage between both begins and ends at whole pairs
+    attention_factor: float = 1.0  # yarn: cosines and sines are multiplied by it
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +39,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     intermediate_size: int
     vocab_size: int
-    max_position: int
+    max_position: int  # positions that a sequence may have; what rope scaling adds is included
     dtype: Dtype  # of the checkpoint
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = 1e-6

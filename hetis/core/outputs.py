@@ -23,6 +23,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None  # per token: the token first, then the best
     finish_reason: str | None = None  # "stop", "length", "abort" or "error"; None while it goes on
     stop_reason: int | str | None = None  # the stop token id or stop string; None for the model's own end of sequence
+    error: str | None = None  # why, when finish_reason is "error"; what was generated before is kept
 
     def finished(self) -> bool:
         return self.finish_reason is not None

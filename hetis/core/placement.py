@@ -26,7 +26,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoolId(msgspec.Struct, frozen=True, order=True):
-    """One page pool: the pages of `rank` for the layers of `stage`. A primary has one, a worker one per stage."""
+    """One page pool: the pages of `rank` for the layers of `stage`. A home has one, a worker one per stage."""
 
     rank: int
     stage: int

@@ -1,7 +1,8 @@
 """Who does what: which rank holds which layers, head groups, MLP columns and vocabulary rows, on which device.
 
 Spans are half-open `[start, stop)`. A plan comes from `P+A` (`split_evenly`) or from a JSON file (`load_plan`); both
-end as the same `Plan`. Nothing here must divide anything: 8 groups over two ranks as 5+3 is fine.
+end as the same `Plan`. Nothing here must divide anything: 8 groups over two ranks as 5+3 is fine. A primary may have no
+head groups (then it needs no KV memory), no columns or no rows, but not nothing at all.
 
 A plan file has counts where `Plan` has spans; whatever it leaves out is split evenly over those who left it out:
 
@@ -10,14 +11,17 @@ A plan file has counts where `Plan` has spans; whatever it leaves out is split e
      "attention": [{"rank": 2, "device": "cpu", "kv_memory": "1GiB"}]}
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from hetis.core.model_spec import ModelSpec
+from hetis.core.plan_file import FileMember, FilePrimary, FileStage, PlanFile, explain, read_plan_file
 from hetis.core.sizes import parse_bytes
 
 Span = tuple[int, int]
@@ -25,6 +29,7 @@ Devices = str | Sequence[str] | Callable[[int], str]  # one name for all ranks, 
 KvMemory = int | str | Mapping[int, int | str] | None  # of every rank, by rank, or None: decided from free memory
 
 _SPLIT = re.compile(r"(\d+)\+(\d+)")
+_MOST_DIGITS = 4
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -36,7 +41,7 @@ class Primary(msgspec.Struct, frozen=True, kw_only=True):
     groups: Span
     mlp_columns: Span
     vocab_rows: Span  # of the embedding in the first stage and of the LM head in the last one
-    kv_memory: int | None = None  # bytes; None: decided from the device's free memory
+    kv_memory: int | None = None  # bytes, if it has head groups; None: decided from the device's free memory
 
     @property
     def num_groups(self) -> int:
@@ -58,6 +63,11 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_layers(self) -> int:
         return self.layers[1] - self.layers[0]
+
+    @property
+    def homes(self) -> tuple[Primary, ...]:
+        """The primaries with head groups, in tensor-parallel order. The others have neither pages nor links."""
+        return tuple(primary for primary in self.primaries if primary.num_groups)
 
     def home(self, group: int) -> Primary:
         """The primary that computes q, k and v of `group`."""
@@ -89,11 +99,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         primaries = [p for stage in self.stages for p in stage.primaries]
         return sorted([*primaries, *self.workers], key=lambda member: member.rank)
 
+    def links(self) -> list[tuple[Primary, AttentionWorker]]:
+        """(home, worker) of every link, in the order in which they are opened."""
+        return [(home, worker) for stage in self.stages for home in stage.homes for worker in self.workers]
+
     def position_of(self, rank: int) -> tuple[int, int]:
         """(stage index, tensor-parallel index) of a primary."""
         return next(
             (s, t) for s, stage in enumerate(self.stages) for t, p in enumerate(stage.primaries) if p.rank == rank
         )
+
+    def handovers(self) -> list[tuple[int, int]]:
+        """(sender, receiver) ranks between stages: every rank receives from one rank of the stage before."""
+        return [
+            (before.primaries[j % len(before.primaries)].rank, receiver.rank)
+            for before, after in pairwise(self.stages)
+            for j, receiver in enumerate(after.primaries)
+        ]
 
     def is_first(self, stage_index: int) -> bool:
         return stage_index == 0
@@ -103,114 +125,83 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve_plan(
-    text_or_path: str,
+    plan: str | dict[str, Any],
     spec: ModelSpec,
     device: Devices = "auto",
     kv_memory: KvMemory = None,
     world_size: int | None = None,
 ) -> Plan:
-    """The plan named by `P+A` or by the path of a plan file, for `spec`.
+    """The plan named by `P+A` or by the path of a plan file, or given as what stands in such a file, for `spec`.
 
     `device` and `kv_memory` (bytes or "2GiB", for every rank or by rank) apply to ranks for which the file names none.
     Raises ValueError with the numbers when the plan does not fit the model or `world_size`.
     """
-    if Path(text_or_path).suffix == ".json" or Path(text_or_path).is_file():
-        plan = load_plan(Path(text_or_path), spec, device, kv_memory)
+    if isinstance(plan, dict):
+        resolved = _from_dict(plan, spec, device, kv_memory)
+    elif plan.endswith(".json") or os.path.isfile(plan):
+        resolved = load_plan(Path(plan), spec, device, kv_memory)
     else:
-        plan = split_evenly(text_or_path, spec, device, kv_memory)
-    if world_size is not None and plan.world_size != world_size:
+        resolved = split_evenly(plan, spec, device, kv_memory)
+    if world_size is not None and resolved.world_size != world_size:
         raise ValueError(
-            f"plan {text_or_path!r} has {plan.world_size} ranks, but the world size is {world_size}; start "
-            f"{plan.world_size} processes."
+            f"plan {plan!r} has {resolved.world_size} ranks, but the world size is {world_size}; start "
+            f"{resolved.world_size} processes."
         )
-    return plan
+    return resolved
 
 
 def split_evenly(plan: str, spec: ModelSpec, devices: Devices = "auto", kv_memory: KvMemory = None) -> Plan:
     """`P+A`: one stage of P tensor-parallel primaries (ranks 0 .. P-1) and A attention workers, all shares even.
 
-    Raises ValueError for text that is not P+A, for P = 0 and for more primaries than the model has head groups.
+    With more primaries than head groups the last ones have none. Raises ValueError for text that is not P+A, for P = 0
+    and for primaries that would have nothing at all.
     """
     match = _SPLIT.fullmatch(plan.strip())
     if match is None:
         raise ValueError(f"plan {plan!r} is neither P+A (as 1+2) nor the path of an existing plan file.")
+    if max(len(match[1]), len(match[2])) > _MOST_DIGITS:
+        raise ValueError(f"plan {plan!r} has more ranks than any fleet; use at most {10**_MOST_DIGITS - 1} of a kind.")
     num_primaries, num_workers = int(match[1]), int(match[2])
     if num_primaries < 1:
         raise ValueError(f"plan {plan!r} has no primary; at least one rank must hold weights, as in 1+{num_workers}.")
-    if num_primaries > spec.num_head_groups:
-        raise ValueError(
-            f"plan {plan!r} has {num_primaries} primaries but the model has {spec.num_head_groups} head groups; use at "
-            f"most {spec.num_head_groups} primaries, or pipeline stages in a plan file."
-        )
-    shares = [
-        spans(even_split(total, num_primaries))
-        for total in (spec.num_head_groups, spec.intermediate_size, spec.vocab_size)
-    ]
-    primaries = tuple(
-        Primary(
-            rank=rank,
-            device=device_name(devices, rank),
-            groups=groups,
-            mlp_columns=columns,
-            vocab_rows=rows,
-            kv_memory=kv_memory_of(kv_memory, rank),
-        )
-        for rank, (groups, columns, rows) in enumerate(zip(*shares, strict=True))
-    )
-    workers = tuple(
-        AttentionWorker(rank=rank, device=device_name(devices, rank), kv_memory=kv_memory_of(kv_memory, rank))
-        for rank in range(num_primaries, num_primaries + num_workers)
-    )
-    return Plan(stages=(Stage(layers=(0, spec.num_layers), primaries=primaries),), workers=workers)
-
-
-class _Member(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    rank: int | None = None
-    device: str | None = None
-    kv_memory: int | str | None = None
-
-
-class _Primary(_Member, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    head_groups: int | None = None
-    mlp_columns: int | None = None
-    vocab_rows: int | None = None
-
-
-class _Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    primaries: list[_Primary]
-    layers: int | None = None
-
-
-class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    stages: list[_Stage]
-    attention: list[_Member] = []
+    members = [FileMember()] * num_workers
+    file = PlanFile(stages=[FileStage(primaries=[FilePrimary()] * num_primaries)], attention=members)
+    try:
+        return _build(file, spec, devices, kv_memory)
+    except ValueError as error:
+        raise ValueError(f"plan {plan!r}: {error}") from error
 
 
 def load_plan(path: Path | str, spec: ModelSpec, devices: Devices = "auto", kv_memory: KvMemory = None) -> Plan:
     """The plan in a JSON file (format above), completed and checked against the model.
 
     Raises ValueError, naming the file and the numbers, for a file that cannot be read, unknown or misspelt fields,
-    counts that do not add up to the model's, shares below one, and ranks that are not 0 .. world size - 1.
+    counts that do not add up to the model's, stages without layers, primaries without anything, and ranks that are not
+    0 .. world size - 1.
     """
-    try:
-        file = msgspec.json.decode(Path(path).read_bytes(), type=_File)
-    except OSError as error:
-        raise ValueError(f"plan file {path} cannot be read ({error.strerror}).") from error
-    except msgspec.MsgspecError as error:
-        raise ValueError(f"plan file {path} is not a plan: {error}.") from error
+    file = read_plan_file(Path(path))
     try:
         return _build(file, spec, devices, kv_memory)
     except ValueError as error:
         raise ValueError(f"plan file {path}: {error}") from error
 
 
-def _build(file: _File, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:
+def _from_dict(plan: dict[str, Any], spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:
+    try:
+        return _build(msgspec.convert(plan, PlanFile), spec, devices, kv_memory)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"the plan is not one: {explain(str(error))}.") from error
+    except ValueError as error:
+        raise ValueError(f"the plan: {error}") from error
+
+
+def _build(file: PlanFile, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:
     if not file.stages:
         raise ValueError("there is no stage; give at least one stage with one primary.")
-    layers = spans(_complete([stage.layers for stage in file.stages], spec.num_layers, "layers", "the stages"))
+    layers = spans(_complete([stage.layers for stage in file.stages], spec.num_layers, "layers", "the stages", least=1))
     ranks = iter(_ranks([*(p for stage in file.stages for p in stage.primaries), *file.attention]))
 
-    def place(member: _Member) -> tuple[int, str, int | None]:
+    def place(member: FileMember) -> tuple[int, str, int | None]:
         rank = next(ranks)
         device = device_name(devices if member.device in (None, "auto") else str(member.device), rank)
         return rank, device, kv_memory_of(kv_memory if member.kv_memory is None else member.kv_memory, rank)
@@ -219,11 +210,11 @@ def _build(file: _File, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) 
     for index, (span, stage) in enumerate(zip(layers, file.stages, strict=True)):
         if not stage.primaries:
             raise ValueError(f"stage {index} has no primary; give at least one.")
-        groups, columns, rows = _shares(index, stage, spec)
         primaries = []
-        for member, g, c, r in zip(stage.primaries, groups, columns, rows, strict=True):
+        for member, g, c, r in zip(stage.primaries, *_shares(index, stage, spec), strict=True):
             rank, device, memory = place(member)
             primaries.append(Primary(rank=rank, device=device, groups=g, mlp_columns=c, vocab_rows=r, kv_memory=memory))
+            _refuse_idle(primaries[-1], index, reads_vocabulary=index in (0, len(file.stages) - 1))
         stages.append(Stage(layers=span, primaries=tuple(primaries)))
     workers = []
     for worker in file.attention:
@@ -232,7 +223,7 @@ def _build(file: _File, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) 
     return Plan(stages=tuple(stages), workers=tuple(workers))
 
 
-def _shares(index: int, stage: _Stage, spec: ModelSpec) -> list[list[tuple[int, int]]]:
+def _shares(index: int, stage: FileStage, spec: ModelSpec) -> list[list[tuple[int, int]]]:
     """Spans of head groups, MLP columns and vocabulary rows of a stage's primaries."""
     where = f"the primaries of stage {index}"
     wanted = (
@@ -240,21 +231,33 @@ def _shares(index: int, stage: _Stage, spec: ModelSpec) -> list[list[tuple[int, 
         ([p.mlp_columns for p in stage.primaries], spec.intermediate_size, "mlp_columns"),
         ([p.vocab_rows for p in stage.primaries], spec.vocab_size, "vocab_rows"),
     )
-    return [spans(_complete(counts, total, name, where)) for counts, total, name in wanted]
+    return [spans(_complete(counts, total, name, where, least=0)) for counts, total, name in wanted]
 
 
-def _complete(counts: Sequence[int | None], total: int, name: str, where: str) -> list[int]:
-    """Fill the gaps in `counts` evenly, so that the sum is `total` and every share is at least one."""
+def _refuse_idle(primary: Primary, stage: int, *, reads_vocabulary: bool) -> None:
+    """ValueError for a primary without work. `reads_vocabulary`: the stage has the embedding or the LM head."""
+    if primary.num_groups or primary.num_mlp_columns or (primary.num_vocab_rows and reads_vocabulary):
+        return
+    rows = f"{primary.num_vocab_rows} vocabulary rows"
+    rows += "" if reads_vocabulary else ", which only the first and the last stage read"
+    raise ValueError(
+        f"rank {primary.rank}, a primary of stage {stage}, has nothing to do: 0 head groups, 0 MLP columns and {rows}; "
+        f"give it a share, or use fewer primaries."
+    )
+
+
+def _complete(counts: Sequence[int | None], total: int, name: str, where: str, least: int) -> list[int]:
+    """Fill the gaps in `counts` evenly, so that the sum is `total` and every share is at least `least`."""
     given = [count for count in counts if count is not None]
-    if any(count < 1 for count in given):
-        raise ValueError(f"{name} of {where} are {_show(counts)}; every share must be at least 1.")
+    if any(count < least for count in given):
+        raise ValueError(f"{name} of {where} are {_show(counts)}; every share must be at least {least}.")
     rest, open_places = total - sum(given), len(counts) - len(given)
     if open_places == 0 and rest != 0:
         raise ValueError(f"{name} of {where} are {_show(counts)}, together {sum(given)}, but the model has {total}.")
-    if rest < open_places:
+    if rest < least * open_places:
         raise ValueError(
-            f"{name} of {where} are {_show(counts)}: {max(rest, 0)} of the model's {total} are left for {open_places} "
-            f"more, and every share must be at least 1."
+            f"{name} of {where} are {_show(counts)}, but the model has {total} and every share must be at least "
+            f"{least}; lower those that are given."
         )
     fill = iter(even_split(rest, open_places) if open_places else [])
     return [next(fill) if count is None else count for count in counts]
@@ -264,7 +267,7 @@ def _show(counts: Sequence[int | None]) -> str:
     return " + ".join("?" if count is None else str(count) for count in counts)
 
 
-def _ranks(members: Sequence[_Member]) -> list[int]:
+def _ranks(members: Sequence[FileMember]) -> list[int]:
     """The rank of every member; those without one take the free ranks in order."""
     given = [member.rank for member in members if member.rank is not None]
     if len(set(given)) != len(given) or any(not 0 <= rank < len(members) for rank in given):

@@ -95,6 +95,7 @@ class LayerShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """What a primary has of a layer."""
 
     num_ranks: Count  # that split the layer
+    num_groups: Annotated[int, Meta(ge=0, le=1 << 62)]  # head groups, of this rank
     num_weights: Count  # values, of this rank
 
 
@@ -103,7 +104,12 @@ class LayerProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     share: LayerShare
     dense: DenseProfile
-    prefill: PrefillProfile
+    prefill: PrefillProfile | None  # None without head groups
+
+    def __post_init__(self) -> None:
+        if (self.prefill is None) != (self.share.num_groups == 0):
+            found = "no prefill" if self.prefill is None else "a prefill"
+            raise ValueError(f"a rank with {self.share.num_groups} head groups has {found}; those with 0 have none")
 
 
 class KindProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -145,7 +151,7 @@ class TransferProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class LinkProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Both directions between a primary and an attention worker."""
+    """Both directions between a home and an attention worker."""
 
     primary: Rank
     worker: Rank

@@ -1,5 +1,7 @@
 """A sequence on its way through the engine: host-side state, owned by the driver."""
 
+from collections import abc
+
 import msgspec
 
 from hetis.core.sampling_params import SamplingParams
@@ -8,9 +10,9 @@ from hetis.core.sampling_params import SamplingParams
 class Sequence(msgspec.Struct, kw_only=True, eq=False):
     """One generation stream. A request with n > 1 is n sequences.
 
-    `token_ids` holds prompt and output. `num_computed` tokens have K and V in the cache. Up to `prefill_len` tokens are
-    prefill, computed in chunks on the primaries; every later token is decode. A preempted sequence starts over:
-    `num_computed = 0` and `prefill_len = len(token_ids)`.
+    `token_ids` holds prompt and output. `num_computed` tokens have K and V in the cache. The prompt's tokens are
+    prefill, computed in chunks on the primaries; every later token is decode. A preempted sequence starts over with
+    `num_computed = 0`: its output goes through decode again, many tokens in a step, and comes out with the same bits.
     """
 
     id: str
@@ -23,7 +25,6 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     arrival: int  # order of arrival
     # set by the scheduler
     slot: int = -1  # -1: waiting
-    prefill_len: int = 0
     num_computed: int = 0
     in_flight: bool = False
     num_preemptions: int = 0
@@ -36,4 +37,18 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
 
     @property
     def is_prefilling(self) -> bool:
-        return self.num_computed < self.prefill_len
+        return self.num_computed < self.prompt_len
+
+    @property
+    def is_generating(self) -> bool:
+        """Whether all tokens that it had at its last step are computed, prompt and output."""
+        return self.num_computed >= max(self.prompt_len, len(self.token_ids) - 1)
+
+
+def check_token_ids(name: str, token_ids: abc.Sequence[int], vocab_size: int) -> None:
+    """ValueError for a prompt, called `name`, that is empty or has a token that the model does not."""
+    if not token_ids:
+        raise ValueError(f"{name} is empty: give at least one token.")
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        outside = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise ValueError(f"{name} has token id {outside}: the vocabulary is 0 to {vocab_size - 1}.")

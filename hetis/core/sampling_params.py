@@ -4,14 +4,13 @@ from collections.abc import Iterable
 from math import inf
 from numbers import Integral, Real
 from sys import float_info
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 GREEDY_BELOW = 1e-5  # temperatures below mean: take the best token
 LOWEST_TEMPERATURE = 0.01  # other temperatures are raised to this, so that logits divided by it stay finite
 MAX_SEQUENCES = 16_384
-MAX_STOP_STRINGS = 4
 BIAS_LIMIT = 100.0
 _INT64_MAX = 2**63 - 1
 
@@ -51,7 +50,22 @@ _SWITCHES = (
 )
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class _KnownFieldsOnly(msgspec.StructMeta):
+    """Construction names a field that does not exist, and those that do."""
+
+    if not TYPE_CHECKING:  # type checkers see the fields themselves
+
+        def __call__(cls, *values, **fields):  # noqa: N805 (a metaclass)
+            unknown = [name for name in fields if name not in cls.__struct_fields__]
+            known = ", ".join(cls.__struct_fields__)
+            if unknown:
+                raise ValueError(f"{cls.__name__} has no {unknown[0]}; known: {known}.")
+            if values:
+                raise ValueError(f"{cls.__name__} takes names with values, as in temperature=0; known: {known}.")
+            return super().__call__(**fields)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, metaclass=_KnownFieldsOnly):
     """Parameters of one request; ValueError when one is out of range, naming it, its value and what is allowed.
 
     Forgiving on input, one form afterwards: `stop` and `stop_token_ids` also take lists or None (and `stop` a single
@@ -162,12 +176,21 @@ def _is_token_id(token: Any) -> bool:
 
 def _stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else _items("stop", stop, "a string or a list of strings")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise ValueError(_refusal("stop", list(strings), f"at most {MAX_STOP_STRINGS} strings"))
     for string in strings:
         if not isinstance(string, str) or not string:
             raise ValueError(_refusal("stop", string, "made of strings that are not empty"))
-    return strings
+        if not is_unicode(string):
+            raise ValueError(_refusal("stop", string, "made of valid Unicode (it has a lone surrogate)"))
+    return tuple(dict.fromkeys(strings))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: it has no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _token_ids(ids: Iterable[int] | None) -> tuple[int, ...]:

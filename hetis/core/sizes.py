@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them."""
+"""Sizes in bytes and counts, as people write and read them."""
 
 import re
 from decimal import Decimal
@@ -16,7 +16,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 def parse_bytes(text: str | int) -> int:
     """Bytes of "2GiB", "512M", "1.5 GB" or a plain number. K, M, G, T and KiB .. TiB are powers of 1024; GB is 10^9.
 
-    Raises ValueError for anything else, for negative numbers and for less than one byte.
+    Raises ValueError for anything else, for negative numbers, less than one byte, and what 64 bits do not hold.
     """
     if isinstance(text, bool) or not isinstance(text, int | str):
         raise ValueError(f"size {text!r} is neither a number nor text; write for example 2GiB.")
@@ -26,6 +26,8 @@ def parse_bytes(text: str | int) -> int:
     size = int(Decimal(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
         raise ValueError(f"size {text!r} is less than one byte; write for example 2GiB.")
+    if size >= 2**63:
+        raise ValueError(f"size {text!r} is more than any memory; write for example 2GiB.")
     return size
 
 
@@ -36,3 +38,8 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1024
     return f"{size:.2f} TiB"
+
+
+def plural(number: int, noun: str) -> str:
+    """ "1 prompt", "2 prompts"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

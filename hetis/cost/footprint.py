@@ -9,6 +9,8 @@ from hetis.core.plan import AttentionWorker, Plan, Primary
 from hetis.core.sampled import SCORED_ROWS
 
 LOGIT_COPIES = 3  # float32 copies of the logits that sampling makes: scaled, sorted, cumulated
+WEIGHT_COPIES = 2  # of the int64 weights that it draws by: themselves and cumulated
+WEIGHTS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}  # as in workers/draw.py
 
 
 def weight_bytes(spec: ModelSpec, plan: Plan, stage_index: int, tp_index: int, dtype: str) -> int:
@@ -53,14 +55,15 @@ def activation_bytes(
     max_num_seqs: int,
     max_position: int,
 ) -> int:
-    """Buffers of one primary: the decoder's workspace, its rope table, and logits where the stage is the last one.
+    """Of one primary: the decoder's workspace, its rope table, and logits where the stage is the last one.
 
-    Workspace per token: 3 H + G (M + 2) D + G M D + F, and another F (or 2 F) before the activation.
+    Workspace per token: 3 H + G (M + 2) D + G M D + F, another F (or 2 F) before the activation, and G M lse2.
     """
     primary = plan.stages[stage_index].primaries[tp_index]
     heads = primary.num_groups * (spec.rows_per_group + spec.queries_per_group)
     columns = primary.num_mlp_columns * (3 if spec.gated else 1)
     total = max_num_batched_tokens * (3 * spec.hidden_size + heads * spec.head_dim + columns) * DTYPE_BYTES[dtype]
+    total += max_num_batched_tokens * primary.num_groups * spec.queries_per_group * DTYPE_BYTES["float32"]
     if spec.rope is not None:
         total += max_position * spec.rope.rotary_dim * DTYPE_BYTES["float32"]
     if plan.is_last(stage_index):
@@ -68,6 +71,8 @@ def activation_bytes(
         total += rows * primary.num_vocab_rows * DTYPE_BYTES[dtype]
         if tp_index == 0:  # samples
             total += rows * spec.vocab_size * DTYPE_BYTES["float32"] * LOGIT_COPIES
+            at_once = WEIGHTS_AT_ONCE["cpu" if primary.device == "cpu" else "cuda"]
+            total += min(rows * spec.vocab_size, max(spec.vocab_size, at_once)) * 8 * WEIGHT_COPIES
     return total
 
 
@@ -92,16 +97,14 @@ def fixed_bytes(
     max_num_seqs: int,
     max_model_len: int | None = None,
 ) -> tuple[int, int]:
-    """(weights, activations) of a rank. A worker's activations: q, k, v, out and lse of all lanes of all sequences."""
-    if isinstance(member, Primary):
-        where = plan.position_of(member.rank)
-        positions = min(max_model_len or spec.max_position, spec.max_position)
-        return weight_bytes(spec, plan, *where, dtype), activation_bytes(
-            spec, plan, *where, dtype, max_num_batched_tokens, max_num_seqs, positions
-        )
-    per_lane = (spec.rows_per_group + spec.queries_per_group) * spec.head_dim * DTYPE_BYTES[dtype]
-    per_lane += spec.queries_per_group * DTYPE_BYTES["float32"]
-    return 0, max_num_seqs * spec.num_head_groups * per_lane
+    """(weights, activations) of a rank. A worker has neither: it computes inside its messages."""
+    if not isinstance(member, Primary):
+        return 0, 0
+    where = plan.position_of(member.rank)
+    positions = min(max_model_len or spec.max_position, spec.max_position)
+    return weight_bytes(spec, plan, *where, dtype), activation_bytes(
+        spec, plan, *where, dtype, max_num_batched_tokens, max_num_seqs, positions
+    )
 
 
 def _norm_vectors(spec: ModelSpec) -> int:

@@ -13,6 +13,7 @@ from hetis.core.model_spec import ModelSpec
 from hetis.core.placement import pages_for
 from hetis.core.plan import AttentionWorker, Plan, Primary
 from hetis.core.sizes import format_bytes
+from hetis.cost.buffers import Limits, buffer_bytes
 from hetis.cost.footprint import fixed_bytes, page_bytes_of
 
 GPU_SHARE = 0.9  # of free memory that hetis takes when no KV memory is given: the rest is for kernels' own needs
@@ -20,7 +21,7 @@ CPU_SHARE = 0.5  # a host has other things to do, and its page cache holds the c
 
 
 class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank. A worker has one pool per stage, each of `pages` pages; a primary has one."""
+    """One rank. A worker has one pool per stage, each of `pages` pages; a primary has one if it has head groups."""
 
     rank: int
     role: str
@@ -28,6 +29,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
     free: int  # before anything is loaded; ranks that share a device see the same bytes
     weights: int
     activations: int
+    buffers: int  # page tables, messages, and what a GPU's libraries need
     kv: int
     page_bytes: int  # of one page in every pool of the rank
     pages: int
@@ -47,9 +49,9 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
         return {row.rank: row.pages for row in self.rows}
 
     def __str__(self) -> str:
-        cells = [["rank", "role", "device", "free", "weights", "activations", "KV", "pages", "tokens"]]
+        cells = [["rank", "role", "device", "free", "weights", "activations", "buffers", "KV", "pages", "tokens"]]
         for row in self.rows:
-            sizes = [format_bytes(size) for size in (row.free, row.weights, row.activations, row.kv)]
+            sizes = [format_bytes(size) for size in (row.free, row.weights, row.activations, row.buffers, row.kv)]
             cells.append([str(row.rank), row.role, row.device, *sizes, str(row.pages), str(row.tokens)])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
@@ -86,17 +88,27 @@ def plan_memory(
     }
     page = {member.rank: page_bytes_of(spec, plan, member, block_size, dtype) for member in plan.members()}
     longest = min(max_model_len or spec.max_position, spec.max_position)
+    limits = Limits(
+        dtype=dtype,
+        block_size=block_size,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_model_len=longest,
+    )
+    buffers = {member.rank: buffer_bytes(spec, plan, infos, member, limits) for member in plan.members()}
     most_pages = max_num_seqs * pages_for(longest, block_size)  # for one lane of each sequence
     useful = {member.rank: page[member.rank] * most_pages * _num_lanes(spec, member) for member in plan.members()}
-    kv, refusals = _divide(plan, infos, {rank: sum(both) for rank, both in fixed.items()}, useful)
+    kv, refusals = _divide(plan, infos, {rank: sum(fixed[rank]) + buffers[rank] for rank in fixed}, useful)
+    if refusals:  # a table of what does not exist would not explain it
+        raise ValueError(refusals[0])
     num_pages = {rank: kv[rank] // page[rank] for rank in kv}
     context = min(largest_context(plan, num_pages, block_size), spec.max_position)
     ledger = MemoryLedger(
-        rows=_rows(spec, plan, infos, fixed, page, num_pages, block_size),
+        rows=_rows(spec, plan, infos, fixed, buffers, page, num_pages, block_size),
         largest_context=context,
         total_tokens=total_tokens(spec, plan, num_pages, block_size),
     )
-    refusals += _too_few_pages(plan, infos, kv, page, num_pages)
+    refusals = _too_few_pages(plan, infos, kv, page, num_pages)
     if max_model_len is not None and max_model_len > context:
         refusals.append(_too_long(plan, num_pages, block_size, max_model_len, context, spec.max_position))
     if refusals:
@@ -109,6 +121,7 @@ def _rows(
     plan: Plan,
     infos: Mapping[int, DeviceInfo],
     fixed: Mapping[int, tuple[int, int]],
+    buffers: Mapping[int, int],
     page: Mapping[int, int],
     num_pages: Mapping[int, int],
     block_size: int,
@@ -122,10 +135,11 @@ def _rows(
             free=infos[member.rank].free_memory,
             weights=fixed[member.rank][0],
             activations=fixed[member.rank][1],
+            buffers=buffers[member.rank],
             kv=num_pages[member.rank] * page[member.rank],
             page_bytes=page[member.rank],
             pages=num_pages[member.rank],
-            tokens=num_pages[member.rank] // _num_lanes(spec, member) * block_size,
+            tokens=num_pages[member.rank] // max(1, _num_lanes(spec, member)) * block_size,
         )
         for member in plan.members()
     )
@@ -143,18 +157,14 @@ def largest_context(plan: Plan, num_pages: Mapping[int, int], block_size: int) -
     its head groups, wherever the lanes live: staging. So for each stage and primary, groups * pages(n) <= its pages.
     Then the lanes may live there too, on those same pages. Attention workers let more sequences run, not longer ones.
     """
-    return min(
-        num_pages[primary.rank] // primary.num_groups * block_size
-        for stage in plan.stages
-        for primary in stage.primaries
-    )
+    return min(num_pages[home.rank] // home.num_groups * block_size for stage in plan.stages for home in stage.homes)
 
 
 def total_tokens(spec: ModelSpec, plan: Plan, num_pages: Mapping[int, int], block_size: int) -> int:
     """Tokens of all sequences together that the fleet holds: the least over the stages, pages being free to place."""
     on_workers = sum(num_pages[worker.rank] for worker in plan.workers)
     return min(
-        (sum(num_pages[primary.rank] for primary in stage.primaries) + on_workers) // spec.num_head_groups * block_size
+        (sum(num_pages[home.rank] for home in stage.homes) + on_workers) // spec.num_head_groups * block_size
         for stage in plan.stages
     )
 
@@ -167,19 +177,23 @@ def _num_lanes(spec: ModelSpec, member: Primary | AttentionWorker) -> int:
 def _divide(
     plan: Plan, infos: Mapping[int, DeviceInfo], fixed: Mapping[int, int], useful: Mapping[int, int]
 ) -> tuple[dict[int, int], list[str]]:
-    """KV memory of every rank, and what does not fit. Ranks of one host and device draw on the same free memory."""
+    """KV memory of every rank, and what does not fit. Ranks that share a device draw on the same free memory.
+
+    A rank for which none is `useful` gets none.
+    """
     shared: dict[tuple[str, str], list[Primary | AttentionWorker]] = defaultdict(list)
     for member in plan.members():
-        info = infos[member.rank]
-        shared[info.host, info.device].append(member)
-    kv: dict[int, int] = {}
+        shared[infos[member.rank].place].append(member)
+    kv: dict[int, int] = dict.fromkeys(infos, 0)
     refusals: list[str] = []
-    for (_, device), members in shared.items():
+    for members in shared.values():
+        device = infos[members[0].rank].device
         free = min(infos[member.rank].free_memory for member in members)
         needed = sum(fixed[member.rank] for member in members)
-        given = {member.rank: member.kv_memory for member in members if member.kv_memory is not None}
-        others = [member.rank for member in members if member.rank not in given]
-        share = usable_share(device) if others else 1.0
+        takers = [member for member in members if useful[member.rank]]
+        given = {member.rank: member.kv_memory for member in takers if member.kv_memory is not None}
+        others = [member.rank for member in takers if member.rank not in given]
+        share = 1.0 if all(member.kv_memory is not None for member in members) else usable_share(device)
         left = int(free * share) - needed - sum(given.values())
         if left < 0:
             refusals.append(_does_not_fit(device, members, needed, sum(given.values()), free, share))
@@ -190,11 +204,19 @@ def _divide(
 def _does_not_fit(
     device: str, members: Sequence[Primary | AttentionWorker], needed: int, given: int, free: int, share: float
 ) -> str:
-    ranks = ", ".join(str(member.rank) for member in members)
+    ranks = f"{'ranks' if len(members) > 1 else 'rank'} {', '.join(str(member.rank) for member in members)} on {device}"
+    left = int(free * share) - needed
+    if left > 0:  # only the KV memory is too much
+        of_each = " together" if len(members) > 1 else ""
+        return (
+            f"--kv-cache-memory (or kv_memory in the plan) gives {ranks} {format_bytes(given)}{of_each}, which is more "
+            f"than the {format_bytes(left)} that are left there: {format_bytes(free)} are free, and weights, "
+            f"activations and buffers take {format_bytes(needed)}. Give at most {format_bytes(left)}{of_each}."
+        )
     return (
-        f"{'ranks' if len(members) > 1 else 'rank'} {ranks} on {device}: {format_bytes(needed)} of weights and "
-        f"activations and {format_bytes(given)} of KV memory do not fit into {share:.0%} of {format_bytes(free)} free "
-        f"memory; give layers, head groups or columns to other ranks, or lower kv_memory or max_num_batched_tokens."
+        f"{ranks}: {format_bytes(needed)} of weights, activations and buffers do not fit into {share:.0%} of "
+        f"{format_bytes(free)} free memory; give layers, head groups or columns to other ranks, or lower "
+        f"max_num_batched_tokens."
     )
 
 
@@ -225,8 +247,8 @@ def _too_long(
     if wanted > max_position:
         return f"max_model_len is {wanted}, but the model has {max_position} positions; lower max_model_len."
     tightest = min(
-        (primary for stage in plan.stages for primary in stage.primaries),
-        key=lambda primary: num_pages[primary.rank] // primary.num_groups,
+        (home for stage in plan.stages for home in stage.homes),
+        key=lambda home: num_pages[home.rank] // home.num_groups,
     )
     return (
         f"max_model_len is {wanted}, but the largest context is {context}: rank {tightest.rank} has "

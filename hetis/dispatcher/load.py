@@ -43,14 +43,14 @@ def stage_devices(plan: Plan) -> list[StageDevices]:
         StageDevices(
             stage=index,
             pools=tuple(
-                PoolId(rank, index) for rank in [*(p.rank for p in stage.primaries), *(w.rank for w in plan.workers)]
+                PoolId(rank, index) for rank in [*(h.rank for h in stage.homes), *(w.rank for w in plan.workers)]
             ),
-            num_homes=len(stage.primaries),
+            num_homes=len(stage.homes),
             most_lanes=(
-                *(p.num_groups for p in stage.primaries),
-                *(sum(p.num_groups for p in stage.primaries) for _ in plan.workers),
+                *(home.num_groups for home in stage.homes),
+                *(sum(home.num_groups for home in stage.homes) for _ in plan.workers),
             ),
-            num_lanes=sum(p.num_groups for p in stage.primaries),
+            num_lanes=sum(home.num_groups for home in stage.homes),
         )
         for index, stage in enumerate(plan.stages)
     ]
@@ -62,6 +62,7 @@ class FleetLoad:
     def __init__(self, plan: Plan, cost: CostModel) -> None:
         self._cost = cost
         self._layers = [stage.num_layers for stage in plan.stages]
+        self._primaries = [[primary.rank for primary in stage.primaries] for stage in plan.stages]
         workers = {worker.rank for worker in plan.workers}
         self._is_worker = {member.rank: member.rank in workers for member in plan.members()}
         self._rates = {rank: cost.rates(rank, is_worker=works) for rank, works in self._is_worker.items()}
@@ -94,8 +95,8 @@ class FleetLoad:
         return other
 
     def dense_us(self, stage: "StageDevices") -> float:
-        """A layer's dense part in a decode step."""
-        return self._cost.dense_us(pool.rank for pool in stage.pools[: stage.num_homes])
+        """A layer's dense part in a decode step, of all primaries: those without head groups have a share of it."""
+        return self._cost.dense_us(self._primaries[stage.stage])
 
     def rates(self, rank: int) -> Rates:
         return self._rates[rank]

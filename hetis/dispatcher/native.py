@@ -13,7 +13,7 @@ from hetis.dispatcher.problem import Counts, Problem
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+INSTALL = "pip install setuptools ninja && pip install --no-build-isolation --force-reinstall --no-deps ."
 INTERFACE = 1  # of csrc/dispatcher/library.cpp: a library with another one would be read out of bounds
 
 
@@ -85,24 +85,31 @@ def _flat(problem: Problem) -> tuple[bytes, bytes]:
 
 
 @cache
-def load() -> Library | None:
-    """The library, loaded once for this process; None where that cannot be done, and one warning says so."""
+def find() -> tuple[Library | None, str | None]:
+    """The library, loaded once for this process, or a sentence that says why there is none; it is logged once."""
     libraries = sorted(FOLDER.glob("_solver*.so"))
-    if not libraries:
-        logger.warning(
-            "the dispatcher's C++ solver is not built, so placing many sequences at once takes up to tens of "
-            "milliseconds; install g++ and run in the checkout of hetis: %s",
-            INSTALL,
-        )
-        return None
     try:
-        return Library(libraries[0])
+        if libraries:
+            return Library(libraries[0]), None
+        what = f"is not built: {_cause()}"
     except (OSError, AttributeError) as error:
-        logger.warning(
-            "the dispatcher's C++ solver %s cannot be loaded (%s), so placing many sequences at once takes up to tens "
-            "of milliseconds; to build it anew, run in the checkout of hetis: %s",
-            libraries[0],
-            error,
-            INSTALL,
-        )
-        return None
+        what = f"cannot be loaded ({error})"
+    problem = (
+        f"the dispatcher's C++ solver {what}; placing many sequences at once takes up to tens of milliseconds. "
+        f"Remedy, in the checkout of hetis: {INSTALL}"
+    )
+    logger.warning("%s", problem)
+    return None, problem
+
+
+def load() -> Library | None:
+    """The library; None where it cannot be used, and then its references in Python decide."""
+    return find()[0]
+
+
+def _cause() -> str:
+    """What setup.py left in place of the library."""
+    try:
+        return (FOLDER / "_solver.missing").read_text()
+    except FileNotFoundError:
+        return "hetis runs from sources that were not installed"

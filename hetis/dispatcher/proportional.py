@@ -45,7 +45,7 @@ class ProportionalDispatcher:
 def _place_stage(plan: Plan, stage: int, now: int, later: int, left: dict[PoolId, int], home_first: bool) -> list[int]:
     """The owner of each head group in one stage, taken out of `left`; empty when they do not fit."""
     owners: list[int] = []
-    for primary in plan.stages[stage].primaries:
+    for primary in plan.stages[stage].homes:
         pools = [PoolId(rank, stage) for rank in (primary.rank, *(worker.rank for worker in plan.workers))]
         home, prompt, growth = pools[0], primary.num_groups * now, later - now
         spare = left[home] - prompt

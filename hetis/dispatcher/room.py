@@ -119,9 +119,9 @@ def shortage_when_empty(num_tokens: int, plan: Plan, num_pages: Mapping[int, int
     """
     pages = pages_for(num_tokens, page_size)
     missing = {
-        PoolId(primary.rank, stage): primary.num_groups * pages - num_pages[primary.rank]
+        PoolId(home.rank, stage): home.num_groups * pages - num_pages[home.rank]
         for stage in range(len(plan.stages))
-        for primary in plan.stages[stage].primaries
+        for home in plan.stages[stage].homes
     }
     missing = {pool: count for pool, count in missing.items() if count > 0}
     return Shortage(missing) if missing else None

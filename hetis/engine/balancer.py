@@ -49,8 +49,8 @@ class Balancer:
             return
         self._budget.refill(now - self._last)
         self._last = now
-        staging_tokens = refused.prefill_len if refused else _mean_prompt(running)
-        residents, view = self._residents(running), self._cache.view()
+        staging_tokens = len(refused.token_ids) if refused else _mean_prompt(running)
+        residents, view = self.residents(running), self._cache.view()
         outcome = self._rebalancer.compute(residents, view, self._budget, staging_tokens)
         assert not outcome.preempt, "no rank has left the plan"
         self.num_rebalances += bool(self._hauler.start(outcome.moves))
@@ -72,11 +72,12 @@ class Balancer:
         lacking = {pool: count for pool, count in lacking.items() if count > 0}
         if not lacking:
             return {}
-        relief = self._rebalancer.memory(self._residents(running), self._cache.view(), lacking)
+        relief = self._rebalancer.memory(self.residents(running), self._cache.view(), lacking)
         self.num_reliefs += bool(self._hauler.start(relief.moves))
         return {pool: lacking[pool] for pool in relief.exhausted}
 
-    def _residents(self, running: Iterable[Sequence]) -> list[Resident]:
+    def residents(self, running: Iterable[Sequence]) -> list[Resident]:
+        """What the rebalancer may know of each. Lanes stay until all their tokens are computed, or have arrived."""
         cache = self._cache
         return [
             Resident(
@@ -84,7 +85,7 @@ class Balancer:
                 arrival=sequence.arrival,
                 num_tokens=cache.num_tokens(sequence.slot),
                 owners=cache.owners(sequence.slot),
-                movable=not sequence.is_prefilling and not cache.is_moving(sequence.slot),
+                movable=sequence.is_generating and not cache.is_moving(sequence.slot),
             )
             for sequence in running
         ]

@@ -19,23 +19,27 @@ from typing import NoReturn
 
 import msgspec
 
-from hetis.comm import supervision
+from hetis.comm import children, supervision
 from hetis.comm.control import ControlServer
 from hetis.core import messages as m
 from hetis.core.config import DriverArgs, Joining
 from hetis.core.fleet import DeviceInfo, RankStats
+from hetis.core.logs import set_up_logging
 from hetis.core.profile import FleetProfile
 from hetis.engine.engine import Engine
 from hetis.engine.policies import SOLVERS, check_solver, make_policies
 from hetis.engine.profile_files import cached_profiles, keep_profiles, load
 from hetis.engine.profiling import Profiling, report_of
 from hetis.engine.setup import make_setup
+from hetis.engine.start_report import start_lines
 from hetis.engine.trace import TraceFile
 from hetis.engine.watch import FleetFailedError, Watch
 
 POLL_MILLISECONDS = 200
 END_SECONDS = 1.5  # for the ranks to end, when all is well
 FAIL_SECONDS = 3.0  # when it is not
+
+_log = logging.getLogger("hetis")
 
 
 class Driver:
@@ -57,7 +61,7 @@ class Driver:
         self._hellos: dict[int, DeviceInfo] = {}
         self._num_ready = 0
         self._ending = False
-        self._parent = supervision.parent_pid()
+        self._begin = time.monotonic()
 
     def run(self) -> None:
         """Serves until shutdown; FleetFailedError when the fleet cannot go on."""
@@ -103,7 +107,7 @@ class Driver:
         elif word == supervision.TOLD:
             self._watch.on_parent_death(signal.SIGTERM)
         else:
-            self._watch.on_parent_death(supervision.await_status(self._parent, 1.0))
+            self._watch.on_parent_death(supervision.await_status(self._args.parent, 1.0))
 
     def _outlive(self, ranks: list[int], seconds: float) -> None:
         """Waits for the end of these ranks, then sees to it. (Rank 0, our parent, waits for us when all is well.)"""
@@ -180,6 +184,9 @@ class Driver:
             ledger=ledger,
             eos_token_ids=setup.eos_token_ids,
         )
+        for line in start_lines(self._args.config, setup):
+            _log.info("%s", line)
+        _log.debug("memory:\n%s", ledger)
         self._broadcast(setup)
 
     def _on_ready(self) -> None:
@@ -193,12 +200,16 @@ class Driver:
             known = cached_profiles(self._setup) if config.profile_cache and not config.measure else {}
             self._profiling = Profiling(self._setup, known, share=config.profile_cache)
             self._send_each(self._profiling.start())
+            _log.info("measuring devices and links: %d measurements", self._profiling.num_jobs)
         self._begin_if_measured()
 
     def _begin_if_measured(self) -> None:
         """The fleet is up, unless somebody still measures."""
         assert self._setup is not None
         if self._profiling is not None:
+            for front in self._fronts:
+                done, total = self._profiling.num_done, self._profiling.num_jobs
+                self._server.send("front", front, m.Measuring(done=done, total=total))
             if not self._profiling.is_finished:
                 return
             self._report = self._profiling.report()
@@ -206,8 +217,11 @@ class Driver:
                 keep_profiles(self._profiling.new())
         policies = make_policies(self._args.config, self._setup, self._report.profile)
         self._engine = Engine(self._setup, policies, self._args.config.migration_budget)
+        _log.info("the fleet is up after %.1f s", time.monotonic() - self._begin)
         for front in self._fronts:
             self._greet(front)
+        if self._waiting_for_stats:
+            self._ask_for_stats()
 
     def _greet(self, front: bytes) -> None:
         assert self._ready is not None
@@ -242,20 +256,27 @@ class Driver:
                     self._fronts.add(front)
                     if self.is_up:
                         self._greet(front)
-                case m.AddRequest():
-                    assert self._engine is not None
-                    self._engine.add(message)
-                case m.AbortRequest():
-                    assert self._engine is not None
-                    self._engine.abort(message.id)
+                case m.AddRequest() | m.AbortRequest():
+                    self._on_request(front, message)
                 case m.FleetQuery():
-                    if not self._waiting_for_stats:
+                    if self.is_up and not self._waiting_for_stats:
                         self._ask_for_stats()
-                    self._waiting_for_stats.add(front)
+                    self._waiting_for_stats.add(front)  # until the fleet is up
                 case m.ProfileQuery():
                     self._server.send("front", front, self._report)
                 case m.Shutdown():
                     self._ending = True
+
+    def _on_request(self, front: bytes, message: m.AddRequest | m.AbortRequest) -> None:
+        """A front end that does not wait for `EngineReady` is told so: nothing runs that could take its request."""
+        if self._engine is None:
+            reason = "the fleet is not up yet: wait for EngineReady."
+            refused = m.TokenOutput(id=message.id, token_ids=[], finish_reason="error", error=reason)
+            self._server.send("front", front, m.Outputs(outputs=[refused]))
+        elif isinstance(message, m.AddRequest):
+            self._engine.add(message)
+        else:
+            self._engine.abort(message.id)
 
     def _ask_for_stats(self) -> None:
         self._stats = {}
@@ -292,11 +313,13 @@ class Driver:
 
 
 def main() -> NoReturn:
+    children.begin()
+    supervision.run_on_without_parent()
     line = sys.stdin.buffer.readline()
     if not line:
         sys.exit(1)  # rank 0 is gone already
     args = msgspec.json.decode(line, type=DriverArgs)
-    logging.basicConfig(level=logging.INFO, format="hetis: %(message)s")
+    set_up_logging("driver")
     server = ControlServer(args.run_directory, args.address)
     joining = Joining(endpoints=server.endpoints, devices=[member.device for member in args.plan.members()])
     with suppress(BrokenPipeError):  # its end is noticed in the loop

@@ -21,7 +21,7 @@ from hetis.core.messages import (
     TokenOutput,
 )
 from hetis.core.placement import Move, Placement
-from hetis.core.request import Sequence
+from hetis.core.request import Sequence, check_token_ids
 from hetis.core.sampled import TokenLogprobs
 from hetis.dispatcher.room import shortage_when_empty
 from hetis.engine.balancer import Balancer
@@ -88,8 +88,18 @@ class Engine:
 
     def add(self, request: AddRequest) -> None:
         """Queues a sequence; one that can never run is answered at once with the reason."""
+        try:
+            self._queue(request)
+        except ValueError as error:
+            self._outputs.append(TokenOutput(id=request.id, token_ids=[], finish_reason="error", error=str(error)))
+
+    def _queue(self, request: AddRequest) -> None:
+        """ValueError for a sequence that can never run. Whatever a front end has checked is checked again: its mistake
+        would reach the ranks, which serve others as well."""
         params, arrival = request.params, self._num_arrivals
         self._num_arrivals += 1
+        params.validate_for(self._setup.spec.vocab_size, max_logprobs=-1)
+        check_token_ids("the prompt", request.token_ids, self._setup.spec.vocab_size)
         stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._setup.eos_token_ids))
         sequence = Sequence(
             id=request.id,
@@ -104,15 +114,12 @@ class Engine:
         shortage = shortage_when_empty(
             len(request.token_ids) + 1, self._setup.plan, self._setup.num_pages, self._setup.block_size
         )
-        try:
-            if shortage is not None:
-                raise ValueError(
-                    f"a prompt of {sequence.prompt_len} tokens can never run on this fleet: {shortage}; "
-                    "give these ranks more KV memory."
-                )
-            self.scheduler.add(sequence)
-        except ValueError as error:
-            self._outputs.append(TokenOutput(id=request.id, token_ids=[], finish_reason="error", error=str(error)))
+        if shortage is not None:
+            raise ValueError(
+                f"a prompt of {sequence.prompt_len} tokens can never run on this fleet: {shortage}; "
+                "give these ranks more KV memory."
+            )
+        self.scheduler.add(sequence)
 
     def abort(self, sequence_id: str) -> None:
         if self.scheduler.abort(sequence_id) is not None:
@@ -163,24 +170,23 @@ class Engine:
         """The tokens of a step: appended, streamed, and pages freed where a sequence ended."""
         batch = self._in_flight.pop(result.step)
         self._keep_prompt_logprobs(batch, result)
-        invalid = set(result.invalid)
         tokens = np.frombuffer(result.tokens, dtype=np.int32).tolist()
-        for index, new in enumerate(self.scheduler.on_tokens(batch, tokens, invalid)):
+        for index, new in enumerate(self.scheduler.on_tokens(batch, tokens, result.errors.keys())):
             if new.sequence.finish_reason == "abort":  # answered when it was aborted
                 continue
             logprobs = result.logprobs[index] if result.logprobs else None
-            self._outputs.append(self._output(new, logprobs, index in invalid))
+            self._outputs.append(self._output(new, logprobs, result.errors.get(index)))
 
-    def _output(self, new: NewToken, logprobs: TokenLogprobs | None, invalid: bool) -> TokenOutput:
+    def _output(self, new: NewToken, logprobs: TokenLogprobs | None, error: str | None) -> TokenOutput:
         sequence = new.sequence
         return TokenOutput(
             id=sequence.id,
             token_ids=[] if new.token is None else [new.token],
-            logprobs=None if logprobs is None else [logprobs],
+            logprobs=None if logprobs is None or new.token is None else [logprobs],
             prompt_logprobs=self._prompt_logprobs.pop(sequence.id, None),
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
-            error="the model produced logits that are not finite" if invalid else None,
+            error=error,
         )
 
     def _command(self, batch: Batch) -> StepCommand:
@@ -237,7 +243,6 @@ def _new_sequence(sequence: Sequence, placement: Placement) -> NewSequence:
         slot=sequence.slot,
         owners=_int32(owner for stage in placement.owners for owner in stage),
         prompt_len=sequence.prompt_len,
-        prefill_len=sequence.prefill_len,
         seed=sequence.seed,
         params=sequence.params,
     )

@@ -1,9 +1,9 @@
 """Profiles in JSON files: those that users keep, and the cache of what was measured before, on the driver's host."""
 
 import errno
+import logging
 import os
 import secrets
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,24 +17,20 @@ from hetis.engine.profiling import profile_key
 
 ProfileT = TypeVar("ProfileT", bound=msgspec.Struct)
 
+_log = logging.getLogger(__name__)
+
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def save(profile: msgspec.Struct, path: Path) -> None:
-    """Writes a profile as JSON, in one piece: a reader sees the old file or the new one.
+    """Writes a profile of the cache as JSON, in one piece: a reader sees the old file or the new one.
 
     Raises ValueError, naming the file, when it cannot be written; nothing is left behind then.
     """
     with _draft(path) as draft:
         draft.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
         draft.replace(path)
-
-
-def check_writable(path: Path) -> None:
-    """Raises ValueError where `save` would. Makes the folders that are missing, as `save` does."""
-    with _draft(path):
-        pass
 
 
 def load(path: Path, kind: type[ProfileT]) -> ProfileT:
@@ -92,7 +88,7 @@ def keep_profiles(profiles: Iterable[KindProfile]) -> None:
         for profile in profiles:
             save(profile, folder / profile.key.file_name)
     except ValueError as error:
-        print(f"hetis: what was measured is not kept: {error}", file=sys.stderr, flush=True)
+        _log.warning("what was measured is not kept: %s", error)
 
 
 def cached(folder: Path, key: ProfileKey) -> KindProfile | None:

@@ -24,6 +24,7 @@ from hetis.core.profile import (
     LinkProfile,
     ProfileKey,
 )
+from hetis.core.sizes import plural
 from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer
 from hetis.cost.footprint import layer_weights
 from hetis.cost.memory import usable_share
@@ -33,7 +34,7 @@ ATTENTION_SECONDS = 2.0
 DENSE_SECONDS = 2.5
 LINK_SECONDS = 0.3
 
-Claim = tuple[str, str]  # (host, device)
+Claim = tuple[str, str]  # a device, or (host, "")
 Kind = tuple[ProfileKey, int]  # ranks of one kind are measured once: those with one key, or (key, rank) that rank alone
 What = tuple[Kind, LayerShare | None]  # its share of the layers, or its decode attention
 ALL = -1
@@ -69,6 +70,13 @@ class Profiling:
         self._waiting = [*self._attention_jobs(), *self._dense_jobs()]
         self._waiting_links = self._link_jobs()
         self._running: dict[int, _Job] = {}  # by rank that has not answered
+        self.num_jobs = len(self._waiting) + len(self._waiting_links)
+
+    @property
+    def num_done(self) -> int:
+        """Of `num_jobs`, those that all their ranks have answered."""
+        running = len({id(job) for job in self._running.values()})
+        return self.num_jobs - running - len(self._waiting) - len(self._waiting_links)
 
     @property
     def is_finished(self) -> bool:
@@ -101,16 +109,16 @@ class Profiling:
     def _link_jobs(self) -> list[_Job]:
         return [
             _Job(
-                (primary, worker),
-                frozenset((primary,)),
-                MeasureLink(primary=primary, worker=worker, seconds=LINK_SECONDS),
-                frozenset((self._infos[rank].host, "") for rank in (primary, worker)),
+                (home.rank, worker.rank),
+                frozenset((home.rank,)),
+                MeasureLink(primary=home.rank, worker=worker.rank, seconds=LINK_SECONDS),
+                frozenset((self._infos[rank].host, "") for rank in (home.rank, worker.rank)),
             )
-            for primary, worker in links_of(self._plan)
+            for home, worker in self._plan.links()
         ]
 
     def _claims(self, ranks: tuple[int, ...]) -> frozenset[Claim]:
-        return frozenset((self._infos[rank].host, self._infos[rank].device) for rank in ranks)
+        return frozenset(self._infos[rank].place for rank in ranks)
 
     def _kind(self, rank: int) -> Kind:
         return self._keys[rank], ALL if self._share else rank
@@ -161,7 +169,8 @@ class Profiling:
         kind, share = self._kind(answer.rank), layer_share(self._setup, answer.rank)
         self._parts[kind, share] = _Part(answer.rank, answer.seconds)
         dense = fit_dense(answer.dense, share.num_weights, share.num_weights * DTYPE_BYTES[self._setup.dtype])
-        self._layers[kind, share] = LayerProfile(share=share, dense=dense, prefill=fit_prefill(answer.prefill))
+        prefill = fit_prefill(answer.prefill) if share.num_groups else None
+        self._layers[kind, share] = LayerProfile(share=share, dense=dense, prefill=prefill)
 
     def _keep_link(self, asked: MeasureLink, answer: Measured) -> None:
         request, reply = fit_transfer(answer.request), fit_transfer(answer.reply)
@@ -173,7 +182,9 @@ class Profiling:
         links = tuple(sorted(self._links, key=lambda link: (link.primary, link.worker)))
         devices = {rank: self._device(rank) for rank in self._infos}
         return ProfileReport(
-            profile=FleetProfile(devices=devices, links=links), sources={rank: self._source(rank) for rank in devices}
+            profile=FleetProfile(devices=devices, links=links),
+            sources={rank: self._source(rank) for rank in devices},
+            devices={info.rank: info.device for info in self._setup.fleet},
         )
 
     def new(self) -> list[KindProfile]:
@@ -213,7 +224,7 @@ class Profiling:
 def profile_key(info: DeviceInfo, setup: Setup) -> ProfileKey:
     """What is the same for ranks that need not be measured twice."""
     return ProfileKey(
-        device=f"{info.name}, {info.num_threads} threads" if info.device == "cpu" else info.name,
+        device=f"{info.name}, {plural(info.num_threads, 'thread')}" if info.device == "cpu" else info.name,
         driver=info.driver,
         dtype=setup.dtype,
         head_dim=setup.spec.head_dim,
@@ -229,13 +240,11 @@ def layer_share(setup: Setup, rank: int) -> LayerShare:
     """What a primary has of a layer."""
     stage, index = setup.plan.position_of(rank)
     primaries = setup.plan.stages[stage].primaries
-    return LayerShare(num_ranks=len(primaries), num_weights=layer_weights(setup.spec, primaries[index], index))
-
-
-def links_of(plan: Plan) -> list[tuple[int, int]]:
-    """(primary, worker) of every link."""
-    primaries = [primary.rank for stage in plan.stages for primary in stage.primaries]
-    return [(primary, worker.rank) for primary in primaries for worker in plan.workers]
+    return LayerShare(
+        num_ranks=len(primaries),
+        num_groups=primaries[index].num_groups,
+        num_weights=layer_weights(setup.spec, primaries[index], index),
+    )
 
 
 # --- profiles from files ----------------------------------------------------------------------------------------------
@@ -258,16 +267,18 @@ def report_of(profile: FleetProfile, setup: Setup, name: str) -> ProfileReport:
                 f"profile {name} does not hold for rank {info.rank}: {', '.join(different)}; "
                 f"run `hetis profile` with this model, plan and options, or leave it out."
             )
-    return ProfileReport(profile=profile, sources={member.rank: name for member in setup.plan.members()})
+    devices = {info.rank: info.device for info in setup.fleet}
+    return ProfileReport(profile=profile, sources=dict.fromkeys(devices, name), devices=devices)
 
 
 def _lacking(profile: FleetProfile, plan: Plan) -> list[str]:
     devices, found = profile.devices, {(link.primary, link.worker) for link in profile.links}
     primaries = [primary.rank for stage in plan.stages for primary in stage.primaries]
+    links = [(home.rank, worker.rank) for home, worker in plan.links()]
     return [
         *(f"rank {member.rank}" for member in plan.members() if member.rank not in devices),
         *(f"layers of rank {rank}" for rank in primaries if rank in devices and devices[rank].layer is None),
-        *(f"link {primary}->{worker}" for primary, worker in links_of(plan) if (primary, worker) not in found),
+        *(f"link {home}->{worker}" for home, worker in links if (home, worker) not in found),
     ]
 
 

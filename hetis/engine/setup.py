@@ -9,10 +9,8 @@ from hetis.core.fleet import DeviceInfo
 from hetis.core.messages import Setup
 from hetis.core.model_spec import resolve_dtype
 from hetis.core.plan import Plan
-from hetis.cost.footprint import page_bytes
+from hetis.cost.buffers import pages_per_haul
 from hetis.cost.memory import plan_memory
-
-HAUL_BYTES = 1 << 20  # of lanes on the move, that a link carries with a message at most
 
 
 def make_setup(args: DriverArgs, fleet: Sequence[DeviceInfo]) -> tuple[Setup, str]:
@@ -43,7 +41,7 @@ def make_setup(args: DriverArgs, fleet: Sequence[DeviceInfo]) -> tuple[Setup, st
         dtype=dtype,
         block_size=config.block_size,
         num_pages=ledger.num_pages,
-        pages_per_haul=max(1, HAUL_BYTES // page_bytes(spec, 1, config.block_size, dtype)),
+        pages_per_haul=pages_per_haul(spec, config.block_size, dtype),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len or ledger.largest_context,
@@ -53,6 +51,7 @@ def make_setup(args: DriverArgs, fleet: Sequence[DeviceInfo]) -> tuple[Setup, st
         logprobs_mode=config.logprobs_mode,
         step_timeout=config.step_timeout,
         trace=config.trace is not None,
+        progress=config.progress,
     )
     return setup, str(ledger)
 

@@ -1,6 +1,8 @@
 """What every rank does in every step, as a file for chrome://tracing or ui.perfetto.dev."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from hetis.core.plan import Plan
 from hetis.core.times import Span
 
 FIELDS = 3  # span, begin, end
+
+_log = logging.getLogger(__name__)
 
 
 class TraceFile:
@@ -30,7 +34,7 @@ class TraceFile:
             self._file = path.open("wb")
         except OSError as error:
             raise ValueError(f"trace file {path} cannot be written ({error.strerror}); name another one.") from error
-        self._epoch = epoch
+        self._epoch, self._path, self._is_cut = epoch, path, False
         self._separator = b"[\n"
         for info in fleet:
             name = f"rank {info.rank}: {plan.role_of(info.rank)} on {info.device}"
@@ -53,9 +57,22 @@ class TraceFile:
         self._write(event if told is None else event | {"args": told})
 
     def _write(self, event: dict[str, Any]) -> None:
-        self._file.write(self._separator + msgspec.json.encode(event))
+        with self._cut_off_when_full():
+            self._file.write(self._separator + msgspec.json.encode(event))
         self._separator = b",\n"
 
     def close(self) -> None:
-        self._file.write(b"\n]\n")
-        self._file.close()
+        with self._cut_off_when_full():
+            self._file.write(b"\n]\n")
+        with self._cut_off_when_full():
+            self._file.close()
+
+    @contextmanager
+    def _cut_off_when_full(self) -> Iterator[None]:
+        """A disk that is full cuts the trace off, with one warning; requests go on."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_cut:
+                _log.warning("trace file %s is cut off: %s.", self._path, error.strerror)
+            self._is_cut = True

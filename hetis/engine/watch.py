@@ -20,6 +20,7 @@ from hetis.core.plan import Plan
 GRACE_SECONDS = 1.0
 JOIN_SECONDS = 300.0
 SILENT_SECONDS = 2.0  # eight heartbeats: long enough to be suspected when something else is wrong
+_WHY_SILENT = "it is stopped, or its host is gone"
 
 
 class FleetFailedError(Exception):
@@ -57,6 +58,9 @@ class Watch:
         fd = supervision.open_pidfd(info.pid)
         if fd is not None:
             self.pid_fds[fd] = info.rank
+        elif supervision.has_ended(info.pid):  # after it had sent its hello
+            self._ended[info.rank] = supervision.wait_status(info.pid)
+            self._note()
         return fd
 
     def on_heartbeat(self, rank: int, step: int) -> None:
@@ -110,7 +114,7 @@ class Watch:
             return
         dead = self._silent(self._infos, self._timeout)
         if dead:
-            self._condemn_silent(dead)
+            self._condemn_stuck(dead, f"did not answer within --step-timeout ({self._timeout:g} s): {_WHY_SILENT}")
         if self._started and now - min(self._started.values()) > self._timeout:
             self._condemn_late(min(self._started))
         if self._missing() and now - self._begin > JOIN_SECONDS:
@@ -143,7 +147,7 @@ class Watch:
 
     def _condemn_silent(self, ranks: list[int]) -> None:
         seconds = self._clock() - min(self._last_sign[rank] for rank in ranks)
-        self._condemn_stuck(ranks, f"gave no sign of life for {seconds:.0f} s (stopped, or its host is gone)")
+        self._condemn_stuck(ranks, f"has not answered for {seconds:.1f} s: {_WHY_SILENT}")
 
     def _condemn_late(self, step: int) -> None:
         """A step that does not end: those that say nothing are more likely the cause than those that wait for them."""
@@ -151,7 +155,8 @@ class Watch:
         if silent:
             self._condemn_silent(silent)
         late = [rank for rank, done in self._last_step.items() if done < step and rank in self._infos]
-        self._condemn_stuck(late or list(self._infos), f"did not finish step {step} within {self._timeout:g} s")
+        what = f"did not finish step {step} within --step-timeout ({self._timeout:g} s)"
+        self._condemn_stuck(late or list(self._infos), what)
 
     def _condemn_stuck(self, ranks: list[int], what: str) -> None:
         culprits: dict[str, list[int]] = {}

@@ -1,28 +1,20 @@
 """Where weights come from: safetensors files, or nothing at all (dummy weights). Both give slices of named tensors.
 
-Names are those that `TensorNames` gives; files that leave out the leading "model." are read too.
+Names are those that `TensorNames` gives.
 """
 
 import hashlib
-import json
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Span
-
-Shapes = dict[str, tuple[int, ...]]
-
-INDEX = "model.safetensors.index.json"
-_FLOATS = {"F32", "BF16", "F16"}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_HARMLESS = (
-    "rotary_emb.inv_freq",
-    "decoder.version",
-)  # written by old exporters; carries nothing that config.json does not
+from hetis.models.tensor_names import Shapes
+from hetis.models.weight_files import damaged, find_tensors
 
 
 class WeightSource(Protocol):
@@ -33,24 +25,14 @@ class WeightSource(Protocol):
         """Copy the tensor, or its rows and columns within the spans, in order into `target` of as many values."""
 
 
-class _Entry(NamedTuple):
-    file: Path
-    name: str  # in that file
-    shape: tuple[int, ...]
-    dtype: str
-
-
 class Checkpoint:
-    """The safetensors files of a directory, checked against the tensors that the model has (`expected`: name -> shape).
+    """The safetensors files of a directory, checked against the model: raises what `find_tensors` raises.
 
-    `tied_names`: embedding and LM head where they are one, so that a checkpoint may hold either or both. Only headers
-    are read here. Raises ValueError, one sentence with file, tensor and remedy: no safetensors, files missing, damaged
-    or truncated, tensors missing, unknown, of the wrong shape or not floating point.
+    Only headers are read at first.
     """
 
-    def __init__(self, directory: Path, expected: Shapes, tied_names: tuple[str, str] | None) -> None:
-        found = _read_headers(_weight_files(directory))
-        self._entries = _match(directory, found, expected, tied_names)
+    def __init__(self, directory: Path, spec: ModelSpec) -> None:
+        self._entries = find_tensors(directory, spec)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
@@ -63,7 +45,7 @@ class Checkpoint:
             with safe_open(entry.file, framework="pt") as file:
                 target.copy_(file.get_slice(entry.name)[index].reshape(target.shape))
         except (SafetensorError, OSError) as error:
-            raise _damaged(entry.file, error) from error
+            raise damaged(entry.file, error) from error
 
 
 class DummyWeights:
@@ -112,87 +94,3 @@ class DummyWeights:
             block = self._table[position % self.PERIOD :][: target.shape[0]]
             target[: block.shape[0]].copy_(block)
             target, position = target[block.shape[0] :], position + block.shape[0]
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files that make up the checkpoint: those named by the index, else all safetensors files."""
-    index = directory / INDEX
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} cannot be read ({error}); download it again.") from error
-        for name in names:
-            if not (directory / name).is_file():
-                raise ValueError(f"{directory / name} is named by {INDEX} but does not exist; download it again.")
-        return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
-    others = [file for file in files if not file.name.startswith("consolidated")]  # a second copy in Mistral's format
-    if others:
-        return others
-    pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
-    if pickles:
-        raise ValueError(
-            f"{directory} holds {pickles[0]} but no safetensors, and hetis never unpickles; save the model with "
-            f"save_pretrained(safe_serialization=True) or use a revision with safetensors."
-        )
-    raise ValueError(f"{directory} holds no *.safetensors files; download the checkpoint again.")
-
-
-def _read_headers(files: list[Path]) -> dict[str, _Entry]:
-    found: dict[str, _Entry] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    if name in found:
-                        raise ValueError(
-                            f"tensor {name} is in both {found[name].file} and {path}; remove one of the files."
-                        )
-                    view = file.get_slice(name)
-                    found[name] = _Entry(path, name, tuple(view.get_shape()), view.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from error
-    return found
-
-
-def _match(
-    directory: Path, found: dict[str, _Entry], expected: Shapes, tied_names: tuple[str, str] | None
-) -> dict[str, _Entry]:
-    """Our names -> entries; every expected tensor is there, in its shape, and nothing unknown besides."""
-    entries: dict[str, _Entry] = {}
-    for name, entry in found.items():
-        full = name if name in expected or (tied_names and name in tied_names) else f"model.{name}"
-        if full in expected or (tied_names and full in tied_names):
-            entries[full] = entry
-        elif not name.endswith(_HARMLESS):
-            raise ValueError(
-                f"{entry.file} has tensor {name}, which the model of config.json does not have; use the config.json "
-                f"that belongs to this checkpoint."
-            )
-    if tied_names:
-        embedding, head = tied_names
-        copy = entries.pop(head, None)
-        if copy is not None:
-            entries.setdefault(embedding, copy)
-    missing = [name for name in expected if name not in entries]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{directory} has no tensor {missing[0]}{more}; download the checkpoint again.")
-    for name, shape in expected.items():
-        entry = entries[name]
-        if entry.shape != shape:
-            raise ValueError(
-                f"{entry.file}: tensor {entry.name} has shape {list(entry.shape)} but config.json asks for "
-                f"{list(shape)}; use the config.json that belongs to this checkpoint."
-            )
-        if entry.dtype not in _FLOATS:
-            raise ValueError(
-                f"{entry.file}: tensor {entry.name} has dtype {entry.dtype}; only unquantised checkpoints "
-                f"({', '.join(sorted(_FLOATS))}) are supported."
-            )
-    return entries
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged or truncated ({error}); download it again.")

@@ -1,7 +1,8 @@
 """The decoder of one stage and one tensor-parallel shard: mathematics only.
 
 Attention and reduction come from outside. T tokens, H hidden size, G head groups of this shard, M query heads per
-group, D head_dim, F MLP columns of this shard, V vocabulary rows of this shard, N rows whose logits are wanted.
+group, D head_dim, F MLP columns of this shard, V vocabulary rows of this shard, N rows whose logits are wanted. G, F
+and V may be 0: then the tensors are empty, and this shard adds zeros (or its bias) to the sums.
 """
 
 from dataclasses import dataclass, fields
@@ -13,7 +14,7 @@ from torch import Tensor
 from hetis.core.model_spec import ModelSpec
 from hetis.models.layers import LayerWeights, StageWeights, activate, add_and_normalise, normalise, rope_table
 from hetis_kernels import gated_activation, qk_norm_rope
-from hetis_kernels.linear import linear, use_plain
+from hetis_kernels.linear import linear
 
 
 class Attention(Protocol):
@@ -69,7 +70,7 @@ class Decoder:
     """One stage's layers (and embedding, final norm and LM head where the stage has them) for one shard.
 
     `reduce` sums over the stage's tensor-parallel ranks. `max_tokens` bounds the tokens of a step, `max_position`
-    (default: the model's) the positions that occur. `enforce_eager`: plain torch linears in this process.
+    (default: the model's) the positions that occur.
     """
 
     def __init__(
@@ -81,12 +82,10 @@ class Decoder:
         max_tokens: int,
         device: torch.device,
         max_position: int | None = None,
-        enforce_eager: bool = False,
     ) -> None:
         self._spec, self._weights, self._reduce = spec, weights, reduce
         self._workspace = Workspace.allocate(spec, weights, max_tokens)
         self._cos_sin_PR = rope_table(spec.rope, max_position or spec.max_position, device) if spec.rope else None
-        use_plain(enforce_eager)
 
     def embed(self, token_T: Tensor, position_T: Tensor) -> Tensor:
         """Hidden states [T, H] of tokens (int64 [T]) at `position_T` (int64 [T]); first stage only.
@@ -100,6 +99,8 @@ class Decoder:
         first, stop = self._weights.primary.vocab_rows
         if stop - first == self._spec.vocab_size:
             torch.index_select(embedding_VH, 0, token_T, out=hidden_TH)
+        elif stop == first:
+            hidden_TH.zero_()
         else:
             local_T = token_T - first
             torch.index_select(embedding_VH, 0, local_T.clamp(0, stop - first - 1), out=hidden_TH)

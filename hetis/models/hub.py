@@ -11,29 +11,37 @@ _WEIGHT_FILES = ["*.safetensors"]
 _NOT_OURS = ["*/*", "consolidated*"]  # other formats beside the checkpoint
 
 
-def resolve_model(model: str | None, revision: str | None = None, weights: bool = True) -> Path:
+def resolve_model(model: str | None, revision: str | None = None, weights: bool = True, what: str = "model") -> Path:
     """The directory with config.json (and tokenizer, and, if `weights`, safetensors) of `model`.
 
     None: the small model inside the package. An existing directory: itself. Else a hub id, downloaded or taken from the
-    hub cache; never pickles, never code. Raises ValueError when there is no such model or it cannot be reached.
+    hub cache; never pickles, never code. `what` the name stands for: "model" or "tokenizer". Raises ValueError when
+    there is no such model, it cannot be reached, or a revision is given for one that has none.
     """
     if model is None:
+        _refuse_revision(revision, "the model in the package")
         return PACKAGED
     directory = Path(model).expanduser()
     if model and directory.is_dir():
+        _refuse_revision(revision, f"{what} {model!r}, a local directory,")
         return directory
     if directory.is_file():
-        raise ValueError(f"model {model!r} is a file; give the directory of a Hugging Face checkpoint.")
+        raise ValueError(f"{what} {model!r} is a file; give the directory of a Hugging Face checkpoint.")
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise ValueError(f"model {model!r} is neither an existing directory nor a hub id such as Qwen/Qwen3-0.6B.")
-    return _download(model, revision, weights)
+        raise ValueError(f"{what} {model!r} is neither an existing directory nor a hub id such as Qwen/Qwen3-0.6B.")
+    return _download(model, revision, weights, what)
 
 
-def _download(model: str, revision: str | None, weights: bool) -> Path:
+def _refuse_revision(revision: str | None, where: str) -> None:
+    if revision is not None:
+        raise ValueError(f"revision {revision!r}: {where} has no revisions; leave it out, or name a model on the hub.")
+
+
+def _download(model: str, revision: str | None, weights: bool, what: str) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
-    where = f"model {model!r}" + (f" at revision {revision!r}" if revision else "")
+    where = f"{what} {model!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         return Path(
             snapshot_download(
@@ -46,7 +54,7 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
     except hub.GatedRepoError as error:
         raise ValueError(f"{where} is gated; accept its terms on the hub and set HF_TOKEN.") from error
     except hub.RepositoryNotFoundError as error:
-        raise ValueError(f"{where} is neither a directory nor a model on the hub; correct the name.") from error
+        raise ValueError(f"{where} is neither a directory nor a repository on the hub; correct the name.") from error
     except hub.RevisionNotFoundError as error:
         raise ValueError(f"{where} does not exist on the hub; correct the revision.") from error
     except Exception as error:  # no network, proxies, disk: the hub client raises errors of several libraries

@@ -84,22 +84,44 @@ def activate(x_TF: Tensor, activation: str) -> None:
 def rope_frequencies(rope: RopeSpec) -> Tensor:
     """Angle per position of each pair of values: float32 [rotary_dim / 2], in radians.
 
-    theta ** (-2i / rotary_dim); "linear" divides all of them by `factor`; "llama3" divides only those whose wavelength
-    is long against the original context, with a smooth passage in between (Llama 3.1 report, section 3.4.2).
+    theta ** (-2i / rotary_dim); "linear" divides all of them by `factor`; "llama3" and "yarn" divide only those whose
+    wavelength is long against the original context, with a smooth passage in between: over the rotations within that
+    context (Llama 3.1 report, section 3.4.2), or over the pairs (YaRN, arXiv 2309.00071, section 3.2).
     """
     exponent = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
     frequency = 1.0 / (rope.theta**exponent)
+    if rope.scaling == "none":
+        return frequency
     if rope.scaling == "linear":
         return frequency / rope.factor
-    if rope.scaling == "llama3":
-        turns = rope.original_max_position * frequency / (2 * math.pi)  # rotations within the original context
-        kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        kept = kept.clamp(0.0, 1.0)  # share of the unscaled frequency: 1 for short waves, 0 for long ones
-        return (1 - kept) * frequency / rope.factor + kept * frequency
-    return frequency
+    kept = _kept_by_llama3(rope, frequency) if rope.scaling == "llama3" else _kept_by_yarn(rope)
+    return (1 - kept) * frequency / rope.factor + kept * frequency
+
+
+def _kept_by_llama3(rope: RopeSpec, frequency: Tensor) -> Tensor:
+    """Share of the unscaled frequency: 1 for short waves, 0 for long ones."""
+    turns = rope.original_max_position * frequency / (2 * math.pi)  # rotations within the original context
+    kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    return kept.clamp(0.0, 1.0)
+
+
+def _kept_by_yarn(rope: RopeSpec) -> Tensor:
+    """Share of the unscaled frequency: 1 up to the pair that turns beta_fast times, 0 from the one of beta_slow on."""
+
+    def pair_that_turns(times: float) -> float:
+        wavelength = rope.original_max_position / times
+        return rope.rotary_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.rotary_dim - 1)
+    width = high - low or 0.001  # transformers' value: all at once between two pairs
+    pair = torch.arange(rope.rotary_dim // 2, dtype=torch.float32)
+    return 1 - ((pair - low) / width).clamp(0.0, 1.0)
 
 
 def rope_table(rope: RopeSpec, num_positions: int, device: torch.device) -> Tensor:
-    """cos then sin of every position's angles: float32 [P, rotary_dim]."""
+    """cos then sin of every position's angles, times `attention_factor`: float32 [P, rotary_dim]."""
     angle_PF = torch.arange(num_positions, dtype=torch.float32)[:, None] * rope_frequencies(rope)
-    return torch.cat((angle_PF.cos(), angle_PF.sin()), dim=1).to(device)
+    return torch.cat((angle_PF.cos(), angle_PF.sin()), dim=1).mul_(rope.attention_factor).to(device)

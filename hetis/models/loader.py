@@ -6,6 +6,7 @@ shard, M query heads per group, D head_dim, H hidden size, F MLP columns of this
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan
-from hetis.models.checkpoint import Checkpoint, DummyWeights, Shapes, WeightSource
-from hetis.models.families import FAMILIES, TensorNames
+from hetis.models.checkpoint import Checkpoint, DummyWeights, WeightSource
+from hetis.models.families import FAMILIES
 from hetis.models.layers import LayerWeights, Norm, StageWeights
+from hetis.models.tensor_names import TensorNames, expected_tensors
 from hetis_kernels.linear import PackedLinear, pack_linear
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
@@ -31,64 +33,28 @@ def load_weights(
     device: torch.device,
     load_format: str = "auto",
     seed: int = 0,
+    enforce_eager: bool = False,
     show_progress: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> StageWeights:
     """The share of one primary, converted to `dtype` on `device`.
 
     "auto" and "safetensors" read `directory`; "dummy" makes random weights from `seed`, the same whatever the plan.
-    `show_progress`: a bar on stderr; `on_progress(done, total)` is called after every layer. Raises ValueError, one
+    `enforce_eager`: linear layers that torch computes. `show_progress`: a bar on stderr; `on_progress(done, total)` is
+    called after every layer. Raises ValueError, one
     sentence with file, tensor and remedy, for checkpoints that are missing, incomplete, damaged or of another model.
     """
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format {load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}.")
     names = FAMILIES[spec.family].names
-    expected = expected_tensors(spec, names)
     source: WeightSource
     if load_format == "dummy":
-        source = DummyWeights(expected, dtype, seed)
+        source = DummyWeights(expected_tensors(spec, names), dtype, seed)
     else:
-        tied_names = (f"{names.embedding}.weight", f"{names.head}.weight") if spec.tied_embeddings else None
-        source = Checkpoint(directory, expected, tied_names)
-    shard = _Shard(spec, plan, stage_index, tp_index, names, source, dtype, device)
+        source = Checkpoint(directory, spec)
+    shard = _Shard(spec, plan, stage_index, tp_index, names, source, dtype, device, enforce_eager)
     with _progress_bar(show_progress, "loading weights") as bar:
         return shard.load(on_progress or bar)
-
-
-def expected_tensors(spec: ModelSpec, names: TensorNames) -> Shapes:
-    """Name and shape of every tensor of the whole model, as a checkpoint holds them."""
-    hidden, columns = spec.hidden_size, spec.intermediate_size
-    query_rows, key_rows = spec.num_query_heads * spec.head_dim, spec.num_head_groups * spec.head_dim
-    shapes: Shapes = {}
-
-    def module(name: str, *shape: int, bias: bool = False) -> None:
-        shapes[f"{name}.weight"] = shape
-        if bias:
-            shapes[f"{name}.bias"] = shape[:1]
-
-    has_norm_bias = spec.norm == "layer"
-    module(names.embedding, spec.vocab_size, hidden)
-    if spec.learned_position_offset is not None:
-        module(names.positions, spec.max_position + spec.learned_position_offset, hidden)
-    if not spec.tied_embeddings:
-        module(names.head, spec.vocab_size, hidden)
-    module(names.final_norm, hidden, bias=has_norm_bias)
-    for index in range(spec.num_layers):
-        prefix = names.layer.format(layer=index)
-        module(prefix + names.attention_norm, hidden, bias=has_norm_bias)
-        module(prefix + names.mlp_norm, hidden, bias=has_norm_bias)
-        module(prefix + names.query, query_rows, hidden, bias=spec.qkv_bias)
-        module(prefix + names.key, key_rows, hidden, bias=spec.qkv_bias)
-        module(prefix + names.value, key_rows, hidden, bias=spec.qkv_bias)
-        module(prefix + names.output, hidden, query_rows, bias=spec.output_bias)
-        if spec.qk_norm:
-            module(prefix + names.query_norm, spec.head_dim)
-            module(prefix + names.key_norm, spec.head_dim)
-        if spec.gated:
-            module(prefix + names.gate, columns, hidden, bias=spec.mlp_bias)
-        module(prefix + names.up, columns, hidden, bias=spec.mlp_bias)
-        module(prefix + names.down, hidden, columns, bias=spec.mlp_bias)
-    return shapes
 
 
 class _Shard:
@@ -104,8 +70,10 @@ class _Shard:
         source: WeightSource,
         dtype: torch.dtype,
         device: torch.device,
+        enforce_eager: bool,
     ) -> None:
         self._spec, self._names, self._source = spec, names, source
+        self._pack = partial(pack_linear, plain=enforce_eager)
         self._stage, self._tp_index = plan.stages[stage_index], tp_index
         self._primary = self._stage.primaries[tp_index]
         self._is_first, self._is_last = plan.is_first(stage_index), plan.is_last(stage_index)
@@ -156,7 +124,7 @@ class _Shard:
             self._source.fill(weight_GHDK[:, heads], f"{prefix}{name}.weight", rows)
             if bias_GHD is not None:
                 self._source.fill(bias_GHD[:, heads], f"{prefix}{name}.bias", rows)
-        return pack_linear(weight_GHDK.flatten(0, 2), None if bias_GHD is None else bias_GHD.flatten())
+        return self._pack(weight_GHDK.flatten(0, 2), None if bias_GHD is None else bias_GHD.flatten())
 
     def _gate_up(self, prefix: str) -> PackedLinear:
         """Gate rows, then up rows: [2F, H]; up rows alone without a gate."""
@@ -168,13 +136,13 @@ class _Shard:
             self._source.fill(weight_PFK[index], f"{prefix}{name}.weight", columns)
             if bias_PF is not None:
                 self._source.fill(bias_PF[index], f"{prefix}{name}.bias", columns)
-        return pack_linear(weight_PFK.flatten(0, 1), None if bias_PF is None else bias_PF.flatten())
+        return self._pack(weight_PFK.flatten(0, 1), None if bias_PF is None else bias_PF.flatten())
 
     def _row_parallel(self, name: str, columns: tuple[int, int], has_bias: bool) -> PackedLinear:
         """All rows, this shard's columns. The sum over ranks must hold the bias once: index 0 adds it."""
         weight_HF = self._empty(self._spec.hidden_size, columns[1] - columns[0])
         self._source.fill(weight_HF, f"{name}.weight", columns=columns)
-        return pack_linear(weight_HF, self._whole(f"{name}.bias") if has_bias and self._tp_index == 0 else None)
+        return self._pack(weight_HF, self._whole(f"{name}.bias") if has_bias and self._tp_index == 0 else None)
 
     def _embedding(self) -> Tensor:
         return self._vocabulary(self._names.embedding)
@@ -182,8 +150,8 @@ class _Shard:
     def _head(self, embedding_VH: Tensor | None) -> PackedLinear:
         """The LM head's rows; a tied one shares the embedding's memory where this rank holds both."""
         if not self._spec.tied_embeddings:
-            return pack_linear(self._vocabulary(self._names.head))
-        return pack_linear(embedding_VH if embedding_VH is not None else self._embedding())
+            return self._pack(self._vocabulary(self._names.head))
+        return self._pack(embedding_VH if embedding_VH is not None else self._embedding())
 
     def _vocabulary(self, name: str) -> Tensor:
         table_VH = self._empty(self._primary.num_vocab_rows, self._spec.hidden_size)

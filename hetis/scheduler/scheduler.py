@@ -1,15 +1,19 @@
 """Which tokens are computed next: continuous batching with chunked prefill, first come first served.
 
-Running decodes first, then the next chunks of running prompts, then waiting sequences. Pages of a whole prompt, staging
-included, are taken at admission, so only decodes can run out of pages; then whoever came last starts over later.
+A micro-batch is filled in order of arrival: first the sequences that have been admitted before, decodes and prompts
+alike, then waiting ones. Pages of a whole prompt, staging included, are taken at admission, so only decodes can run out
+of pages. Where lanes can move, they make room. Otherwise the latest arrival among those that hold the missing pages is
+preempted: it starts over later. In flight, it is waited for.
 
-Where lanes can move, they make room before anybody starts over; meanwhile those who lack pages wait.
+What a sequence lacks, no later one takes. A preempted sequence comes back in its turn, before later ones grow: these
+are preempted as far as it needs their pages. So later arrivals that run beside a sequence that waits have no more than
+the rest of their pages; the first of all waits for nothing but steps in flight and lanes on the move.
 
 With n pipeline stages at most n micro-batches are in flight, and a sequence is in at most one of them. Each takes at
 most an n-th of the sequences and of the token budget, so that every stage has work.
 """
 
-from bisect import insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterable
 from operator import attrgetter
 
@@ -19,6 +23,32 @@ from hetis.core.placement import Dispatcher, NoRelief, Placement, PoolId, Relief
 from hetis.core.request import Sequence
 
 _ARRIVAL = attrgetter("arrival")
+
+
+class _Draft:
+    """A micro-batch that is being filled."""
+
+    def __init__(self, budget: int, max_num_seqs: int) -> None:
+        self.budget = budget  # tokens that it still takes
+        self.decode_budget = max_num_seqs  # of them, for which ranks have room in decode
+        self.decodes: list[Row] = []
+        self.prompts: list[Row] = []
+        self.admitted: list[tuple[Sequence, Placement]] = []
+        self.closed: set[PoolId] = set()  # pools that lack pages for an earlier sequence than those that follow
+
+    def add_prompt(self, sequence: Sequence) -> None:
+        """The next tokens of its prompt, as many as the budget allows."""
+        count = min(sequence.prompt_len - sequence.num_computed, self.budget)
+        self.budget -= count
+        self.prompts.append(Row(sequence=sequence, start=sequence.num_computed, count=count))
+
+    def add_decode(self, sequence: Sequence) -> None:
+        """Its next token; of one that starts over as many as the budgets allow."""
+        count = min(len(sequence.token_ids) - sequence.num_computed, self.budget, self.decode_budget)
+        if count:
+            self.budget -= count
+            self.decode_budget -= count
+            self.decodes.append(Row(sequence=sequence, start=sequence.num_computed, count=count))
 
 
 class Scheduler:
@@ -38,7 +68,7 @@ class Scheduler:
         """`max_num_batched_tokens`: of all micro-batches in flight together. `max_model_len`: at most the context that
         a sequence finds room for when it has the fleet for itself."""
         self._cache, self._dispatcher, self._relief = cache, dispatcher, relief or NoRelief()
-        self._max_model_len, self._num_stages = max_model_len, num_stages
+        self._max_num_seqs, self._max_model_len, self._num_stages = max_num_seqs, max_model_len, num_stages
         self._token_budget = _share(max_num_batched_tokens, num_stages)
         self._waiting: list[Sequence] = []  # in order of arrival
         self._running: list[Sequence] = []  # too
@@ -97,14 +127,16 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next micro-batch, or None when nothing can run now: call it until then.
 
-        It has no rows where everybody waits for lanes that move: their pages go with steps.
+        It has no rows where all wait for lanes that move: their pages go with steps.
         """
         if self._num_in_flight == self._num_stages:
             return None
-        rows = self._decodes()
-        rows += self._chunks(self._running_prefills(len(rows)), rows)
-        admitted = self._admit(rows)
-        rows += self._chunks([sequence for sequence, _ in admitted], rows)
+        draft = _Draft(self._token_budget, self._max_num_seqs)
+        self.refused = None
+        self._continue(draft)
+        if not draft.closed:
+            self._admit(self._newcomers(draft), draft)
+        rows = draft.decodes + draft.prompts
         if not rows and (self._num_in_flight or not self._relief.is_busy):
             assert self._num_in_flight or not self.has_work, "an empty fleet has no place for a sequence that waits"
             return None
@@ -112,111 +144,128 @@ class Scheduler:
             row.sequence.in_flight = True
         self._num_in_flight += 1
         released, self._released = self._released, []
-        return Batch(rows=rows, admitted=admitted, released=released)
+        return Batch(rows=rows, admitted=draft.admitted, released=released)
 
-    def _decodes(self) -> list[Row]:
-        """Once more if all of them waited and the last one started over: its pages are free by now."""
-        rows: list[Row] = []
-        before = -1
-        while not rows and before != self.num_preemptions:
-            before = self.num_preemptions
-            rows = self._decodes_with_pages()
-        return rows
-
-    def _decodes_with_pages(self) -> list[Row]:
-        rows: list[Row] = []
-        limit = min(_share(len(self._running), self._num_stages), self._token_budget)
-        for sequence in [s for s in self._running if not s.in_flight and not s.is_prefilling]:
-            if len(rows) == limit:
-                break
-            if sequence.slot >= 0 and self._reserve_next(sequence):  # no slot: preempted for an earlier one
-                rows.append(Row(sequence=sequence, start=sequence.num_computed, count=1))
-        return rows
-
-    def _running_prefills(self, num_rows: int) -> list[Sequence]:
-        places = _share(len(self._running), self._num_stages) - num_rows
-        return [s for s in self._running if s.is_prefilling and not s.in_flight][: max(0, places)]
-
-    def _chunks(self, sequences: list[Sequence], rows: list[Row]) -> list[Row]:
-        """The next prompt tokens of `sequences`, as many as fit into the budget beside `rows`."""
-        chunks: list[Row] = []
-        budget = self._budget_beside(rows)
+    def _continue(self, draft: _Draft) -> None:
+        """The next tokens of running sequences, and of preempted ones that are earlier than these."""
+        sequences = self._admitted_before()
+        most_rows = _share(len(sequences), self._num_stages)
         for sequence in sequences:
-            if budget == 0:
+            if not draft.budget or len(draft.decodes) + len(draft.prompts) == most_rows:
                 break
-            count = min(budget, sequence.prefill_len - sequence.num_computed)
-            chunks.append(Row(sequence=sequence, start=sequence.num_computed, count=count))
-            budget -= count
-        return chunks
+            if sequence.in_flight:
+                continue
+            if sequence.slot >= 0 and sequence.is_prefilling:
+                draft.add_prompt(sequence)
+            elif sequence.slot >= 0 and self._reserve_next(sequence, draft):
+                draft.add_decode(sequence)
+            if sequence.slot < 0:  # since long, for an earlier one in this loop, or in order to be placed anew
+                self._bring_back(sequence, draft)
 
-    def _admit(self, rows: list[Row]) -> list[tuple[Sequence, Placement]]:
-        """Gives the first ones of the queue a slot, lanes and the pages of their prompts. Nobody overtakes."""
-        candidates = self._candidates(rows)
-        placements = self._dispatcher.assign(candidates, self._cache.view()) if candidates else []
-        self.refused = candidates[0] if placements and placements[0] is None else None
-        admitted: list[tuple[Sequence, Placement]] = []
-        for sequence, placement in zip(candidates, placements, strict=True):
-            if placement is None:
-                break
-            sequence.slot = self._free_slots.pop()
-            shortage = self._cache.admit(sequence.slot, placement, sequence.prefill_len)
-            assert shortage is None, f"the dispatcher promised pages that are not there: {shortage}"
-            insort(self._running, sequence, key=_ARRIVAL)
-            admitted.append((sequence, placement))
-        del self._waiting[: len(admitted)]
-        return admitted
+    def _admitted_before(self) -> list[Sequence]:
+        """In order of arrival. Earlier than a running one and waiting are only those that have been preempted."""
+        last = self._running[-1].arrival if self._running else -1
+        returning = self._waiting[: bisect_left(self._waiting, last, key=_ARRIVAL)]
+        return sorted([*returning, *self._running], key=_ARRIVAL) if returning else list(self._running)
 
-    def _candidates(self, rows: list[Row]) -> list[Sequence]:
+    def _newcomers(self, draft: _Draft) -> list[Sequence]:
         """Those of the queue that slots, this micro-batch's share of sequences and its budget allow."""
         acceptable = min(len(self._waiting), len(self._free_slots))
-        places = _share(len(self._running) + acceptable, self._num_stages) - len(rows)
-        budget = self._budget_beside(rows)
+        places = _share(len(self._running) + acceptable, self._num_stages) - len(draft.decodes) - len(draft.prompts)
+        budget = draft.budget
         candidates: list[Sequence] = []
         for sequence in self._waiting[: max(0, min(acceptable, places))]:
             if budget <= 0:
                 break
             candidates.append(sequence)
-            budget -= sequence.prefill_len
+            budget -= sequence.prompt_len
         return candidates
 
-    def _budget_beside(self, rows: list[Row]) -> int:
-        return self._token_budget - sum(row.count for row in rows)
+    def _admit(self, candidates: list[Sequence], draft: _Draft) -> None:
+        """Gives the first ones of the queue a slot, lanes, the pages of their prompts and a row. None is overtaken."""
+        placements = self._dispatcher.assign(candidates, self._cache.view()) if candidates else []
+        for sequence, placement in zip(candidates, placements, strict=True):
+            if placement is None:
+                break
+            sequence.slot = self._free_slots.pop()
+            shortage = self._cache.admit(sequence.slot, placement, len(sequence.token_ids))
+            assert shortage is None, f"the dispatcher promised pages that are not there: {shortage}"
+            self._waiting.remove(sequence)
+            insort(self._running, sequence, key=_ARRIVAL)
+            draft.admitted.append((sequence, placement))
+            draft.add_prompt(sequence)
+        if placements and placements[0] is None:
+            self.refused = candidates[0]
 
     # --- when pages run out -------------------------------------------------------------------------------------------
 
-    def _reserve_next(self, sequence: Sequence) -> bool:
-        """Pages for one more token; lanes of others move away, or others start over. False: not in this step."""
-        while (shortage := self._cache.reserve(sequence.slot, sequence.num_computed + 1)) is not None:
+    def _reserve_next(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Pages for its newest token; lanes move away, or a sequence is preempted. False: not in this step."""
+        num_tokens = len(sequence.token_ids)
+        if draft.closed and not draft.closed.isdisjoint(self._cache.pools_to_grow(sequence.slot, num_tokens)):
+            return False
+        while (shortage := self._cache.reserve(sequence.slot, num_tokens)) is not None:
             lacking = self._relief.make_room(shortage.missing, self._running)
             if not lacking:
-                return self._cache.reserve(sequence.slot, sequence.num_computed + 1) is None
+                if self._cache.reserve(sequence.slot, num_tokens) is None:
+                    return True
+                draft.closed.update(shortage.missing)
+                return False
             victim = self._victim(sequence, lacking)
-            if victim is not None:
-                self._preempt(victim)
-            if victim in (None, sequence):
+            if victim is None or victim.in_flight:
+                draft.closed.update(self._cache.pools)
+                return False
+            self.preempt(victim)
+            if victim is sequence:
                 return False
         return True
 
     def _victim(self, sequence: Sequence, pools: Collection[PoolId]) -> Sequence | None:
-        """The latest arrived sequence after `sequence` that has pages in these pools and is not in flight.
+        """Whom to preempt: the latest arrival after `sequence` that has pages in these pools.
 
-        With None `sequence` waits: for a later one in flight, or for earlier ones to finish, which never wait for it. A
-        sequence that is alone there gives way itself, since only another placement helps it.
+        Where there is none, `sequence` itself, if it finds another place, should it need those of all later ones. None:
+        it waits for earlier ones to finish, which never wait for it.
         """
-        holders = [s for s in self._running if self._cache.is_in(s.slot, pools)]
-        if holders == [sequence]:
-            return sequence
-        later = holders[holders.index(sequence) + 1 :]
-        return next((s for s in reversed(later) if not s.in_flight), None)
+        later = self._later_than(sequence)
+        holders = [s for s in later if self._cache.is_in(s.slot, pools)]
+        if holders:
+            return holders[0]
+        return sequence if self._has_place(sequence, [sequence, *later]) else None
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _bring_back(self, sequence: Sequence, draft: _Draft) -> None:
+        """Admits a preempted sequence. Of later ones as few as possible, the latest, are preempted for its sake."""
+        if draft.closed:
+            return
+        later = self._later_than(sequence)
+        if self._has_place(sequence, later):
+            count = bisect_left(range(len(later)), True, key=lambda count: self._has_place(sequence, later[:count]))
+            for victim in later[:count]:
+                if not victim.in_flight:
+                    self.preempt(victim)
+            if not any(victim.in_flight for victim in later[:count]):
+                self._admit([sequence], draft)
+                return
+        self.refused = sequence
+        draft.closed.update(self._cache.pools)
+
+    def _later_than(self, sequence: Sequence) -> list[Sequence]:
+        """Running ones, the latest first."""
+        return self._running[bisect_right(self._running, sequence.arrival, key=_ARRIVAL) :][::-1]
+
+    def _has_place(self, sequence: Sequence, without: Iterable[Sequence]) -> bool:
+        """Whether `sequence` could be admitted if these were not running."""
+        view = self._cache.view(without={s.slot for s in without})
+        return self._dispatcher.assign([sequence], view)[0] is not None
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes all pages from a running sequence that is not in flight; it starts over in its turn."""
         self._release(sequence)
         self._enqueue(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
 
     def _enqueue(self, sequence: Sequence) -> None:
-        sequence.num_computed, sequence.prefill_len = 0, len(sequence.token_ids)
+        sequence.num_computed = 0
         insort(self._waiting, sequence, key=_ARRIVAL)
 
     def _release(self, sequence: Sequence) -> None:

@@ -4,101 +4,125 @@ import argparse
 from typing import Any, get_args, get_type_hints
 
 from hetis.core.config import EngineConfig
+from hetis.core.logs import LEVELS, level_of_environment
 from hetis.core.sampling_params import SamplingParams
-from hetis.core.sizes import parse_bytes
+from hetis.server.numbers import field_of, size_or_none, sizes_of_ranks
 
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something; for the others the help text does."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or isinstance(action.default, bool)
-        return action.help if silent else super()._get_help_string(action)
+Group = argparse._ArgumentGroup
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `EngineConfig`, with vLLM's names where the meaning is the same."""
-    group, default = parser.add_argument_group("engine"), EngineConfig()
-    _add_model(group, default)
-    _add_fleet(group, default)
-    _add_sizes(group, default)
-    _add_placement(group, default)
+    default = EngineConfig()
+    parser.usage = f"{parser.prog} [options] [MODEL]"
+    _add_model(parser, default)
+    _add_fleet(parser.add_argument_group("devices"), default)
+    _add_sizes(parser.add_argument_group("memory and limits"), default)
+    _add_placement(parser.add_argument_group("placement of attention heads on devices"), default)
+    _add_messages(parser.add_argument_group("messages"))
 
 
-def _add_model(group: "argparse._ArgumentGroup", default: EngineConfig) -> None:
-    add = group.add_argument
-    add("model", nargs="?", help="directory or hub id; left out: the small model in the package")
-    add("--revision", help="branch, tag or commit on the hub; left out: main")
-    add("--tokenizer", help="directory or hub id of the tokenizer, if not the model's")
+def _add_model(parser: argparse.ArgumentParser, default: EngineConfig) -> None:
+    model = "directory or Hugging Face id of the model; left out: the small model in the package"
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=model)
+    add = parser.add_argument_group("model").add_argument
+    add("--revision", help="branch, tag or commit on the Hugging Face hub; left out: main")
+    add("--tokenizer", metavar="NAME", help="directory or Hugging Face id of the tokenizer; left out: the model's")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", default=default.dtype, choices=dtypes, help="auto: the checkpoint's")
+    add("--dtype", default=default.dtype, choices=dtypes, help="of weights and cache; auto: as in the checkpoint")
     formats = ("auto", "safetensors", "dummy")
-    add("--load-format", default=default.load_format, choices=formats, help="dummy: random weights")
-    add("--seed", type=int, default=default.seed, help="seed of requests that bring none, and of dummy weights")
-    add("--enforce-eager", action="store_true", help="plain torch linears, for debugging")
+    add("--load-format", default=default.load_format, choices=formats, help="dummy: random weights, nothing is read")
+    seed = "random seed of requests that have none of their own, and of dummy weights"
+    add("--seed", type=field_of(EngineConfig, "seed", int), metavar="N", default=default.seed, help=seed)
+    eager = "do not use hetis's own kernels for linear layers (for debugging; slower)"
+    add("--enforce-eager", action="store_true", help=eager)
 
 
-def _add_fleet(group: "argparse._ArgumentGroup", default: EngineConfig) -> None:
+def _add_fleet(group: Group, default: EngineConfig) -> None:
     add = group.add_argument
-    add("--plan", default=default.plan, help="P+A (primaries + attention workers) or a plan file (JSON)")
-    devices = "device of every rank: cpu, cuda or auto; a plan file may say otherwise"
+    plan = "P+A: P primaries (hold the weights) and A attention workers (hold cache only); or a plan file (JSON)"
+    add("--plan", default=default.plan, help=plan)
+    devices = "where every process computes: cpu, cuda, or auto (a GPU if there is one); a plan file may say otherwise"
     add("--device", default=default.device, help=devices)
-    silence = "seconds after which a silent rank counts as dead"
-    add("--step-timeout", type=float, default=default.step_timeout, help=silence)
-    add("--trace", help="file for a trace of what every rank does, for ui.perfetto.dev")
+    timeout = "seconds without an answer after which a process counts as dead"
+    timeout_type = field_of(EngineConfig, "step_timeout", float)
+    add("--step-timeout", type=timeout_type, metavar="SECONDS", default=default.step_timeout, help=timeout)
+    more = "start more processes than the memory and the cores of this host are good for"
+    add("--oversubscribe", action="store_true", help=more)
+    trace = "write what every process did at every moment to FILE, for ui.perfetto.dev"
+    add("--trace", metavar="FILE", help=trace)
 
 
-def _add_sizes(group: "argparse._ArgumentGroup", default: EngineConfig) -> None:
-    add = group.add_argument
-    add("--max-model-len", type=int, help="longest sequence; left out: what the model and the memory allow")
-    add("--max-num-seqs", type=int, default=default.max_num_seqs, help="sequences running at once")
-    add("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens, help="tokens in one step")
-    add("--block-size", type=int, default=default.block_size, help="tokens per cache page")
-    memory = "cache per rank, like 2GiB, or 0=1GiB,1=4GiB; left out: from free memory"
-    add("--kv-cache-memory", type=_memory, help=memory)
-    logprobs = "most logprobs a request may ask for; -1: no limit"
-    add("--max-logprobs", type=int, default=default.max_logprobs, help=logprobs)
+def _add_sizes(group: Group, default: EngineConfig) -> None:
+    def add(name: str, text: str) -> None:
+        field = name.removeprefix("--").replace("-", "_")
+        number = field_of(EngineConfig, field, int)
+        group.add_argument(name, type=number, metavar="N", default=getattr(default, field), help=text)
+
+    add("--max-model-len", "most tokens of a prompt and its answer together; left out: what model and memory allow")
+    add("--max-num-seqs", "most sequences that run at once; others wait")
+    add("--max-num-batched-tokens", "most tokens that are computed in one step")
+    add("--block-size", "tokens in one page of the KV cache")
+    memory = "KV cache of every process, like 2GiB, or of each, like 0=1GiB,1=4GiB; left out: from free memory"
+    group.add_argument("--kv-cache-memory", type=sizes_of_ranks, metavar="SIZE", help=memory)
+    add("--max-logprobs", "most logprobs that a request may ask for; -1: no limit")
 
 
-def _add_placement(group: "argparse._ArgumentGroup", default: EngineConfig) -> None:
+def _add_placement(group: Group, default: EngineConfig) -> None:
     add = group.add_argument
     policies = get_args(get_type_hints(EngineConfig)["dispatch"])
     how = (
-        "how heads are placed: by measured speeds (hetis; highs: the same, solved by HiGHS), by free memory "
-        "(proportional), evenly, or on primaries alone"
+        "which device gets which head: by measured speed (hetis; highs: the same, solved by HiGHS), by free memory "
+        "(proportional), the same number each (even), or none outside the primaries (primary-only)"
     )
     add("--dispatch", default=default.dispatch, choices=policies, help=how)
-    imbalance = "imbalance of attention at which heads move, as a share of the ideal"
-    add("--theta", type=float, default=default.theta, help=imbalance)
-    budget = "bytes of heads per second that may move for balance; 0: none"
-    add("--migration-budget", type=_budget, default=default.migration_budget, help=budget)
-    add("--profile", metavar="FILE", help="speeds from `hetis profile`; left out: from the cache, or measured now")
-    anew = "measure every rank anew, each by itself, and keep nothing"
+    imbalance = "move heads when the slowest device needs this much longer than a perfect balance (0.5: 50 %%)"
+    add("--theta", type=field_of(EngineConfig, "theta", float), metavar="X", default=default.theta, help=imbalance)
+    budget = "most bytes of cache per second that move between devices for balance, like 256MiB; 0: none"
+    megabytes = f"{default.migration_budget >> 20}MiB"
+    add("--migration-budget", type=size_or_none, metavar="SIZE", default=megabytes, help=budget)
+    profile = "device speeds from `hetis profile --output FILE`; left out: from earlier starts, or measured now"
+    add("--profile", metavar="FILE", help=profile)
+    anew = "measure the speed of every process anew, each by itself, and keep nothing for later starts"
     add("--no-profile-cache", dest="profile_cache", action="store_false", help=anew)
 
 
+def _add_messages(group: Group) -> None:
+    level = "least level of messages on stderr"
+    group.add_argument("--log-level", default=level_of_environment() or "info", choices=LEVELS, help=level)
+    group.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars on terminals")
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
-    default = SamplingParams()
-    group = parser.add_argument_group("sampling")
-    add = group.add_argument
-    add("--max-tokens", type=int, default=max_tokens, help="new tokens per prompt")
-    add("--temperature", type=float, default=temperature, help="0: the most likely token")
-    add("--top-p", type=float, default=default.top_p, help="smallest set of tokens with this probability; 1: all")
-    add("--top-k", type=int, default=default.top_k, help="0: all")
-    add("--min-p", type=float, default=default.min_p, help="least probability, as a share of the best token's; 0: all")
-    add("--repetition-penalty", type=float, default=default.repetition_penalty, help="of tokens seen; 1: none")
-    add("--sampling-seed", type=int, help="of every request; left out: each its own, made from --seed")
-    add("--ignore-eos", action="store_true", help="go on after the model's end of sequence")
+    group, default = parser.add_argument_group("sampling"), SamplingParams()
+
+    def add(name: str, text: str, kind: type[int] | type[float], value: float | None, field: str = "") -> None:
+        number = field_of(SamplingParams, field or name.removeprefix("--").replace("-", "_"), kind)
+        group.add_argument(name, type=number, metavar="N" if kind is int else "X", default=value, help=text)
+
+    add("--max-tokens", "most new tokens for each prompt", int, max_tokens)
+    add("--temperature", "randomness; 0: always the most likely token", float, temperature)
+    add("--top-p", "draw from the fewest tokens that reach this probability together; 1: all", float, default.top_p)
+    add("--top-k", "draw from this many most likely tokens; 0: all", int, default.top_k)
+    add("--min-p", "leave out tokens below this share of the best token's probability; 0: none", float, default.min_p)
+    penalty = "above 1: make tokens less likely that are in the prompt or were generated; 1: off"
+    add("--repetition-penalty", penalty, float, default.repetition_penalty)
+    add("--sampling-seed", "one random seed for all prompts; left out: each its own, from --seed", int, None, "seed")
+    go_on = "do not stop at the model's end-of-sequence token"
+    group.add_argument("--ignore-eos", action="store_true", help=go_on)
 
 
 def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `LLM`, from parsed options."""
-    names = (
-        "model", "revision", "tokenizer", "plan", "device", "dtype", "load_format", "max_model_len", "max_num_seqs",
-        "max_num_batched_tokens", "block_size", "kv_cache_memory", "profile", "profile_cache", "seed", "enforce_eager",
-        "max_logprobs", "step_timeout", "dispatch", "theta", "migration_budget", "trace",
-    )  # fmt: skip
-    return {name: getattr(options, name) for name in names} | {"measure": options.command == "profile"}
+    names = {*EngineConfig.__struct_fields__} & {*vars(options)}
+    return {name: getattr(options, name) for name in sorted(names)} | {"measure": options.command == "profile"}
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """ValueError for options that do not fit together."""
+    from hetis.server.llm import make_config
+
+    return make_config(**engine_arguments(options))
 
 
 def sampling_params(options: argparse.Namespace) -> SamplingParams:
@@ -112,22 +136,3 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
         seed=options.sampling_seed,
         ignore_eos=options.ignore_eos,
     )
-
-
-def _budget(text: str) -> int:
-    if text.strip() == "0":
-        return 0
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _memory(text: str) -> int | dict[int, int]:
-    try:
-        if "=" not in text:
-            return parse_bytes(text)
-        pairs = (part.split("=", 1) for part in text.split(","))
-        return {int(rank): parse_bytes(size) for rank, size in pairs}
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,5 +1,8 @@
 """Text from tokens as they come: whole characters only, and nothing that may turn out to be part of a stop string."""
 
+import codecs
+import re
+from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -8,8 +11,10 @@ from hetis.core.sampling_params import SamplingParams
 
 _UNFINISHED = "\ufffd"  # what decoders make of bytes that are no character (yet)
 _PROMPT_TOKENS = 6  # of the prompt's end, decoded with the first token so that it gets its space
-_MOST_PENDING = 8  # tokens; a character has at most 4 bytes, so after these the bytes are no text
+_MOST_PENDING = 8  # tokens, each of which ends within a character
 _LAST_TOKENS = 4  # at least the bytes of the last character
+_CONTINUATION = {bytes([byte]) for byte in range(0x80, 0xC0)}  # all bytes of a character but its first
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Detokenizer:
@@ -78,56 +83,114 @@ class StopChecker:
     """Finds stop strings in text that comes in pieces.
 
     The match that ends first counts, and of those that end together the longest: whatever the pieces are. The text goes
-    through once, character by character, with one state per stop string (Knuth, Morris and Pratt 1977).
+    through once, character by character, with one state for all stop strings (Aho and Corasick 1975).
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._borders = [_borders(stop) for stop in stops]
-        self._matched = [0] * len(stops)  # characters of each stop string that the text ends with
+        self._state = _automaton(tuple(stops))
 
     def feed(self, new: str, counts: bool = True) -> tuple[str, int] | None:
         """The stop string that is complete first, and where in `new` it ends. Unless it `counts`, it is passed over."""
-        for end, character in enumerate(new, start=1) if self._stops else ():
-            found = [stop for index, stop in enumerate(self._stops) if self._step(index, character)]
-            if found and counts:
-                return max(found, key=len), end
+        for end, character in enumerate(new, start=1):
+            self._state = self._state.step(character)
+            if counts and self._state.stop is not None:
+                return self._state.stop, end
         return None
-
-    def _step(self, index: int, character: str) -> bool:
-        stop, borders, matched = self._stops[index], self._borders[index], self._matched[index]
-        while matched and (matched == len(stop) or stop[matched] != character):
-            matched = borders[matched - 1]
-        self._matched[index] = matched + (stop[matched] == character)
-        return self._matched[index] == len(stop)
 
     def longest_begin(self) -> int:
         """Characters at the end of the text that may become a stop string: the longest proper begin of any of them."""
-        return max(
-            (
-                borders[-1] if matched == len(stop) else matched
-                for stop, borders, matched in zip(self._stops, self._borders, self._matched, strict=True)
-            ),
-            default=0,
-        )
+        state = self._state
+        while not state.following and state.shorter is not None:
+            state = state.shorter
+        return state.depth
 
 
-def _borders(stop: str) -> list[int]:
-    """For each begin of `stop`, the length of its longest proper begin that is also its end."""
-    borders = [0] * len(stop)
-    length = 0
-    for position in range(1, len(stop)):
-        while length and stop[position] != stop[length]:
-            length = borders[length - 1]
-        length += stop[position] == stop[length]
-        borders[position] = length
-    return borders
+class _State:
+    """The longest begin of a stop string that the text ends with."""
+
+    __slots__ = ("depth", "following", "shorter", "stop")
+
+    def __init__(self, depth: int = 0) -> None:
+        self.depth = depth
+        self.following: dict[str, _State] = {}
+        self.shorter: _State | None = None  # the next longest begin that the text ends with; None: this one is empty
+        self.stop: str | None = None  # the longest stop string that the text ends with
+
+    def step(self, character: str) -> "_State":
+        state = self
+        while character not in state.following:
+            if state.shorter is None:
+                return state
+            state = state.shorter
+        return state.following[character]
+
+
+@lru_cache(maxsize=64)
+def _automaton(stops: tuple[str, ...]) -> _State:
+    """The state of the empty text; it does not change, so completions share it."""
+    root = _State()
+    for stop in stops:
+        state = root
+        for character in stop:
+            state = state.following.setdefault(character, _State(state.depth + 1))
+        state.stop = stop
+    states = deque([root])
+    while states:  # shorter begins first
+        state = states.popleft()
+        for character, following in state.following.items():
+            following.shorter = root if state.shorter is None else state.shorter.step(character)
+            following.stop = following.stop or following.shorter.stop
+            states.append(following)
+    return root
 
 
 @lru_cache(maxsize=4)
 def _special_tokens(tokenizer: Any) -> dict[int, str]:
     """Text of the special tokens by id. Cached, as some models have thousands."""
     return {token: added.content for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+
+
+@lru_cache(maxsize=1)
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for (GPT-2's table): printable ones of Latin-1 for
+    themselves, the characters from U+0100 on for the others in turn."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+class _TokenBytes:
+    """The bytes behind tokens of tokenizers that cut characters: byte-level ones, and those that fall back to bytes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        kind = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
+        self._tokenizer = tokenizer
+        self._is_byte_level, self._has_fallback = b'"ByteLevel"' in kind, b'"ByteFallback"' in kind
+
+    def unfinished(self, ids: Sequence[int]) -> int:
+        """Bytes at the end that are the begin of a character."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder.decode(b"".join(self.of(token) for token in ids))
+        return len(decoder.getstate()[0])
+
+    def continues(self, token: int) -> bool:
+        """Whether it begins within a character."""
+        return self.of(token)[:1] in _CONTINUATION
+
+    def of(self, token: int) -> bytes:
+        text: str = self._tokenizer.id_to_token(token)
+        if self._is_byte_level:
+            table = _bytes_of_characters()
+            if all(character in table for character in text):
+                return bytes(table[character] for character in text)
+        if self._has_fallback and _BYTE_TOKEN.fullmatch(text):
+            return bytes([int(text[3:5], 16)])
+        return text.encode()
+
+
+@lru_cache(maxsize=4)
+def _token_bytes(tokenizer: Any) -> _TokenBytes:
+    return _TokenBytes(tokenizer)
 
 
 class _TokenDecoder:
@@ -146,6 +209,7 @@ class _TokenDecoder:
         self._special = _special_tokens(self._tokenizer)
         # some decoders put a space between any two tokens, special ones included
         self._joins_special = not (params.skip_special_tokens or params.spaces_between_special_tokens)
+        self._bytes = _token_bytes(self._tokenizer)
         self._window: list[int] = []
         self._fresh = 0  # index in the window
         self._shown = 0
@@ -153,12 +217,13 @@ class _TokenDecoder:
     def prime(self, prompt_token_ids: Sequence[int]) -> None:
         """The tokens before the first. If they end within a character, it will be given out with the output."""
         end = [token for token in prompt_token_ids[-4 * _PROMPT_TOKENS :] if self._has_text(token)]
-        self._window = end[-_PROMPT_TOKENS:]
-        if self._decode(self._window).startswith(_UNFINISHED):  # cut within a character
-            self._window = end
-        self._shown = len(self._decode(self._window).rstrip(_UNFINISHED))
+        first = max(0, len(end) - _PROMPT_TOKENS)
+        while first and self._bytes.continues(end[first]):  # cut within a character
+            first -= 1
+        self._window = end[first:]
+        self._shown = len(self._whole(self._window, self._decode(self._window)))
         self._fresh = len(self._window)
-        while self._fresh and self._decode(self._window[: self._fresh]).endswith(_UNFINISHED):
+        while self._fresh and self._bytes.unfinished(self._window[: self._fresh]):
             self._fresh -= 1
 
     def push(self, token: int) -> str:
@@ -170,34 +235,37 @@ class _TokenDecoder:
             return self._special[token]
         self._window.append(token)
         text = self._decode(self._window)
-        pending = len(self._window) - self._fresh
-        if not text.endswith(_UNFINISHED):
-            whole = text
-        elif pending <= _MOST_PENDING:
-            whole = text.rstrip(_UNFINISHED)
-        else:
-            whole = text[:-1]  # what is in front of the last character can no longer change
+        whole = self._whole(self._window, text)
         piece = whole[self._shown :]
         if piece and whole == text:
             self._slide(self._window, self._fresh)
-        elif pending > _MOST_PENDING:
+        elif len(self._window) - self._fresh > _MOST_PENDING:
             self._slide(self._window, len(self._window) - _LAST_TOKENS)
-            self._shown -= len(text) - len(whole)
         else:
             self._shown = max(self._shown, len(whole))
         return piece
 
     def flush(self) -> str:
         """The text of pending tokens without their incomplete end."""
-        piece = self._decode(self._window).rstrip(_UNFINISHED)[self._shown :]
+        piece = self._whole(self._window, self._decode(self._window))[self._shown :]
         self._window, self._fresh, self._shown = [], 0, 0
         return piece
 
     def _slide(self, ids: list[int], first: int) -> None:
-        """The window begins at `first`; all its text has been given out."""
+        """The window begins at `first`; all its whole characters have been given out."""
         self._window = ids[first:]
         self._fresh = len(self._window)
-        self._shown = len(self._decode(self._window))
+        self._shown = len(self._whole(self._window, self._decode(self._window)))
+
+    def _whole(self, ids: list[int], text: str) -> str:
+        """`text`, of these tokens, less the begin of a character at its end. (A model may have written U+FFFD, too.)"""
+        left = self._bytes.unfinished(ids) if text.endswith(_UNFINISHED) else 0
+        if not left:
+            return text
+        while left and (size := len(self._bytes.of(ids[-1]))) <= left:
+            ids, left = ids[:-1], left - size
+        text = self._decode(ids)
+        return text[:-1] if left else text  # a token that ends one character and begins another
 
     def _has_text(self, token: int) -> bool:
         if token in self._special:

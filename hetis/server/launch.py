@@ -19,35 +19,78 @@ from typing import NoReturn
 
 import msgspec
 
-from hetis.comm import supervision
+from hetis.comm import children, supervision
 from hetis.core.config import DriverArgs, EngineConfig, Joining
+from hetis.core.files import check_writable
+from hetis.core.logs import set_up_logging
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan, resolve_plan
-from hetis.models.families import read_eos_token_ids, read_model_spec
+from hetis.models.end_tokens import read_eos_token_ids
+from hetis.models.families import read_model_spec
 from hetis.models.hub import resolve_model
+from hetis.models.json_files import read_object
+from hetis.models.tokenizer_eos import read_tokenizer_eos
+from hetis.models.weight_files import find_tensors, with_own_head
+from hetis.server import torchrun
 
-FRONT_VARIABLE = "HETIS_FRONT"  # set for a front end under torchrun: the run directory
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
-_LONGEST_SOCKET_PATH = 107 - len("/hetis-12345678/health")
+fleet_directory: Path | None = None  # set where this process is the front end of a fleet under torchrun
+
+RANK_DEFAULTS = {  # environment of a rank, read when torch is imported or CUDA is first used
+    "OMP_WAIT_POLICY": "PASSIVE",  # ranks share cores with each other
+    "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for weights and cache: less time in page walks
+    # A hardware queue for each stream (8 by default). Where two share one, work of a stage may stand behind another
+    # stage's wait for a message that depends on it.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+}
+_PREFIX = "hetis-"
+_LONGEST_PLACE = 107 - len(f"/{_PREFIX}12345678/health")  # bytes: the kernel's limit for the path of a socket
 _END_SECONDS = 0.5  # for this rank to end after the driver has
 
 
-def under_torchrun() -> bool:
-    """Whether this process is a rank that torchrun started (and not the front end that its rank 0 started)."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and FRONT_VARIABLE not in os.environ
-
-
 def make_run_directory() -> Path:
-    """A new directory that only this user can enter, with a name short enough for the sockets in it."""
-    places = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
-    fitting = [place for place in places if place and len(place) <= _LONGEST_SOCKET_PATH and os.access(place, os.W_OK)]
-    return Path(tempfile.mkdtemp(prefix="hetis-", dir=fitting[0] if fitting else None))
+    """A new directory that only this user can enter, with a name short enough for the sockets in it.
+
+    ValueError where there is no place for one.
+    """
+    named = [os.environ.get(name) for name in ("XDG_RUNTIME_DIR", "TMPDIR")]
+    places = [place for place in (*named, "/tmp", "/var/tmp", "/dev/shm") if place]
+    for place in places:
+        if os.path.isabs(place) and len(os.fsencode(place)) <= _LONGEST_PLACE:
+            with suppress(OSError):
+                directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+                if holds_sockets(directory):
+                    return directory
+                directory.rmdir()
+    raise ValueError(
+        f"there is no place for the sockets of a run: tried {', '.join(places)}. Set TMPDIR to a folder that can be "
+        f"written to and whose path has at most {_LONGEST_PLACE} bytes."
+    )
+
+
+def holds_sockets(directory: Path) -> bool:
+    """Not every file system does that can be written to: those of some container hosts and networks do not."""
+    trial = directory / "health"
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(trial))
+        trial.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def plan_for(config: EngineConfig) -> tuple[Path, ModelSpec, Plan]:
-    """(directory of the model, what it is, who does what). ValueError for what does not fit together."""
+    """(directory of the model, what it is, who does what).
+
+    ValueError for what does not fit together, and for a trace file that cannot be written: before anything starts.
+    """
+    if config.trace is not None:
+        check_writable(Path(config.trace), "trace file")
     directory = resolve_model(config.model, config.revision, weights=False)
+    if config.tokenizer is not None:
+        resolve_model(config.tokenizer, weights=False, what="tokenizer")
     spec = read_model_spec(directory)
+    _check_files(config, directory, spec)
     plan = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
     by_rank = config.kv_cache_memory if isinstance(config.kv_cache_memory, dict) else {}
     for rank in by_rank.keys() - range(plan.world_size):
@@ -55,24 +98,55 @@ def plan_for(config: EngineConfig) -> tuple[Path, ModelSpec, Plan]:
     return directory, spec, plan
 
 
+def _check_files(config: EngineConfig, directory: Path, spec: ModelSpec) -> None:
+    """ValueError for files that ranks would refuse later, as far as they are here."""
+    if (directory / "generation_config.json").exists():
+        read_object(directory / "generation_config.json")
+    if config.load_format == "dummy":
+        return
+    if spec.tied_embeddings:
+        resolve_model(config.model, config.revision)  # how much memory they take depends on the weights themselves
+    is_local = config.model is None or directory == Path(config.model).expanduser()
+    if spec.tied_embeddings or is_local:
+        find_tensors(directory, spec)
+
+
+def end_of_sequence_ids(config: EngineConfig, directory: Path, vocab_size: int) -> list[int]:
+    """The tokens that end a sequence: those of the model's configuration, and the tokenizer's own, as in vLLM."""
+    if config.tokenizer is not None:
+        tokenizer_directory = resolve_model(config.tokenizer, weights=False, what="tokenizer")
+    else:
+        tokenizer_directory = directory
+    own = [token for token in read_tokenizer_eos(tokenizer_directory) if token < vocab_size]  # others never come
+    return list(dict.fromkeys([*read_eos_token_ids(directory, vocab_size), *own]))
+
+
 # --- one rank ---------------------------------------------------------------------------------------------------------
 
 
-def run_member(config: EngineConfig, front_argv: list[str] | None, run_directory: Path | None = None) -> NoReturn:
-    """Runs this process as the rank that the environment says.
+def run_member(
+    config: EngineConfig, front_argv: list[str] | None, run_directory: Path | None = None, parent: int | None = None
+) -> NoReturn:
+    """Runs this process as the rank that the environment says, as long as its `parent` lives (None: as it is now).
 
-    `front_argv`: command line of the front end that rank 0 starts; None: somebody else is the front end and gave the
-    `run_directory` in which it waits.
+    `front_argv`: command line of the front end that rank 0 starts; None: the front end runs already, and waits in
+    `run_directory`.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the rank's heart beats; no traceback of an import
-    supervision.die_with_parent()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: ranks share cores with each other
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for weights and cache: less time in page walks
+    children.begin(os.getppid() if parent is None else parent)
+    for name, value in RANK_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if run_directory is None:
+        try:
+            torchrun.check_variables()
+        except ValueError as error:
+            give_up(error, None)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    children = None
+    set_up_logging(f"rank {rank}")
+    family = None
     if rank == 0:
         try:
-            children = Children(config, front_argv, run_directory)  # they start while torch is imported here
+            family = Children(config, front_argv, run_directory)  # they start while torch is imported here
         except (ValueError, OSError) as error:
             give_up(error, run_directory)
     from hetis.comm.rendezvous import StoreRendezvous
@@ -84,13 +158,13 @@ def run_member(config: EngineConfig, front_argv: list[str] | None, run_directory
         from torch.distributed import FileStore
 
         rendezvous = StoreRendezvous(FileStore(str(run_directory / "store"), -1))
-    if children is not None:
-        rendezvous.set("joining", children.joining())
+    if family is not None:
+        rendezvous.set("joining", family.joining())
     ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    on_lost_driver = None if children is None else children.on_lost_driver
-    run_rank(rank, local_rank, ranks_on_host, own_address(), rendezvous, on_lost_driver)
+    on_lost_driver = None if family is None else family.on_lost_driver
+    run_rank(rank, local_rank, ranks_on_host, torchrun.own_address(), rendezvous, on_lost_driver)
     sys.stdout.flush()
-    os._exit(0 if children is None else children.wait())  # libraries' exit handlers may wait for peers that are gone
+    os._exit(0 if family is None else family.wait())  # libraries' exit handlers may wait for peers that are gone
 
 
 def give_up(error: Exception, run_directory: Path | None) -> NoReturn:
@@ -103,36 +177,26 @@ def give_up(error: Exception, run_directory: Path | None) -> NoReturn:
     os._exit(1)
 
 
-def own_address() -> str:
-    """Where other hosts reach this one: the interface towards torchrun's master; loopback on a single host."""
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        return "127.0.0.1"
-    if "HETIS_ADDRESS" in os.environ:
-        return os.environ["HETIS_ADDRESS"]
-    target = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    family = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0][0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # sends nothing; only asks the kernel for the route
-        return str(probe.getsockname()[0])
-
-
 class Children:
     """The driver and, under torchrun, the front end: children of rank 0, watched, and ended with it."""
 
     def __init__(self, config: EngineConfig, front_argv: list[str] | None, run_directory: Path | None) -> None:
         """Starts both; ValueError for what does not fit together."""
         directory, spec, plan = plan_for(config)
-        check_world_size(plan)
+        torchrun.check_world_size(plan)
+        if config.load_format != "dummy":
+            spec = with_own_head(spec, directory)
         self._run_directory = run_directory or make_run_directory()
         many_hosts = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
         self._args = DriverArgs(
             config=config,
             spec=spec,
             plan=plan,
-            eos_token_ids=read_eos_token_ids(directory),
+            eos_token_ids=end_of_sequence_ids(config, directory, spec.vocab_size),
             run_directory=str(self._run_directory),
-            address=own_address() if many_hosts else None,
+            address=torchrun.own_address() if many_hosts else None,
             announce=front_argv is not None,
+            parent=os.getpid(),
         )
         self._ending = threading.Lock()
         # Launchers end whole process groups. These two end when rank 0 and its heart want it: the driver has to explain
@@ -146,10 +210,10 @@ class Children:
 
     def _start_driver(self) -> "subprocess.Popen[bytes]":
         driver = subprocess.Popen(
-            [sys.executable, "-m", "hetis.engine.driver"],
+            children.command("hetis.engine.driver"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=supervision.child_environment(),
+            env=children.environment(),
         )
         assert driver.stdin is not None
         with suppress(BrokenPipeError):  # it is gone already: `_watch_driver` says so
@@ -158,9 +222,8 @@ class Children:
         return driver
 
     def _start_front(self, argv: list[str]) -> "subprocess.Popen[bytes]":
-        environment = {k: v for k, v in supervision.child_environment().items() if k not in RANK_VARIABLES}
-        environment[FRONT_VARIABLE] = str(self._run_directory)
-        front = subprocess.Popen([sys.executable, "-m", "hetis", *argv], env=environment)
+        command = children.command("hetis.server.front_end", str(self._run_directory), str(os.getpid()), *argv)
+        front = subprocess.Popen(command, env=torchrun.without_torchrun(children.environment()))
         threading.Thread(target=self._watch_front, args=(front,), daemon=True).start()
         return front
 
@@ -224,13 +287,3 @@ class Children:
                 code = self._front.wait()
             shutil.rmtree(self._run_directory, ignore_errors=True)  # else it belongs to the front end
         return code if code >= 0 else 128 - code
-
-
-def check_world_size(plan: Plan) -> None:
-    """ValueError if torchrun started another number of processes than the plan has ranks."""
-    world = int(os.environ["WORLD_SIZE"])
-    if world != plan.world_size:
-        raise ValueError(
-            f"the plan has {plan.world_size} ranks but WORLD_SIZE is {world}: "
-            f"start {plan.world_size} processes (torchrun --nproc-per-node) or change --plan."
-        )

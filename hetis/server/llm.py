@@ -1,53 +1,85 @@
 """`LLM`: the offline class. Starts its own fleet, or, as the front end under torchrun, uses the one that runs."""
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path, PurePath
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, Never
 
 import msgspec
 
 from hetis.core.config import EngineConfig
-from hetis.core.messages import FleetQuery, FleetStats, Outputs, TokenOutput
+from hetis.core.messages import FleetQuery, FleetStats
 from hetis.core.outputs import RequestOutput
+from hetis.core.request import check_token_ids
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.sizes import parse_bytes
+from hetis.server.chat import Conversation, as_conversations, render
 from hetis.server.client import EngineClient
 from hetis.server.launch import plan_for
-from hetis.server.requests import Piece, Request, RequestFailedError
-from hetis.server.tokenizer import load_tokenizer
+from hetis.server.progress import progress_bar
+from hetis.server.prompts import Prompt, ReadPrompt, read_params, read_prompts
+from hetis.server.requests import Piece, Request
+from hetis.server.tokenizer import encode, load_tokenizer
 
-Prompt = str | Sequence[int]
+_log = logging.getLogger("hetis")
 
 
 class LLM:
     """One model over one fleet. A context manager; `close` ends all processes.
 
-    Keyword arguments carry vLLM's names where the meaning is the same (see `EngineConfig`). `plan`: "P+A" or a plan
-    file. `kv_cache_memory`: bytes or text like "2GiB", for every rank or by rank; None: decided from free memory.
-    Raises ValueError for whatever does not fit together, and EngineDeadError when the fleet fails.
+    Any thread may use it, also several at once; a process that is forked from this one may not.
     """
 
     def __init__(
         self,
         model: str | Path | None = None,
         *,
+        revision: str | None = None,
         tokenizer: str | Path | None = None,
+        plan: str | Path | dict[str, Any] = "1+0",
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        load_format: Literal["auto", "safetensors", "dummy"] = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        block_size: int = 32,
         kv_cache_memory: int | str | dict[int, int | str] | None = None,
-        **options: Any,
+        seed: int = 0,
+        enforce_eager: bool = False,
+        max_logprobs: int = 20,
+        logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs",
+        dispatch: Literal["hetis", "highs", "proportional", "even", "primary-only"] = "hetis",
+        theta: float = 0.5,
+        migration_budget: int = 256 << 20,
+        profile: str | Path | None = None,
+        profile_cache: bool = True,
+        measure: bool = False,
+        trace: str | Path | None = None,
+        step_timeout: float = 60.0,
+        oversubscribe: bool = False,
+        progress: bool = True,
+        **unknown: Never,
     ) -> None:
-        config = make_config(model=model, kv_cache_memory=kv_cache_memory, **options)
-        _, spec, plan = plan_for(config)
+        """Names are vLLM's where the meaning is the same; `EngineConfig` says what each does.
+
+        `model`: directory or hub id; None: the small model in the package. `plan`: "P+A", a plan file, or a dict of
+        what stands in one. `kv_cache_memory`: bytes or text like "2GiB", for every rank or by rank; None: decided from
+        free memory. Raises ValueError for whatever does not fit together, and EngineDeadError when the fleet fails.
+        """
+        given = {name: value for name, value in locals().items() if name in EngineConfig.__struct_fields__}
+        config = make_config(**given, **unknown)
+        _, spec, resolved = plan_for(config)
         self.vocab_size = spec.vocab_size
         self._max_logprobs = config.max_logprobs
-        self._num_requests = 0
-        self._streams: dict[str, _Stream] = {}  # by request
-        self._stats: deque[FleetStats] = deque()
-        self._client = EngineClient(config, plan)
+        self._request_numbers = count(1)
+        self._client = EngineClient(config, resolved)
         try:
             # in this process, while the ranks start
-            self.tokenizer = load_tokenizer(config.model if tokenizer is None else tokenizer, config.revision)
+            self.tokenizer = _tokenizer_of(config)
             ready = self._client.wait_until_ready()
         except BaseException:
             self._client.close()
@@ -58,30 +90,79 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_special_tokens: bool = True,
     ) -> list[RequestOutput]:
-        """Answers in the order of the prompts. A prompt is text or token ids; parameters are one for all, or one each.
+        """Answers in the order of the prompts.
 
-        Raises ValueError for a bad prompt or parameter, before anything runs.
+        A prompt is text, token ids (a list, or a one-dimensional array of numpy or torch), `{"prompt": text}` or
+        `{"prompt_token_ids": ids}`; parameters are one for all, or one each. `use_tqdm`: a progress bar for more than
+        one prompt, where stderr is a terminal. `add_special_tokens`: text gets those that the tokenizer puts around it,
+        such as the begin of sequence (once, if the text has it already).
+
+        Raises ValueError for a bad prompt or parameter, before anything runs. A request that fails later costs no other
+        its answer: its `finish_reason` is "error", and `error` says why.
         """
-        requests = self._make_requests(prompts, sampling_params)
-        for _ in self._run(requests):
-            pass
-        return [request.output() for request in requests]
+        requests = self._make_requests(read_prompts(prompts), sampling_params, add_special_tokens)
+        return self._finish(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers to a conversation, or to each of several; their text is the output's `prompt`.
+
+        `messages`: dicts with "role" and "content" (text, or a list of `{"type": "text", "text": ...}`).
+        `chat_template`: Jinja text, or the name of one of the tokenizer's; None: the tokenizer's own. The other
+        arguments go to the template. Raises ValueError as `generate` does, and for what the template does not take.
+        """
+        prompts = [
+            ReadPrompt(
+                render(
+                    self.get_tokenizer(),
+                    index,
+                    conversation,
+                    chat_template=chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tools=tools,
+                    chat_template_kwargs=chat_template_kwargs,
+                ),
+                None,
+            )
+            for index, conversation in enumerate(as_conversations(messages))
+        ]
+        # the template has put the special tokens where they belong
+        return self._finish(self._make_requests(prompts, sampling_params, add_special_tokens=False), use_tqdm)
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_special_tokens: bool = True,
     ) -> Iterator[Piece]:
         """Pieces of all answers as they come. Leaving the loop early aborts the rest."""
-        return self._run(self._make_requests(prompts, sampling_params))
+        return self._run(self._make_requests(read_prompts(prompts), sampling_params, add_special_tokens))
 
     def fleet_stats(self) -> FleetStats:
         """Counters of every device: role, heads, pages, attention time, bytes over links."""
-        self._client.send(FleetQuery())
-        while not self._stats:
-            self._receive()
-        return self._stats.popleft()
+        return self._client.ask(FleetQuery(), FleetStats)
+
+    def get_tokenizer(self) -> Any:
+        """The fast tokenizer, as transformers has it. ValueError if the model has none."""
+        if self.tokenizer is None:
+            raise ValueError("the model has no tokenizer: give prompts as token ids, or a tokenizer directory.")
+        return self.tokenizer
 
     def close(self) -> None:
         self._client.close()
@@ -94,113 +175,101 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _finish(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        """Runs them to their end."""
+        num_tokens, start = 0, time.perf_counter()
+        total = sum(request.num_completions for request in requests)
+        with progress_bar("generating", total, show=use_tqdm and len(requests) > 1) as bar:
+            for piece in self._run(requests):
+                num_tokens += len(piece.token_ids)
+                if piece.finished:
+                    bar.advance(note=f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s")
+        outputs = [request.output() for request in requests]
+        errors = {index: c.error for index, output in enumerate(outputs) for c in output.outputs if c.error}
+        for index, error in list(errors.items())[:1]:
+            _log.warning("%d of %d prompts failed; prompt %d: %s", len(errors), len(outputs), index, error)
+        return outputs
+
     def _run(self, requests: list[Request]) -> Iterator[Piece]:
         """Sends the requests and yields their pieces until all are finished."""
-        stream = _Stream(requests)
-        self._streams |= dict.fromkeys(stream.running, stream)
+        running = {request.id: request for request in requests}
         try:
-            for request in requests:
-                for message in request.messages():
-                    self._client.send(message)
-            while stream.running or stream.pieces:
-                while stream.pieces:
-                    yield stream.pieces.popleft()
-                if stream.error is not None:
-                    raise ValueError(str(stream.error)) from stream.error
-                if stream.running:
-                    self._receive()
+            inbox = self._client.open(running, (message for request in requests for message in request.messages()))
+            while running:
+                for new in inbox.get():
+                    request = running.get(new.id.rpartition("/")[0])
+                    if request is None:  # finished by a stop string; these tokens were drawn before the driver knew
+                        continue
+                    piece, abort = request.add(new)
+                    if abort is not None:
+                        self._client.send([abort])
+                    if request.finished:
+                        del running[request.id]
+                        self._client.forget(request.id)
+                    if piece is not None:
+                        yield piece
         finally:
-            self._abort(list(stream.running.values()))
+            self._abort(running.values())
 
-    def _receive(self) -> None:
-        """The next message, to whom it belongs: other streams may be under way, and a question for the counters."""
-        message = self._client.receive()
-        if isinstance(message, FleetStats):
-            self._stats.append(message)
-        elif isinstance(message, Outputs):
-            for new in message.outputs:
-                self._take(new)
-
-    def _take(self, new: TokenOutput) -> None:
-        request_id = new.id.rpartition("/")[0]
-        stream = self._streams.get(request_id)
-        if stream is None:  # aborted; these tokens were drawn before the driver knew
+    def _abort(self, requests: Iterable[Request]) -> None:
+        if not self._client.is_open:
             return
-        request = stream.running[request_id]
-        try:
-            piece, abort = request.add(new)
-        except RequestFailedError as error:
-            stream.error = error
-            return
-        if piece is not None:
-            stream.pieces.append(piece)
-        if abort is not None:
-            self._client.send(abort)
-        if request.finished:
-            del stream.running[request_id], self._streams[request_id]
-
-    def _abort(self, requests: list[Request]) -> None:
         for request in requests:
-            del self._streams[request.id]
-            for message in request.aborts() if self._client.is_open else ():
-                self._client.send(message)
+            self._client.forget(request.id)
+            self._client.send(request.aborts())
 
     def _make_requests(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: list[ReadPrompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        add_special_tokens: bool,
     ) -> list[Request]:
-        many = _as_list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(many)
-        else:
-            params = list(sampling_params)
-        if len(params) != len(many):
-            raise ValueError(f"{len(many)} prompts but {len(params)} sampling parameters: give one, or one per prompt.")
+        params = read_params(sampling_params, len(prompts))
         return [
-            self._make_request(index, prompt, p) for index, (prompt, p) in enumerate(zip(many, params, strict=True))
+            self._make_request(index, prompt, one, add_special_tokens)
+            for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))
         ]
 
-    def _make_request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        params.validate_for(self.vocab_size, self._max_logprobs)
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("the model has no tokenizer: give prompts as token ids, or a tokenizer directory.")
-            text, ids = prompt, list(self.tokenizer.encode(prompt))
-        else:
-            text, ids = None, [int(token) for token in prompt]
-        if not ids:
-            raise ValueError(f"prompt {index} is empty: give at least one token.")
-        outside = [token for token in ids if not 0 <= token < self.vocab_size]
-        if outside:
-            raise ValueError(f"prompt {index} has token id {outside[0]}: the vocabulary is 0 to {self.vocab_size - 1}.")
+    def _make_request(
+        self, index: int, prompt: ReadPrompt, params: SamplingParams, add_special_tokens: bool
+    ) -> Request:
+        try:
+            params.validate_for(self.vocab_size, self._max_logprobs)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from None
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: give stop_token_ids, or a tokenizer directory.")
+        ids = prompt.token_ids
+        if ids is None:
+            assert prompt.text is not None
+            ids = encode(self.get_tokenizer(), prompt.text, add_special_tokens)
+        check_token_ids(f"prompt {index}", ids, self.vocab_size)
         if len(ids) >= self.max_model_len:
             raise ValueError(
                 f"prompt {index} has {len(ids)} tokens and leaves no room for an answer: "
                 f"max_model_len is {self.max_model_len}."
             )
-        self._num_requests += 1
-        return Request(str(self._num_requests), index, text, ids, params, self.tokenizer)
+        return Request(str(next(self._request_numbers)), index, prompt.text, ids, params, self.tokenizer)
 
 
-class _Stream:
-    """The requests of one call, and what came for them and has not been handed out."""
-
-    def __init__(self, requests: list[Request]) -> None:
-        self.running = {request.id: request for request in requests}
-        self.pieces: deque[Piece] = deque()
-        self.error: RequestFailedError | None = None
+def _tokenizer_of(config: EngineConfig) -> Any:
+    if config.tokenizer is None:
+        return load_tokenizer(config.model, config.revision)
+    return load_tokenizer(config.tokenizer, None, what="tokenizer")
 
 
 def make_config(**options: Any) -> EngineConfig:
     """An `EngineConfig` from loose keyword arguments; ValueError names an unknown or impossible one."""
     unknown = sorted(set(options) - set(EngineConfig.__struct_fields__))
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}: the options are {', '.join(EngineConfig.__struct_fields__)}.")
-    model, memory = options.get("model"), options.get("kv_cache_memory")
-    options["model"] = None if model is None else str(model)
+        raise ValueError(f"LLM has no option {unknown[0]}; known: {', '.join(EngineConfig.__struct_fields__)}.")
+    options = {name: str(value) if isinstance(value, PurePath) else value for name, value in options.items()}
+    memory = options.get("kv_cache_memory")
     if isinstance(memory, dict):
-        options["kv_cache_memory"] = {int(rank): parse_bytes(size) for rank, size in memory.items()}
+        for rank in memory:
+            if not isinstance(rank, int) or isinstance(rank, bool):
+                raise ValueError(f"kv_cache_memory names rank {rank!r}: ranks are integers from 0.")
+        options["kv_cache_memory"] = {rank: parse_bytes(size) for rank, size in memory.items()}
     elif memory is not None:
         options["kv_cache_memory"] = parse_bytes(memory)
     for field in msgspec.structs.fields(EngineConfig):
@@ -210,11 +279,3 @@ def make_config(**options: Any) -> EngineConfig:
             what = str(error).partition(" - at ")[0]
             raise ValueError(f"{field.name} is {options[field.name]!r}: {what}.") from None
     return EngineConfig(**options)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt (text or token ids) or many."""
-    if isinstance(prompts, str):
-        return [prompts]
-    many: list[Any] = list(prompts)
-    return [many] if many and all(isinstance(item, int) for item in many) else many

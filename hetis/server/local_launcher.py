@@ -12,18 +12,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
-from hetis.comm import supervision
+from hetis.comm import children, supervision
 from hetis.core.config import EngineConfig
+from hetis.core.logs import environment_of_children
 from hetis.core.plan import Plan
-from hetis.server.launch import RANK_VARIABLES, run_member
+from hetis.server import torchrun
+from hetis.server.launch import run_member
 
 END_SECONDS = 2.0  # for the fleet to end by itself when the front end has
-FAIL_SECONDS = 5.0  # when a rank has: the driver explains, and ends the others
+ORPHAN_SECONDS = 1.0  # then for the driver, when the ranks have ended
+CLOSE_SECONDS = 4.0  # for the launcher: more than both
+FAIL_SECONDS = 5.0  # when a rank has ended: the driver explains, and ends the others
+_MODULE = "hetis.server.local_launcher"
 _JOB = "job.json"
 
 
@@ -37,15 +43,27 @@ class Job(msgspec.Struct, frozen=True):
 
 def start_launcher(config: EngineConfig, plan: Plan, run_directory: Path) -> "subprocess.Popen[bytes]":
     """Starts the launcher, and with it the ranks. They end when its standard input is closed."""
+    children.leave_deleted_directory()
     (run_directory / _JOB).write_bytes(msgspec.json.encode(Job(config, plan)))
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     return subprocess.Popen(
-        [sys.executable, "-m", "hetis.server.local_launcher", str(run_directory)],
+        children.command(_MODULE, str(run_directory), str(os.getpid())),
         stdin=subprocess.PIPE,
-        stdout=2,  # ranks have nothing to say on standard output
-        env=environment,
+        stdout=subprocess.DEVNULL if sys.__stderr__ is None else 2,  # ranks have nothing to say on standard output
+        env=torchrun.without_torchrun(children.environment()) | environment_of_children(),
         start_new_session=True,  # Ctrl-C is for the front end, which then shuts down in order
     )
+
+
+def end_launcher(launcher: "subprocess.Popen[bytes]") -> None:
+    """Ends all processes of the fleet, which have some seconds to do so in order."""
+    assert launcher.stdin is not None
+    launcher.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        launcher.wait(CLOSE_SECONDS)
+    if launcher.returncode is None or launcher.returncode < 0:  # else it has ended after all that it started
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)  # a session of its own: nothing else is in this group
+        launcher.wait()
 
 
 # --- the launcher -----------------------------------------------------------------------------------------------------
@@ -54,14 +72,15 @@ def start_launcher(config: EngineConfig, plan: Plan, run_directory: Path) -> "su
 class Launcher:
     """Starts the ranks of a job, and ends after all of them."""
 
-    def __init__(self, job: Job, directory: Path) -> None:
+    def __init__(self, job: Job, directory: Path, front: int) -> None:
+        """`front`: pid of the front end."""
         self._plan, self._directory = job.plan, directory
         self._bell = supervision.Bell()
         self._bell.take_over(signal.SIGCHLD)
         self._poll = select.poll()
         self._poll.register(self._bell.fileno(), select.POLLIN)
         # its end of the pipe may live on in a process that it forked, so its life is watched as well
-        self._signs_of_front = [sys.stdin.fileno(), supervision.open_pidfd(os.getppid())]
+        self._signs_of_front = [sys.stdin.fileno(), supervision.open_pidfd(front)]
         for fd in self._signs_of_front:
             if fd is not None:
                 self._poll.register(fd, select.POLLIN)
@@ -74,7 +93,7 @@ class Launcher:
     def run(self) -> int:
         """The exit code of the job."""
         while self._ranks:
-            self._wait()
+            self._wait(None if self._deadline is None else max(0.01, self._deadline - time.monotonic()))
             for pid in [pid for pid in self._ranks if has_ended(pid)]:
                 self._on_end(pid)
             if self._deadline is not None and time.monotonic() > self._deadline:
@@ -85,10 +104,9 @@ class Launcher:
             shutil.rmtree(self._directory, ignore_errors=True)  # else the front end reads the verdict there
         return int(self._own_verdict is not None)
 
-    def _wait(self) -> None:
-        """For a child or the front end to end; not longer than the deadline."""
-        left = None if self._deadline is None else max(10.0, 1000 * (self._deadline - time.monotonic()))
-        for fd, _ in self._poll.poll(left):
+    def _wait(self, seconds: float | None) -> None:
+        """For a child or the front end to end; None: without limit."""
+        for fd, _ in self._poll.poll(None if seconds is None else 1000 * seconds):
             if fd in self._signs_of_front:
                 self._poll.unregister(fd)
                 self._front_ended = True
@@ -110,12 +128,11 @@ class Launcher:
 
     def _end_orphans(self) -> None:
         """Waits for the driver, which outlives the ranks by a moment, and for whatever else they left."""
-        deadline = time.monotonic() + FAIL_SECONDS
+        begin = time.monotonic()
         while not reap():
-            if time.monotonic() > deadline:
+            if time.monotonic() > begin + (ORPHAN_SECONDS if self._front_ended else FAIL_SECONDS):
                 supervision.kill(descendants())
-            self._poll.poll(50)
-            self._bell.heard()
+            self._wait(0.05)
         self._explain()
 
     def _explain(self) -> None:
@@ -127,10 +144,10 @@ class Launcher:
 def start_rank(rank: int, world_size: int, directory: Path) -> int:
     """The pid of a new rank."""
     values = (rank, rank, world_size, world_size, 0, 1)
-    environment = supervision.child_environment() | dict(zip(RANK_VARIABLES, map(str, values), strict=True))
+    environment = os.environ | dict(zip(torchrun.RANK_VARIABLES, map(str, values), strict=True))
     return os.posix_spawn(
         sys.executable,
-        [sys.executable, "-m", "hetis.server.local_launcher", str(directory), "rank"],
+        children.command(_MODULE, str(directory), str(os.getpid()), "rank"),
         environment,
         file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
     )
@@ -158,13 +175,15 @@ def descendants() -> list[int]:
 
 
 def main() -> NoReturn:
-    directory = Path(sys.argv[1])
+    directory, parent = Path(sys.argv[1]), int(sys.argv[2])
     job = msgspec.json.decode((directory / _JOB).read_bytes(), type=Job)
-    if sys.argv[2:] == ["rank"]:
-        run_member(job.config, None, directory)
+    if sys.argv[3:] == ["rank"]:
+        run_member(job.config, None, directory, parent)
+    children.begin()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     supervision.adopt_orphans()
-    os._exit(Launcher(job, directory).run())
+    supervision.run_on_without_parent()
+    os._exit(Launcher(job, directory, parent).run())
 
 
 if __name__ == "__main__":

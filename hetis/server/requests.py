@@ -13,26 +13,27 @@ from hetis.server.detokenizer import Detokenizer
 Decode = Callable[[int], str]
 
 
-class RequestFailedError(RuntimeError):
-    """One request could not be served; the others go on."""
-
-
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one completion gained."""
+    """What one completion gained. The last one says how it ended, in the words of `CompletionOutput`."""
 
     prompt_index: int
     index: int  # of the completion, 0 .. n-1
     text: str
     token_ids: list[int]
-    finished: bool
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
 
 
 class Completion:
     """One of the n answers to a prompt."""
 
     def __init__(self, index: int, params: SamplingParams, prompt_token_ids: list[int], tokenizer: Any) -> None:
-        self._decode = (lambda token: tokenizer.decode([token])) if tokenizer is not None else None
+        self._decode = decode_with(tokenizer)
         self._detokenizer: Detokenizer | None = None
         if tokenizer is not None and params.detokenize:
             self._detokenizer = Detokenizer(tokenizer, params, prompt_token_ids)
@@ -59,7 +60,7 @@ class Completion:
                     output.finish_reason, output.stop_reason = "stop", stop
                     break
         if not self.finished and new.finish_reason is not None:
-            output.finish_reason, output.stop_reason = new.finish_reason, new.stop_reason
+            output.finish_reason, output.stop_reason, output.error = new.finish_reason, new.stop_reason, new.error
             if self._detokenizer is not None:
                 text += self._detokenizer.finish()
         if self._detokenizer is not None:
@@ -90,12 +91,16 @@ class Request:
         tokenizer: Any,
     ) -> None:
         self.id, self._prompt_index, self._params = request_id, prompt_index, params
-        self._decode = (lambda token: tokenizer.decode([token])) if tokenizer is not None else None
+        self._decode = decode_with(tokenizer)
         self._prompt, self._prompt_token_ids = prompt, prompt_token_ids
         self._completions = [Completion(index, params, prompt_token_ids, tokenizer) for index in range(params.n)]
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         if params.prompt_logprobs is not None:
             self._prompt_logprobs = [None]
+
+    @property
+    def num_completions(self) -> int:
+        return len(self._completions)
 
     @property
     def finished(self) -> bool:
@@ -116,20 +121,16 @@ class Request:
         ]
 
     def add(self, new: TokenOutput) -> tuple[Piece | None, AbortRequest | None]:
-        """New tokens of a completion: what to stream, and whether the engine should stop (a stop string was found).
-
-        Raises RequestFailedError when the engine refused or lost the request.
-        """
+        """New tokens of a completion: what to stream, and whether the engine should stop (a stop string was found)."""
         completion = self._completions[int(new.id.rpartition("/")[2])]
         if completion.finished:  # tokens drawn before the abort arrived
             return None, None
-        if new.error is not None:
-            raise RequestFailedError(new.error)
         if new.prompt_logprobs is not None and self._prompt_logprobs is not None:
             self._prompt_logprobs += [named_logprobs(row, self._decode) for row in new.prompt_logprobs]
         text = completion.add(new)
         abort = AbortRequest(id=new.id) if completion.finished and new.finish_reason is None else None
-        piece = Piece(self._prompt_index, completion.output.index, text, new.token_ids, completion.finished)
+        output = completion.output
+        piece = Piece(self._prompt_index, output.index, text, new.token_ids, output.finish_reason, output.error)
         return piece, abort
 
     def output(self) -> RequestOutput:
@@ -141,6 +142,14 @@ class Request:
             outputs=[completion.output for completion in self._completions],
             finished=self.finished,
         )
+
+
+def decode_with(tokenizer: Any) -> Decode | None:
+    """The text of a single token; None without a tokenizer. Safe to call from threads."""
+    if tokenizer is None:
+        return None
+    backend = tokenizer.backend_tokenizer
+    return lambda token: str(backend.decode([token], skip_special_tokens=False))
 
 
 def named_logprobs(found: TokenLogprobs, decode: Decode | None) -> dict[int, Logprob]:

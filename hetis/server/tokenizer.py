@@ -1,40 +1,59 @@
-"""The tokenizer of a model, as transformers makes it."""
+"""The tokenizer of a model: what its tokenizer.json says, with transformers' chat templates around it."""
 
-import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hetis.models.hub import resolve_model
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# Classes that add nothing to tokenizer.json, or nothing that it does not say. `AutoTokenizer` would find them too, but
-# it imports torch, which the front end needs for nothing: a second, on every start.
-_PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 
-def load_tokenizer(source: str | Path | None, revision: str | None) -> Any:
-    """The model's fast tokenizer, or None when the directory has none (then prompts are token ids).
+def load_tokenizer(source: str | Path | None, revision: str | None, what: str = "model") -> Any:
+    """The fast tokenizer in a directory or hub repository, or None when it has none (then prompts are token ids).
 
-    ValueError if it cannot be loaded.
+    With a tokenizer.json its token ids are those of `tokenizers.Tokenizer.from_file`, whatever class
+    tokenizer_config.json names; that file adds special tokens and the chat template. `what`: what `source` is called in
+    errors; a "tokenizer" must have one. ValueError if it cannot be loaded.
     """
-    import transformers
-
-    directory = resolve_model(None if source is None else str(source), revision, weights=False)
-    if not any((directory / name).exists() for name in _FILES):
+    directory = resolve_model(None if source is None else str(source), revision, weights=False, what=what)
+    found = [name for name in _FILES if (directory / name).exists()]
+    if not found:
+        if what == "tokenizer":
+            raise ValueError(f"tokenizer {str(source)!r} has none of {', '.join(_FILES)}; give the directory of one.")
         return None
+    if found == ["tokenizer.model"] and find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"the tokenizer in {directory} is a tokenizer.model without tokenizer.json: pip install sentencepiece "
+            "protobuf, or give the tokenizer.json of the same model by --tokenizer (tokenizer=)."
+        )
     try:
-        name = _class_name(directory)
-        kind = getattr(transformers, name if name in _PLAIN else "AutoTokenizer")
-        return kind.from_pretrained(directory, trust_remote_code=False)
+        return _load(directory, is_complete="tokenizer.json" in found)
     except Exception as error:  # of several libraries
         reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(f"the tokenizer in {directory} cannot be loaded ({reason}); download it again.") from error
 
 
-def _class_name(directory: Path) -> str | None:
-    """The class that tokenizer_config.json names, if tokenizer.json has all it needs."""
-    config = directory / "tokenizer_config.json"
-    if not config.exists() or not (directory / "tokenizer.json").exists():
-        return None
-    name: str | None = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
-    return name
+def _load(directory: Path, is_complete: bool) -> Any:
+    """`is_complete`: there is a tokenizer.json. The plain class adds nothing to it; others build their own normaliser,
+    pre-tokeniser and decoder. (`AutoTokenizer` would also import torch: a second, on every start.)"""
+    import transformers
+
+    kind = transformers.PreTrainedTokenizerFast if is_complete else transformers.AutoTokenizer
+    tokenizer = kind.from_pretrained(str(directory), trust_remote_code=False)
+    # prompts are never cut or filled up, and threads that encode at once find nothing to change
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a prompt, with the special tokens that the tokenizer puts around text; a begin of sequence that the
+    text has already (a chat template wrote it) is not doubled. By the tokenizer below transformers', for threads."""
+    backend, begin = tokenizer.backend_tokenizer, tokenizer.bos_token_id
+    ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+    if add_special_tokens and begin is not None and ids[:2] == [begin, begin]:
+        plain = backend.encode(text, add_special_tokens=False).ids
+        if plain[:1] == [begin] and ids[1 : 1 + len(plain)] == plain:
+            return ids[1:]
+    return ids

@@ -1,7 +1,7 @@
-"""An attention worker: no weights, only cache. One thread per pipeline stage serves the primaries of that stage.
+"""An attention worker: no weights, only cache. One thread per pipeline stage serves the homes of that stage.
 
 A worker obeys the same StepCommands as the primaries, so it knows which lanes each message carries. Within a stage,
-primaries are served in tensor-parallel order, layer by layer; stages are independent, so that micro-batches of
+homes are served in tensor-parallel order, layer by layer; stages are independent, so that micro-batches of
 different stages never wait for each other here.
 """
 
@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 
 from hetis.comm.links.base import Link
+from hetis.comm.streams import own_stream
 from hetis.core.fleet import RankStats
 from hetis.core.messages import Setup, StepCommand, StepTimes
 from hetis.core.plan import Stage
 from hetis.core.times import Span, StageTimes
-from hetis.workers.build import make_pool, wire_format
+from hetis.workers.build import decode_scratch, make_pool, wire_format
 from hetis.workers.measure import Measurer
 from hetis.workers.step_input import StepPlanner, WorkerInput
 from hetis.workers.timer import StageTimer, attention_seconds, step_times
@@ -24,23 +25,29 @@ from hetis_kernels import kv_append, paged_decode
 
 
 class StageServer:
-    """Serves the primaries of one stage."""
+    """Serves the homes of one stage, on a CUDA stream of its own.
+
+    On a common stream a stage might wait for a message that comes only after another stage, queued behind it, answers.
+    """
 
     def __init__(self, setup: Setup, rank: int, stage_index: int, links: dict[int, Link], device: torch.device) -> None:
         """`links`: by primary rank."""
         stage: Stage = setup.plan.stages[stage_index]
-        self._links = [(primary, links[primary.rank]) for primary in stage.primaries]
+        self._links = [(home, links[home.rank]) for home in stage.homes]
         self._wire = wire_format(setup)
         self._scale = setup.spec.attention_scale
         first, stop = stage.layers
         self._windows = setup.spec.windows[first:stop]
+        self._stream = own_stream(device)
+        self._scratch = decode_scratch(setup, max(home.num_groups for home in stage.homes), device)
         self.pool = make_pool(setup, rank, stage_index, device)
         self._planner = StepPlanner(self.pool, setup.spec.num_head_groups, setup.max_num_seqs, self._windows, device)
         self._timer = StageTimer(stage_index, self._wire.num_queries, device, setup.trace)
         self.attention_seconds = 0.0
 
     def run_step(self, command: StepCommand) -> StageTimes:
-        times = self._run(command)
+        with self._stream:
+            times = self._run(command)
         self.attention_seconds += attention_seconds(times)
         return times
 
@@ -52,6 +59,7 @@ class StageServer:
             step = self._planner.worker_input(command, primary.rank, primary.groups)
             if not step.is_empty:
                 served.append((link, step))
+        self._planner.upload()
         self._timer.lap(Span.OTHER)
         for layer in range(len(self._windows)) if served else ():
             for link, step in served:
@@ -89,7 +97,7 @@ class StageServer:
             lanes = step.lanes
             paged_decode(
                 qkv_UHD[:, :M], pages_2PSD, self.pool.table_BW, lanes.lane_U, lanes.row_U, lanes.length_U,
-                self._scale, self._windows[layer], out_UMD, lse2_UM, max_length=lanes.max_length,
+                self._scale, self._windows[layer], out_UMD, lse2_UM, max_length=lanes.max_length, scratch=self._scratch,
             )  # fmt: skip
             lap(Span.ATTENTION)
         if num_out:
@@ -127,7 +135,7 @@ class AttentionRank:
         on_failure: Callable[[BaseException], None],
     ) -> None:
         """`on_failure` is called from the thread of a stage that failed; it ends the process."""
-        self._rank, self._links, self._on_failure = rank, links, on_failure
+        self._rank, self._links, self._device, self._on_failure = rank, links, device, on_failure
         self.measurer = Measurer(setup, rank, links, device)
         stages = range(len(setup.plan.stages))
         self._servers = [StageServer(setup, rank, stage, links, device) for stage in stages]
@@ -155,10 +163,23 @@ class AttentionRank:
     def _run(self, server: StageServer, command: StepCommand) -> None:
         self._finished.put(step_times(self._rank, command, [server.run_step(command)]))
 
-    def stats(self) -> RankStats:
-        """As soon as all commands so far are done."""
+    def _finish(self) -> None:
+        """Waits until all commands so far are done."""
         for commands in self._queues:
             commands.join()
+
+    def forget(self) -> None:
+        """Counts from zero again, as soon as all commands so far are done."""
+        self._finish()
+        self.take_times()
+        for server in self._servers:
+            server.attention_seconds = 0.0
+        for link in self._links.values():
+            link.bytes_sent = link.bytes_received = 0
+
+    def stats(self) -> RankStats:
+        """As soon as all commands so far are done."""
+        self._finish()
         return RankStats(
             rank=self._rank,
             attention_seconds=sum(server.attention_seconds for server in self._servers),
@@ -168,6 +189,8 @@ class AttentionRank:
 
     def _serve(self, server: StageServer, commands: "queue.Queue[StepCommand]") -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP teams are per thread
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # as is the current device
         try:
             while True:
                 self._run(server, commands.get())

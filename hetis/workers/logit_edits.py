@@ -17,7 +17,7 @@ class LogitEdits:
     """Biases, bans and penalties of the sequences in the slots. Costs nothing for sequences that use none."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int, eos_token_ids: list[int], device: torch.device) -> None:
-        self._eos_token_ids, self._device = eos_token_ids, device
+        self._eos_token_ids, self._device = [i for i in eos_token_ids if 0 <= i < vocab_size], device
         self._params: dict[int, SamplingParams] = {}  # only of slots that change logits
         self._banned: dict[int, np.ndarray] = {}  # tokens that may not come before min_tokens
         self._edits_slot = np.zeros(max_num_seqs, dtype=bool)

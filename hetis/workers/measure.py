@@ -58,6 +58,7 @@ class Measurer:
         else:
             found = self._measure_layers(command.seconds)
         if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # steps go on with the same links, on other streams
             torch.cuda.empty_cache()
         return msgspec.structs.replace(found, seconds=perf_counter() - begin)
 
@@ -83,7 +84,7 @@ class Measurer:
             dense=measure_dense(
                 setup, self._decoder, self._tensor_parallel, self._device, seconds * (1 - PREFILL_SHARE)
             ),
-            prefill=measure_prefill(setup, groups, self._device, seconds * PREFILL_SHARE),
+            prefill=measure_prefill(setup, groups, self._device, seconds * PREFILL_SHARE) if groups else [],
         )
 
     def _measure_link(self, command: MeasureLink) -> Measured:

@@ -16,7 +16,7 @@ from hetis.core.messages import Setup, StepCommand, StepResult, StepTimes
 from hetis.core.sampled import SCORED_ROWS, TokenLogprobs
 from hetis.core.times import Span
 from hetis.models.decoder import Decoder
-from hetis.workers.build import TORCH_DTYPES, make_pool, wire_format
+from hetis.workers.build import TORCH_DTYPES, decode_scratch, make_pool, wire_format
 from hetis.workers.measure import Measurer
 from hetis.workers.sampler import Sampler
 from hetis.workers.split_attention import SplitAttention
@@ -49,6 +49,8 @@ class PrimaryRank:
         self._is_first, self._is_last = self._stage_index == 0, self._stage_index == len(setup.plan.stages) - 1
         self._widths = [p.vocab_rows[1] - p.vocab_rows[0] for p in stage.primaries]
         self._workers = [worker.rank for worker in setup.plan.workers]
+        first, stop = self._primary.groups
+        scratch = decode_scratch(setup, stop - first, device)
         pool, windows = make_pool(setup, rank, self._stage_index, device), setup.spec.windows[slice(*stage.layers)]
         uses_flash = flash_serves(device, TORCH_DTYPES[setup.dtype], setup.spec.head_dim)
         _log.info("attention of prompts: %s", prompt_attention(uses_flash))
@@ -56,7 +58,6 @@ class PrimaryRank:
             pool, setup.spec.num_head_groups, setup.max_num_seqs, windows, device, uses_flash=uses_flash
         )
         self._timer = StageTimer(self._stage_index, setup.spec.queries_per_group, device, setup.trace)
-        first, stop = self._primary.groups
         self._attention = SplitAttention(
             pool,
             links,
@@ -66,6 +67,7 @@ class PrimaryRank:
             setup.max_num_batched_tokens * (stop - first),
             device,
             self._timer,
+            scratch,
         )
         self._times: list[StepTimes] = []
         self._attention_seconds = 0.0
@@ -86,6 +88,7 @@ class PrimaryRank:
         self._planner.apply(command)
         self._update_sampler(command)
         step = self._planner.primary_input(command, self._primary.groups, self._workers)
+        self._planner.upload()
         self._attention.begin(step)
         result = self._compute(command, step) if step.num_tokens else self._carry(command)
         self._note_times(command, step)
@@ -103,7 +106,7 @@ class PrimaryRank:
         self._timer.lap(Span.DENSE)
         self._attention.finish()
         if self._is_last:
-            return self._finish(command, hidden_TH)
+            return self._finish(command, step, hidden_TH)
         self._timer.lap(Span.OTHER)
         self._pipeline.send(hidden_TH)
         self._timer.lap(Span.STAGE)
@@ -129,15 +132,14 @@ class PrimaryRank:
         times, self._times = self._times, []
         return times
 
-    def _finish(self, command: StepCommand, hidden_TH: Tensor) -> StepResult | None:
+    def _finish(self, command: StepCommand, step: PrimaryInput, hidden_TH: Tensor) -> StepResult | None:
         """Logits of the rows that draw a token (and of prompts to be scored), on the sampling rank the tokens."""
         rows = StepRows.of(command)
-        stops_R = np.cumsum(rows.counts_R)
         sampled = np.frombuffer(command.sampled, dtype=np.int32)
-        scored = self._score_prompts(command, rows, stops_R, hidden_TH)
+        scored = self._score_prompts(command, rows, hidden_TH)
         if len(sampled) == 0:
             return StepResult(step=command.step, tokens=b"", prompt_logprobs=scored) if self._sampler else None
-        logits_RV = self._logits(hidden_TH, stops_R[sampled] - 1)
+        logits_RV = self._logits(hidden_TH[step.sampled_token_R])
         if self._sampler is None:
             return None
         assert logits_RV is not None
@@ -145,20 +147,17 @@ class PrimaryRank:
         return StepResult(
             step=command.step,
             tokens=drawn.token_R.astype(np.int32).tobytes(),
-            invalid=drawn.invalid_rows(),
+            errors=drawn.errors,
             logprobs=drawn.logprobs,
             prompt_logprobs=scored,
         )
 
-    def _logits(self, hidden_TH: Tensor, index: np.ndarray) -> Tensor | None:
-        """Logits [len(index), V] of some tokens, on tensor-parallel index 0; None elsewhere."""
-        rows = torch.from_numpy(index.astype(np.int64)).to(hidden_TH.device)
-        local = self._decoder.logits(hidden_TH[rows])
-        return self._tensor_parallel.gather_columns(local, self._widths)
+    def _logits(self, hidden_NH: Tensor) -> Tensor | None:
+        """Logits [N, V] on tensor-parallel index 0; None elsewhere."""
+        return self._tensor_parallel.gather_columns(self._decoder.logits(hidden_NH), self._widths)
 
-    def _score_prompts(
-        self, command: StepCommand, rows: StepRows, stops_R: np.ndarray, hidden_TH: Tensor
-    ) -> dict[int, list[TokenLogprobs]]:
+    def _score_prompts(self, command: StepCommand, rows: StepRows, hidden_TH: Tensor) -> dict[int, list[TokenLogprobs]]:
+        stops_R = np.cumsum(rows.counts_R)
         scored: dict[int, list[TokenLogprobs]] = {}
         targets = np.frombuffer(command.prompt_targets, dtype=np.int32)
         begin = 0
@@ -170,7 +169,7 @@ class PrimaryRank:
             found: list[TokenLogprobs] = []
             for block in range(0, len(target), SCORED_ROWS):
                 wanted = target[block : block + SCORED_ROWS]
-                logits = self._logits(hidden_TH, np.arange(first + block, first + block + len(wanted)))
+                logits = self._logits(hidden_TH[first + block :][: len(wanted)])
                 if self._sampler is not None and logits is not None:
                     found += self._sampler.score_prompt(logits, wanted, int(rows.slots_R[row]))
             scored[row] = found
@@ -183,8 +182,15 @@ class PrimaryRank:
             self._sampler.remove(slot)
         for new in command.admitted:
             self._sampler.add(new.slot, new.params, new.prompt_len, new.seed)
-        slots, positions = StepRows.of(command).tokens_of(0)
+        slots, positions = StepRows.of(command).tokens_of(slice(None))
         self._sampler.observe(slots, np.frombuffer(command.tokens, dtype=np.int32), positions)
+
+    def forget(self) -> None:
+        """Counts from zero again."""
+        self._times.clear()
+        self._attention_seconds = 0.0
+        for link in self._links.values():
+            link.bytes_sent = link.bytes_received = 0
 
     def stats(self) -> RankStats:
         return RankStats(

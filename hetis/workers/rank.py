@@ -1,9 +1,11 @@
 """The life of one rank: join the driver, build what `Setup` says, obey until `Shutdown`."""
 
+import logging
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +17,7 @@ import torch
 from hetis.comm import supervision
 from hetis.comm.control import ControlClient, Heart
 from hetis.comm.groups import init_groups
+from hetis.comm.hosts import Token
 from hetis.comm.rendezvous import Rendezvous
 from hetis.core import messages as m
 from hetis.core.config import Joining
@@ -23,7 +26,14 @@ from hetis.models.hub import resolve_model
 from hetis.models.loader import load_weights
 from hetis.workers.attention import AttentionRank
 from hetis.workers.build import TORCH_DTYPES, describe_device, open_links, share_of_cores
+from hetis.workers.gpus import sum_in_float32, why_unusable
 from hetis.workers.primary import PrimaryRank
+from hetis.workers.warm_up import is_needed, warm_up_commands
+from hetis_kernels import extension
+
+_log = logging.getLogger("hetis")
+
+_log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 300.0  # until all ranks have joined; loading has no limit, a rank that loads is alive
 
@@ -50,6 +60,8 @@ def run_rank(
     heart.start()
     control = ControlClient(joining.endpoints.ranks, str(rank), "rank")
     device_name = choose_device(joining.devices[rank], local_rank)
+    if local_rank == 0 and (problem := extension.problem()) is not None:  # once for a host: it is one installation
+        _log.warning("%s", problem)
 
     def fail(error: BaseException) -> NoReturn:
         _report(heart, rank, device_name, error, is_mistake=False)
@@ -79,34 +91,51 @@ def _join(
     on_failure: Callable[[BaseException], Any],
 ) -> PrimaryRank | AttentionRank | None:
     """From `Hello` to `Ready`; None if the job ends before it began. ValueError for what the user must change."""
+    token = Token(rank, rendezvous)
     device = prepare_device(device_name, ranks_on_host)
-    control.send(m.Hello(info=describe_device(rank, device, address)))
+    heart.host = token.host(JOIN_SECONDS)
+    control.send(m.Hello(info=describe_device(rank, device, address, heart.host)))
     setup = control.receive(JOIN_SECONDS)
     if setup is None:
         raise TimeoutError(f"the driver sent no setup within {JOIN_SECONDS:.0f} s")
-    if not isinstance(setup, m.Setup):
+    if isinstance(setup, m.Shutdown):
         return None
+    assert isinstance(setup, m.Setup), f"the driver sent {type(setup).__name__} before Setup"
+    token.close()
     heart.timeout = setup.step_timeout
+    begin = time.monotonic()
     member = build_member(setup, rank, device, rendezvous, on_failure)
+    _log.log(logging.INFO if rank == 0 else logging.DEBUG, "loaded in %.1f s", time.monotonic() - begin)
+    if is_needed(setup):
+        warm_up(member, setup)
     control.send(m.Ready(rank=rank))
     return member
 
 
 def choose_device(wanted: str, local_rank: int) -> str:
-    """ "auto": this rank's GPU where there is one, else the CPU; "cuda": this rank's GPU."""
-    if wanted == "auto":
-        return f"cuda:{local_rank}" if local_rank < torch.cuda.device_count() else "cpu"
-    return f"cuda:{local_rank}" if wanted == "cuda" else wanted
+    """ "auto": this rank's GPU where there is one that hetis can use, else the CPU; "cuda": this rank's GPU."""
+    if wanted not in ("auto", "cuda"):
+        return wanted
+    own = f"cuda:{local_rank}"
+    if wanted == "auto" and local_rank >= torch.cuda.device_count():
+        return "cpu"
+    if wanted == "auto" and (reason := why_unusable(torch.device(own))):
+        _log.warning("%s: this rank runs on the CPU.", reason)
+        return "cpu"
+    return own
 
 
 def prepare_device(device_name: str, ranks_on_host: int) -> torch.device:
-    """The rank's device, made current; ValueError if it is not there."""
+    """The rank's device, made current; ValueError if it is not there or cannot be used."""
     device = torch.device(device_name)
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
             found = torch.cuda.device_count()
             raise ValueError(f"device {device_name} does not exist here ({found} CUDA devices): correct the plan.")
+        if reason := why_unusable(device):
+            raise ValueError(f"{reason}: give this rank another device, for example cpu.")
         torch.cuda.set_device(device)
+        sum_in_float32()
     else:
         torch.set_num_threads(share_of_cores(ranks_on_host))
     torch.set_grad_enabled(False)
@@ -146,7 +175,8 @@ def build_member(
         device,
         load_format=setup.load_format,
         seed=setup.seed,
-        show_progress=rank == 0,
+        enforce_eager=setup.enforce_eager,
+        show_progress=rank == 0 and setup.progress,
     )
     decoder = Decoder(
         setup.spec,
@@ -155,9 +185,15 @@ def build_member(
         max_tokens=setup.max_num_batched_tokens,
         max_position=setup.max_model_len,
         device=device,
-        enforce_eager=setup.enforce_eager,
     )
     return PrimaryRank(setup, rank, decoder, links, groups.tensor_parallel, groups.pipeline, device)
+
+
+def warm_up(member: PrimaryRank | AttentionRank, setup: m.Setup) -> None:
+    """All ranks of the fleet at the same time; afterwards they are as if nothing had been."""
+    for command in warm_up_commands(setup):
+        member.run_step(command)
+    member.forget()
 
 
 def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRank) -> None:

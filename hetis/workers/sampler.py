@@ -33,17 +33,22 @@ _SLOT = np.dtype(
 )
 
 
+_NOT_FINITE, _NOTHING_LEFT, _OVERFLOW = -1, -2, -3  # in place of a token
+_WHY = {
+    _NOT_FINITE: "the model produced logits that are not finite.",
+    _NOTHING_LEFT: "no token may come next: end-of-sequence and stop tokens are banned before min_tokens, and these "
+    "are all that is left of the vocabulary.",
+    _OVERFLOW: "penalties or biases made logits that are not finite: give values closer to their defaults.",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One token per row. Rows whose logits were not finite are `invalid`, and have token 0."""
+    """One token per row; rows with an error have token 0."""
 
     token_R: np.ndarray  # int64
-    invalid_R: np.ndarray  # bool
+    errors: dict[int, str]  # row -> why it has no token, for the user
     logprobs: list[TokenLogprobs | None]  # empty when no row asked
-
-    def invalid_rows(self) -> list[int]:
-        rows: list[int] = np.flatnonzero(self.invalid_R).tolist()
-        return rows
 
 
 class Sampler:
@@ -92,19 +97,32 @@ class Sampler:
         self._edits.observe(slot_T, token_T, position_T)
 
     def sample(self, logits_RV: Tensor, slot_R: np.ndarray, position_R: np.ndarray) -> Sampled:
-        """The tokens at `position_R` of the sequences in `slot_R`. Logits in any float dtype; they are not changed."""
+        """The tokens at `position_R` of the sequences in `slot_R`. Logits in any float dtype; they are not changed.
+
+        What one row asks for never costs another its token: should the rows together raise, each is sampled by itself.
+        """
         assert logits_RV.shape[1] == self._vocab_size, f"{logits_RV.shape[1]} logits for {self._vocab_size} tokens"
+        try:
+            return self._sample(logits_RV, slot_R, position_R)
+        except Exception as error:
+            if len(slot_R) == 1:
+                reason = f"sampling failed ({type(error).__name__}: {error})."
+                return Sampled(np.zeros(1, dtype=np.int64), {0: reason}, [None])
+        rows = [slice(row, row + 1) for row in range(len(slot_R))]
+        return _joined([self.sample(logits_RV[row], slot_R[row], position_R[row]) for row in rows])
+
+    def _sample(self, logits_RV: Tensor, slot_R: np.ndarray, position_R: np.ndarray) -> Sampled:
         logits_RV = logits_RV.float().contiguous()
         slots = self._slots[slot_R]
-        edited_RV = self._edits.apply(logits_RV, slot_R, position_R)
-        vocabulary = Vocabulary.of(edited_RV)
-        token_R = self._choose(vocabulary, slots, position_R)
-        valid_R = torch.isfinite(logits_RV.amax(-1)) & torch.isfinite(logits_RV.amin(-1))
-        valid_R &= torch.isfinite(vocabulary.best())  # bans may leave nothing, penalties may overflow
-        token_R = torch.where(valid_R, token_R, -1)
+        vocabulary = Vocabulary.of(self._edits.apply(logits_RV, slot_R, position_R))
+        token_R, best_R = self._choose(vocabulary, slots, position_R), vocabulary.best()
+        token_R = torch.where(torch.isfinite(best_R), token_R, torch.where(best_R < 0, _NOTHING_LEFT, _OVERFLOW))
+        is_finite_R = torch.isfinite(logits_RV.amax(-1)) & torch.isfinite(logits_RV.amin(-1))
+        token_R = torch.where(is_finite_R, token_R, _NOT_FINITE)
         logprobs = self._score(logits_RV, token_R.clamp(min=0), slots["logprobs"])
         found_R = token_R.cpu().numpy()
-        return Sampled(np.maximum(found_R, 0), found_R < 0, logprobs)
+        errors = {int(row): _WHY[int(found_R[row])] for row in np.flatnonzero(found_R < 0)}
+        return Sampled(np.maximum(found_R, 0), errors, logprobs)
 
     def _choose(self, vocabulary: Vocabulary, slots: np.ndarray, position_R: np.ndarray) -> Tensor:
         random_I = np.flatnonzero(slots["temperature"] > 0)
@@ -145,3 +163,10 @@ class Sampler:
         count = int(self._slots[slot]["prompt_logprobs"])
         assert count != _NONE, f"slot {slot} has not asked for prompt log-probabilities"
         return prompt_logprobs(logits_NV, token_N, count, self._logprobs_mode)
+
+
+def _joined(rows: list[Sampled]) -> Sampled:
+    """Rows that were sampled one by one."""
+    errors = {index: reason for index, row in enumerate(rows) for reason in row.errors.values()}
+    logprobs = [row.logprobs[0] if row.logprobs else None for row in rows]
+    return Sampled(np.concatenate([row.token_R for row in rows]), errors, logprobs if any(logprobs) else [])

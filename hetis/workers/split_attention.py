@@ -28,10 +28,14 @@ class SplitAttention:
         max_rows: int,
         device: torch.device,
         timer: StageTimer,
+        scratch: Tensor | None,
     ) -> None:
-        """`windows`: per layer of this stage. `scale`: of scores. `max_rows`: most (token, group) pairs of a step."""
+        """`windows`: per layer of this stage. `scale`: of scores. `max_rows`: most (token, group) pairs of a step.
+
+        `scratch`: for `paged_decode`, this object's own.
+        """
         self._pool, self._links, self._wire, self._windows = pool, links, wire, windows
-        self._scale, self._timer = scale, timer
+        self._scale, self._timer, self._scratch = scale, timer, scratch
         self._lse2_NM = torch.empty(max_rows, wire.num_queries, dtype=torch.float32, device=device)
         self._step: PrimaryInput
 
@@ -99,7 +103,8 @@ class SplitAttention:
             lanes = step.local
             paged_decode(
                 qkv_NHD[:, :M], pages_2PSD, table_BW, lanes.lane_U, lanes.row_U, lanes.length_U,
-                self._scale, window, out_NMD, lse2_NM[: len(out_NMD)], max_length=lanes.max_length,
+                self._scale, window, out_NMD, lse2_NM[: len(out_NMD)],
+                max_length=lanes.max_length, scratch=self._scratch,
             )  # fmt: skip
             self._timer.lap(Span.ATTENTION)
         if (chunks := step.prefill) is not None:

@@ -1,13 +1,14 @@
 """From a StepCommand to index tensors: all host work of a step happens here, once, so that a layer only launches.
 
-Order of lanes. Decode lanes run over batch rows, then head groups; prefill entries over tokens, then head groups. Both
-ends of a link build the same lists from the same command, so that a message needs no header.
+Order of lanes. Decode lanes run over the tokens of decode rows, then head groups; prefill entries over the others, then
+head groups. Both ends of a link build the same lists from the same command, so that a message needs no header.
 Row of a (token, group) in the flattened QKV of one primary: `token * G_local + (group - first_group)`.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from hetis.cache.pool import PagePool
 from hetis.core.messages import StepCommand
 from hetis.core.plan import Span
 from hetis.workers.hauling import LinkHaul, hauls_of, no_haul, primary_hauls, worker_haul
+from hetis.workers.step_arrays import step_arrays
 
 Ints = NDArray[np.int64]
 
@@ -43,12 +45,22 @@ class StepRows:
     def num_tokens(self) -> int:
         return int(self.counts_R.sum())
 
-    def tokens_of(self, first_row: int) -> tuple[Ints, Ints]:
-        """(slot_T, position_T) of the tokens of rows `first_row` and after."""
-        counts = self.counts_R[first_row:]
+    @property
+    def num_decode_tokens(self) -> int:
+        """More than rows where sequences start over: their output goes through decode again, many tokens in a row."""
+        return int(self.counts_R[: self.num_decode].sum())
+
+    def last_tokens(self, rows: NDArray[np.int32]) -> Ints:
+        """Where among the step's tokens the last ones of these rows are."""
+        stops: Ints = np.cumsum(self.counts_R)[rows] - 1
+        return stops
+
+    def tokens_of(self, rows: slice) -> tuple[Ints, Ints]:
+        """(slot_T, position_T) of the tokens of `rows`."""
+        counts = self.counts_R[rows]
         begin = np.repeat(np.cumsum(counts) - counts, counts)
-        position = np.arange(counts.sum()) - begin + np.repeat(self.starts_R[first_row:], counts)
-        return np.repeat(self.slots_R[first_row:], counts), position
+        position = np.arange(counts.sum()) - begin + np.repeat(self.starts_R[rows], counts)
+        return np.repeat(self.slots_R[rows], counts), position
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +123,10 @@ class PrimaryInput:
     """One step of one primary."""
 
     num_tokens: int
-    num_decode: int
+    num_decode: int  # of them, the first ones
     token_T: Tensor  # int64
     position_T: Tensor  # int64
+    sampled_token_R: Tensor  # int64, of the rows that draw a token: their last one, among the step's
     append: Append
     local: DecodeLanes
     prefill: PrefillChunks | None
@@ -139,26 +152,32 @@ class WorkerInput:
 def decode_lanes(
     rows: StepRows, owners_BG: NDArray[np.int32], groups: Span, owner: int
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """(slot, group, position, row in the flattened QKV) of the decode lanes that live on `owner`."""
-    slots = rows.slots_R[: rows.num_decode]
+    """(slot, group, position, row in the flattened QKV) of the decode lanes that live on `owner`, token by token.
+
+    Several tokens of a lane are as many problems, each over all tokens up to its own.
+    """
+    slots, positions = rows.tokens_of(slice(rows.num_decode))
     first, stop = groups
     token, group = np.nonzero(owners_BG[slots, first:stop] == owner)
-    return slots[token], group + first, rows.starts_R[token], token * (stop - first) + group
+    return slots[token], group + first, positions[token], token * (stop - first) + group
 
 
 def prefill_entries(
     rows: StepRows, owners_BG: NDArray[np.int32], groups: Span, owner: int | None
 ) -> tuple[Ints, Ints, Ints, Ints]:
     """The same for prompt tokens, of lanes on `owner`, or of all lanes for None (the home keeps all in prefill)."""
-    slots, positions = rows.tokens_of(rows.num_decode)
+    slots, positions = rows.tokens_of(slice(rows.num_decode, None))
     first, stop = groups
     chosen = np.ones((len(slots), stop - first), dtype=bool) if owner is None else owners_BG[slots, first:stop] == owner
     token, group = np.nonzero(chosen)
-    return slots[token], group + first, positions[token], (token + rows.num_decode) * (stop - first) + group
+    return slots[token], group + first, positions[token], (token + rows.num_decode_tokens) * (stop - first) + group
 
 
 class StepPlanner:
-    """Turns commands into inputs for one stage on one rank. Keeps who owns which lane."""
+    """Turns commands into inputs for one stage on one rank. Keeps who owns which lane.
+
+    Inputs of a step can be used after `upload`, which comes once, when all of them have been asked for.
+    """
 
     def __init__(
         self,
@@ -174,7 +193,8 @@ class StepPlanner:
         cached context are `whole_prompts` of the step."""
         self._uses_flash = uses_flash
         self.rank, self.stage, self.num_groups = pool.id.rank, pool.id.stage, num_groups
-        self.pool, self.device = pool, device
+        self.pool, self._arrays = pool, step_arrays(device)
+        self.upload = self._arrays.send
         self._windows = Counter(windows)
         self.owners_BG: NDArray[np.int32] = np.full((max_num_seqs, num_groups), -1, dtype=np.int32)
 
@@ -196,14 +216,15 @@ class StepPlanner:
         prompt_lanes = prompt[0] * self.num_groups + prompt[1]
         append_row = np.concatenate([local_row, prompt[3]])
         append_slot = np.concatenate([self.pool.slots(lanes, position), self.pool.slots(prompt_lanes, prompt[2])])
-        _, all_positions = rows.tokens_of(0)
-        first_whole = self._first_whole_prompt(rows)
+        _, all_positions = rows.tokens_of(slice(None))
+        first_whole = self._first_whole_prompt(rows, groups)
         return PrimaryInput(
             num_tokens=rows.num_tokens,
-            num_decode=rows.num_decode,
-            token_T=self._move(np.frombuffer(command.tokens, dtype=np.int32).astype(np.int64)),
-            position_T=self._move(all_positions),
-            append=Append(self._int32(append_row), self._move(append_slot)),
+            num_decode=rows.num_decode_tokens,
+            token_T=self._put(np.frombuffer(command.tokens, dtype=np.int32).astype(np.int64)),
+            position_T=self._put(all_positions),
+            sampled_token_R=self._put(rows.last_tokens(np.frombuffer(command.sampled, dtype=np.int32))),
+            append=Append(self._int32(append_row), self._put(append_slot)),
             local=self._decode_lanes(lanes, self._int32(local_row), position),
             prefill=self._chunks(rows, groups, first_whole),
             whole_prompts=self._whole_prompts(rows, first_whole),
@@ -220,10 +241,10 @@ class StepPlanner:
         prompt_lanes = prompt_slots * self.num_groups + prompt_group
         return WorkerInput(
             lanes=self._decode_lanes(lanes, order, position),
-            append=Append(order, self._move(self.pool.slots(lanes, position))),
+            append=Append(order, self._put(self.pool.slots(lanes, position))),
             prefill_append=Append(
                 self._int32(np.arange(len(prompt_lanes))),
-                self._move(self.pool.slots(prompt_lanes, prompt_position)),
+                self._put(self.pool.slots(prompt_lanes, prompt_position)),
             ),
             haul=worker_haul(hauls_of(command, self.stage, groups, self.num_groups), self.pool, home),
         )
@@ -237,13 +258,13 @@ class StepPlanner:
         kv_tokens = seen / self._windows.total()
         return DecodeLanes(self._int32(lanes), row_U, self._int32(position + 1), max_length, kv_tokens)
 
-    def _first_whole_prompt(self, rows: StepRows) -> int:
-        """The row from which on all rows are prompts without cached context; no row without flash-attn.
+    def _first_whole_prompt(self, rows: StepRows, groups: Span) -> int:
+        """The row from which on all rows are prompts without cached context; no row where flash-attn is not used.
 
-        The scheduler puts prompts that go on before those that begin, so these are all of them.
+        Prompts that go on mostly come before those that begin, so these are nearly all of them.
         """
         num_rows = len(rows.counts_R)
-        if not self._uses_flash:
+        if not self._uses_flash or groups[0] == groups[1]:
             return num_rows
         continued = np.flatnonzero(rows.starts_R[rows.num_decode :])
         return rows.num_decode + (int(continued[-1]) + 1 if len(continued) else 0)
@@ -252,12 +273,12 @@ class StepPlanner:
         """Of the prompt rows before `stop_row`."""
         chunks = slice(rows.num_decode, stop_row)
         counts = rows.counts_R[chunks]
-        if len(counts) == 0:
-            return None
         lanes = rows.slots_R[chunks, None] * self.num_groups + np.arange(*groups)[None, :]
+        if lanes.size == 0:
+            return None
         return PrefillChunks(
-            first_token=rows.num_decode,
-            stop_token=rows.num_decode + int(counts.sum()),
+            first_token=rows.num_decode_tokens,
+            stop_token=rows.num_decode_tokens + int(counts.sum()),
             query_start_C1=self._int32(np.concatenate([[0], np.cumsum(counts)])),
             lane_CG=self._int32(lanes),
             context_C=self._int32(rows.starts_R[chunks] + counts),
@@ -285,8 +306,7 @@ class StepPlanner:
         return routes
 
     def _int32(self, array: NDArray[np.int64]) -> Tensor:
-        return self._move(array.astype(np.int32))
+        return self._put(array.astype(np.int32))
 
-    def _move(self, array: NDArray[np.generic]) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(array))
-        return host if self.device.type == "cpu" else host.to(self.device, non_blocking=True)
+    def _put(self, array: NDArray[Any]) -> Tensor:
+        return self._arrays.put(array)

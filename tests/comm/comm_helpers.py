@@ -19,6 +19,7 @@ from hetis.comm.links.staged import StagedLink
 from hetis.comm.rendezvous import LocalRendezvous, Rendezvous
 from hetis.comm.supervision import host_id
 from hetis.core.fleet import DeviceInfo
+from tests.processes import DEADLINE
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def together(*functions: Callable[[], Any]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(DEADLINE)
     if errors:
         raise errors[0]
     assert not any(thread.is_alive() for thread in threads), "a rank hangs"
@@ -77,7 +78,7 @@ def open_end(
         device=CPU,
         max_send_bytes=send_bytes,
         max_recv_bytes=recv_bytes,
-        timeout=20.0,
+        timeout=DEADLINE,
     )
 
 
@@ -125,7 +126,9 @@ class Ranks:
     """Processes that run `rank_script SCENARIO` and meet at a store that the test hosts, as torchrun does."""
 
     def __init__(self, scenario: str, ranks: Sequence[int], *arguments: str, **environment: str) -> None:
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30), wait_for_workers=False)
+        self.store = TCPStore(
+            "127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=DEADLINE), wait_for_workers=False
+        )
         self.environment = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.store.port),
@@ -156,7 +159,7 @@ class Ranks:
 
     def finish(self) -> dict[int, str]:
         """What each rank printed; all must end with code 0."""
-        printed = {rank: process.communicate(timeout=60)[0] for rank, process in self.processes.items()}
+        printed = {rank: process.communicate(timeout=DEADLINE)[0] for rank, process in self.processes.items()}
         for rank, process in self.processes.items():
             assert process.returncode == 0, f"rank {rank}:\n{printed[rank]}"
         return printed

@@ -12,6 +12,7 @@ from hetis.comm.rendezvous import StoreRendezvous
 from hetis.comm.shared_reduce import open_shared
 from hetis.core.plan import Plan, Primary, Stage
 from tests.comm.comm_helpers import CPU, device_info, open_end, ping_pong, receive, transmit
+from tests.processes import DEADLINE
 
 MAX_BYTES = 300_000
 
@@ -58,7 +59,7 @@ def stages(rank: int, rendezvous: StoreRendezvous) -> None:
         max_tokens=max(tokens),
         hidden_size=hidden_size,
         dtype=torch.bfloat16,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=DEADLINE),
     )
     for num_tokens in tokens:
         whole_TH = torch.arange(num_tokens * hidden_size, dtype=torch.bfloat16).view(num_tokens, hidden_size)
@@ -74,7 +75,7 @@ def stages(rank: int, rendezvous: StoreRendezvous) -> None:
 
 def leave_stage(rank: int, rendezvous: StoreRendezvous) -> None:
     """Rank 1 is killed by the test while rank 0, the test, waits for its part."""
-    group = open_shared(rendezvous, "stage", [0, 1], rank, 20.0)
+    group = open_shared(rendezvous, "stage", [0, 1], rank, DEADLINE)
     group.all_reduce(torch.ones(3))
     rendezvous.get("never")
 

@@ -9,27 +9,30 @@ from functools import partial
 import pytest
 import torch
 
-from hetis.comm import shared_reduce
+from hetis.comm import collectives, shared_reduce
 from hetis.comm.collectives import Alone, GroupTensorParallel, StagedTensorParallel, TensorParallel
 from hetis.comm.process_groups import make_process_group
 from hetis.comm.rendezvous import LocalRendezvous, StoreRendezvous
 from hetis.comm.shared_reduce import SharedTensorParallel, open_shared
 from tests.comm.comm_helpers import CPU, Ranks, together
+from tests.processes import DEADLINE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make_shared(size: int) -> list[TensorParallel]:
     rendezvous = LocalRendezvous()
-    return together(*[partial(open_shared, rendezvous, "stage", range(size), i, 10.0) for i in range(size)])
+    return together(*[partial(open_shared, rendezvous, "stage", range(size), i, DEADLINE) for i in range(size)])
 
 
 def make_gloo(size: int) -> list[TensorParallel]:
-    store = LocalRendezvous().store
-    limit = timedelta(seconds=20)
+    rendezvous, limit = LocalRendezvous(), timedelta(seconds=DEADLINE)
 
     def join(i: int) -> TensorParallel:
-        return GroupTensorParallel(make_process_group(store, "stage", i, size, CPU, limit, "127.0.0.1"), range(size))
+        group = make_process_group(rendezvous, "stage", i, size, CPU, limit, "127.0.0.1")
+        joined = GroupTensorParallel(group, range(size))
+        joined.greet(CPU)
+        return joined
 
     return together(*[partial(join, i) for i in range(size)])
 
@@ -69,7 +72,7 @@ def test_all_reduce_is_the_sum_in_rank_order(
 ) -> None:
     """Small, shared out over ranks, and in several turns (slots of 64 KiB here)."""
     monkeypatch.setattr(shared_reduce, "SLOT_BYTES", 1 << 16)
-    monkeypatch.setattr(shared_reduce, "_SHARED_SUM_BYTES", 1 << 12)
+    monkeypatch.setattr(collectives, "SHARED_SUM_BYTES", 1 << 12)
     groups = make(size)
     for seed, (shape, dtype) in enumerate(itertools.product([(1,), (3, 7), (0, 4), (5, 1000), (3, 11_111)], DTYPES)):
         parts = random_parts(shape, size, dtype, seed)

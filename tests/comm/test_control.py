@@ -17,8 +17,7 @@ import zmq
 from hetis.comm import supervision
 from hetis.comm.control import TOLD_TO_END, ControlClient, ControlServer
 from hetis.core import messages as m
-
-DEADLINE = 30.0
+from tests.processes import DEADLINE
 
 
 @pytest.fixture
@@ -83,6 +82,19 @@ def test_garbage_is_dropped(server: ControlServer) -> None:
         stranger.close(linger=0)
 
 
+def test_a_front_end_is_told_what_is_no_message(server: ControlServer) -> None:
+    front = ControlClient(server.endpoints.front, "front", "front")
+    front.send(m.StatsQuery())
+    front.socket.send(b"\xff\xfe")
+    front.send(m.Attach())
+    assert take(server, "front") == (b"front", m.Attach()), "the driver goes on"
+    for word in ("StatsQuery", ""):
+        answer = front.receive(DEADLINE)
+        assert isinstance(answer, m.Refused)
+        assert word in answer.reason
+    front.close()
+
+
 def test_a_lost_driver_is_noticed_at_once(directory: Path) -> None:
     server = ControlServer(str(directory), None)
     client = ControlClient(server.endpoints.ranks, "1", "rank")
@@ -104,6 +116,7 @@ import signal, sys, threading
 from hetis.comm import supervision
 from hetis.comm.control import Heart
 from hetis.core import messages as m
+from tests.processes import DEADLINE
 
 bell = supervision.Bell()
 bell.take_over(signal.SIGTERM, signal.SIGINT)

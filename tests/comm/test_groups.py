@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from hetis.comm.collectives import Alone
-from hetis.comm.groups import Groups, handovers, init_groups
+from hetis.comm.groups import Groups, init_groups
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.plan import AttentionWorker, Plan
 from tests.comm.comm_helpers import CPU, Ranks, device_info, together
 from tests.comm.rank_script import plan_of_stages
+from tests.processes import DEADLINE
 
 H = 40
 
@@ -32,7 +33,7 @@ def join_all(plan: Plan, **places: str) -> list[Groups]:
             max_tokens=17,
             hidden_size=H,
             dtype=torch.float16,
-            timeout=timedelta(seconds=20),
+            timeout=timedelta(seconds=DEADLINE),
         )
 
     return together(*[partial(join, rank) for rank in range(count)])
@@ -59,7 +60,7 @@ def test_hidden_states_pass_through_all_stages(sizes: list[int]) -> None:
 
 
 def test_every_rank_of_a_later_stage_has_one_sender() -> None:
-    assert handovers(plan_of_stages([2, 3, 1])) == [(0, 2), (1, 3), (0, 4), (2, 5)]
+    assert plan_of_stages([2, 3, 1]).handovers() == [(0, 2), (1, 3), (0, 4), (2, 5)]
 
 
 def test_lone_primary_needs_nobody() -> None:

@@ -182,7 +182,7 @@ def test_staged_link_gives_host_slots_back_before_it_waits() -> None:
 
 
 def test_open_names_what_is_missing() -> None:
-    for kind in ("shm", "tcp", "local"):
+    for kind in ("shm", "tcp", "local", "torchdist"):
         with pytest.raises(TimeoutError, match="link/0-1"):
             open_link(
                 kind,
@@ -280,16 +280,31 @@ def test_tcp_names_who_does_not_come() -> None:
 
 def test_choice_of_link() -> None:
     here, there = {"host": "a", "pid": 1}, {"host": "b", "pid": 2}
-    gpu = partial(device_info, 0, device="cuda:0")
+    gpu = partial(device_info, 0, device="cuda:0", nccl="2.28.9", gpu="one")
     cpu = partial(device_info, 1, device="cpu")
     assert choose_link(cpu(**here), cpu(host="a", pid=2)) == "shm"
     assert choose_link(cpu(**here), cpu(**there)) == "tcp"
     assert choose_link(gpu(**here), cpu(host="a", pid=2)) == "shm"
     assert choose_link(gpu(**here), cpu(**there)) == "tcp"
-    assert choose_link(gpu(**here), gpu(**there)) == "torchdist"
-    assert choose_link(gpu(**here), device_info(1, device="cuda:1", host="a", pid=2)) == "torchdist"
-    assert choose_link(gpu(**here), gpu(host="a", pid=2)) == "shm"  # NCCL refuses two ranks on one GPU
     assert choose_link(cpu(**here), cpu(**here)) == "local"
+    assert choose_link(gpu(**here), gpu(**here)) == "local"
+    assert choose_link(gpu(**here), cpu(**here)) == "shm"
+
+
+def test_gpus_are_told_apart_by_uuid() -> None:
+    """Every rank may call its GPU cuda:0, and two ranks may have two names for one. NCCL refuses two ranks on a GPU."""
+    one = partial(device_info, 0, device="cuda:0", nccl="2.28.9", gpu="one", host="a")
+    assert choose_link(one(), device_info(1, device="cuda:0", nccl="2.28.9", gpu="two", host="a")) == "torchdist"
+    assert choose_link(one(), device_info(1, device="cuda:1", nccl="2.28.9", gpu="one", host="a")) == "shm"
+    assert choose_link(one(), device_info(1, device="cuda:0", nccl="2.28.9", gpu="three", host="b")) == "torchdist"
+
+
+def test_gpus_with_unlike_or_no_nccl_are_joined_over_cpu_memory() -> None:
+    one = partial(device_info, 0, device="cuda:0", nccl="2.28.9", gpu="one", host="a")
+    for nccl in ("2.29.3", ""):
+        assert choose_link(one(), device_info(1, device="cuda:1", nccl=nccl, gpu="two", host="a")) == "shm"
+        assert choose_link(one(), device_info(1, device="cuda:0", nccl=nccl, gpu="two", host="b")) == "tcp"
+    assert choose_link(one(nccl=""), device_info(1, device="cuda:1", nccl="", gpu="two", host="a")) == "shm"
 
 
 def test_shared_memory_has_no_name() -> None:

@@ -7,12 +7,18 @@ import pytest
 from hetis.core.config import EngineConfig
 
 
-@pytest.mark.parametrize("field", ["theta", "step_timeout"])
+@pytest.mark.parametrize(("field", "words"), [("theta", "a positive number"), ("step_timeout", "of at least 1")])
 @pytest.mark.parametrize("value", [inf, -inf, nan, 0.0, -1.0])
-def test_only_positive_numbers_that_end(field: str, value: float) -> None:
+def test_only_positive_numbers_that_end(field: str, words: str, value: float) -> None:
     """What is not finite would become null on its way to the driver."""
-    with pytest.raises(ValueError, match=f"{field} is {value}: it must be a positive number"):
+    with pytest.raises(ValueError, match=f"{field} is {value}: it must be .*{words}"):
         EngineConfig(**{field: value})
+
+
+def test_a_step_timeout_is_longer_than_a_heartbeat() -> None:
+    with pytest.raises(ValueError, match=r"step_timeout is 0\.999"):
+        EngineConfig(step_timeout=0.999)
+    assert EngineConfig(step_timeout=1).step_timeout == 1
 
 
 def test_nothing_may_move_for_balance() -> None:

@@ -53,7 +53,7 @@ def test_pages_and_tokens_follow_from_kv_memory() -> None:
     assert ledger.largest_context == 73 // 4 * PAGE
     assert ledger.total_tokens == 3 * 73 // 8 * PAGE
     assert worker.weights == 0
-    assert worker.activations > 0
+    assert worker.buffers > 0
 
 
 def test_a_worker_splits_its_memory_over_the_stages() -> None:
@@ -68,7 +68,7 @@ def test_memory_without_a_size_is_shared_by_the_ranks_of_a_device() -> None:
     plan = split_evenly("1+2", SPEC, "cpu")
     infos = fleet(plan, free=64 * 2**20)
     together = ledger_of(plan, infos, max_num_batched_tokens=8, max_model_len=512)
-    assert sum(row.kv + row.weights + row.activations for row in together.rows) <= 32 * 2**20
+    assert sum(row.kv + row.weights + row.activations + row.buffers for row in together.rows) <= 32 * 2**20
     apart = [info if info.rank < 2 else msgspec.structs.replace(info, host="there") for info in infos]
     assert ledger_of(plan, apart, max_num_batched_tokens=8).num_pages[2] >= together.num_pages[2]
     with pytest.raises(ValueError, match="activations"):
@@ -81,12 +81,38 @@ def test_no_more_memory_is_taken_than_sequences_can_use() -> None:
     assert ledger.num_pages == {0: 3 * 8 * 7, 1: 3 * 8 * 7}  # sequences x groups x pages of 100 tokens
 
 
+def test_primaries_without_head_groups_need_no_pages() -> None:
+    """Their device's memory goes to those that hold KV, and what was meant for every rank is not taken there."""
+    mqa = msgspec.structs.replace(SPEC, num_query_heads=2, num_head_groups=1)
+    plan = split_evenly("3+1", mqa, "cpu", "1MiB")
+    ledger = ledger_of(plan, fleet(plan), mqa)
+    assert ledger.num_pages == {0: 73, 1: 0, 2: 0, 3: 73}
+    assert [(row.kv, row.tokens) for row in ledger.rows[1:3]] == [(0, 0), (0, 0)]
+    assert all(row.weights > 0 and row.activations > 0 for row in ledger.rows[:3])
+    assert (ledger.largest_context, ledger.total_tokens) == (512, 2 * 73 * PAGE)
+    with pytest.raises(ValueError, match=r"rank 0 has 7 pages of 16 tokens for 1 head groups"):
+        ledger_of(split_evenly("3+1", mqa, "cpu", {0: 2**20 // 10}), fleet(plan), mqa, max_model_len=500)
+
+    together = split_evenly("2+0", mqa, "cpu")
+    found = ledger_of(together, fleet(together, free=96 * 2**20), mqa, max_num_seqs=1000)
+    used = sum(row.kv + row.weights + row.activations + row.buffers for row in found.rows)
+    assert found.num_pages[1] == 0
+    assert 48 * 2**20 - found.rows[0].page_bytes < used <= 48 * 2**20, "nothing is set aside for rank 1"
+
+    apart = split_evenly("2+0", mqa, ["cuda:0", "cuda:1"])
+    infos = [msgspec.structs.replace(info, free_memory=2**20) if info.rank else info for info in fleet(apart)]
+    with pytest.raises(ValueError, match=r"rank 1 on cuda:1.*weights.*do not fit into 90%"):
+        ledger_of(apart, infos, mqa)
+
+
 def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     plan = split_evenly("2+1", SPEC, "cpu", "1GiB")
-    with pytest.raises(ValueError, match=r"ranks 0, 1, 2 on cpu.*3.00 GiB of KV memory.*100% of 2.00 GiB"):
+    match = r"ranks 0, 1, 2 on cpu 3.00 GiB together.*more than the 1.98 GiB that are left"
+    with pytest.raises(ValueError, match=match) as refusal:
         ledger_of(plan, fleet(plan, free=2 * GIB))
+    assert "\n" not in str(refusal.value)
     on_gpu = split_evenly("1+0", SPEC, "cuda:0")
-    with pytest.raises(ValueError, match=r"rank 0 on cuda:0.*weights.*90% of 1.00 MiB"):
+    with pytest.raises(ValueError, match=r"rank 0 on cuda:0: .*weights.*90% of 1.00 MiB"):
         ledger_of(on_gpu, fleet(on_gpu, free=2**20))
 
 
@@ -117,7 +143,8 @@ def test_a_context_that_cannot_be_held_is_refused() -> None:
 def test_the_table_names_every_rank_and_the_contexts() -> None:
     plan = split_evenly("1+1", SPEC, "cpu", {0: "1MiB", 1: "2MiB"})
     lines = str(ledger_of(plan, fleet(plan))).splitlines()
-    assert lines[0].split() == ["rank", "role", "device", "free", "weights", "activations", "KV", "pages", "tokens"]
+    columns = ["rank", "role", "device", "free", "weights", "activations", "buffers", "KV", "pages", "tokens"]
+    assert lines[0].split() == columns
     assert "primary" in lines[1]
     assert "attention worker" in lines[2]
     assert "4.00 GiB" in lines[1]
@@ -164,4 +191,5 @@ def test_activations_grow_with_the_batch_and_weights_do_not() -> None:
         small, large = (fixed_bytes(SPEC, plan, member, "float16", tokens, 8) for tokens in (32, 64))
         assert small[0] == large[0]
         per_token = 2 * (3 * 64 + 4 * (2 + 2 + 2) * 32 + 3 * (member.mlp_columns[1] - member.mlp_columns[0]))  # type: ignore[union-attr]
+        per_token += 4 * 4 * 2  # log-sum-exp
         assert large[1] - small[1] == 32 * per_token

@@ -1,9 +1,11 @@
 """Plans: shares of any size add up to the model, and a plan that does not fit is refused with the numbers."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from hetis.core.model_spec import ModelSpec, RopeSpec
@@ -30,9 +32,10 @@ def assert_covers(plan: Plan, spec: ModelSpec) -> None:
 
     def assert_tiles(spans: list[tuple[int, int]], total: int) -> None:
         assert [i for first, stop in spans for i in range(first, stop)] == list(range(total))
-        assert all(first < stop for first, stop in spans)
+        assert all(stop == following for (_, stop), (following, _) in pairwise(spans)), "even where a share is empty"
 
     assert_tiles([stage.layers for stage in plan.stages], spec.num_layers)
+    assert all(stage.num_layers for stage in plan.stages)
     for stage in plan.stages:
         assert_tiles([p.groups for p in stage.primaries], spec.num_head_groups)
         assert_tiles([p.mlp_columns for p in stage.primaries], spec.intermediate_size)
@@ -40,7 +43,7 @@ def assert_covers(plan: Plan, spec: ModelSpec) -> None:
     assert [member.rank for member in plan.members()] == list(range(plan.world_size))
 
 
-@pytest.mark.parametrize("primaries", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("primaries", [1, 2, 3, 5, 8, 9, 20, 1003])
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_even_split_covers_the_model(primaries: int, workers: int) -> None:
     plan = split_evenly(f"{primaries}+{workers}", SPEC, "cpu", "1GiB")
@@ -63,7 +66,7 @@ def test_devices_and_memory_by_rank() -> None:
 @pytest.mark.parametrize(
     ("text", "numbers"),
     [
-        ("9+1", ["9 primaries", "8 head groups"]),
+        ("1004+1", ["1004+1", "rank 1003, a primary of stage 0", "0 MLP columns and 0 vocabulary rows", "fewer"]),
         ("0+3", ["no primary"]),
         ("1", ["P+A"]),
         ("1+2+3", ["P+A"]),
@@ -142,6 +145,33 @@ def test_what_a_file_leaves_out_is_split_evenly(tmp_path: Path) -> None:
     assert plan.workers[0].kv_memory == 64
 
 
+def test_primaries_without_head_groups_are_no_homes(tmp_path: Path) -> None:
+    mqa = msgspec.structs.replace(SPEC, num_query_heads=4, num_head_groups=1)
+    plan = split_evenly("3+2", mqa, "cpu")
+    [stage] = plan.stages
+    assert [p.groups for p in stage.primaries] == [(0, 1), (1, 1), (1, 1)]
+    assert [p.num_mlp_columns for p in stage.primaries] == [234, 234, 233]
+    assert [p.num_vocab_rows for p in stage.primaries] == [335, 334, 334]
+    assert ([home.rank for home in stage.homes], stage.home(0).rank) == ([0], 0)
+    assert [(home.rank, worker.rank) for home, worker in plan.links()] == [(0, 3), (0, 4)]
+
+    path = write(
+        tmp_path / "plan.json",
+        {
+            "stages": [
+                {"layers": 3, "primaries": [{"head_groups": 0}, {"mlp_columns": 0}, {"vocab_rows": 0}]},
+                {"primaries": [{"head_groups": 0, "mlp_columns": 0}, {"vocab_rows": 0}]},
+            ],
+            "attention": [{}],
+        },
+    )
+    plan = load_plan(path, SPEC, "cpu")
+    assert_covers(plan, SPEC)
+    assert [[home.rank for home in stage.homes] for stage in plan.stages] == [[1, 2], [4]]
+    assert [plan.stages[0].home(group).rank for group in range(8)] == [1] * 4 + [2] * 4
+    assert [(home.rank, worker.rank) for home, worker in plan.links()] == [(1, 5), (2, 5), (4, 5)]
+
+
 ONE = [{"primaries": [{}]}]
 
 
@@ -156,12 +186,22 @@ ONE = [{"primaries": [{}]}]
         ({"stages": [{"primaries": [{"heads": 3}]}]}, ["unknown field `heads`"]),
         ({"stages": [{"primaries": [{"head_groups": "3"}]}]}, ["head_groups", "int"]),
         ({"stages": [{"layers": 6, "primaries": [{}]}]}, ["layers", "6", "7"]),
-        ({"stages": [{"layers": 7, "primaries": [{}]}, *ONE]}, ["layers", "7 + ?", "0 of the model's 7"]),
+        ({"stages": [{"layers": 7, "primaries": [{}]}, *ONE]}, ["layers", "7 + ?", "has 7", "at least 1"]),
         ({"stages": [{"layers": 0, "primaries": [{}]}, *ONE]}, ["layers", "0 + ?", "at least 1"]),
         ({"stages": [{"primaries": [{"head_groups": 5}, {"head_groups": 4}]}]}, ["head_groups", "5 + 4", "9", "8"]),
         ({"stages": [{"primaries": [{"mlp_columns": 700}]}]}, ["mlp_columns", "700", "701"]),
         ({"stages": [{"primaries": [{"vocab_rows": 1004}, {}]}]}, ["vocab_rows", "1004 + ?", "1003"]),
-        ({"stages": [{"primaries": [{}] * 9}]}, ["head_groups", "8", "9"]),
+        ({"stages": [{"layers": 6, "primaries": [{}]}, *ONE, *ONE]}, ["layers", "6 + ? + ?", "7", "at least 1"]),
+        ({"stages": [{"primaries": [{"head_groups": -1}, {}]}]}, ["head_groups", "-1 + ?", "at least 0"]),
+        ({"stages": [{"primaries": [{"vocab_rows": -5}, {}]}]}, ["vocab_rows", "-5 + ?", "at least 0"]),
+        (
+            {"stages": [{"primaries": [{"head_groups": 0, "mlp_columns": 0, "vocab_rows": 0}, {}]}]},
+            ["rank 0, a primary of stage 0", "0 head groups, 0 MLP columns and 0 vocabulary rows;", "fewer primaries"],
+        ),
+        (
+            {"stages": [*ONE, {"primaries": [{}, {"head_groups": 0, "mlp_columns": 0, "vocab_rows": 3}]}, *ONE]},
+            ["rank 2, a primary of stage 1", "3 vocabulary rows, which only the first and the last stage read"],
+        ),
         ({"stages": [{"primaries": [{"rank": 1}]}]}, ["[1]", "0 to 0"]),
         ({"stages": [{"primaries": [{"rank": 0}, {"rank": 0}]}]}, ["[0, 0]"]),
         ({"stages": [{"primaries": [{"device": "gpu"}]}]}, ["device 'gpu'", "rank 0"]),
@@ -175,13 +215,57 @@ def test_refused_files(tmp_path: Path, plan: Any, words: list[str]) -> None:
         load_plan(path, SPEC)
     assert str(path) in str(refused.value)
     assert all(word in str(refused.value) for word in words), refused.value
+    if isinstance(plan, dict):
+        with pytest.raises(ValueError, match=r"^the plan") as refused:
+            resolve_plan(plan, SPEC)
+        assert all(word in str(refused.value) for word in words), refused.value
 
 
-def test_refused_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["is empty"]),
+        (" \n\t", ["is empty"]),
+        ('{"stages": [\n  {"primaries": [{}]\n\n', ["ends in the middle (line 2)", "a ], }"]),
+        ('{"stages": [{"primaries": [{"kv_memory": "2G', ["ends in the middle (line 1)"]),
+        ('{"stages":\n  [{"primaries": [{}]},,]}', ["not JSON", "line 2, column 24"]),
+        ("{'stages': []}", ["line 1, column 2", "double quotes"]),
+        ('{"stages": []} {}', ["line 1, column 16", "extra data"]),
+        ('{"stages": NaN}', ["not JSON", "NaN"]),
+        ('{"stages": "\\ud800"}', ["not JSON"]),
+        ("[" * 100_000, ["nested too deeply"]),
+        ("\xff", ["UTF-8", "byte 0"]),
+        ('{"stages": [{"primaries": [{"memory": 1}]}]}', ["stages[0].primaries[0]", "kv_memory?", "head_groups"]),
+        ('{"stages": [{"primaries": [{}], "layer": 1}]}', ["stages[0]", "mean layers?", "known: primaries, layers"]),
+        ('{"stages": [], "workers": []}', ["`workers`", "known: stages, attention"]),
+        ('{"stages": [], "attention": [{"head_groups": 1}]}', ["attention[0]", "known: rank, device, kv_memory."]),
+    ],
+)
+def test_refused_json(tmp_path: Path, text: str, words: list[str]) -> None:
     path = tmp_path / "plan.json"
-    path.write_text('{"stages": [')
-    with pytest.raises(ValueError, match="not a plan"):
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError) as refused:
         load_plan(path, SPEC)
+    assert str(refused.value).startswith(f"plan file {path} ")
+    assert "\n" not in str(refused.value)
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text('{"stages": [{"primaries": [{}]}]}', encoding="utf-8-sig")
+    assert load_plan(path, SPEC).world_size == 1
+
+
+@pytest.mark.parametrize("plan", ["1+" + "9" * 5000, "10000+0", "x" * 5000, "1\0+0"])
+def test_numbers_and_names_without_end_are_refused(plan: str) -> None:
+    with pytest.raises(ValueError, match="plan"):
+        resolve_plan(plan, SPEC)
+
+
+def test_a_dict_is_what_stands_in_a_file(tmp_path: Path) -> None:
+    plan = {"stages": [{"layers": 2, "primaries": [{"head_groups": 5}, {}]}, {"primaries": [{}]}], "attention": [{}]}
+    assert resolve_plan(plan, SPEC, "cpu") == load_plan(write(tmp_path / "plan.json", plan), SPEC, "cpu")
 
 
 def test_world_size_must_fit() -> None:

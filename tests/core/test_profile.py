@@ -70,6 +70,17 @@ def test_a_field_that_nobody_knows_is_refused(path: tuple[Any, ...]) -> None:
         msgspec.json.decode(changed(path, 1), type=FleetProfile)
 
 
+def test_a_layer_has_attention_of_prompts_if_it_has_head_groups() -> None:
+    layer = ("devices", "0", "layer")
+    with pytest.raises(msgspec.ValidationError, match="4 head groups has no prefill"):
+        msgspec.json.decode(changed((*layer, "prefill"), None), type=FleetProfile)
+    with pytest.raises(msgspec.ValidationError, match="0 head groups has a prefill"):
+        msgspec.json.decode(changed((*layer, "share", "num_groups"), 0), type=FleetProfile)
+    idle = msgspec.structs.replace(LAYER, prefill=None, share=msgspec.structs.replace(LAYER.share, num_groups=0))
+    fleet = FleetProfile(devices={0: msgspec.structs.replace(DEVICE, layer=idle)})
+    assert msgspec.json.decode(msgspec.json.encode(fleet), type=FleetProfile) == fleet
+
+
 def test_a_layer_is_all_or_nothing() -> None:
-    with pytest.raises(msgspec.ValidationError, match=r"layer\.prefill"):
-        msgspec.json.decode(changed(("devices", "0", "layer", "prefill"), None), type=FleetProfile)
+    with pytest.raises(msgspec.ValidationError, match=r"layer\.dense"):
+        msgspec.json.decode(changed(("devices", "0", "layer", "dense"), None), type=FleetProfile)

@@ -63,7 +63,7 @@ ACCEPTED = [  # field, given, kept
     ("seed", 2**63 - 1, 2**63 - 1),
     ("seed", np.int64(5), 5),
     ("stop", "end", ("end",)),
-    ("stop", ["a", "b", "c", "d"], ("a", "b", "c", "d")),
+    ("stop", [*"abcdefgh", "a"], (*"abcdefgh",)),
     ("stop", None, ()),
     ("stop", [], ()),
     ("stop_token_ids", [3, 1, 3], (3, 1)),
@@ -120,7 +120,7 @@ REFUSED = [  # field, given, in the message
     ("stop", ["a", ""], "not empty"),
     ("stop", ["a", 1], "strings"),
     ("stop", 5, "string"),
-    ("stop", ["a", "b", "c", "d", "e"], "at most 4"),
+    ("stop", ["a", "\ud800"], "valid Unicode"),
     ("stop_token_ids", [-1], "0 or more"),
     ("stop_token_ids", ["a"], "token ids"),
     ("stop_token_ids", 5, "list"),
@@ -213,6 +213,14 @@ def test_limits_of_the_model(fields: dict[str, Any], max_logprobs: int, name: st
     else:
         with pytest.raises(ValueError, match=f"^{name} is"):
             params.validate_for(100, max_logprobs)
+
+
+@pytest.mark.parametrize("name", ["best_of", "bad_words", "allowed_token_ids", "temprature"])
+def test_fields_that_do_not_exist_are_named_beside_those_that_do(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^SamplingParams has no {name}; known: n, temperature, .*, detokenize.$"):
+        SamplingParams(**{"n": 2, name: 1})
+    with pytest.raises(ValueError, match="names with values"):
+        SamplingParams(0.8)  # type: ignore[misc]
 
 
 def test_frozen() -> None:

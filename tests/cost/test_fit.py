@@ -99,7 +99,7 @@ def test_prefill() -> None:
 
 
 @given(st.integers(0, 1 << 30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_coefficient_is_negative_and_none_could_be_better(seed: int) -> None:
     """Against a fine search around what was found."""
     rng = np.random.default_rng(seed)

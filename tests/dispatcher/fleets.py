@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from hetis.cache.lane_table import pools_of
 from hetis.core.model_spec import ModelSpec
-from hetis.core.placement import FleetView, PoolId
+from hetis.core.placement import FleetView, Placement, PoolId
 from hetis.core.plan import Plan
 from hetis.core.profile import (
     AttentionProfile,
@@ -14,7 +14,9 @@ from hetis.core.profile import (
     ProfileKey,
     TransferProfile,
 )
+from hetis.core.request import Sequence as Request
 from hetis.cost.cost_model import CostModel
+from hetis.dispatcher.room import pages_of
 
 PAGE_SIZE = 4
 KEY = ProfileKey(
@@ -57,14 +59,14 @@ def link(primary: int, worker: int, alpha_us: float, beta_us_per_byte: float = 0
 def make_cost(
     plan: Plan, devices: Sequence[DeviceProfile], alpha_us: float = 0.0, dense_us: float = 0.0, **shape: int
 ) -> CostModel:
-    """`devices`: by rank. All links have the same latency, all homes the same dense part."""
-    homes = [primary.rank for stage in plan.stages for primary in stage.primaries]
-    links = [link(home, worker.rank, alpha_us) for home in homes for worker in plan.workers]
+    """`devices`: by rank. All links have the same latency, all primaries the same dense part."""
+    primaries = [primary.rank for stage in plan.stages for primary in stage.primaries]
+    links = [link(home.rank, worker.rank, alpha_us) for home, worker in plan.links()]
     num_groups = sum(primary.num_groups for primary in plan.stages[0].primaries)
     profile = FleetProfile(devices=dict(enumerate(devices)), links=tuple(links))
     cost = CostModel(profile, make_spec(num_groups, **shape), "float32")
-    for home in homes:
-        cost.observe_dense(home, dense_us)
+    for rank in primaries:
+        cost.observe_dense(rank, dense_us)
     return cost
 
 
@@ -84,3 +86,20 @@ def make_view(
         held_lanes=nothing | (held_lanes or {}),
         held_tokens=nothing | (held_tokens or {}),
     )
+
+
+def check_fits(view: FleetView, placements: Sequence[Placement | None], requests: Sequence[Request]) -> None:
+    """Counts pages lane by lane; all placements together."""
+    free = dict(view.free_pages)
+    for placement, request in zip(placements, requests, strict=True):
+        if placement is None:
+            continue
+        now, later = pages_of(request, view.page_size)
+        for stage, owners in enumerate(placement.owners):
+            for group, owner in enumerate(owners):
+                pool, home = PoolId(owner, stage), PoolId(view.plan.stages[stage].home(group).rank, stage)
+                assert pool == home or owner in {worker.rank for worker in view.plan.workers}
+                free[pool] -= later
+                free[home] -= now if pool != home else 0
+    touched = any(placement is not None for placement in placements)
+    assert not touched or all(count >= min(0, view.free_pages[pool]) for pool, count in free.items())

@@ -16,7 +16,6 @@ from hetis.dispatcher.problem import Problem, longest_first, peak_us
 from tests.dispatcher.instances import tiny_problem
 
 LIBRARY = native.load()
-needs_library = pytest.mark.skipif(LIBRARY is None, reason="the C++ solver is not built")
 
 
 def some_problems(seed: int, count: int) -> Iterator[Problem]:
@@ -33,7 +32,6 @@ def some_problems(seed: int, count: int) -> Iterator[Problem]:
             yield msgspec.structs.replace(problem, lane_us=alike)
 
 
-@needs_library
 @pytest.mark.parametrize("seed", range(6))
 def test_counts_and_bounds_are_those_of_the_reference(seed: int) -> None:
     assert LIBRARY is not None
@@ -50,7 +48,6 @@ def test_counts_and_bounds_are_those_of_the_reference(seed: int) -> None:
     assert num_found > 50
 
 
-@needs_library
 def test_many_sequences_on_many_devices_too() -> None:
     assert LIBRARY is not None
     rng = Random(1)
@@ -67,7 +64,7 @@ def test_without_the_library_the_reference_decides_and_the_log_says_so_once(
     assert counts is not None
     peak = peak_us(problem, counts)
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    native.load.cache_clear()
+    native.find.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert native.load() is None
@@ -75,9 +72,13 @@ def test_without_the_library_the_reference_decides_and_the_log_says_so_once(
             assert bound.is_possible(problem, peak)
             assert bound.least_possible_us(problem, peak) == least_possible_us_ref(problem, peak)
         assert len(caplog.records) == 1
-        assert "not built" in caplog.text
+        assert "not built: hetis runs from sources that were not installed" in caplog.text
+        (tmp_path / "_solver.missing").write_text("there was no C++ compiler (install g++)")
+        native.find.cache_clear()
+        assert native.load() is None
+        assert "not built: there was no C++ compiler (install g++);" in caplog.text
     finally:
-        native.load.cache_clear()
+        native.find.cache_clear()
 
 
 OF_ANOTHER_MACHINE = "cannot be loaded"
@@ -93,25 +94,24 @@ def test_a_library_that_cannot_be_used_counts_as_missing(
     else:
         (tmp_path / "_solver.so").symlink_to(msgspec._core.__file__)
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    native.load.cache_clear()
+    native.find.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert native.load() is None
         assert reason in caplog.text
         assert "--no-deps ." in caplog.text
     finally:
-        native.load.cache_clear()
+        native.find.cache_clear()
 
 
-@needs_library
 def test_a_library_with_another_interface_counts_as_missing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
-    native.load.cache_clear()
+    native.find.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert native.load() is None
         assert f"it has interface {native.INTERFACE - 1}" in caplog.text
     finally:
-        native.load.cache_clear()
+        native.find.cache_clear()

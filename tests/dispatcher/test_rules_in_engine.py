@@ -25,14 +25,13 @@ def make_rule(name: str, plan: Plan) -> Dispatcher:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("groups", [[[8]], [[5, 3]], [[3], [3]], [[2, 1], [1, 1, 1], [3]]], ids=str)
+@pytest.mark.parametrize("groups", [[[8]], [[5, 3]], [[3], [3]], [[2, 1], [1, 1, 1], [3]], [[0, 2, 0], [2]]], ids=str)
 def test_all_requests_complete(rule: str, groups: list[list[int]]) -> None:
     random = Random(f"{rule} {groups}")
     plan = make_plan(groups, 2)
     biggest = max(max(counts) for counts in groups)
     num_pages = {rank: biggest * 7 if plan.role_of(rank) == "primary" else 30 for rank in range(plan.world_size)}
-    engine = ToyEngine(plan, num_pages, random=random)
-    engine.scheduler._dispatcher = make_rule(rule, plan)
+    engine = ToyEngine(plan, num_pages, random=random, dispatcher=make_rule(rule, plan))
     assert engine.max_model_len is not None
     sequences = [make_sequence(i, random.randint(1, 20), random.randint(1, 31)) for i in range(25)]
     expected = [alone(sequence, engine.max_model_len) for sequence in sequences]

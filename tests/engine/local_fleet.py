@@ -27,6 +27,7 @@ from hetis.core.profile import (
     DeviceProfile,
     FleetProfile,
     LayerProfile,
+    LayerShare,
     LinkProfile,
     PrefillProfile,
     TransferProfile,
@@ -39,7 +40,9 @@ from hetis.engine.policies import Policies, make_policies
 from hetis.engine.profiling import layer_share, profile_key
 from hetis.engine.setup import make_setup
 from hetis.models.families import read_model_spec
+from hetis.models.weight_files import with_own_head
 from hetis.workers.rank import build_member
+from tests.processes import DEADLINE
 
 GIB = 1 << 30
 
@@ -82,10 +85,17 @@ class LocalFleet:
         options.setdefault("device", "cpu")
         options.setdefault("kv_cache_memory", 4 << 20)
         config = EngineConfig(model=str(directory), plan=plan, max_logprobs=-1, **options)
-        spec = read_model_spec(directory)
+        spec = with_own_head(read_model_spec(directory), directory)
         resolved = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
         args = DriverArgs(
-            config=config, spec=spec, plan=resolved, eos_token_ids=[], run_directory="", address=None, announce=False
+            config=config,
+            spec=spec,
+            plan=resolved,
+            eos_token_ids=[],
+            run_directory="",
+            address=None,
+            announce=False,
+            parent=os.getpid(),
         )
         fleet = [_device(rank) for rank in range(resolved.world_size)]
         self.setup, self.ledger = make_setup(args, fleet)
@@ -140,7 +150,7 @@ class LocalFleet:
                 commands.put(command)
         self.most_in_flight = max(self.most_in_flight, self.engine.num_in_flight)
         if self.engine.num_in_flight:
-            result = self._results.get(timeout=60)
+            result = self._results.get(timeout=DEADLINE)
             if isinstance(result, BaseException):
                 raise result
             self.engine.on_result(result)
@@ -158,7 +168,7 @@ class LocalFleet:
         for commands in self._commands:
             commands.put(None)
         for thread in self._threads:
-            thread.join(timeout=10)
+            thread.join(DEADLINE)
 
 
 class RandomDispatcher:
@@ -197,22 +207,23 @@ def flat_profile(setup: Setup) -> FleetProfile:
             attention=AttentionProfile(a_us_per_head=0.5, b_us_per_byte=1e-4, c_us=5.0),
             read_bytes_per_us=1e4,
             usable_bytes=info.free_memory,
-            layer=LayerProfile(
-                share=layer_share(setup, info.rank),
-                dense=DenseProfile(fixed_us=10.0, us_per_weight_byte=1e-4, us_per_flop=1e-5),
-                prefill=PrefillProfile(fixed_us=5.0, us_per_pair=1e-3),
-            )
-            if info.rank in primaries
-            else None,
+            layer=_layer(layer_share(setup, info.rank)) if info.rank in primaries else None,
         )
         for info in setup.fleet
     }
     links = tuple(
-        LinkProfile(primary=primary, worker=worker.rank, request=way, reply=way)
-        for primary in primaries
-        for worker in setup.plan.workers
+        LinkProfile(primary=home.rank, worker=worker.rank, request=way, reply=way)
+        for home, worker in setup.plan.links()
     )
     return FleetProfile(devices=devices, links=links)
+
+
+def _layer(share: LayerShare) -> LayerProfile:
+    return LayerProfile(
+        share=share,
+        dense=DenseProfile(fixed_us=10.0, us_per_weight_byte=1e-4, us_per_flop=1e-5),
+        prefill=PrefillProfile(fixed_us=5.0, us_per_pair=1e-3) if share.num_groups else None,
+    )
 
 
 def _device(rank: int) -> DeviceInfo:

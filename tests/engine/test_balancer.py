@@ -6,6 +6,7 @@ from random import Random
 from hetis.core.placement import Move, PoolId
 from hetis.dispatcher.rebalance import MigrationBudget, Outcome, Rebalancer
 from hetis.dispatcher.residents import Resident
+from hetis.dispatcher.rules import PrimaryOnlyDispatcher
 from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence
@@ -57,8 +58,7 @@ def test_requests_complete_where_lanes_make_room() -> None:
 
 def test_a_fleet_that_waits_for_lanes_runs_steps_without_rows() -> None:
     """All of the fleet's sequences need a page at home at the same time; only moving can give them one."""
-    engine = make_engine({0: 4 * 8, 1: 400, 2: 400}, Clock(), pages_per_haul=1)
-    engine.scheduler._dispatcher = AllHome()
+    engine = make_engine({0: 4 * 8, 1: 400, 2: 400}, Clock(), pages_per_haul=1, dispatcher=PrimaryOnlyDispatcher())
     for arrival in range(4):
         engine.scheduler.add(make_sequence(arrival, 7, 17))
     engine.run()
@@ -66,16 +66,6 @@ def test_a_fleet_that_waits_for_lanes_runs_steps_without_rows() -> None:
     assert engine.scheduler.num_preemptions == 0
     assert engine.hauler.num_landed > 0
     assert any(not batch.rows for batch in engine.batches)
-
-
-class AllHome:
-    def assign(self, sequences, view):  # type: ignore[no-untyped-def]
-        from hetis.dispatcher.rules import PrimaryOnlyDispatcher
-
-        return PrimaryOnlyDispatcher().assign(sequences, view)
-
-    def why_not(self, sequence: object, view: object) -> str:
-        return ""
 
 
 def test_it_looks_now_and_then() -> None:
@@ -102,9 +92,9 @@ def test_only_sequences_that_decode_and_are_at_rest_may_move() -> None:
     group, source = next((g, r) for g, r in enumerate(engine.cache.owners(moving.slot)[0]))
     target = 1 if source != 1 else 2
     engine.hauler.start([Move(slot=moving.slot, stage=0, group=group, source=source, target=target)])
-    balancer = engine.scheduler._relief
+    balancer = engine.relief
     assert isinstance(balancer, Balancer)
-    residents = balancer._residents(engine.scheduler.running)
+    residents = balancer.residents(engine.scheduler.running)
     assert [resident.movable for resident in residents] == [False, True, False]
     assert residents[0].owners[0][group] == target, "a lane counts where it goes"
 
@@ -119,7 +109,7 @@ def test_lanes_that_leave_already_count() -> None:
     group, source = next((g, r) for g, r in enumerate(engine.cache.owners(sequence.slot)[0]) if r == 0)
     engine.hauler.start([Move(slot=sequence.slot, stage=0, group=group, source=source, target=1)])
     missing: Mapping[PoolId, int] = {PoolId(0, 0): 1}
-    balancer = engine.scheduler._relief
+    balancer = engine.relief
     assert isinstance(balancer, Balancer)
     assert balancer.make_room(missing, engine.scheduler.running) == {}
     assert balancer.num_reliefs == 0
@@ -135,7 +125,7 @@ def test_a_lane_that_is_on_its_way_gives_its_pages_back_before_anybody_starts_ov
     group = owners[0].index(0)
     engine.hauler.start([Move(slot=sequence.slot, stage=0, group=group, source=0, target=1)])
     free = engine.cache.free_pages(PoolId(1, 0))
-    balancer = engine.scheduler._relief
+    balancer = engine.relief
     assert isinstance(balancer, Balancer)
     assert balancer.make_room({PoolId(1, 0): 2}, engine.scheduler.running) == {}
     assert not engine.hauler.is_busy
@@ -147,7 +137,7 @@ def test_a_lane_that_is_on_its_way_gives_its_pages_back_before_anybody_starts_ov
 
 def test_what_cannot_be_found_is_told() -> None:
     engine = make_engine({0: 200, 1: 200, 2: 200}, Clock())
-    balancer = engine.scheduler._relief
+    balancer = engine.relief
     assert isinstance(balancer, Balancer)
     assert balancer.make_room({PoolId(0, 0): 3}, []) == {PoolId(0, 0): 3}
     assert not engine.hauler.is_busy

@@ -10,7 +10,7 @@ from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, alone, churn, make_plan, make_sequence
 
-GROUPS = [[4]], [[2, 1]], [[3], [2, 1]], [[2], [2]], [[1, 1]]
+GROUPS = [[4]], [[2, 1]], [[3], [2, 1]], [[2], [2]], [[1, 1]], [[0, 1]], [[2, 0], [0, 1, 1]]
 
 
 class Soak:
@@ -20,9 +20,9 @@ class Soak:
         self.random = random = Random(seed)
         plan = make_plan(random.choice(GROUPS), random.randint(0, 3))
         num_groups = plan.stages[0].primaries[-1].groups[1]
-        devices = [device(random.choice((0.05, 0.5, 1, 1, 4))) for _ in plan.members()]
+        self.devices = [device(random.choice((0.05, 0.5, 1, 1, 4))) for _ in plan.members()]
         self.cost = make_cost(
-            plan, devices, alpha_us=random.choice((0.0, 5.0)), dense_us=random.choice((0.0, 5.0, 50.0))
+            plan, self.devices, alpha_us=random.choice((0.0, 5.0)), dense_us=random.choice((0.0, 5.0, 50.0))
         )
         self.now = 0.0
         self.engine = ToyEngine(
@@ -34,8 +34,8 @@ class Soak:
             pages_per_haul=random.choice((1, 2, 8)),
             max_num_seqs=random.choice((4, 8, 16)),
             max_num_batched_tokens=random.choice((8, 32, 64)),
+            dispatcher=HetisDispatcher(self.cost),
         )
-        self.engine.scheduler._dispatcher = HetisDispatcher(self.cost)
 
     def make_balancer(self, engine: ToyEngine) -> Balancer:
         budget = self.random.choice((0, 50, 1e5, 1e9))
@@ -48,8 +48,10 @@ class Soak:
         engine.landed += engine.hauler.land()
         self.balancer.balance(engine.scheduler.running, engine.scheduler.refused)
         if random.random() < 0.1:
-            for follower in self.cost._attention.values():
-                follower.factors = [random.choice((1.0, 1.0, 3.0, 10.0))] * 3
+            slowness = random.choice((1.0, 1.0, 3.0, 10.0))
+            for rank, profile in enumerate(self.devices):
+                for _ in range(4):  # one measurement counts for a factor of two at most
+                    self.cost.observe(rank, 8, 1e4, slowness * profile.attention.time_us(8, 1e4))
         engine.step()
 
 

@@ -53,7 +53,7 @@ def test_a_prompt_that_starts_over_is_scored_once(checkpoint: Path):
             fleet.turn()
         [sequence] = fleet.engine.scheduler.running
         assert 0 < sequence.num_computed < len(prompt)
-        fleet.engine.scheduler._preempt(sequence)
+        fleet.engine.scheduler.preempt(sequence)
         while not (outputs := fleet.engine.take_outputs()):
             fleet.turn()
     assert outputs[0].prompt_logprobs == expected.prompt_rows
@@ -66,6 +66,16 @@ def test_lanes_move_where_pages_run_out(checkpoint: Path, alone: list[list[int]]
         assert tokens(fleet) == alone
         assert fleet.engine.hauler.num_landed > 0
         assert fleet.engine.scheduler.num_preemptions == 0
+
+
+def test_lanes_of_few_homes_move_where_pages_run_out(checkpoint: Path, alone: list[list[int]]):
+    """Two head groups over three primaries; one full home is enough for the third, which has none, to wait as well."""
+    memory = {0: 30 * PAGE_BYTES, 1: 400 * PAGE_BYTES, 2: 1, 3: 400 * PAGE_BYTES}
+    with LocalFleet(checkpoint, "3+1", clock=lambda: 0.0, block_size=4, kv_cache_memory=memory) as fleet:
+        assert tokens(fleet) == alone
+        assert fleet.engine.hauler.num_landed > 0
+        assert fleet.engine.scheduler.num_preemptions == 0
+        assert fleet.engine.cache.usage()[2].pages_total == 0
 
 
 def test_page_sizes(checkpoint: Path, alone: list[list[int]]):

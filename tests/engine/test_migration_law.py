@@ -1,5 +1,6 @@
 """Moving lanes does not change answers: bit-identical logits, whatever moves where in the middle of it."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-import hetis.engine.setup
 from hetis.core.placement import Move
 from hetis.core.sampling_params import SamplingParams
+from hetis.cost import buffers
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_fleet import Generated, LocalFleet, RandomDispatcher
-from tests.engine.test_parity import VOCAB, prompts
+from tests.engine.test_parity import VOCAB, long_prompts, prompts
 
 PAGE_BYTES = 4 * 2 * 32 * 4  # 4 tokens, K and V, 32 values of float32, one layer
 
@@ -28,7 +29,7 @@ class RestlessFleet(LocalFleet):
     def turn(self, *, check: bool = False) -> None:
         engine, plan = self.engine, self.setup.plan
         for sequence in engine.scheduler.running:
-            if sequence.is_prefilling or engine.cache.is_moving(sequence.slot):
+            if not sequence.is_generating or engine.cache.is_moving(sequence.slot):
                 continue
             for stage, owners in enumerate(engine.cache.owners(sequence.slot)):
                 for group, source in enumerate(owners):
@@ -49,13 +50,12 @@ def baseline(directory: Path, dtype: str) -> list[Generated]:
         return fleet.generate(prompts(), PARAMS)
 
 
-def plan_file(directory: Path) -> str:
-    """Two stages, of which the first has two homes; two workers."""
+def plan_file(directory: Path, *stages: list[int]) -> str:
+    """Stages of two layers and of the rest, with so many head groups on their primaries; two workers."""
     path = directory / "plan.json"
-    path.write_text(
-        '{"stages": [{"layers": 2, "primaries": [{"head_groups": 3}, {"head_groups": 2}]}, {"primaries": [{}]}],'
-        ' "attention": [{}, {}]}'
-    )
+    primaries = [[{"head_groups": count} for count in counts] for counts in stages]
+    first, second = ({"primaries": each} for each in primaries)
+    path.write_text(json.dumps({"stages": [first | {"layers": 2}, second], "attention": [{}, {}]}))
     return str(path)
 
 
@@ -64,7 +64,7 @@ def plan_file(directory: Path) -> str:
 def test_moves_do_not_change_a_bit(dtype: str, pages: int, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`pages`: that a link carries in a step; with few, lanes are on their way for many steps, and grow meanwhile."""
     directory = make_checkpoint(tmp_path, "five_groups")
-    monkeypatch.setattr(hetis.engine.setup, "HAUL_BYTES", pages * PAGE_BYTES)
+    monkeypatch.setattr(buffers, "HAUL_BYTES", pages * PAGE_BYTES)
     expected = baseline(directory, dtype)
     with RestlessFleet(directory, "1+3", pages, dtype=dtype, **OPTIONS) as fleet:
         outputs = fleet.generate(prompts(), PARAMS, check=True)
@@ -78,11 +78,36 @@ def test_moves_do_not_change_a_bit(dtype: str, pages: int, least: int, tmp_path:
         assert torch.equal(one.logits(VOCAB), plain.logits(VOCAB))
 
 
-def test_moves_between_several_homes_and_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moves_of_lanes_that_are_cut_do_not_change_a_bit(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_checkpoint(tmp_path, "five_groups", max_position_embeddings=1024, num_hidden_layers=2)
+    monkeypatch.setattr(buffers, "HAUL_BYTES", 40 * PAGE_BYTES)
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=-1)
+    options = OPTIONS | {"max_num_batched_tokens": 700, "kv_cache_memory": 16 << 20, "dtype": dtype}
+    with LocalFleet(directory, "1+0", **options) as fleet:
+        expected = fleet.generate(long_prompts(), params)
+    with RestlessFleet(directory, "1+3", 3, **options) as fleet:
+        outputs = fleet.generate(long_prompts(), params, check=True)
+        assert sum(len(long_prompts()[move.slot]) > 256 for move in fleet.started) > 10  # slots in order of arrival
+        assert fleet.engine.hauler.num_landed > 10
+    for one, plain in zip(outputs, expected, strict=True):
+        assert one.token_ids == plain.token_ids
+        assert torch.equal(one.logits(VOCAB), plain.logits(VOCAB))
+
+
+@pytest.mark.parametrize(
+    ("family", "stages"),
+    [("five_groups", [[3, 2], [5]]), ("mqa", [[0, 1], [1, 0]]), ("llama3", [[1, 0, 1], [0, 2]])],
+)
+def test_moves_between_several_homes_and_stages(
+    family: str, stages: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Sums over two homes round differently, so the tokens are compared with those of the same plan at rest."""
-    directory = make_checkpoint(tmp_path, "five_groups")
-    monkeypatch.setattr(hetis.engine.setup, "HAUL_BYTES", 2 * PAGE_BYTES)
-    plan = plan_file(tmp_path)
+    directory = make_checkpoint(tmp_path, family)
+    monkeypatch.setattr(buffers, "HAUL_BYTES", 2 * PAGE_BYTES)
+    plan = plan_file(tmp_path, *stages)
     with LocalFleet(directory, plan, dispatcher=RandomDispatcher(None), **OPTIONS) as fleet:
         expected = fleet.generate(prompts(), PARAMS)
     with RestlessFleet(directory, plan, 7, **OPTIONS) as fleet:

@@ -16,12 +16,21 @@ from tests.engine.local_fleet import LocalFleet, full_row
 VOCAB = 331
 NUM_TOKENS = 32
 LENGTHS = (1, 5, 17, 33, 40, 9, 64, 31)
-PLANS = ("1+0", "1+1", "1+3", "2+1", "uneven 2+2", "uneven stages +1")
+PLANS = ("1+0", "1+1", "1+3", "2+1", "3+2", "4+0", "uneven 2+2", "uneven stages +1", "sparse stages +2")
 
 
 def prompts() -> list[list[int]]:
     draw = random.Random(1)
     return [[draw.randrange(VOCAB) for _ in range(length)] for length in LENGTHS]
+
+
+def long_prompts() -> list[list[int]]:
+    """Two whose lanes attention cuts (from 256 tokens on), one whose lanes grow into that, and one that is short.
+
+    For checkpoints with `max_position_embeddings=1024`.
+    """
+    draw = random.Random(2)
+    return [[draw.randrange(VOCAB) for _ in range(length)] for length in (607, 701, 250, 3)]
 
 
 @pytest.fixture(scope="session")
@@ -45,19 +54,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory):
 def plan_text(name: str, directory: Path, tmp_path: Path) -> str:
     """The plan called `name`, as text or as a file."""
     spec = read_model_spec(directory)
-    groups = spec.num_head_groups
-    if name == "2+1" and groups < 2:
-        pytest.skip("one head group cannot be split over two primaries")
-    if not name.startswith("uneven"):
-        return name
     if name == "uneven 2+2":
-        if groups < 2:
-            pytest.skip("one head group cannot be split over two primaries")
-        first = {"head_groups": groups - 1, "mlp_columns": spec.intermediate_size // 3, "vocab_rows": 101}
-        stages = [{"primaries": [first, {}]}]
-        plan = {"stages": stages, "attention": [{}, {}]}
-    else:
+        first = {"head_groups": spec.num_head_groups - 1, "mlp_columns": spec.intermediate_size // 3, "vocab_rows": 101}
+        plan = {"stages": [{"primaries": [first, {}]}], "attention": [{}, {}]}
+    elif name == "uneven stages +1":
         plan = {"stages": [{"layers": 1, "primaries": [{}]}, {"layers": 2, "primaries": [{}]}], "attention": [{}]}
+    elif name == "sparse stages +2":  # every kind of share is empty somewhere; rank 3 has vocabulary alone, and samples
+        wide = [{"head_groups": 0, "vocab_rows": 0}, {"mlp_columns": 0}, {"vocab_rows": 7}]
+        deep = [{"head_groups": 0, "mlp_columns": 0}, {"vocab_rows": 0}]
+        plan = {"stages": [{"layers": 1, "primaries": wide}, {"primaries": deep}], "attention": [{}, {}]}
+    else:
+        return name
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan))
     return str(path)

@@ -1,6 +1,7 @@
 """Who measures what and when, on fleets that know the truth about themselves."""
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from random import Random
 
 import msgspec
@@ -12,7 +13,7 @@ from hetis.core.plan import Plan, resolve_plan
 from hetis.core.profile import FleetProfile, KindProfile, LayerShare, ProfileKey
 from hetis.core.samples import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.cost.memory import usable_share
-from hetis.engine.profiling import Profiling, layer_share, links_of, profile_key, report_of
+from hetis.engine.profiling import Profiling, layer_share, profile_key, report_of
 from tests.dispatcher.fleets import make_spec
 
 SPEC = msgspec.structs.replace(make_spec(4, num_layers=4), intermediate_size=128, vocab_size=512, max_position=256)
@@ -256,10 +257,27 @@ def test_ranks_that_split_layers_unevenly_have_layers_of_their_own() -> None:
     profile = profiling.report().profile
     assert profile is not None
     assert [device.layer and device.layer.share for device in profile.devices.values()] == [
-        LayerShare(num_ranks=2, num_weights=layer_share(fleet.setup, rank).num_weights) for rank in (0, 1)
+        LayerShare(num_ranks=2, num_groups=groups, num_weights=layer_share(fleet.setup, rank).num_weights)
+        for rank, groups in enumerate((3, 1))
     ]
     [kind] = profiling.new()
     assert fleet.run({kind.key: kind}).new() == [], "both are kept"
+
+
+def test_a_primary_without_head_groups_is_measured_without_links_and_prompts() -> None:
+    """Of five primaries for four groups the last one has none."""
+    fleet = Fleet(make_plan([5], 2), [CPU] * 7)
+    profiling = fleet.run()
+    assert fleet.who("dense") == [0, 1, 2, 3, 4]
+    assert fleet.links() == [(home, worker) for home in range(4) for worker in (5, 6)]
+    profile = profiling.report().profile
+    assert profile is not None
+    layers = [device.layer for device in profile.devices.values()][:5]
+    assert [layer and layer.share.num_groups for layer in layers] == [1, 1, 1, 1, 0]
+    assert [layer and layer.prefill is None for layer in layers] == [False, False, False, False, True]
+    assert report_of(profile, fleet.setup, "fleet.json").profile == profile
+    [kind] = profiling.new()
+    assert fleet.run({kind.key: kind}).report().profile == profile, "the cache has all of it"
 
 
 def test_a_fleet_without_workers_has_no_links() -> None:
@@ -330,7 +348,7 @@ def test_a_file_made_for_something_else_is_refused(change: dict[str, object], sa
 def test_a_file_made_on_other_devices_or_for_another_split_is_refused() -> None:
     one, two = Fleet(make_plan([1], 2), [CPU, CPU, CPU]), Fleet(make_plan([2], 1), [CPU, CPU, CPU])
     large = Fleet(one.setup.plan, [CPU, CPU, ("b", "cpu", "large")])
-    with pytest.raises(ValueError, match="rank 2: its device is small, 1 threads in the file and large, 1 threads"):
+    with pytest.raises(ValueError, match="rank 2: its device is small, 1 thread in the file and large, 1 thread"):
         report_of(full_profile(one), large.setup, "fleet.json")
     whole, split = full_profile(one), full_profile(two)
     layers = msgspec.structs.replace(split.devices[0], layer=whole.devices[0].layer)
@@ -340,5 +358,20 @@ def test_a_file_made_on_other_devices_or_for_another_split_is_refused() -> None:
 
 
 def test_links_of_all_stages() -> None:
-    assert links_of(make_plan([1, 2], 2)) == [(0, 3), (0, 4), (1, 3), (1, 4), (2, 3), (2, 4)]
-    assert links_of(make_plan([1], 0)) == []
+    fleet = Fleet(make_plan([1, 2], 2), [CPU] * 5)
+    fleet.run()
+    links = [(told.primary, told.worker) for rank, told in fleet.asked if isinstance(told, MeasureLink)]
+    assert links == [pair for pair in ((0, 3), (0, 4), (1, 3), (1, 4), (2, 3), (2, 4)) for _ in pair]
+
+
+def test_how_far_measuring_is_grows_by_one_measurement_at_a_time() -> None:
+    fleet = Fleet(make_plan([2], 2), [CPU, ("a", "cpu", "large"), ("b", "cpu", "small"), ("c", "cpu", "small")])
+    profiling = Profiling(fleet.setup, {}, share=True)
+    assert profiling.num_jobs == 2 + 1 + 4, "two kinds of devices, a stage, links"
+    busy, done = dict(profiling.start()), [profiling.num_done]
+    while busy:
+        rank = min(busy)
+        busy |= dict(profiling.on_measured(fleet.answer(rank, busy.pop(rank))))
+        done.append(profiling.num_done)
+    assert (done[0], done[-1]) == (0, profiling.num_jobs)
+    assert all(after - before in (0, 1) for before, after in pairwise(done))

@@ -73,3 +73,13 @@ def test_a_file_that_cannot_be_written_is_named(directory: Path, tmp_path: Path)
 def _laps(trace: bytes) -> list[list[float]]:
     found: list[list[float]] = np.frombuffer(trace, dtype=np.float64).reshape(-1, 3).tolist()
     return found
+
+
+def test_a_full_disk_cuts_the_trace_off_and_not_the_fleet(directory: Path, caplog: pytest.LogCaptureFixture):
+    fleet, times = run(directory, "1+2")
+    trace = TraceFile(Path("/dev/full"), fleet.setup.plan, fleet.setup.fleet, 0.0)
+    for each in times * 20:  # more than a buffer holds
+        trace.add(each)
+    trace.close()
+    [record] = caplog.records
+    assert record.getMessage() == "trace file /dev/full is cut off: No space left on device."

@@ -135,7 +135,7 @@ def test_silence_is_named_with_whom_to_kill() -> None:
     fleet.now += TIMEOUT * 0.9
     fleet.beat(0, 2)
     verdict = fleet.verdict(TIMEOUT * 0.2)
-    assert "rank 1 (attention worker on cuda:3) gave no sign of life for 11 s" in str(verdict)
+    assert "rank 1 (attention worker on cuda:3) did not answer within --step-timeout (10 s)" in str(verdict)
     assert verdict.culprits == {"elsewhere": [1001]}
 
 
@@ -147,12 +147,12 @@ def test_who_waits_for_a_silent_rank_is_not_to_blame() -> None:
     fleet.beat(1, step=6)
     fleet.now += TIMEOUT - 1.0
     fleet.beat(0, 2, step=6)
-    assert "rank 1 (attention worker on cuda:3) gave no sign" in str(fleet.verdict(0.1))
+    assert "rank 1 (attention worker on cuda:3) has not answered for 9.1 s" in str(fleet.verdict(0.1))
     fleet = Fleet()
     fleet.now += SILENT_SECONDS
     fleet.beat(0, 2)
     fleet.fail(0, "rank 1 does not answer", is_consequence=True)
-    assert "rank 1 (attention worker on cuda:3) gave no sign" in str(fleet.verdict())
+    assert "rank 1 (attention worker on cuda:3) has not answered for 3.1 s" in str(fleet.verdict())
 
 
 def test_a_late_step_names_those_that_are_behind() -> None:
@@ -164,7 +164,7 @@ def test_a_late_step_names_those_that_are_behind() -> None:
     verdict = str(fleet.verdict(0.1))
     assert "rank 1" in verdict
     assert "rank 2" in verdict
-    assert "did not finish step 7 within 10 s" in verdict
+    assert "did not finish step 7 within --step-timeout (10 s)" in verdict
     assert "rank 0" not in verdict
 
 
@@ -201,3 +201,10 @@ def test_when_rank_0_is_told_to_end_while_loading_the_driver_speaks_at_once() ->
     fleet = Fleet(())
     fleet.watch.on_parent_death(9)
     assert str(fleet.verdict()).startswith("rank 0 (primary on cpu) was killed by SIGKILL")
+
+
+def test_a_rank_that_ended_after_its_hello_is_named() -> None:
+    """It was gone before there was a descriptor of its process."""
+    fleet = Fleet((0, 2))
+    assert fleet.join(1, pid=2**22 - 1) is None
+    assert "rank 1 (" in str(fleet.verdict())

@@ -1,23 +1,18 @@
 """The C++ attention and cache operations against their references, on every instruction set that this processor has."""
 
-import logging
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hetis_kernels import extension
 from hetis_kernels.kv_append import kv_append, kv_append_ref
 from hetis_kernels.lane_pack import lane_pack, lane_unpack
 from hetis_kernels.merge_states import merge_states
 from hetis_kernels.page_copy import page_gather, page_scatter
 from hetis_kernels.paged_decode import paged_decode
 from hetis_kernels.varlen_prefill import paged_prefill
-
-pytestmark = pytest.mark.skipif(not extension.load(), reason="the C++ extension is not built")
 
 SPLIT = 256  # tokens of a lane that the decode kernel handles at once
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -299,35 +294,3 @@ def test_operations_check_what_would_break_memory(make_lanes: Any) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call(**changed)
-
-
-def test_a_missing_extension_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
-    extension.load.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert not extension.load()
-            assert not extension.available()
-        assert [record.levelname for record in caplog.records] == ["WARNING"]
-        assert "install g++" in caplog.text
-    finally:
-        monkeypatch.undo()
-        extension.load.cache_clear()
-    assert extension.load()
-
-
-def test_an_unusable_extension_counts_as_missing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "_cpu.so").write_bytes(b"built for another machine")
-    monkeypatch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
-    extension.load.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert not extension.load()
-        assert "cannot be loaded" in caplog.text
-    finally:
-        monkeypatch.undo()
-        extension.load.cache_clear()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hetis_kernels
-from hetis_kernels.dispatch import dispatch, scratch
+from hetis_kernels.dispatch import dispatch
 
 
 def picked(backend: str, device: str) -> str:
@@ -25,13 +25,6 @@ def test_a_missing_extension_and_a_wrong_name_are_refused() -> None:
         picked("cpu", "cpu")
     with pytest.raises(ValueError, match="unknown backend 'gpu'"):
         picked("gpu", "cpu")
-
-
-def test_scratch_memory_is_kept_until_more_is_needed() -> None:
-    device = torch.device("cpu")
-    small = scratch(device, 10)
-    assert scratch(device, 5).data_ptr() == small.data_ptr()
-    assert scratch(device, small.numel() + 1).numel() == small.numel() + 1
 
 
 def test_every_public_name_exists() -> None:

@@ -32,6 +32,11 @@ def test_it_is_the_activation_of_transformers(
     torch.testing.assert_close(out.cpu(), expected, **tolerance)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton", "auto"])
+def test_without_columns_nothing_is_launched(device: torch.device, backend: str) -> None:
+    gated_activation(torch.zeros(3, 0, device=device), "silu", torch.zeros(3, 0, device=device), backend=backend)
+
+
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="unknown activation 'swish'"):
         gated_activation(torch.zeros(2, 8), "swish", torch.zeros(2, 4))

@@ -6,18 +6,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hetis_kernels.dispatch import cpu_op
-from hetis_kernels.linear import kernel_tokens, linear, pack_linear, use_plain
-
-EXTENSION = cpu_op("linear") is not None
-needs_extension = pytest.mark.skipif(not EXTENSION, reason="the C++ extension is not built")
+from hetis_kernels.linear import kernel_tokens, linear, pack_linear
 
 
 @pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     """Limits the kernels to one instruction set that this machine has."""
-    if not EXTENSION or torch.ops.hetis.limit_dense_isa(request.param) != request.param:
-        pytest.skip(f"no extension or no {request.param} here")
+    if torch.ops.hetis.limit_dense_isa(request.param) != request.param:
+        pytest.skip(f"no {request.param} here")
     yield request.param
     torch.ops.hetis.limit_dense_isa("avx512_bf16")
 
@@ -85,7 +81,6 @@ def test_an_output_does_not_depend_on_the_rank_or_thread_that_computes_it(
         torch.set_num_threads(threads)
 
 
-@needs_extension
 def test_not_a_number_and_overflow_stay_visible(dtype: torch.dtype) -> None:
     x, weight = torch.ones(2, 40).to(dtype), torch.ones(8, 40).to(dtype)
     x[0, 39], weight[3] = torch.nan, torch.finfo(dtype).max
@@ -101,33 +96,44 @@ def test_without_tokens_or_with_a_bias_alone(instructions: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 70])
+def test_a_share_of_nothing(dtype: torch.dtype, plain: bool, num_tokens: int) -> None:
+    """No outputs; and without inputs the bias, or zeros where there is none, whatever was in the result before."""
+    x, bias = torch.randn(num_tokens, 16).to(dtype), torch.randn(9).to(dtype)
+    into, out_of = (
+        pack_linear(x.new_empty(0, 16), plain=plain),
+        (pack_linear(x.new_empty(9, 0), plain=plain), pack_linear(x.new_empty(9, 0), bias, plain=plain)),
+    )
+    nothing = linear(x, into, x.new_empty(num_tokens, 0))
+    assert nothing.shape == (num_tokens, 0)
+    for packed, expected in zip(out_of, (torch.zeros(9, dtype=dtype), bias), strict=True):
+        out = torch.full((num_tokens, 9), torch.nan, dtype=dtype)
+        assert linear(nothing, packed, out) is out
+        assert torch.equal(out, expected.expand(num_tokens, 9))
+        assert torch.equal(linear(nothing, packed), out)
+
+
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_layer_is_the_one_of_torch(dtype: torch.dtype, plain: bool, with_bias: bool) -> None:
     x, weight = torch.randn(6, 64).to(dtype), torch.randn(50, 64).to(dtype)
-    packed = pack_linear(weight, torch.randn(50).to(dtype) if with_bias else None)
+    packed = pack_linear(weight, torch.randn(50).to(dtype) if with_bias else None, plain=plain)
     assert packed.weight.data_ptr() == weight.data_ptr()  # tied embeddings stay one tensor
     tolerance = 4 * torch.finfo(dtype).eps
     out = torch.empty(6, 50, dtype=dtype)
-    use_plain(plain)
-    try:
-        expected = functional.linear(x, weight, packed.bias)
-        torch.testing.assert_close(linear(x, packed), expected, rtol=tolerance, atol=8 * tolerance)
-        assert linear(x, packed, out) is out
-        torch.testing.assert_close(out, expected, rtol=tolerance, atol=8 * tolerance)
-    finally:
-        use_plain(False)
+    expected = functional.linear(x, weight, packed.bias)
+    torch.testing.assert_close(linear(x, packed), expected, rtol=tolerance, atol=8 * tolerance)
+    assert linear(x, packed, out) is out
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=8 * tolerance)
+    assert linear(x[:0], packed).shape == (0, 50)
 
 
-@needs_extension
 def test_plain_and_large_calls_are_left_to_torch() -> None:
     assert kernel_tokens(torch.float32) > 0
     packed = pack_linear(torch.randn(32, 16))
     x = torch.randn(4, 16)
-    use_plain(True)
-    try:
-        assert torch.equal(linear(x, packed), functional.linear(x, packed.weight))
-    finally:
-        use_plain(False)
+    plain = pack_linear(packed.weight, plain=True)
+    assert torch.equal(linear(x, plain), functional.linear(x, packed.weight))
     assert torch.equal(linear(x, packed), run_kernel(x, packed.weight))
     torch.ops.hetis.limit_dense_isa("portable")
     try:
@@ -150,7 +156,6 @@ def test_arguments_are_checked() -> None:
         pack_linear(weight.t())
 
 
-@needs_extension
 def test_the_kernel_checks_what_it_would_read() -> None:
     x, weight, out = torch.zeros(2, 4), torch.zeros(8, 4), torch.zeros(2, 8)
     op = torch.ops.hetis.linear
@@ -164,7 +169,6 @@ def test_the_kernel_checks_what_it_would_read() -> None:
         torch.ops.hetis.limit_dense_isa("neon")
 
 
-@needs_extension
 def test_huge_pages_change_no_value() -> None:
     whole = torch.arange(3 << 20, dtype=torch.float32).view(1024, 3072)
     expected = whole.clone()

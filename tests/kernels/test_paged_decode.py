@@ -1,14 +1,17 @@
 """Paged decode attention: the reference against torch's own attention, the kernel against the reference."""
 
+import importlib
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
-from hetis_kernels.paged_decode import MAX_SPLITS, MIN_SPLIT, paged_decode, paged_decode_ref
+from hetis_kernels.paged_decode import MAX_SPLITS, MIN_SPLIT, decode_scratch_numel, paged_decode, paged_decode_ref
 
 LENGTHS = [1, 16, 17, MIN_SPLIT, MIN_SPLIT + 1, 520]
 WINDOWS = [0, 1, 33, 300]
@@ -145,3 +148,55 @@ def test_the_reference_leaves_its_inputs_alone(make_lanes: Callable[..., Any]) -
     indices = (problem.lane_U, problem.row_U, problem.length_U)
     paged_decode_ref(problem.q_NMD, problem.lanes.pool_2PSD, problem.lanes.page_table_BW, *indices, 0.1, 0, out, lse2)
     assert torch.equal(q, problem.q_NMD)
+
+
+def test_scratch_of_the_caller_is_enough_and_never_grows(make_lanes: Callable[..., Any], device: torch.device) -> None:
+    """Whatever is in it; one value less than a call needs is refused, not replaced."""
+    problem = Problem(make_lanes, LENGTHS, 3, 64, torch.float32)
+    needed = decode_scratch_numel(len(LENGTHS), 3, 64, max(LENGTHS))
+    scratch = torch.full((needed,), torch.nan, device=device)
+    expected = problem.run(device, 0, backend="triton")
+    found = problem.run(device, 0, backend="triton", max_length=max(LENGTHS), scratch=scratch)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match=f"scratch has {needed - 1} values; 6 lanes of 520 tokens need {needed}"):
+        problem.run(device, 0, backend="triton", max_length=max(LENGTHS), scratch=scratch[1:])
+
+
+def test_two_threads_never_share_the_results_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the two kernels: both threads have decoded before either merges."""
+    meet, own = threading.Barrier(2, timeout=20), threading.local()
+    partial_out, merged_out = 8, 0  # positions among the arguments
+
+    class Decode:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            def launch(*arguments: Any, **_: Any) -> None:
+                arguments[partial_out].fill_(own.value)
+                meet.wait()
+
+            return launch
+
+    class Merge:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            def launch(*arguments: Any, **_: Any) -> None:
+                meet.wait()
+                assert (arguments[merged_out] == own.value).all()
+
+            return launch
+
+    module = importlib.import_module("hetis_kernels.paged_decode")
+    monkeypatch.setattr(module, "_paged_decode_kernel", Decode())
+    monkeypatch.setattr(module, "_merge_splits_kernel", Merge())
+
+    def decode(value: int) -> None:
+        own.value = value
+        q_NMD, pool_2PSD = torch.empty(1, 2, 16), torch.empty(2, 20, 32, 16)
+        table_BW, index_U = torch.zeros(1, 20, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        length_U = torch.full((1,), 600, dtype=torch.int32)
+        paged_decode(
+            q_NMD, pool_2PSD, table_BW, index_U, index_U, length_U, 1.0, 0, torch.empty_like(q_NMD),
+            torch.empty(1, 2), backend="triton",
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(decode, value) for value in range(2)]:
+            done.result()

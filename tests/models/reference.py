@@ -13,6 +13,7 @@ from hetis.core.plan import Plan
 from hetis.models.decoder import Decoder
 from hetis.models.layers import StageWeights
 from hetis.models.loader import load_weights
+from tests.processes import DEADLINE
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,7 @@ class SumOverThreads:
     """all_reduce among the threads of one stage, in order of rank, so that runs repeat exactly."""
 
     def __init__(self, num_ranks: int) -> None:
-        self._barrier, self._parts = Barrier(num_ranks, timeout=60.0), [torch.empty(0)] * num_ranks
+        self._barrier, self._parts = Barrier(num_ranks, timeout=DEADLINE), [torch.empty(0)] * num_ranks
 
     def of(self, rank: int) -> "RankOfThreads":
         return RankOfThreads(self, rank)

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from hetis.core.model_spec import ModelSpec
-from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, split_evenly
+from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, spans, split_evenly
 from hetis.models.families import read_model_spec
 from tests.checkpoints import FAMILIES, load_reference, make_checkpoint, reference_logits
 from tests.models.reference import decode_all
@@ -62,11 +63,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def uneven(spec: ModelSpec, num_stages: int) -> Plan:
-    """One or two stages, two primaries each where there are groups for two; no share is half."""
+    """One or two stages, two primaries each; no share is half. Of one group the second has none."""
 
     def primaries(first_rank: int) -> tuple[Primary, ...]:
-        if spec.num_head_groups == 1:
-            return split_evenly("1+0", spec, "cpu").stages[0].primaries
         group, column, row = max(1, spec.num_head_groups - 2), 37, 200
         return (
             Primary(rank=first_rank, device="cpu", groups=(0, group), mlp_columns=(0, column), vocab_rows=(0, row)),
@@ -135,9 +134,44 @@ def test_five_shards_of_one_group_each(cases: Any) -> None:
 def test_two_stages_are_bit_identical_to_one(cases: Any) -> None:
     """A stage border only moves the residual stream from one buffer to another."""
     case = cases("mqa")
-    one = decode_all(case.spec, split_evenly("1+0", case.spec), case.directory, PROMPT)
-    two = decode_all(case.spec, uneven(case.spec, 2), case.directory, PROMPT)
+    plan = split_evenly("1+0", case.spec)
+    stages = tuple(msgspec.structs.replace(plan.stages[0], layers=span) for span in ((0, 1), (1, case.spec.num_layers)))
+    one = decode_all(case.spec, plan, case.directory, PROMPT)
+    two = decode_all(case.spec, Plan(stages=stages), case.directory, PROMPT)
     assert torch.equal(one, two)
+
+
+def sparse(spec: ModelSpec) -> Plan:
+    """Three stages in which every kind of share is empty on some rank, and some ranks have but one kind.
+
+    The first rank of a stage adds the biases of row-parallel layers, also where it has nothing of the layer.
+    """
+
+    def stage(first_rank: int, layer: int, *shares: tuple[int, int, int]) -> Stage:
+        """`shares`: head groups, MLP columns and vocabulary rows of each primary."""
+        groups, columns, rows = (spans(counts) for counts in zip(*shares, strict=True))
+        primaries = tuple(
+            Primary(rank=first_rank + i, device="cpu", groups=g, mlp_columns=c, vocab_rows=r)
+            for i, (g, c, r) in enumerate(zip(groups, columns, rows, strict=True))
+        )
+        return Stage(layers=(layer, layer + 1), primaries=primaries)
+
+    G, F, V = spec.num_head_groups, spec.intermediate_size, spec.vocab_size
+    return Plan(
+        stages=(
+            stage(0, 0, (0, 0, V - 3), (G, 0, 0), (0, F, 0), (0, 0, 3)),
+            stage(4, 1, (0, F - 1, V), (G, 1, 0)),
+            stage(6, 2, (0, F, 0), (1, 0, 5), (G - 1, 0, V - 5)),
+        )
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shares_may_be_empty(cases: Any, family: str) -> None:
+    case = cases(family)
+    assert case.spec.num_layers == 3
+    logits_TV = decode_all(case.spec, sparse(case.spec), case.directory, PROMPT)
+    torch.testing.assert_close(logits_TV, case.logits_TV, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "opt"])

@@ -31,6 +31,17 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "model.safetensors"))
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_a_revision_of_what_has_none_is_refused(local: bool, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^revision 'v9': .* has no revisions"):
+        resolve_model(str(tmp_path) if local else None, "v9")
+
+
+def test_a_tokenizer_is_called_one() -> None:
+    with pytest.raises(ValueError, match=r"^tokenizer '/no/such' is neither"):
+        resolve_model("/no/such", what="tokenizer")
+
+
 @pytest.mark.parametrize("weights", [True, False])
 def test_only_data_is_downloaded(weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from hetis.models.loader import load_weights
 from hetis_kernels.linear import PackedLinear
 from tests.checkpoints import make_checkpoint
 from tests.models.reference import CPU, decode_all, tensors_of
-from tests.models.test_decoder import uneven
+from tests.models.test_decoder import sparse, uneven
 
 TOKENS = [3, 99, 2, 330, 17]
 
@@ -95,12 +95,12 @@ def test_row_parallel_biases_are_held_once(opt: Path) -> None:
 def test_the_ledger_counts_exactly_the_loaded_weights(tmp_path: Path, family: str) -> None:
     directory = make_checkpoint(tmp_path, family)
     spec = read_model_spec(directory)
-    plan = uneven(spec, 2)
-    for stage_index, stage in enumerate(plan.stages):
-        for rank in range(len(stage.primaries)):
-            weights = load(directory, plan, stage_index, rank, dtype=torch.bfloat16)
-            unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(weights)}
-            assert sum(unique.values()) == weight_bytes(spec, plan, stage_index, rank, "bfloat16")
+    for plan in (uneven(spec, 2), sparse(spec)):
+        for stage_index, stage in enumerate(plan.stages):
+            for rank in range(len(stage.primaries)):
+                weights = load(directory, plan, stage_index, rank, dtype=torch.bfloat16)
+                unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(weights) if tensor.nbytes}
+                assert sum(unique.values()) == weight_bytes(spec, plan, stage_index, rank, "bfloat16")
     whole = load(directory, dtype=torch.bfloat16)
     unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(whole)}
     assert sum(unique.values()) == weight_bytes(spec, split_evenly("1+0", spec), 0, 0, "bfloat16")
@@ -309,8 +309,6 @@ def test_a_missing_part_is_refused(llama: Path, tmp_path: Path) -> None:
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
     assert_refused(directory, ["model-00002-of-00002.safetensors", "does not exist"])
-    index.write_text("{}")
-    assert_refused(directory, ["index.json", "cannot be read"])
 
 
 def test_a_tensor_in_two_files_is_refused(llama: Path, tmp_path: Path) -> None:

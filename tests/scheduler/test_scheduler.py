@@ -138,7 +138,7 @@ def test_abort_while_waiting_running_and_in_flight() -> None:
     assert [new.token for new in answer(engine, batch)] == [None]
     assert [sequence.finish_reason for sequence in sequences] == ["abort"] * 3
     assert engine.scheduler.abort("s0") is None
-    assert engine.scheduler.abort("nobody") is None
+    assert engine.scheduler.abort("unknown") is None
     engine.check_idle()
 
 
@@ -167,9 +167,12 @@ def test_the_latest_arrived_is_preempted_and_starts_over_first() -> None:
     assert rows_of(batch) == [("s0", 8, 1), ("s1", 8, 1)]
     assert batch.released == [2]
     assert [sequence.finish_reason for sequence in sequences] == ["length", "length", None, None]
-    batch = step(engine)  # what it had drawn is prompt now; it goes before the fourth
-    assert rows_of(batch) == [("s2", 0, 9), ("s3", 0, 4)]
+    batch = step(engine)  # it goes before the fourth
+    assert rows_of(batch) == [("s2", 0, 4), ("s3", 0, 4)]
     assert batch.num_decode == 0
+    batch = step(engine)  # what it had drawn goes through decode again
+    assert rows_of(batch) == [("s2", 4, 5), ("s3", 4, 1)]
+    assert batch.num_decode == 2
     finish(engine)
     assert [sequence.num_preemptions for sequence in sequences] == [0, 0, 1, 0]
     assert engine.scheduler.num_preemptions == 1
@@ -203,10 +206,11 @@ def test_a_sequence_in_flight_is_not_preempted() -> None:
 
 def test_only_those_with_pages_in_the_short_pool_are_preempted() -> None:
     """The last one lives on another worker than the one that is full: taking its pages would not help."""
-    engine = ToyEngine(make_plan([[1]], 2), {0: 8, 1: 4, 2: 4}, max_model_len=32)
+    rule = Fixed(1)
+    engine = ToyEngine(make_plan([[1]], 2), {0: 8, 1: 4, 2: 4}, max_model_len=32, dispatcher=rule)
     sequences = [make_sequence(arrival, 4, 28) for arrival in range(3)]
     for sequence, owner in zip(sequences, (1, 1, 2), strict=True):
-        engine.scheduler._dispatcher = Fixed(owner)
+        rule.owner = owner
         engine.scheduler.add(sequence)
         step(engine)
     for _ in range(20):
@@ -216,22 +220,24 @@ def test_only_those_with_pages_in_the_short_pool_are_preempted() -> None:
     assert [sequence.num_preemptions for sequence in sequences] == [0, 1, 0]
 
 
-class Fixed:
-    """Every lane on one rank."""
+class Fixed(ProportionalDispatcher):
+    """Every lane on one rank, as long as there is one."""
 
-    def __init__(self, owner: int) -> None:
+    def __init__(self, owner: int | None) -> None:
         self.owner = owner
 
     def assign(self, sequences: list[Sequence], view: FleetView) -> list[Placement | None]:
+        if self.owner is None:
+            return super().assign(sequences, view)
         return [Placement(owners=((self.owner,),)) for _ in sequences]
 
 
 def test_a_sequence_alone_in_a_full_pool_is_placed_anew() -> None:
-    engine = ToyEngine(make_plan([[1]], 1), {0: 8, 1: 2})
-    engine.scheduler._dispatcher = Fixed(1)
+    rule = Fixed(1)
+    engine = ToyEngine(make_plan([[1]], 1), {0: 8, 1: 2}, dispatcher=rule)
     engine.scheduler.add(sequence := make_sequence(0, 4, 28))
     step(engine)
-    engine.scheduler._dispatcher = ProportionalDispatcher()
+    rule.owner = None
     engine.scheduler.add(make_sequence(1, 4, 10))
     finish(engine)
     assert (sequence.num_preemptions, len(sequence.token_ids)) == (1, 32)

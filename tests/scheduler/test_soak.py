@@ -94,12 +94,13 @@ def test_soak_covers_moves_of_every_kind() -> None:
 def test_admission_is_first_come_first_served(num_workers: int) -> None:
     random = Random(num_workers)
     engine = ToyEngine(make_plan([[5, 3], [8]], num_workers), {0: 40, 1: 24, 2: 64, 3: 20, 4: 20}, random=random)
-    for arrival in range(50):
-        engine.scheduler.add(make_sequence(arrival, random.randint(1, 25), random.randint(1, 6)))
+    sequences = [make_sequence(arrival, random.randint(1, 25), random.randint(1, 6)) for arrival in range(50)]
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
     while engine.has_work:
         engine.step()
         for batch in engine.batches[-1:]:
             latest = max((sequence.arrival for sequence, _ in batch.admitted), default=-1)
-            waiting = [sequence.arrival for sequence in engine.scheduler._waiting if sequence.num_preemptions == 0]
-            assert latest < min(waiting, default=1_000), "somebody was overtaken"
+            waiting = [s.arrival for s in sequences if s.slot < 0 and s.finish_reason is None and not s.num_preemptions]
+            assert latest < min(waiting, default=1_000), "a sequence was overtaken"
     engine.check_idle()

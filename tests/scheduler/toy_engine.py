@@ -5,7 +5,7 @@ there last. Before a row is computed, all earlier tokens of all its lanes must b
 page given away too early, a stale table entry or a missing staging page shows as a wrong tag.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -17,7 +17,7 @@ from hetis.cache.lane_table import CacheManager
 from hetis.cache.migration import Haul, Hauler
 from hetis.core.batch import Batch, Row
 from hetis.core.messages import PageDelta
-from hetis.core.placement import Move, PoolId, Relief
+from hetis.core.placement import Dispatcher, Move, PoolId, Relief, pages_for
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, spans
 from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
@@ -162,6 +162,7 @@ class ToyEngine:
     max_num_batched_tokens: int = 32
     max_model_len: int | None = None
     random: Random = field(default_factory=lambda: Random(0))
+    dispatcher: Dispatcher = field(default_factory=ProportionalDispatcher)
     make_relief: Callable[["ToyEngine"], Relief | None] = lambda _: None
     pages_per_haul: int = 2
     moves_per_step: float = 0.0
@@ -173,10 +174,11 @@ class ToyEngine:
         assert self.max_model_len <= capacity
         self.cache = CacheManager(self.plan, num_groups, self.num_pages, self.page_size, self.max_num_seqs)
         self.hauler = Hauler(self.cache, self.plan, num_groups, self.page_size, 1, self.pages_per_haul)
+        self.relief = self.make_relief(self)
         self.scheduler = Scheduler(
             self.cache,
-            ProportionalDispatcher(),
-            self.make_relief(self),
+            self.dispatcher,
+            self.relief,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
@@ -221,14 +223,26 @@ class ToyEngine:
         else:
             self._finish(command.batch)
         self.cache.check_integrity()
-        for sequence in self.scheduler._running:
-            assert sequence.is_prefilling or not self.cache._sequences[sequence.slot].staging, (
-                "staging outlives prefill"
-            )
+        self._check_pages()
+
+    def _check_pages(self) -> None:
+        """Where no lane moves, pools hold the lanes that live there, the staging of prompts, and nothing else."""
+        if self.hauler.is_busy:
+            return
+        used: Counter[PoolId] = Counter()
+        for sequence in self.scheduler.running:
+            pages = pages_for(self.cache.num_tokens(sequence.slot), self.page_size)
+            for index, owners in enumerate(self.cache.owners(sequence.slot)):
+                for group, owner in enumerate(owners):
+                    home = self.plan.stages[index].home(group).rank
+                    places = {owner, home} if sequence.is_prefilling else {owner}
+                    used.update({PoolId(rank, index): pages for rank in places})
+        for pool in self.cache.pools:
+            assert self.num_pages[pool.rank] - self.cache.free_pages(pool) == used[pool], f"{pool} holds other pages"
 
     def _start_moves(self) -> None:
         """A random lane goes to a random rank, with the probability `moves_per_step`."""
-        candidates = [s for s in self.scheduler.running if not s.is_prefilling and not self.cache.is_moving(s.slot)]
+        candidates = [s for s in self.scheduler.running if s.is_generating and not self.cache.is_moving(s.slot)]
         if not candidates or self.random.random() >= self.moves_per_step:
             return
         sequence = self.random.choice(candidates)
@@ -287,8 +301,8 @@ class ToyEngine:
         assert not self.has_work
         for rank, usage in self.cache.usage().items():
             assert (usage.pages_used, usage.num_lanes) == (0, 0), f"rank {rank} still holds pages"
-        for pool, allocator in self.cache._pools.items():
-            assert self.cache.free_pages(pool) == allocator.num_pages
+        for pool in self.cache.pools:
+            assert self.cache.free_pages(pool) == self.num_pages[pool.rank]
 
 
 def churn(engine: ToyEngine, sequences: list[Sequence], random: Random, turn: Callable[[], None]) -> set[str]:
@@ -305,7 +319,7 @@ def churn(engine: ToyEngine, sequences: list[Sequence], random: Random, turn: Ca
             aborted.add(victim.id)
         if engine.has_work:
             turn()
-    raise AssertionError("somebody is never done")
+    raise AssertionError("a sequence is never done")
 
 
 def replay(deltas: list[PageDelta], tables: dict[PoolId, dict[tuple[int, int], int]]) -> None:

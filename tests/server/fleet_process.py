@@ -14,11 +14,13 @@ from typing import IO, Any
 
 import psutil
 
+from tests.processes import DEADLINE, Look, family, kill, look
+
 ROOT = Path(__file__).parent.parent.parent
 SHIM = Path(__file__).parent / "shim"
-DEADLINE = 60.0  # seconds, for whatever should happen soon; a loaded machine is slow
+END_SECONDS = 50.0
 
-# A front end: says where it is, waits for a word when idle, streams for long when busy.
+# A front end: says where it is, waits for a word when idle or closing, streams for long when busy.
 SCRIPT = """
 import sys
 from hetis import LLM, SamplingParams
@@ -27,7 +29,10 @@ plan, phase, options = sys.argv[1], sys.argv[2], dict(pair.split("=") for pair i
 options = {name: float(value) if name == "step_timeout" else value for name, value in options.items()}
 llm = LLM(plan=plan, device="cpu", kv_cache_memory="64MiB", **options)
 print("ready", flush=True)
-if phase == "idle":
+if phase == "closing":
+    sys.stdin.readline()
+    llm.close()
+elif phase == "idle":
     sys.stdin.readline()
     llm.generate("It")
 else:
@@ -64,6 +69,7 @@ class FleetProcess:
         ]
         for reader in self._readers:
             reader.start()
+        self._root = psutil.Process(self.process.pid)
         self._seen: dict[int, psutil.Process] = {}
 
     @classmethod
@@ -87,15 +93,12 @@ class FleetProcess:
 
     def members(self) -> dict[str, psutil.Process]:
         """By role: "front", "launcher", "torchrun", "driver", "rank 0" … of those that live."""
-        found = {}
-        for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
-            try:
-                role = _role(process)
-            except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
-                continue
+        found: dict[str, psutil.Process] = {}
+        for process in family(self._root):
             self._seen[process.pid] = process
-            if role is not None:
-                found[role] = process
+            if (seen := look(process)) is not None and (role := role_of(seen)) is not None:
+                # a child looks like its parent until it has replaced itself, and comes after it
+                found.setdefault(role, process)
         return found
 
     def member(self, role: str) -> psutil.Process:
@@ -107,9 +110,9 @@ class FleetProcess:
         self.until(lambda: any(text in line for line in self.out), f"{text!r} is printed")
         self.members()
 
-    def until(self, look: Callable[[], Any], what: str) -> Any:
+    def until(self, find: Callable[[], Any], what: str) -> Any:
         deadline = time.monotonic() + DEADLINE
-        while not (found := look()):
+        while not (found := find()):
             assert self.process.poll() is None, f"it ended before {what}:\n{self.text()}"
             assert time.monotonic() < deadline, f"not within {DEADLINE:.0f} s: {what}:\n{self.text()}"
             time.sleep(0.02)
@@ -120,24 +123,27 @@ class FleetProcess:
     def hurt(self, role: str, with_signal: signal.Signals) -> int:
         """The pid of whom it hit."""
         self.members()
-        pid = self.member(role).pid
-        os.kill(pid, with_signal)
-        return pid
+        victim = self.member(role)
+        victim.send_signal(with_signal)
+        return victim.pid
 
     def say(self, text: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(text + "\n")
         self.process.stdin.flush()
 
-    def wait(self, seconds: float) -> int:
-        """The exit code, which must come within `seconds`; everything it started must end in that time, too."""
-        deadline = time.monotonic() + seconds
+    def wait(self) -> int:
+        """The exit code. All that it started must end as well, long before a step's default time limit would see to it.
+
+        That a fleet ends soon is no claim of these tests: on a machine with other work it takes what it takes.
+        """
+        deadline = time.monotonic() + END_SECONDS
         try:
-            code = self.process.wait(seconds)
+            code = self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still there after {seconds} s: {self.members()}\n{self.text()}") from None
+            raise AssertionError(f"still there after {END_SECONDS} s: {self.members()}\n{self.text()}") from None
         left = psutil.wait_procs(list(self._seen.values()), timeout=max(0.0, deadline - time.monotonic()))[1]
-        assert not left, f"orphans after {seconds} s: {left}\n{self.text()}"
+        assert not left, f"orphans after {END_SECONDS} s: {left}\n{self.text()}"
         for reader in self._readers:
             reader.join(DEADLINE)
         return code
@@ -158,10 +164,8 @@ class FleetProcess:
         if self.process.poll() is None:
             self.members()
         for process in self._seen.values():
-            if process.is_running():
-                process.kill()
-        if self.process.poll() is None:
-            self.process.kill()
+            kill(process)
+        self.process.kill()  # nothing if it has ended
         self.process.wait()
 
 
@@ -169,14 +173,15 @@ def torchrun_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *arguments, "-m", "hetis"]
 
 
-def _role(process: psutil.Process) -> str | None:
-    command, variables = " ".join(process.cmdline()), process.environ()
+def role_of(seen: Look) -> str | None:
+    """What a process of a fleet is; None if it is none, or none yet."""
+    command, rank = seen.command, seen.variables.get("RANK")
     if "hetis.engine.driver" in command:
         return "driver"
     if "hetis.server.local_launcher" in command:
-        return f"rank {variables['RANK']}" if command.endswith(" rank") else "launcher"
+        return "launcher" if not command.endswith(" rank") else None if rank is None else f"rank {rank}"
     if "torch.distributed.run" in command:
         return "torchrun"
-    if "-m hetis" in command and "HETIS_FRONT" not in variables and "RANK" in variables:
-        return f"rank {variables['RANK']}"
+    if "-m hetis" in command and rank is not None:
+        return f"rank {rank}"
     return "front" if re.search("-m hetis|import LLM", command) else None

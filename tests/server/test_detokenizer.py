@@ -67,7 +67,7 @@ def pieces_of(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 
 @tokenizers
 @given(text=TEXT)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 def test_pieces_are_whole_characters_and_add_up(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     ids = ids_of(tokenizer, text)
@@ -79,12 +79,15 @@ def test_pieces_are_whole_characters_and_add_up(name: str, text: str) -> None:
 
 @tokenizers
 @given(text=TEXT, data=st.data())
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_output_continues_the_prompt(name: str, text: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     ids = ids_of(tokenizer, text)
     cut = data.draw(st.integers(0, len(ids)))
-    prompt_text = tokenizer.decode(ids[:cut]).rstrip("\ufffd")
+    prompt_ids = ids[:cut]
+    while name == "byte_fallback" and tokenizer.decode(prompt_ids).endswith("\ufffd"):  # it takes whole words along
+        prompt_ids.pop()
+    prompt_text = tokenizer.decode(prompt_ids).rstrip("\ufffd")
     if not tokenizer.decode(ids).startswith(prompt_text):
         return  # a decoder that reads bytes back differently when more follow: nothing to compare with
     detokenizer = Detokenizer(tokenizer, SamplingParams(), ids[:cut])
@@ -93,12 +96,32 @@ def test_output_continues_the_prompt(name: str, text: str, data: st.DataObject) 
 
 @pytest.mark.parametrize("name", ["regex", "joined"])
 @given(data=st.data())
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 def test_any_tokens_make_the_text_of_all_less_the_unfinished_end(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     ids = data.draw(st.lists(st.integers(2, tokenizer.get_vocab_size() - 1), max_size=60))
-    pieces = pieces_of(Detokenizer(tokenizer, SamplingParams()), ids)
-    assert "".join(pieces).rstrip("\ufffd") == tokenizer.decode(ids).rstrip("\ufffd")
+    text = "".join(pieces_of(Detokenizer(tokenizer, SamplingParams()), ids))
+    whole = tokenizer.decode(ids)
+    closed = tokenizer.decode([*ids, tokenizer.token_to_id("a")])  # what is unfinished now will never be finished
+    assert closed == whole + "a", "the end is no begin of a character that an a would change"
+    assert text == whole or text + "\ufffd" == whole
+
+
+@tokenizers
+@given(text=TEXT, count=st.integers(1, 5), cut=st.integers(0, 3))
+@settings(max_examples=100)
+def test_a_replacement_character_that_was_written_is_text_like_any_other(
+    name: str, text: str, count: int, cut: int
+) -> None:
+    """At the end of the output, before an unfinished character, and at the end of the prompt."""
+    tokenizer = TOKENIZERS[name]
+    written = text + "\ufffd" * count
+    whole, cut_off, followed = (ids_of(tokenizer, written + end) for end in ("", "\U0001f9ff", "a"))
+    if tokenizer.decode(whole) != written or cut_off[: len(whole)] != whole or followed[: len(whole)] != whole:
+        return  # text that this tokenizer does not bring back, or tokens that depend on what follows
+    for ids in (whole, cut_off[:-1][: len(whole) + cut]):
+        assert "".join(pieces_of(Detokenizer(tokenizer, SamplingParams()), ids)) == written
+    assert "".join(pieces_of(Detokenizer(tokenizer, SamplingParams(), whole), followed[len(whole) :])) == "a"
 
 
 def test_text_cut_within_a_character_ends_before_it() -> None:
@@ -164,11 +187,11 @@ def first_end(text: str, stops: list[str], after: int = 0) -> tuple[int, str] | 
     return None
 
 
-STOPS = st.lists(st.text("ab\n👍", min_size=1, max_size=4), min_size=1, max_size=4)
+STOPS = st.lists(st.text("ab\n👍", min_size=1, max_size=4), min_size=1, max_size=8)
 
 
 @given(text=st.text("ab\n👍", max_size=30), stops=STOPS, include=st.booleans(), least=st.integers(0, 6))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 def test_stop_strings_are_found_as_by_a_search_of_all_text(
     text: str, stops: list[str], include: bool, least: int
 ) -> None:
@@ -193,8 +216,8 @@ def test_stop_strings_are_found_as_by_a_search_of_all_text(
         assert detokenizer.num_tokens == shortest
 
 
-@given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=4))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=12))
+@settings(max_examples=200)
 def test_only_what_may_become_a_stop_string_is_held(text: str, stops: list[str]) -> None:
     checker = StopChecker(stops)
     for length in range(1, len(text) + 1):

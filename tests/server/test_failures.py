@@ -1,4 +1,4 @@
-"""Whatever dies takes the job down: soon, with the reason in the last line, and with nothing left over."""
+"""Whatever dies takes the job down, with the reason in the last line, and with nothing left over."""
 
 import os
 import shutil
@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from hetis.models.hub import PACKAGED
 from tests.server.fleet_process import SHIM, FleetProcess
 
-END_SECONDS = 15.0
-STEP_TIMEOUT = 5.0
+pytestmark = pytest.mark.process
+STEP_TIMEOUT = 10.0
 
 # so that every rank is needed: the small model would stay on the primary otherwise
 EVERYBODY = "dispatch=even"
 NAMES = {"rank 0": "rank 0 (primary on cpu)", "rank 1": "rank 1 (attention worker on cpu)", "driver": "the driver"}
 LONG = ("generate", "--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--device", "cpu")
+LONG += ("--log-level", "error", "--prompt", "It was", "--prompt", "The")
 EVERYBODY_HERE = ("--dispatch", "even")  # the same on the command line
 
 
@@ -36,9 +36,9 @@ def shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if "hetis" in name}
 
 
-def check_end(fleet: FleetProcess, *words: str, seconds: float = END_SECONDS) -> None:
+def check_end(fleet: FleetProcess, *words: str) -> None:
     """All processes ended, badly, and the last line has all `words`."""
-    code = fleet.wait(seconds)
+    code = fleet.wait()
     assert code != 0
     last = verdict(fleet)
     assert all(word in last for word in words), f"{words} are not all in {last!r}:\n{fleet.text()}"
@@ -102,7 +102,7 @@ def test_a_killed_process_takes_a_loading_fleet_down(directory: Path, victim: st
 def test_a_front_end_that_is_killed_leaves_nothing(directory: Path) -> None:
     with start_busy(directory) as fleet:
         fleet.hurt("front", signal.SIGKILL)
-        assert fleet.wait(END_SECONDS) == -signal.SIGKILL
+        assert fleet.wait() == -signal.SIGKILL
         assert fleet.leftovers() == []
 
 
@@ -110,7 +110,7 @@ def test_a_front_end_that_is_killed_leaves_nothing(directory: Path) -> None:
 def test_a_rank_that_raises_shows_its_traceback(directory: Path, when: str) -> None:
     variables = {"PYTHONPATH": str(SHIM), "FAILING_RANK": f"1:{when}"}
     with FleetProcess.script(directory, "1+1", "busy", **variables) as fleet:
-        check_end(fleet, NAMES["rank 1"], "MemoryError: planted failure", seconds=60)
+        check_end(fleet, NAMES["rank 1"], "MemoryError: planted failure")
         tracebacks = [line for line in fleet.err if line.startswith("Traceback")]
         assert "hetis: rank 1 on cpu failed:" in fleet.err[0]
         assert fleet.err[1] == tracebacks[0]
@@ -118,8 +118,8 @@ def test_a_rank_that_raises_shows_its_traceback(directory: Path, when: str) -> N
 
 def test_a_rank_that_stops_while_it_measures_is_found(directory: Path) -> None:
     variables = {"PYTHONPATH": str(SHIM), "FAILING_RANK": "1:stopping"}
-    with FleetProcess.script(directory, "1+1", "idle", "step_timeout=3", **variables) as fleet:
-        check_end(fleet, NAMES["rank 1"], "gave no sign of life", seconds=60)
+    with FleetProcess.script(directory, "1+1", "idle", f"step_timeout={STEP_TIMEOUT}", **variables) as fleet:
+        check_end(fleet, NAMES["rank 1"], f"did not answer within --step-timeout ({STEP_TIMEOUT:g} s)")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_rank_that_stops_while_it_measures_is_found(directory: Path) -> None:
         ("rank 1", "busy"),
         ("rank 1", "idle"),
         ("driver", "busy"),
-        pytest.param("driver", "idle", marks=pytest.mark.slow),
+        ("driver", "idle"),
     ],
 )
 def test_a_stopped_process_is_named_after_the_step_timeout(directory: Path, victim: str, phase: str) -> None:
@@ -137,7 +137,7 @@ def test_a_stopped_process_is_named_after_the_step_timeout(directory: Path, vict
         fleet.hurt(victim, signal.SIGSTOP)
         if phase == "idle":
             fleet.say("go on")
-        check_end(fleet, NAMES[victim], "stopped", seconds=STEP_TIMEOUT + END_SECONDS)
+        check_end(fleet, NAMES[victim], "stopped")
 
 
 def test_another_primary_that_is_killed_is_named(directory: Path) -> None:
@@ -146,12 +146,11 @@ def test_another_primary_that_is_killed_is_named(directory: Path) -> None:
         check_end(fleet, "rank 1 (primary on cpu)", "was killed by SIGKILL")
 
 
-def test_a_truncated_checkpoint_is_told_in_one_sentence(directory: Path, tmp_path: Path) -> None:
-    broken = shutil.copytree(PACKAGED, tmp_path / "broken")
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with FleetProcess.script(directory, "1+1", "idle", f"model={broken}") as fleet:
-        check_end(fleet, "FleetRefusedError: ", str(weights), seconds=60)
+def test_a_mistake_that_only_a_rank_sees_is_told_in_one_sentence(directory: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"stages": [{"primaries": [{}]}], "attention": [{"device": "cuda:99"}]}')
+    with FleetProcess.script(directory, str(plan), "idle") as fleet:
+        check_end(fleet, "FleetRefusedError: ", "device cuda:99 does not exist")
         assert not any("rank" in line for line in fleet.err), "ranks must not show tracebacks of a user's mistake"
 
 
@@ -181,31 +180,28 @@ def test_under_torchrun_a_killed_process_takes_a_loading_fleet_down(directory: P
 
 def test_under_torchrun_its_own_summary_has_the_reason(directory: Path) -> None:
     with start_torchrun(directory, PYTHONPATH=str(SHIM), FAILING_RANK="1:step") as fleet:
-        check_end(fleet, NAMES["rank 1"], "MemoryError: planted failure", seconds=60)
+        check_end(fleet, NAMES["rank 1"], "MemoryError: planted failure")
         root_cause = fleet.err[max(i for i, line in enumerate(fleet.err) if "Root Cause" in line) :]
         assert any("MemoryError: planted failure" in line for line in root_cause), fleet.text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank 1", "driver"])
 def test_under_torchrun_a_stopped_process_is_named(directory: Path, victim: str) -> None:
     with start_torchrun(directory) as fleet:
         fleet.wait_for("[0]")
         fleet.hurt(victim, signal.SIGSTOP)
-        check_end(fleet, NAMES[victim], "stopped", seconds=STEP_TIMEOUT + END_SECONDS)
+        check_end(fleet, NAMES[victim], "stopped")
 
 
 def test_killing_torchrun_leaves_nothing(directory: Path) -> None:
     with start_torchrun(directory) as fleet:
         fleet.wait_for("[0]")
         fleet.hurt("torchrun", signal.SIGKILL)
-        assert fleet.wait(END_SECONDS) == -signal.SIGKILL
+        assert fleet.wait() == -signal.SIGKILL
         assert fleet.leftovers() == []
 
 
 # --- Ctrl-C, many at once ---------------------------------------------------------------------------------------------
-
-CTRL_C_SECONDS = 5.0
 
 
 @pytest.mark.parametrize("phase", ["busy", "idle", "loading"])
@@ -216,7 +212,7 @@ def test_ctrl_c_ends_everything(directory: Path, phase: str) -> None:
         else:
             fleet.wait_for("token" if phase == "busy" else "ready")
         fleet.hurt("front", signal.SIGINT)
-        assert fleet.wait(CTRL_C_SECONDS) == -signal.SIGINT  # as Python ends a script on Ctrl-C; shells say 130
+        assert fleet.wait() == -signal.SIGINT  # as Python ends a script on Ctrl-C; shells say 130
         assert "KeyboardInterrupt" in fleet.err[-1]
         assert fleet.leftovers() == []
 
@@ -225,7 +221,7 @@ def test_ctrl_c_ends_the_command_line(directory: Path) -> None:
     with FleetProcess([sys.executable, "-m", "hetis", *LONG, "--plan", "1+1"], directory) as fleet:
         fleet.wait_for("[0]")
         fleet.hurt("front", signal.SIGINT)
-        assert fleet.wait(CTRL_C_SECONDS) == 130
+        assert fleet.wait() == 130
         assert fleet.err == []
         assert fleet.leftovers() == []
 
@@ -235,12 +231,12 @@ def test_ctrl_c_ends_everything_under_torchrun(directory: Path) -> None:
         fleet.wait_for("[0]")
         fleet.members()
         os.killpg(fleet.process.pid, signal.SIGINT)  # as a terminal does
-        assert fleet.wait(CTRL_C_SECONDS) != 0
+        assert fleet.wait() != 0
         assert not [line for line in fleet.err if line.startswith("hetis: ")], "nothing failed"
         assert fleet.leftovers() == []
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, 8])
 def test_many_fleets_start_at_once(directory: Path, count: int) -> None:
     fleets = [FleetProcess.script(directory, "1+0", "idle") for _ in range(count)]
     with ExitStack() as stack:
@@ -250,5 +246,5 @@ def test_many_fleets_start_at_once(directory: Path, count: int) -> None:
             fleet.wait_for("ready")
         for fleet in fleets:
             fleet.say("go on")
-        assert [fleet.wait(60) for fleet in fleets] == [0] * count
+        assert [fleet.wait() for fleet in fleets] == [0] * count
     assert os.listdir(directory) == []

@@ -1,6 +1,9 @@
 """Fleets come and go with their `LLM`, and what cannot be is refused before one starts."""
 
 import gc
+import inspect
+import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -8,25 +11,33 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
-from hetis import LLM, SamplingParams
+import hetis
+from hetis import LLM, EngineConfig, SamplingParams
+from hetis.models.end_tokens import read_eos_token_ids
+from hetis.models.hub import PACKAGED
 from hetis.server.client import EngineDeadError
+from hetis.server.launch import end_of_sequence_ids
+from hetis.server.tokenizer import load_tokenizer
 from tests.checkpoints import greedy_reference, load_reference, make_checkpoint, make_tokenizer
+from tests.processes import DEADLINE, family
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0)
 SMALL: dict[str, Any] = {"device": "cpu", "kv_cache_memory": "16MiB"}
 
 
-def children() -> set[int]:
-    return {process.pid for process in psutil.Process().children(recursive=True)}
+def children() -> set[psutil.Process]:
+    return set(family(psutil.Process())[1:])
 
 
-def wait_until_gone(pids: set[int]) -> None:
-    deadline = time.monotonic() + 15
-    while pids & set(psutil.pids()):
-        assert time.monotonic() < deadline, f"still there: {pids & set(psutil.pids())}"
+def wait_until_gone(processes: set[psutil.Process]) -> None:
+    """Looks without reaping: whoever started them wants to know how they ended."""
+    deadline = time.monotonic() + DEADLINE
+    while left := [process for process in processes if process.is_running()]:
+        assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.02)
 
 
@@ -89,7 +100,9 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         'print(len(llm.generate("It", SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0].token_ids))\n'
         'print("torch" in sys.modules)\n'
     )
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=DEADLINE
+    )
     assert (result.returncode, result.stdout.split(), result.stderr) == (0, ["3", "False"], "")
 
 
@@ -97,7 +110,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"plan": "1+x"}, ["1+x"]),
-        ({"plan": "9+0"}, ["4"]),  # head groups
+        ({"plan": "0+1"}, ["0+1", "no primary"]),
         ({"plan": "nowhere.json"}, ["nowhere.json"]),
         ({"model": "/no/such/directory"}, ["/no/such/directory"]),
         ({"dtype": "float8"}, ["dtype", "float8"]),
@@ -107,7 +120,18 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         ({"max_model_len": -1}, ["max_model_len"]),
         ({"kv_cache_memory": "2 parsecs"}, ["2 parsecs"]),
         ({"kv_cache_memory": {3: "1GiB"}}, ["3"]),
-        ({"tensor_parallel_size": 2}, ["tensor_parallel_size"]),
+        ({"kv_cache_memory": {"first": "1GiB"}}, ["kv_cache_memory", "first"]),
+        ({"kv_cache_memory": 2**70}, [str(2**70), "more than any memory"]),
+        ({"tensor_parallel_size": 2}, ["LLM has no option tensor_parallel_size; known: model, revision, "]),
+        ({"plan": {"stages": [{"primaries": [{"heads": 3}]}]}}, ["plan", "heads"]),
+        ({"plan": {"stages": []}}, ["plan", "no stage"]),
+        ({"plan": 5}, ["plan is 5"]),
+        ({"seed": 2**64}, ["seed", str(2**64), "64-bit"]),
+        ({"seed": -(2**63) - 1}, ["seed", "64-bit"]),
+        ({"max_num_seqs": 2**40}, ["max_num_seqs", str(2**40)]),
+        ({"tokenizer": "/no/such"}, ["tokenizer '/no/such'"]),
+        ({"revision": "v9"}, ["revision 'v9'", "has no revisions"]),
+        ({"trace": "/no/such/folder/trace.json"}, ["trace file /no/such/folder/trace.json", "No such file"]),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(options: dict[str, Any], words: list[str]) -> None:
@@ -124,6 +148,42 @@ def test_what_does_not_fit_the_memory_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"rank 0.*\d"):
         LLM(device="cpu", kv_cache_memory="1KiB")
     wait_until_gone(children() - before)
+
+
+def test_a_plan_may_be_given_as_a_dict(tmp_path: Path) -> None:
+    plan = {"stages": [{"primaries": [{"device": "cpu", "kv_memory": "16MiB"}]}], "attention": [{"kv_memory": "8MiB"}]}
+    with LLM(plan=plan, device="cpu") as llm:
+        stats = llm.fleet_stats()
+    assert [member.role for member in stats.members] == ["primary", "attention worker"]
+    assert stats.members[0].pages_total == 2 * stats.members[1].pages_total
+
+
+def test_the_tokenizers_end_of_sequence_ends_it_as_well(tmp_path: Path) -> None:
+    """As fine-tunes for chat have it: the config still names the base model's."""
+    directory = Path(shutil.copytree(PACKAGED, tmp_path / "model"))
+    end = 300
+    content = load_tokenizer(PACKAGED, None).convert_ids_to_tokens(end)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": content}))
+    other, own = EngineConfig(tokenizer=str(directory)), read_eos_token_ids(PACKAGED, 3072)
+    assert own
+    assert end_of_sequence_ids(EngineConfig(), directory, 3072) == [*own, end]
+    assert end_of_sequence_ids(other, PACKAGED, 3072) == [*own, end]
+    assert end_of_sequence_ids(other, PACKAGED, end) == own, "the model has no such token"
+    with LLM(directory, **SMALL) as llm:
+        params = SamplingParams(max_tokens=9, min_tokens=2, temperature=0, logit_bias={end: 100.0})
+        completion = llm.generate("It was", params)[0].outputs[0]
+        assert (completion.token_ids[2:], completion.finish_reason, completion.stop_reason) == ([end], "stop", None)
+        assert end not in completion.token_ids[:2]
+
+
+def test_help_shows_every_option_with_its_default() -> None:
+    shown = inspect.signature(LLM).parameters
+    fields = {field.name: field.default for field in msgspec.structs.fields(EngineConfig)}
+    assert {name: shown[name].default for name in shown if name != "unknown"} == fields
+
+
+def test_public_names() -> None:
+    assert all(getattr(hetis, name).__name__ == name for name in hetis.__all__)
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:

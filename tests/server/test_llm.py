@@ -4,6 +4,7 @@ import math
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -96,6 +97,50 @@ def test_bad_requests_are_refused_before_anything_runs(tiny: LLM, prompt: Any, p
         tiny.generate(prompt, params)
 
 
+def test_prompts_in_vllms_forms_and_as_arrays(tiny: LLM) -> None:
+    ids = tokenizer().encode(PROMPTS[0])
+    forms = [{"prompt": PROMPTS[0]}, {"prompt_token_ids": ids}, torch.tensor(ids), np.array(ids), PROMPTS[0]]
+    outputs = tiny.generate(forms, GREEDY)
+    assert [output.prompt for output in outputs] == [PROMPTS[0], None, None, None, PROMPTS[0]]
+    assert {tuple(output.prompt_token_ids) for output in outputs} == {tuple(ids)}
+    assert {output.outputs[0].text for output in outputs} == {outputs[0].outputs[0].text}
+    assert one(tiny.generate({"prompt": PROMPTS[0]}, GREEDY)).text == outputs[0].outputs[0].text
+
+
+def test_a_chat_is_its_template_filled_in(tiny: LLM) -> None:
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}bot:"
+    conversations = [[{"role": "user", "content": text}] for text in PROMPTS]
+    outputs = tiny.chat(conversations, GREEDY, chat_template=template)
+    assert [output.prompt for output in outputs] == [f"user: {text}\nbot:" for text in PROMPTS]
+    assert outputs[1].outputs[0].text == one(tiny.generate(f"user: {PROMPTS[1]}\nbot:", GREEDY)).text
+    assert one(tiny.chat(conversations[1], GREEDY, chat_template=template)).text == outputs[1].outputs[0].text
+    with pytest.raises(ValueError, match="no chat template"):
+        tiny.chat(conversations, GREEDY)
+
+
+def test_the_tokenizer_is_that_of_transformers(tiny: LLM) -> None:
+    assert tiny.get_tokenizer().encode(PROMPTS[0]) == tokenizer().encode(PROMPTS[0])
+
+
+# --- requests that fail -----------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_cannot_be_sampled_fails_alone(tiny: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    nothing_left = SamplingParams(max_tokens=8, min_tokens=2, stop_token_ids=range(tiny.vocab_size), logprobs=1)
+    outputs = tiny.generate(PROMPTS, [GREEDY, nothing_left, GREEDY])
+    good, failed = [outputs[0].outputs[0], outputs[2].outputs[0]], outputs[1].outputs[0]
+    assert [completion.token_ids for completion in good] == [greedy(PROMPTS[0], 12), greedy(PROMPTS[2], 12)]
+    assert [completion.error for completion in good] == [None, None]
+    assert (failed.finish_reason, failed.stop_reason, failed.token_ids, failed.text) == ("error", None, [], "")
+    assert failed.error is not None
+    assert "min_tokens" in failed.error
+    assert outputs[1].finished
+    assert f"1 of 3 prompts failed; prompt 1: {failed.error}" in caplog.text
+    pieces = [piece for piece in tiny.stream(PROMPTS, [GREEDY, nothing_left, GREEDY]) if piece.finished]
+    reasons = {piece.prompt_index: (piece.finish_reason, piece.error) for piece in pieces}
+    assert reasons == {0: ("length", None), 1: ("error", failed.error), 2: ("length", None)}
+
+
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +225,13 @@ def test_a_stop_string_across_token_borders_ends_the_text(tiny: LLM) -> None:
     assert len(completion.token_ids) < 30
     shown = SamplingParams(max_tokens=30, temperature=0, stop=stop, include_stop_str_in_output=True)
     assert one(tiny.generate(PROMPTS[0], shown)).text == full.text[: full.text.index(stop) + len(stop)]
+
+
+def test_any_number_of_stop_strings(tiny: LLM) -> None:
+    full = one(tiny.generate(PROMPTS[0], SamplingParams(max_tokens=30, temperature=0))).text
+    stops = [*(f"never {n}" for n in range(50)), full[20:27]]
+    completion = one(tiny.generate(PROMPTS[0], SamplingParams(max_tokens=30, temperature=0, stop=stops)))
+    assert (completion.text, completion.stop_reason) == (full[: full.index(full[20:27])], full[20:27])
 
 
 def test_streamed_text_never_shows_part_of_a_stop_string(tiny: LLM) -> None:

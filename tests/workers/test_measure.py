@@ -16,6 +16,7 @@ from hetis.workers.primary import PrimaryRank
 from hetis.workers.rank import build_member
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_fleet import LocalFleet
+from tests.processes import DEADLINE
 
 CPU = torch.device("cpu")
 Member = PrimaryRank | AttentionRank
@@ -46,7 +47,7 @@ def in_parallel(*calls: Callable[[], object]) -> list[object]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(DEADLINE)
         assert not thread.is_alive(), "ranks wait for each other"
     return results
 
@@ -69,7 +70,7 @@ def test_every_part_of_a_fleet_can_be_measured_and_fitted(directory: Path) -> No
         assert (found.rank, found.dense, found.request) == (rank, [], [])
         assert found.seconds > 0
         assert found.read_bytes_per_us > 0
-        assert fit_attention(found.attention).b_us_per_byte >= 0
+        assert fit_attention(found.attention).time_us(1, 1) > 0
         per_token = spec.kv_bytes_per_token(1, setup.dtype)
         for sample in found.attention:
             lanes = sample.heads // spec.queries_per_group
@@ -84,16 +85,35 @@ def test_every_part_of_a_fleet_can_be_measured_and_fitted(directory: Path) -> No
     assert one.dense == other.dense, "they agree about times, and so about when to stop"
     assert [sample.num_tokens for sample in one.dense] == sorted(sample.num_tokens for sample in one.dense)
     assert fit_dense(one.dense, 1000, 4000).time_us(4000, 2000) > 0
-    assert fit_prefill(one.prefill).us_per_pair >= 0
+    assert len({sample.pairs for sample in one.prefill}) > 2, "a line needs points"
+    assert fit_prefill(one.prefill).time_us(max(sample.pairs for sample in one.prefill)) > 0
 
     command = MeasureLink(primary=1, worker=2, seconds=0.02)
     mine, its = measure(command, second, worker)
-    assert fit_transfer(mine.request).alpha_us >= 0
-    assert fit_transfer(mine.reply).alpha_us >= 0
+    for samples in (mine.request, mine.reply):
+        sizes = [sample.num_bytes for sample in samples]
+        assert sizes == sorted(sizes)
+        assert len(set(sizes)) > 2, "a line needs points"
+        assert fit_transfer(samples).time_us(sizes[-1]) > 0
     assert (its.rank, its.request, its.reply) == (2, [], [])
     sent = second.stats().bytes_sent | worker.stats().bytes_sent
     assert set(sent.values()) == {0}, "what was sent for measuring is nobody's traffic"
     for member in (first, second, worker):
+        member.close()
+
+
+def test_a_primary_without_head_groups_has_layers_and_no_prompts(directory: Path) -> None:
+    """Nor links; with others it agrees about times. Its pool is empty, which measuring its device does not mind."""
+    setup, members = build(directory, "3+1")
+    *homes, idle = members[:3]
+    assert setup.num_pages[2] == 0
+    assert (idle.stats().bytes_sent, idle.stats().bytes_received) == ({}, {})
+    one, _, its = measure(Measure(part="dense", seconds=0.05), *homes, idle)
+    assert its.dense == one.dense
+    assert (len(one.prefill) > 0, its.prefill) == (True, [])
+    [found] = measure(Measure(part="attention", seconds=0.02), idle)
+    assert fit_attention(found.attention).time_us(1, 1000) > 0
+    for member in members:
         member.close()
 
 
@@ -103,8 +123,11 @@ def test_a_worker_of_two_stages_answers_on_both_links(directory: Path) -> None:
     plan.write_text('{"stages": [{"layers": 1, "primaries": [{}]}, {"primaries": [{}]}], "attention": [{}]}')
     _, members = build(directory, str(plan))
     for primary in (0, 1):
-        measure(Measure(part="dense", seconds=0.01), members[primary])
-        measure(MeasureLink(primary=primary, worker=2, seconds=0.01), members[primary], members[2])
+        [found] = measure(Measure(part="dense", seconds=0.01), members[primary])
+        assert (found.rank, bool(found.dense)) == (primary, True)
+        mine, its = measure(MeasureLink(primary=primary, worker=2, seconds=0.01), members[primary], members[2])
+        assert (mine.rank, bool(mine.request), bool(mine.reply)) == (primary, True, True)
+        assert (its.rank, its.request, its.reply) == (2, [], [])
     for member in members:
         member.close()
 

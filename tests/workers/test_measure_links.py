@@ -10,6 +10,7 @@ from hetis.comm.links.base import Link
 from hetis.comm.links.local import local_pair
 from hetis.comm.links.staged import StagedLink
 from hetis.workers.measure_links import NUM_SIZES, answer_probes, probe_link
+from tests.processes import DEADLINE
 
 CPU = torch.device("cpu")
 SMALLEST, LARGEST = (96, 40), (96 * 500 + 17, 40 * 64)
@@ -32,7 +33,7 @@ def test_both_directions_from_a_lane_to_the_largest_message(ends: tuple[Link, Li
     server = threading.Thread(target=answer_probes, args=(worker, CPU))
     server.start()
     request, reply = probe_link(primary, CPU, SMALLEST, LARGEST, 0.05)
-    server.join(30)
+    server.join(DEADLINE)
     assert not server.is_alive()
     for samples, lane_bytes, most_bytes in zip((request, reply), SMALLEST, LARGEST, strict=True):
         sizes = [sample.num_bytes for sample in samples]

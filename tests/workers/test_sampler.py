@@ -11,6 +11,7 @@ from torch import Tensor
 from hetis.core.sampled import TokenLogprobs
 from hetis.core.sampling_params import SamplingParams
 from hetis.workers import draw, scoring, vocabulary
+from hetis.workers.logit_edits import LogitEdits
 from hetis.workers.sampler import Sampled, Sampler
 
 EOS = 3
@@ -111,7 +112,7 @@ def test_greedy_takes_the_first_of_the_best(size: int, dtype: torch.dtype, devic
         sampler_for([SamplingParams(temperature=0)] * 4, size, device), logits, [0, 1, 2, 3], [9] * 4, device
     )
     assert sampled.token_R.tolist() == [row.index(max(row)) for row in logits.tolist()]
-    assert sampled.invalid_rows() == []
+    assert sampled.errors == {}
     assert sampled.logprobs == []
 
 
@@ -376,8 +377,8 @@ def test_rows_that_are_not_finite_are_reported_and_harm_no_other(
     sampler = sampler_for([params] * 3, 1000, device)
     observe_prompts(sampler, 3, 6, 1000)
     good, found = (sample(sampler, x, [0, 1, 2], [6] * 3, device) for x in (logits, broken))
-    assert good.invalid_rows() == []
-    assert found.invalid_rows() == [1]
+    assert good.errors == {}
+    assert found.errors == {1: "the model produced logits that are not finite."}
     assert found.token_R[[0, 2]].tolist() == good.token_R[[0, 2]].tolist()
     assert 0 <= found.token_R[1] < 1000
 
@@ -385,8 +386,52 @@ def test_rows_that_are_not_finite_are_reported_and_harm_no_other(
 def test_a_row_without_any_allowed_token_is_reported(device: str) -> None:
     params = SamplingParams(min_tokens=1, stop_token_ids=range(8))
     sampler = sampler_for([params], 8, device)
-    assert sample(sampler, torch.zeros(1, 8), [0], [4], device).invalid_rows() == [0]
-    assert sample(sampler, torch.zeros(1, 8), [0], [5], device).invalid_rows() == []
+    assert "min_tokens" in sample(sampler, torch.zeros(1, 8), [0], [4], device).errors[0]
+    assert sample(sampler, torch.zeros(1, 8), [0], [5], device).errors == {}
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300])
+def test_penalties_that_overflow_are_the_requests_fault(penalty: float, device: str) -> None:
+    params = SamplingParams(temperature=0, repetition_penalty=penalty)
+    sampler = sampler_for([params, SamplingParams(temperature=0)], 6, device)
+    observe_prompts(sampler, 2, 4, 6)
+    logits = torch.tensor([1.0, 2.0, 0.0, 3.0, -1.0, 0.0]).expand(2, -1)
+    found = sample(sampler, logits, [0, 1], [4, 4], device)
+    assert found.errors.keys() == {0}
+    assert "penalties" in found.errors[0]
+    assert found.token_R[1] == 3
+
+
+def test_ends_beyond_the_vocabulary_ban_nothing(device: str) -> None:
+    """A generation_config.json of another model: such an id is no token, and -1 is not the last one."""
+    sampler = Sampler(1, 8, eos_token_ids=[EOS, 8, 128_009, -1], device=device)
+    sampler.add(0, SamplingParams(temperature=0, min_tokens=2), 4, 0)
+    logits = torch.arange(8.0).unsqueeze(0)
+    assert sample(sampler, logits, [0], [4], device).token_R.tolist() == [7]
+    logits[0, EOS] = 100
+    assert sample(sampler, logits, [0], [4], device).token_R.tolist() == [7]
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_row_that_raises_costs_no_other_row_anything(
+    logprobs: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [SamplingParams(temperature=temperature, logprobs=logprobs) for temperature in (0, 1, 1, 0.5)]
+    sampler, logits = sampler_for(params, 50, device), random_logits(4, 50)
+    expected = sample(sampler, logits, [0, 1, 2, 3], [6] * 4, device)
+    apply = LogitEdits.apply
+
+    def failing(edits: LogitEdits, logits_RV: Tensor, slot_R: np.ndarray, position_R: np.ndarray) -> Tensor:
+        if 2 in slot_R:
+            raise IndexError("planted")
+        return apply(edits, logits_RV, slot_R, position_R)
+
+    monkeypatch.setattr(LogitEdits, "apply", failing)
+    found = sample(sampler, logits, [0, 1, 2, 3], [6] * 4, device)
+    assert found.errors == {2: "sampling failed (IndexError: planted)."}
+    assert found.token_R.tolist() == [*expected.token_R[:2], 0, expected.token_R[3]]
+    others = [0, 1, 3]
+    assert [found.logprobs[row] for row in others if logprobs] == [expected.logprobs[row] for row in others if logprobs]
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------------------

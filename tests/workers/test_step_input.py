@@ -46,7 +46,7 @@ class Step:
         self.owners = {slot: [draw.choice([PRIMARY, *WORKERS]) for _ in range(GROUPS)] for slot in range(SLOTS)}
         order = draw.sample(range(SLOTS), SLOTS)
         num_decode = draw.randrange(SLOTS + 1)
-        self.decode = [(slot, draw.randrange(60), 1) for slot in order[:num_decode]]
+        self.decode = [(slot, draw.randrange(50), draw.choice((1, 1, 5))) for slot in order[:num_decode]]
         self.prefill = []
         for slot in order[num_decode:]:
             start = draw.randrange(30)
@@ -63,7 +63,7 @@ class Step:
             for rank, t in self.pages.items()
         ]
         new = [
-            NewSequence(slot=s, owners=int32(o), prompt_len=1, prefill_len=1, seed=0, params=SamplingParams())
+            NewSequence(slot=s, owners=int32(o), prompt_len=1, seed=0, params=SamplingParams())
             for s, o in self.owners.items()
         ]
         slots, starts, counts = (int32([row[i] for row in self.rows]) for i in range(3))
@@ -90,6 +90,17 @@ def cells() -> list[tuple[int, int]]:
     return [(lane, w) for lane in range(SLOTS * GROUPS) for w in range(16)]
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("span", [(0, 0), (3, 3), (GROUPS, GROUPS)])
+def test_without_head_groups_there_are_tokens_alone(seed: int, span: tuple[int, int]):
+    command, primary = Step(seed).command(), make_planner(PRIMARY)
+    primary.apply(command)
+    found = primary.primary_input(command, span, WORKERS)
+    assert found.token_T.tolist() == list(range(found.num_tokens))
+    assert len(found.position_T) == found.num_tokens > 0
+    assert (len(found.append), len(found.local), found.prefill, found.routes) == (0, 0, None, [])
+
+
 @pytest.mark.parametrize("span", [(0, GROUPS), (2, 5), (1, 2)])
 @pytest.mark.parametrize("seed", range(8))
 def test_against_loops(seed: int, span: tuple[int, int]):
@@ -100,7 +111,8 @@ def test_against_loops(seed: int, span: tuple[int, int]):
     found = primary.primary_input(command, span, WORKERS)
 
     local, appended, remote = [], [], {w: [] for w in WORKERS}
-    for token, (slot, position, _) in enumerate(step.decode):
+    decoded = [(slot, start + i) for slot, start, count in step.decode for i in range(count)]
+    for token, (slot, position) in enumerate(decoded):
         for group in range(*span):
             lane, row = slot * GROUPS + group, token * width + group - first
             if step.owners[slot][group] == PRIMARY:
@@ -108,7 +120,7 @@ def test_against_loops(seed: int, span: tuple[int, int]):
                 appended.append((row, step.slot_of(PRIMARY, lane, position)))
             else:
                 remote[step.owners[slot][group]].append((lane, row, position))
-    prompts, token = {w: [] for w in WORKERS}, len(step.decode)
+    prompts, token = {w: [] for w in WORKERS}, len(decoded)
     for slot, start, count in step.prefill:
         for position in range(start, start + count):
             for group in range(*span):
@@ -125,7 +137,7 @@ def test_against_loops(seed: int, span: tuple[int, int]):
     lengths = [length for *_, length in local]
     assert found.local.kv_tokens == (sum(lengths) + sum(min(length, WINDOWS[1]) for length in lengths)) / 2
     assert list(zip(found.append.row_A.tolist(), found.append.slot_A.tolist(), strict=True)) == appended
-    assert found.num_tokens == token
+    assert (found.num_tokens, found.num_decode) == (token, len(decoded))
     assert found.position_T.tolist() == [s + i for _, s, count in step.rows for i in range(count)]
     if step.prefill:
         assert found.prefill.context_C.tolist() == [start + count for _, start, count in step.prefill]

@@ -9,18 +9,22 @@ from hetis.comm.links.staged import PageLock, StagedLink
 from hetis.comm.links.tcp import open_tcp
 from hetis.comm.links.torchdist import open_torchdist
 from hetis.comm.rendezvous import Rendezvous
-from hetis.core.fleet import DeviceInfo
+from hetis.core.fleet import DeviceInfo, joined_by_nccl
 
 KINDS = ("local", "shm", "torchdist", "tcp")
 
 
 def choose_link(primary: DeviceInfo, worker: DeviceInfo) -> str:
-    """The fastest kind of link that joins two ranks."""
+    """The fastest kind of link that joins two ranks.
+
+    Ranks that share a GPU wait for messages on the host: the GPU runs one of two processes at a time, so a kernel that
+    waits for the other process would spin through its own turn.
+    """
     same_host = primary.host == worker.host
-    if same_host and primary.pid == worker.pid:
+    if same_host and primary.pid == worker.pid and primary.place == worker.place:
         return "local"
-    if _is_cuda(primary) and _is_cuda(worker) and not (same_host and primary.device == worker.device):
-        return "torchdist"  # NCCL, which refuses two ranks on one GPU
+    if joined_by_nccl((primary, worker)):
+        return "torchdist"
     return "shm" if same_host else "tcp"
 
 
@@ -76,7 +80,7 @@ def open_link(
             timeout=timeout,
             spin_us=spin_us,
         )
-        page_lock = PageLock(inner.segment.memory_B) if staged else None
+        page_lock = PageLock(inner.segment.memory_B, device) if staged else None
     elif kind == "tcp":
         inner = open_tcp(
             rendezvous,
@@ -91,7 +95,3 @@ def open_link(
     else:
         raise ValueError(f"unknown link kind {kind!r}: choose one of {', '.join(KINDS)}.")
     return StagedLink(inner, device, max_send_bytes, max_recv_bytes, page_lock) if staged else inner
-
-
-def _is_cuda(info: DeviceInfo) -> bool:
-    return info.device.startswith("cuda")

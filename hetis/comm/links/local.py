@@ -1,13 +1,30 @@
-"""Link between two threads of one process, for tests and for roles that share a process."""
+"""Link between two threads of one process and one device, for tests and for roles that share a process.
+
+Threads on a GPU may have streams of their own, so each slot carries the points in them after which it may be touched.
+"""
 
 import threading
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hetis.comm.links.base import NUM_SLOTS, Link, check_agreement, check_size
 from hetis.comm.rendezvous import Rendezvous
+from hetis.comm.streams import StreamEvent
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    memory_B: Tensor
+    written: StreamEvent
+    read: StreamEvent
+
+    @classmethod
+    def allocate(cls, max_bytes: int, device: torch.device) -> "_Slot":
+        memory_B = torch.empty(max_bytes, dtype=torch.uint8, device=device)
+        return cls(memory_B, StreamEvent(device), StreamEvent(device))
 
 
 class _Channel:
@@ -16,8 +33,8 @@ class _Channel:
     def __init__(self, max_bytes: int, device: torch.device) -> None:
         self.max_bytes = max_bytes
         self.changed = threading.Condition()
-        self.free = deque(torch.empty(max_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS))
-        self.sent: deque[tuple[Tensor, int]] = deque()
+        self.free = deque(_Slot.allocate(max_bytes, device) for _ in range(NUM_SLOTS))
+        self.sent: deque[tuple[_Slot, int]] = deque()
         self.is_closed = False
 
 
@@ -32,9 +49,12 @@ class LocalLink(Link):
         check_size(num_bytes, self._out.max_bytes)
         self._wait(self._out, self._out.free)
         self._pending_bytes = num_bytes
-        return self._out.free[0][:num_bytes]
+        slot = self._out.free[0]
+        slot.read.wait()
+        return slot.memory_B[:num_bytes]
 
     def send(self) -> None:
+        self._out.free[0].written.record()
         with self._out.changed:
             self._out.sent.append((self._out.free.popleft(), self._pending_bytes))
             self._out.changed.notify_all()
@@ -46,9 +66,11 @@ class LocalLink(Link):
         slot, sent_bytes = self._in.sent[0]
         check_agreement(num_bytes, sent_bytes)
         self.bytes_received += num_bytes
-        return slot[:num_bytes]
+        slot.written.wait()
+        return slot.memory_B[:num_bytes]
 
     def release(self) -> None:
+        self._in.sent[0][0].read.record()
         with self._in.changed:
             self._in.free.append(self._in.sent.popleft()[0])
             self._in.changed.notify_all()
@@ -59,7 +81,7 @@ class LocalLink(Link):
                 channel.is_closed = True
                 channel.changed.notify_all()
 
-    def _wait(self, channel: _Channel, queue: "deque[Tensor] | deque[tuple[Tensor, int]]") -> None:
+    def _wait(self, channel: _Channel, queue: "deque[_Slot] | deque[tuple[_Slot, int]]") -> None:
         with channel.changed:
             channel.changed.wait_for(lambda: bool(queue) or channel.is_closed)
             if not queue:

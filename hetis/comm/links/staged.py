@@ -9,13 +9,14 @@ copy from and to, so a message crosses the bus once and is not copied again.
 """
 
 import logging
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hetis.comm.links.base import NUM_SLOTS, Link, check_size
+from hetis.comm.streams import StreamEvent
 
 _log = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ class StagedLink(Link):
         self._limits = (max_send_bytes, max_recv_bytes)
         self._out = [torch.empty(max_send_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self._in = [torch.empty(max_recv_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
-        self._copies = _Copies(device)
+        self._copied_out, self._copied_in = StreamEvent(device), StreamEvent(device)
         self._num_sent, self._num_received, self._pending_bytes = 0, 0, 0
-        self._wait_for_last_copy: Callable[[], None] | None = None  # out of the host slot that we still hold
+        self._holds_slot = False  # of the inner link, from which the last message is being copied
 
     def send_buffer(self, num_bytes: int) -> Tensor:
         check_size(num_bytes, self._limits[0])
@@ -49,7 +50,9 @@ class StagedLink(Link):
     def send(self) -> None:
         self._give_back()  # before we may have to wait for the peer, who may wait for this slot
         device_B = self._out[self._num_sent % NUM_SLOTS][: self._pending_bytes]
-        self._copies.start(device_B, self._inner.send_buffer(self._pending_bytes))()
+        self._inner.send_buffer(self._pending_bytes).copy_(device_B, non_blocking=True)
+        self._copied_out.record()
+        self._copied_out.synchronize()
         self._inner.send()
         self._num_sent += 1
         self.bytes_sent += self._pending_bytes
@@ -59,7 +62,9 @@ class StagedLink(Link):
         self._give_back()
         host_B = self._inner.recv(num_bytes)
         device_B = self._in[self._num_received % NUM_SLOTS][:num_bytes]
-        self._wait_for_last_copy = self._copies.start(host_B, device_B)
+        device_B.copy_(host_B, non_blocking=True)
+        self._copied_in.record()
+        self._holds_slot = True
         self.bytes_received += num_bytes
         return device_B
 
@@ -74,46 +79,33 @@ class StagedLink(Link):
         self._inner.close()
 
     def _give_back(self) -> None:
-        if self._wait_for_last_copy is not None:
-            self._wait_for_last_copy()
-            self._wait_for_last_copy = None
+        if self._holds_slot:
+            self._copied_in.synchronize()
+            self._holds_slot = False
             self._inner.release()
-
-
-class _Copies:
-    """Copies on the current stream of one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def start(self, source: Tensor, target: Tensor) -> Callable[[], None]:
-        """Begins the copy; the returned function waits for its end on the host."""
-        target.copy_(source, non_blocking=True)
-        if self._device.type != "cuda":
-            return _nothing
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event.synchronize
-
-
-def _nothing() -> None:
-    pass
 
 
 class PageLock:
     """Page-locks CPU memory for fast copies; where CUDA refuses, copies are slower and nothing else changes."""
 
-    def __init__(self, memory_B: Tensor) -> None:
+    def __init__(self, memory_B: Tensor, device: torch.device) -> None:
         self._memory_B = memory_B
         error = int(_runtime().cudaHostRegister(memory_B.data_ptr(), memory_B.numel(), 0))
         self._is_locked = error == 0
         if error != 0:
             _log.warning("CUDA does not page-lock %d bytes (error %d): copies are slower.", memory_B.numel(), error)
+            _clear_last_error(device)
 
     def close(self) -> None:
         if self._is_locked:
             _runtime().cudaHostUnregister(self._memory_B.data_ptr())
             self._is_locked = False
+
+
+def _clear_last_error(device: torch.device) -> None:
+    """CUDA keeps the error until it is asked for, which torch does after its next kernel: better after this one."""
+    with suppress(RuntimeError):
+        torch.empty(1, device=device).fill_(0.0)
 
 
 def _runtime() -> Any:

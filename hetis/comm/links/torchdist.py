@@ -3,6 +3,9 @@
 Two groups of two ranks, one per direction: NCCL runs the operations of one group in order, and a message that waits for
 the peer must not hold back the other direction. On CUDA nothing here waits on the host; the stream does. There a lost
 peer is noticed by NCCL's watchdog, which ends the process after the group's timeout.
+
+NCCL begins an operation after what the current stream has to do at that moment. A message that is received should not
+wait for that (attention of the lanes at home, on a primary), so it is asked for from a stream that has nothing to do.
 """
 
 from datetime import timedelta
@@ -14,6 +17,9 @@ from torch import Tensor
 from hetis.comm.links.base import NUM_SLOTS, Link, check_size
 from hetis.comm.process_groups import lost_peer, make_process_group
 from hetis.comm.rendezvous import Rendezvous
+from hetis.comm.streams import StreamEvent, idle_stream
+
+NUM_CTAS = 2  # of a direction's NCCL kernels: messages are small, and what they take is lost to attention
 
 
 class TorchDistLink(Link):
@@ -27,6 +33,8 @@ class TorchDistLink(Link):
         self._peer = 1 - send_group.rank()
         self._out = [_buffer(limits[0], device) for _ in range(NUM_SLOTS)]
         self._in = [_buffer(limits[1], device) for _ in range(NUM_SLOTS)]
+        self._released = [StreamEvent(device) for _ in range(NUM_SLOTS)]  # by the reader of the slot's last message
+        self._device = device
         self._works: list[Any] = [None] * NUM_SLOTS  # the last send from each slot
         self._num_sent, self._num_received, self._pending_bytes = 0, 0, 0
         self._limits = limits
@@ -50,14 +58,29 @@ class TorchDistLink(Link):
 
     def recv(self, num_bytes: int) -> Tensor:
         check_size(num_bytes, self._limits[1])
-        buffer = self._in[self._num_received % NUM_SLOTS]
+        slot = self._num_received % NUM_SLOTS
+        buffer = self._in[slot]
         with self._lost():
-            self._recv_group.recv([_padded(buffer, num_bytes)], self._peer, 0).wait()
+            with idle_stream(self._device):
+                self._released[slot].wait()
+                work = self._recv_group.recv([_padded(buffer, num_bytes)], self._peer, 0)
+            work.wait()
         self.bytes_received += num_bytes
         return buffer[:num_bytes]
 
     def release(self) -> None:
+        self._released[self._num_received % NUM_SLOTS].record()
         self._num_received += 1
+
+    def greet(self, is_primary: bool, timeout: timedelta) -> None:
+        """A byte each way, to the worker first; what NCCL needs for either direction is there afterwards."""
+        for sends in (is_primary, not is_primary):
+            with self._lost():
+                if sends:
+                    work = self._send_group.send([self._out[0][:1]], self._peer, 0)
+                else:
+                    work = self._recv_group.recv([self._in[0][:1]], self._peer, 0)
+                work.wait(timeout)
 
     def close(self) -> None:
         """Waits until the peer has taken what was sent, as far as it still lives."""
@@ -94,15 +117,20 @@ def open_torchdist(
     device: torch.device,
     timeout: float,
 ) -> TorchDistLink:
-    """Opens this rank's end. `limits`: largest message to the worker and to the primary, bytes."""
-    index = 0 if is_primary else 1
+    """Opens this rank's end; returns when messages have gone both ways.
+
+    `limits`: largest message to the worker and to the primary, bytes. TimeoutError, naming the rendezvous key, if the
+    peer does not come within `timeout` seconds; ConnectionError if it is lost.
+    """
+    index, limit = 0 if is_primary else 1, timedelta(seconds=timeout)
     with lost_peer(f"rank {peer_rank}"):
         to_worker, to_primary = (
-            make_process_group(
-                rendezvous.store, f"{key}/{direction}", index, 2, device, timedelta(seconds=timeout), address
-            )
+            make_process_group(rendezvous, f"{key}/{direction}", index, 2, device, limit, address, num_ctas=NUM_CTAS)
             for direction in ("to_worker", "to_primary")
         )
     if is_primary:
-        return TorchDistLink(to_worker, to_primary, peer_rank, limits, device)
-    return TorchDistLink(to_primary, to_worker, peer_rank, limits[::-1], device)
+        link = TorchDistLink(to_worker, to_primary, peer_rank, limits, device)
+    else:
+        link = TorchDistLink(to_primary, to_worker, peer_rank, limits[::-1], device)
+    link.greet(is_primary, limit)
+    return link

@@ -1,0 +1,12 @@
+"""What some scripts need beside hetis."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def need(*modules: str) -> None:
+    """Ends the script with one sentence if a module is missing."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        sys.exit(f"{Path(sys.argv[0]).name} needs {', '.join(missing)}: run `make install-bench` first.")

@@ -1,0 +1,33 @@
+"""Whether this host has room for the processes of a fleet, before any of them is started."""
+
+from hetis.comm.limits import Memory, usable_cores, usable_memory
+from hetis.core.plan import Plan
+from hetis.core.sizes import format_bytes
+
+RANK_BYTES = (
+    160 << 20
+)  # of a rank alone, before it loads: torch 2.13 takes 154-171 MiB (USS) that it shares with nothing
+RANKS_PER_CORE = 8  # beyond that, starting takes minutes and ranks miss their heartbeats
+ALWAYS = 8  # ranks that are fine with any number of cores
+
+
+def check_processes(plan: Plan) -> None:
+    """ValueError, with the numbers, where this host is too small for all ranks of the plan."""
+    reason = why_too_many(plan, usable_memory(), usable_cores())
+    if reason is not None:
+        raise ValueError(f"{reason}; use fewer ranks, or allow it by --oversubscribe (oversubscribe=True).")
+
+
+def why_too_many(plan: Plan, memory: Memory, cores: float) -> str | None:
+    """None where the plan's ranks fit. Those on GPUs need little of the cores."""
+    count = plan.world_size
+    if count * RANK_BYTES > memory.available:
+        return (
+            f"the plan has {count} ranks, each a process of {format_bytes(RANK_BYTES)} before it holds anything, "
+            f"together {format_bytes(count * RANK_BYTES)}, but {format_bytes(memory.available)} of memory are free here"
+        )
+    on_cpu = sum(not member.device.startswith("cuda") for member in plan.members())
+    most = max(ALWAYS, int(RANKS_PER_CORE * cores))
+    if on_cpu > most:
+        return f"the plan has {on_cpu} ranks on the CPU, but the {cores:g} cores here are good for {most} at most"
+    return None

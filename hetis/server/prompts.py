@@ -1,0 +1,140 @@
+"""What users give as prompts and parameters, checked one by one: whatever is no prompt is refused with its position."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Number
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
+
+from hetis.core.sampling_params import SamplingParams, is_unicode
+
+_FORMS = "give text, a list of token ids, {'prompt': text} or {'prompt_token_ids': ids}"
+
+
+class PromptDict(TypedDict):
+    """vLLM's forms. With both, the ids count, and the text is only given back."""
+
+    prompt: NotRequired[str]
+    prompt_token_ids: NotRequired[Sequence[int]]
+
+
+@runtime_checkable
+class TokenArray(Protocol):
+    """One-dimensional arrays of numpy, tensors of torch, and their like."""
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def shape(self) -> Any: ...
+
+    def tolist(self) -> Any: ...
+
+
+Prompt = str | Sequence[int] | TokenArray | PromptDict
+
+
+class ReadPrompt:
+    """A prompt in one form: text, token ids, or ids with the text that they come from."""
+
+    __slots__ = ("text", "token_ids")
+
+    def __init__(self, text: str | None, token_ids: list[int] | None) -> None:
+        self.text, self.token_ids = text, token_ids
+
+
+def read_prompts(prompts: Prompt | Sequence[Prompt]) -> list[ReadPrompt]:
+    """One prompt, or a list of them. ValueError, naming the position, for whatever is none."""
+    return [_read(f"prompt {index}", prompt) for index, prompt in enumerate(_as_list(prompts))]
+
+
+def read_params(sampling_params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """Parameters for each of `count` prompts. ValueError for another number of them, and for what are none."""
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [sampling_params or SamplingParams()] * count
+    if not _is_list(sampling_params):
+        raise ValueError(f"sampling_params is {kind_of(sampling_params)}; give SamplingParams(...), or a list of them.")
+    for index, params in enumerate(sampling_params):
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params {index} is {kind_of(params)}; give SamplingParams(...).")
+    if len(sampling_params) != count:
+        raise ValueError(
+            f"{count} prompts but {len(sampling_params)} sampling parameters: give one, or one per prompt."
+        )
+    return list(sampling_params)
+
+
+def check_text(name: str, text: str) -> str:
+    """ValueError for text with lone surrogates, which no tokenizer takes."""
+    if not is_unicode(text):
+        position = next(index for index, character in enumerate(text) if 0xD800 <= ord(character) < 0xE000)
+        raise ValueError(f"{name} holds text that is not valid Unicode (lone surrogate at {position}).")
+    return text
+
+
+def _as_list(prompts: Any) -> Sequence[Any]:
+    if isinstance(prompts, str | Mapping) or _is_array(prompts):
+        return [prompts]
+    if not _is_list(prompts):
+        raise ValueError(f"prompts is {kind_of(prompts)}; {_FORMS}, or a list of these.")
+    are_ids = any(isinstance(item, Number) for item in prompts)  # be they good ones or not
+    return [prompts] if are_ids and not any(isinstance(item, str | Mapping) for item in prompts) else prompts
+
+
+def _read(name: str, prompt: Any) -> ReadPrompt:
+    if isinstance(prompt, str):
+        return ReadPrompt(check_text(name, prompt), None)
+    if isinstance(prompt, Mapping):
+        return _read_mapping(name, prompt)
+    return ReadPrompt(None, _token_ids(name, prompt))
+
+
+def _read_mapping(name: str, prompt: Mapping[Any, Any]) -> ReadPrompt:
+    unknown = [key for key in prompt if key not in PromptDict.__annotations__]
+    if unknown or not prompt:
+        what = f"the key {unknown[0]!r}" if unknown else "no keys"
+        raise ValueError(f"{name} is a dict with {what}; known: {', '.join(PromptDict.__annotations__)}.")
+    text = prompt.get("prompt")
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{name} has {kind_of(text)} as 'prompt'; give text.")
+    if text is not None:
+        check_text(name, text)
+    if "prompt_token_ids" in prompt:
+        return ReadPrompt(text, _token_ids(f"'prompt_token_ids' of {name}", prompt["prompt_token_ids"]))
+    if text is None:
+        raise ValueError(f"{name} has None as 'prompt'; give text.")
+    return ReadPrompt(text, None)
+
+
+def _token_ids(name: str, ids: Any) -> list[int]:
+    if _is_array(ids):
+        if ids.ndim != 1:
+            raise ValueError(f"{name} is an array of shape {tuple(ids.shape)}; give one dimension of token ids.")
+        ids = ids.tolist()
+    elif not _is_list(ids):
+        raise ValueError(f"{name} is {kind_of(ids)}; {_FORMS}.")
+    for position, token in enumerate(ids):
+        if not isinstance(token, Integral) or isinstance(token, bool):
+            raise ValueError(f"{name} has {_short(token)} at position {position}; token ids are integers.")
+    return [int(token) for token in ids]
+
+
+def _is_array(value: Any) -> bool:
+    """Single numbers of numpy look like arrays, too."""
+    return isinstance(value, TokenArray) and not isinstance(value, Number | memoryview)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    article = "an" if name[0].lower() in "aeiou" else "a"
+    return f"{article} {name}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

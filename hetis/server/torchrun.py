@@ -1,0 +1,71 @@
+"""What torchrun says about a rank, and what it means."""
+
+import os
+import socket
+from collections.abc import Mapping
+
+from hetis.core.plan import Plan
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+_ADDRESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
+_OWN = "TORCHELASTIC_"  # prefix of variables that nothing but torchrun sets
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process, as one rank of many.
+
+    RANK and WORLD_SIZE do not say so: cluster software sets them for programs that start by themselves, too.
+    """
+    return bool(os.environ.get("TORCHELASTIC_RUN_ID"))
+
+
+def check_variables() -> None:
+    """ValueError where variables that torchrun sets are missing, or cannot be its own."""
+    missing = [name for name in (*RANK_VARIABLES, *_ADDRESS_VARIABLES) if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"TORCHELASTIC_RUN_ID is set, as by torchrun, but not {', '.join(missing)}: start with torchrun, or unset "
+            f"TORCHELASTIC_RUN_ID to start without it."
+        )
+    for prefix in ("", "LOCAL_", "GROUP_"):
+        index, count = f"{prefix}RANK", f"{prefix}WORLD_SIZE"
+        if not 0 <= _integer(index) < _integer(count):
+            raise ValueError(f"{index} is {os.environ[index]} and {count} is {os.environ[count]}: start with torchrun.")
+    if not 0 < _integer("MASTER_PORT") < 1 << 16:
+        raise ValueError(f"MASTER_PORT is {os.environ['MASTER_PORT']}: it must be a port.")
+
+
+def _integer(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ValueError(f"{name} is {os.environ[name]!r}: it must be a whole number, as torchrun sets it.") from None
+
+
+def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
+    """For processes that are no ranks of that torchrun."""
+    ours = {*RANK_VARIABLES, *_ADDRESS_VARIABLES}
+    return {name: value for name, value in environment.items() if name not in ours and not name.startswith(_OWN)}
+
+
+def own_address() -> str:
+    """Where other hosts reach this one: the interface towards torchrun's master; loopback on a single host."""
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return "127.0.0.1"
+    if "HETIS_ADDRESS" in os.environ:
+        return os.environ["HETIS_ADDRESS"]
+    target = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    family = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0][0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # sends nothing; only asks the kernel for the route
+        return str(probe.getsockname()[0])
+
+
+def check_world_size(plan: Plan) -> None:
+    """ValueError if torchrun started another number of processes than the plan has ranks."""
+    world = int(os.environ["WORLD_SIZE"])
+    if world != plan.world_size:
+        raise ValueError(
+            f"the plan has {plan.world_size} ranks but WORLD_SIZE is {world}: "
+            f"start {plan.world_size} processes (torchrun --nproc-per-node) or change --plan."
+        )

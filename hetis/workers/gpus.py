@@ -1,0 +1,70 @@
+"""GPUs: whether one can be used at all, what a rank says of it, and what is set once per process."""
+
+import os
+import re
+
+import torch
+
+LEAST_CAPABILITY = (8, 0)  # older cards have no bfloat16, and Triton no tensor cores for them
+
+
+def why_unusable(device: torch.device) -> str | None:
+    """Why hetis cannot run on a CUDA device of this host, as half a sentence; None if it can."""
+    try:
+        name, found = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: an index beyond the last device
+        return f"{device} cannot be used ({str(error).partition(chr(10))[0]})"
+    if found < LEAST_CAPABILITY:
+        return f"{device} ({name}) has compute capability {_dotted(found)}, and hetis needs {_dotted(LEAST_CAPABILITY)}"
+    if not is_built_for(found, torch.cuda.get_arch_list()):
+        built = " ".join(torch.cuda.get_arch_list())
+        return f"{device} ({name}) has compute capability {_dotted(found)}, and torch was built for {built} alone"
+    return None
+
+
+def is_built_for(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether code for these ("sm_80", "sm_90a", "compute_90") runs on a GPU.
+
+    Machine code (sm) runs on its own and later minor versions; what is feature-specific ("a", "f") on its own alone;
+    PTX (compute) is compiled for whatever is as new or newer.
+    """
+    for kind, major, minor, specific in re.findall(r"(sm|compute)_(\d+)(\d)([af]?)", " ".join(architectures)):
+        built = (int(major), int(minor))
+        if built == capability or (
+            not specific and built <= capability and (kind == "compute" or built[0] == capability[0])
+        ):
+            return True
+    return False
+
+
+def uuid_of(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def nccl_version() -> str:
+    """ "2.28.9"; "" for a torch without NCCL."""
+    if not hasattr(torch._C, "_nccl_version"):
+        return ""
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+
+
+def sum_in_float32() -> None:
+    """Matrix products may not round partial sums to half precision, which depends on how cuBLAS cuts them."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def use_interface_of(address: str) -> None:
+    """NCCL talks over the interface that has `address`, as everything else does, unless the user names another one.
+
+    By itself it may choose one (of a container bridge, say) that other hosts do not reach.
+    """
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in addresses):
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,87 @@
+"""Ranks have one host's name iff they see each other's memory, also where hosts claim to be the same one."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from hetis.comm import hosts, supervision
+from hetis.comm.hosts import Token
+from hetis.comm.rendezvous import LocalRendezvous
+from hetis.comm.shared_memory import Address, Segment
+from tests.comm.comm_helpers import named_memory, together
+
+
+def names(monkeypatch: pytest.MonkeyPatch, machines: str) -> list[str]:
+    """The names that ranks find whose real hosts are `machines`, a letter each; none can open another's memory."""
+    rendezvous, attach = LocalRendezvous(), Segment.attach
+    tokens = [Token(rank, rendezvous) for rank in range(len(machines))]
+    machine_of = {token._note.memory: machine for token, machine in zip(tokens, machines, strict=True)}
+
+    def name_of(rank: int) -> str:
+        def attach_here(address: Address) -> Segment:
+            if machine_of[address] != machines[rank]:
+                raise ConnectionError("no such process")
+            return attach(address)
+
+        monkeypatch.setattr(Segment, "attach", attach_here)
+        return tokens[rank].host(1.0)
+
+    found = [name_of(rank) for rank in range(len(machines))]
+    for token in tokens:
+        token.close()
+    return found
+
+
+@pytest.mark.parametrize("machines", ["A", "AAAA", "AB", "ABBA", "ABCBCA", "AABBCC"])
+def test_restored_snapshots_are_told_apart(machines: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = names(monkeypatch, machines)
+    for one, its in zip(found, machines, strict=True):
+        assert [name == one for name in found] == [machine == its for machine in machines]
+        assert (one == supervision.host_id()) == (its == "A"), "as the driver, next to rank 0, calls it"
+
+
+def test_another_number_at_the_same_place_is_another_host() -> None:
+    rendezvous = LocalRendezvous()
+    first = Token(0, rendezvous)
+    first._memory.memory_B.zero_()
+    assert Token(1, rendezvous).host(1.0) != first.host()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file", "nothing"])
+def test_what_else_may_lie_there_does_no_harm(kind: str, tmp_path: Path) -> None:
+    """In another virtual machine the same pid and descriptor may be anything."""
+    path = tmp_path / "short"
+    path.write_bytes(b"short")
+    reader, writer = os.pipe()
+    descriptor = {"pipe": reader, "file": os.open(path, os.O_RDWR), "nothing": 987_654}[kind]
+    address = Address(os.getpid(), descriptor, hosts.PAGE_BYTES)
+    assert not hosts._is_visible(hosts._Note("host", bytes(16), address))
+    assert path.read_bytes() == b"short"
+    os.close(reader)
+    os.close(writer)
+
+
+def test_hosts_that_differ_by_themselves_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendezvous = LocalRendezvous()
+    monkeypatch.setattr(supervision, "host_id", lambda: "elsewhere")
+    Token(0, rendezvous)
+    monkeypatch.undo()
+    monkeypatch.setattr(Segment, "attach", None)
+    assert Token(1, rendezvous).host(1.0) == supervision.host_id()
+
+
+def test_a_rank_that_does_not_come_is_named_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = named_memory()
+    token = Token(1, LocalRendezvous())
+    with pytest.raises(TimeoutError, match="host/0"):
+        token.host(0.01)
+    token.close()
+    assert named_memory() == before
+
+
+def test_ranks_that_come_at_the_same_time_agree() -> None:
+    rendezvous = LocalRendezvous()
+    found = together(*[partial(lambda rank: Token(rank, rendezvous).host(10.0), rank) for rank in range(4)])
+    assert found == [supervision.host_id()] * 4

@@ -1,0 +1,191 @@
+"""What is asked of NCCL, in which order and on which stream; stand-ins record it, for there is no GPU here."""
+
+from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+from hetis.comm.collectives import GroupTensorParallel
+from hetis.comm.links import local, torchdist
+from hetis.comm.links.local import local_pair
+from hetis.comm.links.staged import PageLock
+from hetis.comm.links.torchdist import NUM_CTAS, TorchDistLink, open_torchdist
+from hetis.comm.process_groups import make_process_group
+from hetis.comm.rendezvous import LocalRendezvous
+from tests.comm.comm_helpers import CPU, together
+
+LIMIT = timedelta(seconds=20)
+
+
+class Recorder:
+    """A process group of two, and the streams around it: writes down all that happens."""
+
+    def __init__(self, log: list[str], name: str, rank: int = 0) -> None:
+        self._log, self._name, self._rank = log, name, rank
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return 2
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Any:
+        return self._work(f"{self._name}.send {tensors[0].numel()}")
+
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Any:
+        return self._work(f"{self._name}.recv {tensors[0].numel()}")
+
+    def _work(self, operation: str) -> Any:
+        self._log.append(operation)
+
+        def wait(*limits: timedelta) -> None:
+            self._log.append(f"wait for {operation}" + "".join(f" at most {limit.seconds} s" for limit in limits))
+
+        return SimpleNamespace(wait=wait)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What streams and events of links do."""
+    entries: list[str] = []
+
+    class Event:
+        count = 0
+
+        def __init__(self, device: torch.device) -> None:
+            self._name = f"event {Event.count}"
+            Event.count += 1
+
+        def record(self) -> None:
+            entries.append(f"record {self._name}")
+
+        def wait(self) -> None:
+            entries.append(f"wait for {self._name}")
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            entries.append("on the idle stream")
+
+        def __exit__(self, *error: object) -> None:
+            entries.append("back")
+
+    for module in (torchdist, local):
+        monkeypatch.setattr(module, "StreamEvent", Event)
+    monkeypatch.setattr(torchdist, "idle_stream", Stream)
+    return entries
+
+
+def test_a_message_is_asked_for_beside_the_work_of_the_current_stream(log: list[str]) -> None:
+    """The idle stream waits for the slot's last reader alone; the current one then waits for the message."""
+    link = TorchDistLink(Recorder(log, "out"), Recorder(log, "in"), 1, (8, 8), CPU)
+    for _ in range(3):
+        link.recv(5)
+        link.release()
+    expected: list[str] = []
+    for slot in (0, 1, 0):
+        expected += ["on the idle stream", f"wait for event {slot}", "in.recv 5", "back", "wait for in.recv 5"]
+        expected += [f"record event {slot}"]
+    assert log == expected
+
+
+@pytest.mark.parametrize("is_primary", [True, False])
+def test_links_make_communicators_in_one_order_at_both_ends(log: list[str], is_primary: bool) -> None:
+    """To the worker first: each end waits for the other inside the first operation of a group."""
+    link = TorchDistLink(Recorder(log, "out"), Recorder(log, "in"), 1, (8, 0), CPU)
+    link.greet(is_primary, LIMIT)
+    send = ["out.send 1", "wait for out.send 1 at most 20 s"]
+    recv = ["in.recv 1", "wait for in.recv 1 at most 20 s"]
+    assert log == (send + recv if is_primary else recv + send)
+
+
+def test_slots_of_a_local_link_are_ordered_between_streams(log: list[str]) -> None:
+    primary, worker = local_pair(8, 8)
+    log.clear()
+    primary.send_buffer(8)
+    primary.send()
+    worker.recv(8)
+    worker.release()
+    primary.send_buffer(8)
+    primary.send()
+    primary.send_buffer(8)
+    written, read = log[1].removeprefix("record "), log[0].removeprefix("wait for ")
+    assert log[:4] == [f"wait for {read}", f"record {written}", f"wait for {written}", f"record {read}"]
+    assert log[-1] == f"wait for {read}", "before the slot is written again"
+
+
+class FakeNccl:
+    """Stands for `torch.distributed.ProcessGroupNCCL`, which torch for CPUs does not have."""
+
+    class Options:
+        def __init__(self, is_high_priority_stream: bool = False) -> None:
+            self.is_high_priority_stream = is_high_priority_stream
+            self.config = SimpleNamespace(min_ctas=None, max_ctas=None)
+            self._timeout = timedelta(0)
+
+    def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:
+        self.options, self._rank = options, rank
+
+
+def test_groups_of_links_have_priority_few_blocks_and_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "ProcessGroupNCCL", FakeNccl, raising=False)
+    rendezvous, cuda = LocalRendezvous(), torch.device("cuda", 0)
+    make = partial(make_process_group, rendezvous, size=2, device=cuda, timeout=LIMIT)
+    link, other = together(*[partial(make, "link", index=i, num_ctas=NUM_CTAS) for i in range(2)])
+    assert link._rank == 0
+    assert other._rank == 1
+    options = link.options
+    assert options.is_high_priority_stream
+    assert (options.config.min_ctas, options.config.max_ctas, options._timeout) == (NUM_CTAS, NUM_CTAS, LIMIT)
+    stage, _ = together(*[partial(make, "stage", index=i) for i in range(2)])
+    assert stage.options.is_high_priority_stream
+    assert stage.options.config.max_ctas is None
+
+
+def test_nothing_is_made_before_all_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL itself would wait without a limit."""
+    monkeypatch.setattr(distributed, "ProcessGroupNCCL", None, raising=False)
+    with pytest.raises(TimeoutError, match="stage/here/1"):
+        make_process_group(LocalRendezvous(), "stage", 0, 2, torch.device("cuda"), timedelta(seconds=0.01))
+
+
+def test_a_link_is_open_when_bytes_have_gone_both_ways() -> None:
+    rendezvous = LocalRendezvous()
+    open_end = partial(open_torchdist, rendezvous, "link", address="127.0.0.1", limits=(8, 0), device=CPU, timeout=20.0)
+    primary, worker = together(
+        partial(open_end, peer_rank=1, is_primary=True), partial(open_end, peer_rank=0, is_primary=False)
+    )
+    assert primary.bytes_sent == primary.bytes_received == worker.bytes_sent == 0, "that is no message"
+
+
+def test_a_wrong_sum_is_noticed_when_the_stage_opens() -> None:
+    class Group(Recorder):
+        def _allgather_base(self, out: torch.Tensor, mine: torch.Tensor) -> Any:
+            out.zero_()
+            return self._work("gather")
+
+    with pytest.raises(AssertionError, match=r"a sum of 2 ones is 0\.0"):
+        GroupTensorParallel(Group([], "group"), [0, 1]).greet(CPU)
+
+
+def test_cuda_forgets_that_it_could_not_lock_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else torch would report it after the next kernel, whichever that is."""
+    asked: list[Any] = []
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=lambda *_: asked.append("unlock"))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    fill = torch.Tensor.fill_
+
+    def fill_and_report(tensor: torch.Tensor, value: float) -> torch.Tensor:
+        asked.append(tensor.shape)
+        fill(tensor, value)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "fill_", fill_and_report)
+    PageLock(torch.empty(8, dtype=torch.uint8), CPU).close()
+    assert asked == [torch.Size([1])], "one kernel, whose error is dropped; and nothing to unlock"

@@ -1,0 +1,68 @@
+"""Output files are checked without a trace, and written or refused in one way."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hetis.core.files import check_writable, write_file
+
+
+def unwritable(folder: Path) -> list[Path]:
+    (folder / "folder").mkdir()
+    (folder / "file").write_text("kept")
+    long_name = folder / ("x" * 300)
+    return [
+        folder / "folder",
+        folder / "no" / "x.json",
+        folder / "file" / "x.json",
+        Path("/proc/x"),
+        Path(""),
+        long_name,
+    ]
+
+
+def test_what_cannot_be_written_is_refused_by_the_check_as_by_writing(tmp_path: Path) -> None:
+    paths = unwritable(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for path in paths:
+        for attempt in (check_writable, lambda path, what: write_file(path, b"new", what)):
+            with pytest.raises(ValueError) as caught:
+                attempt(path, "--output")
+            assert str(caught.value).startswith(f"--output {path} cannot be written (")
+            assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_the_check_changes_nothing(tmp_path: Path) -> None:
+    kept, new, link = tmp_path / "kept", tmp_path / "new", tmp_path / "link"
+    kept.write_text("kept")
+    os.utime(kept, (1, 1))
+    link.symlink_to(kept)
+    for path in (kept, new, link, Path("/dev/null"), Path("/dev/full")):
+        check_writable(path, "--output")
+    assert (kept.read_text(), kept.stat().st_mtime) == ("kept", 1)
+    assert not new.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "link"]
+
+
+def test_a_pipe_is_not_opened_by_the_check(tmp_path: Path) -> None:
+    """Opening one waits for its reader, and closing it tells the reader that all has come."""
+    os.mkfifo(tmp_path / "pipe")
+    check_writable(tmp_path / "pipe", "--output")
+
+
+def test_writing_replaces_and_keeps_links_and_devices(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("a longer text than the new one")
+    link.symlink_to(target)
+    write_file(link, b"new", "--output")
+    assert (target.read_text(), link.is_symlink()) == ("new", True)
+    write_file(Path("/dev/null"), b"new", "--output")
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_full_disk_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"--output /dev/full cannot be written \(No space left on device\)"):
+        write_file(Path("/dev/full"), b"new", "--output")

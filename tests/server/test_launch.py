@@ -1,0 +1,37 @@
+"""What a rank does before it imports torch."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from hetis.comm import children
+from hetis.core.config import EngineConfig
+from hetis.server import launch
+
+
+def test_the_environment_of_a_rank_is_set_before_torch_and_the_user_has_the_last_word(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A hardware queue for each CUDA stream is read when CUDA begins, so later is too late."""
+    environment: dict[str, str] = {}
+
+    def stop(*_: Any) -> NoReturn:  # in the place of what comes just before the import
+        environment.update(os.environ)
+        raise SystemExit
+
+    monkeypatch.setattr(launch, "Children", stop)
+    monkeypatch.setattr(children, "begin", lambda parent: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "OMP_WAIT_POLICY": "ACTIVE"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.setenv(name, "")  # so that they are as before afterwards
+        monkeypatch.delenv(name)
+    with pytest.raises(SystemExit):
+        launch.run_member(EngineConfig(model=None), None, tmp_path)
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert environment["THP_MEM_ALLOC_ENABLE"] == "1"
+    assert environment["OMP_WAIT_POLICY"] == "ACTIVE"
