@@ -27,6 +27,7 @@ from hetis.models.decoder import Decoder
 from hetis.models.families import read_model_spec
 from hetis.models.loader import load_weights
 from hetis_kernels import kv_append, paged_decode
+from hetis_kernels.paged_decode import decode_scratch_numel
 from tests.engine.local_fleet import LocalFleet
 
 CONTEXT, PAGE = 512, 32
@@ -96,6 +97,7 @@ class _PlainAttention:
         last = (CONTEXT - 1) % PAGE
         self.slot_U = self.table_BW[:, -1].long() * PAGE + last
         self.lse2_NM = torch.empty(lanes, queries, device=device)
+        self.scratch = torch.empty(decode_scratch_numel(lanes, queries, head_dim, CONTEXT), device=device)
 
     def attend(self, layer: int, qkv_TGHD: Tensor, out_TGMD: Tensor) -> None:
         qkv_NHD, out_NMD = qkv_TGHD.flatten(0, 1), out_TGMD.flatten(0, 1)
@@ -103,7 +105,7 @@ class _PlainAttention:
         kv_append(qkv_NHD[:, M], qkv_NHD[:, M + 1], pages, self.lane_U, self.slot_U)
         paged_decode(
             qkv_NHD[:, :M], pages, self.table_BW, self.lane_U, self.lane_U, self.length_U, 0.1, 0, out_NMD,
-            self.lse2_NM, max_length=CONTEXT,
+            self.lse2_NM, max_length=CONTEXT, scratch=self.scratch,
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     total_memory: int  # bytes
     free_memory: int  # bytes
     driver: str = ""  # versions of driver and libraries that its speed depends on
-    backend: str = ""  # of attention: "triton", "cpu", "reference"
+    backend: str = ""  # of attention: "triton" (and "flash-attn 2.8.3"), "cpu", "reference"
     gpu: str = ""  # UUID; "" on a CPU. "cuda:0" of one rank may be another rank's "cuda:1", or another GPU
     capability: tuple[int, int] = (0, 0)  # compute capability of the GPU
     nccl: str = ""  # version; ranks with different ones cannot talk over it

@@ -18,6 +18,7 @@ from hetis.core.plan import Primary
 from hetis.workers.gpus import nccl_version, use_interface_of, uuid_of
 from hetis.workers.wire import WireFormat
 from hetis_kernels.dispatch import cpu_op
+from hetis_kernels.flash_prefill import load_flash
 from hetis_kernels.paged_decode import decode_scratch_numel
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,6 +95,8 @@ def describe_device(rank: int, device: torch.device, address: str, host: str) ->
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         name, backend = torch.cuda.get_device_name(device), "triton"
+        if (flash := load_flash()) is not None:
+            backend += f", flash-attn {flash[1]}"
         capability = torch.cuda.get_device_capability(device)
         gpu = {"gpu": uuid_of(device), "capability": capability, "nccl": nccl_version()}
         driver = f"torch {torch.__version__}, {_cuda_driver()}"

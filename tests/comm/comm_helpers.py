@@ -67,7 +67,13 @@ def together(*functions: Callable[[], Any]) -> list[Any]:
 
 
 def open_end(
-    kind: str, rendezvous: Rendezvous, rank: int, send_bytes: int, recv_bytes: int, ranks: tuple[int, int] = (0, 1)
+    kind: str,
+    rendezvous: Rendezvous,
+    rank: int,
+    send_bytes: int,
+    recv_bytes: int,
+    ranks: tuple[int, int] = (0, 1),
+    device: torch.device = CPU,
 ) -> Link:
     return open_link(
         kind,
@@ -75,21 +81,24 @@ def open_end(
         primary=device_info(ranks[0]),
         worker=device_info(ranks[1]),
         is_primary=rank == ranks[0],
-        device=CPU,
+        device=device,
         max_send_bytes=send_bytes,
         max_recv_bytes=recv_bytes,
         timeout=DEADLINE,
     )
 
 
-def open_pair(kind: str, to_worker: int, to_primary: int) -> tuple[Link, Link]:
-    """(primary's end, worker's end), both in this process. "staged" is a staged link over a local one at either end."""
+def open_pair(kind: str, to_worker: int, to_primary: int, device: torch.device = CPU) -> tuple[Link, Link]:
+    """(primary's end, worker's end), both in this process. "staged" is a staged link over a local one at either end.
+
+    `device`: of the primary's end; the worker's is on the CPU.
+    """
     if kind == "staged":
         primary, worker = local_pair(to_worker, to_primary)
-        return StagedLink(primary, CPU, to_worker, to_primary), StagedLink(worker, CPU, to_primary, to_worker)
+        return StagedLink(primary, device, to_worker, to_primary), StagedLink(worker, CPU, to_primary, to_worker)
     rendezvous = LocalRendezvous()
     primary_end, worker_end = together(
-        lambda: open_end(kind, rendezvous, 0, to_worker, to_primary),
+        lambda: open_end(kind, rendezvous, 0, to_worker, to_primary, device=device),
         lambda: open_end(kind, rendezvous, 1, to_primary, to_worker),
     )
     return primary_end, worker_end
@@ -105,7 +114,7 @@ def transmit(link: Link, message: torch.Tensor) -> None:
 
 
 def receive(link: Link, num_bytes: int) -> torch.Tensor:
-    message = link.recv(num_bytes).clone()
+    message = link.recv(num_bytes).clone().cpu()
     link.release()
     return message
 

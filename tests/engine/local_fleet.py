@@ -41,10 +41,12 @@ from hetis.engine.profiling import layer_share, profile_key
 from hetis.engine.setup import make_setup
 from hetis.models.families import read_model_spec
 from hetis.models.weight_files import with_own_head
+from hetis.workers.build import describe_device
 from hetis.workers.rank import build_member
 from tests.processes import DEADLINE
 
 GIB = 1 << 30
+default_device = "cpu"  # of fleets whose test does not say; the fixture `device` sets it
 
 
 class Generated:
@@ -82,7 +84,7 @@ class LocalFleet:
         clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ) -> None:
-        options.setdefault("device", "cpu")
+        options.setdefault("device", default_device)
         options.setdefault("kv_cache_memory", 4 << 20)
         config = EngineConfig(model=str(directory), plan=plan, max_logprobs=-1, **options)
         spec = with_own_head(read_model_spec(directory), directory)
@@ -97,7 +99,8 @@ class LocalFleet:
             announce=False,
             parent=os.getpid(),
         )
-        fleet = [_device(rank) for rank in range(resolved.world_size)]
+        self._devices = [torch.device(member.device) for member in resolved.members()]
+        fleet = [_device(rank, device) for rank, device in enumerate(self._devices)]
         self.setup, self.ledger = make_setup(args, fleet)
         policies = Policies(dispatcher) if dispatcher else make_policies(config, self.setup, flat_profile(self.setup))
         self.engine = Engine(self.setup, policies, config.migration_budget, clock)
@@ -116,7 +119,7 @@ class LocalFleet:
     def _rank(self, rank: int, setup: Setup, rendezvous: LocalRendezvous) -> None:
         try:
             torch.set_grad_enabled(False)
-            member = build_member(setup, rank, torch.device("cpu"), rendezvous, self._results.put)
+            member = build_member(setup, rank, self._devices[rank], rendezvous, self._results.put)
             while (command := self._commands[rank].get()) is not None:
                 result = member.run_step(command)
                 if result is not None:
@@ -226,7 +229,9 @@ def _layer(share: LayerShare) -> LayerProfile:
     )
 
 
-def _device(rank: int) -> DeviceInfo:
+def _device(rank: int, device: torch.device) -> DeviceInfo:
+    if device.type == "cuda":
+        return describe_device(rank, device, "127.0.0.1", "here")
     return DeviceInfo(
         rank=rank,
         device="cpu",

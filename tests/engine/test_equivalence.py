@@ -14,6 +14,8 @@ from tests.engine.test_parity import prompts
 PARAMS = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 PAGE_BYTES = 3 * 2 * 4 * 32 * 4  # of 4 tokens
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.fixture(scope="module", params=["llama3", "mistral"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,6 +17,8 @@ from tests.engine.test_parity import VOCAB, long_prompts, prompts
 
 PAGE_BYTES = 4 * 2 * 32 * 4  # 4 tokens, K and V, 32 values of float32, one layer
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class RestlessFleet(LocalFleet):
     """Has lanes set out for somewhere else before every step."""

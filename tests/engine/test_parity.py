@@ -16,6 +16,8 @@ from tests.engine.local_fleet import LocalFleet, full_row
 VOCAB = 331
 NUM_TOKENS = 32
 LENGTHS = (1, 5, 17, 33, 40, 9, 64, 31)
+GPU_FAMILIES = ("llama3", "mistral", "qwen3", "opt", "five_groups", "head_dim_80", "head_dim_128")
+GPU_PLANS = ("1+0", "1+2", "2+1", "uneven stages +1")  # ranks share one GPU
 PLANS = ("1+0", "1+1", "1+3", "2+1", "3+2", "4+0", "uneven 2+2", "uneven stages +1", "sparse stages +2")
 
 
@@ -70,20 +72,39 @@ def plan_text(name: str, directory: Path, tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_and_logits_equal_transformers(family: str, plan: str, checkpoints, tmp_path: Path):
+def check_parity(family: str, plan: str, checkpoints, tmp_path: Path, device: str) -> None:
     directory, tokens, logits = checkpoints(family)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, logprobs=-1)
-    with LocalFleet(
-        directory, plan_text(plan, directory, tmp_path), logprobs_mode="raw_logits", max_num_batched_tokens=50
-    ) as fleet:
+    text = plan_text(plan, directory, tmp_path)
+    with LocalFleet(directory, text, device=device, logprobs_mode="raw_logits", max_num_batched_tokens=50) as fleet:
         found = fleet.generate(prompts(), params, check=True)
     for one, expected, reference in zip(found, tokens, logits, strict=True):
         assert one.token_ids == expected
         torch.testing.assert_close(one.logits(VOCAB), reference, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_and_logits_equal_transformers(family: str, plan: str, checkpoints, tmp_path: Path):
+    check_parity(family, plan, checkpoints, tmp_path, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", GPU_PLANS)
+@pytest.mark.parametrize("family", GPU_FAMILIES)
+def test_tokens_and_logits_equal_transformers_on_a_gpu(family: str, plan: str, checkpoints, tmp_path: Path):
+    check_parity(family, plan, checkpoints, tmp_path, "cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_and_cpu_workers_equal_transformers(checkpoints, tmp_path: Path):
+    plan = {"stages": [{"primaries": [{"device": "cuda:0"}]}], "attention": [{"device": "cpu"}, {"device": "cuda:0"}]}
+    path = tmp_path / "mixed.json"
+    path.write_text(json.dumps(plan))
+    check_parity("five_groups", str(path), checkpoints, tmp_path, "auto")
+
+
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "opt"])
 def test_bfloat16_is_close_to_float32(family: str, checkpoints, tmp_path: Path):
     """Teacher-forced by prompt logprobs, so that one differing token does not change everything after it."""

@@ -13,6 +13,8 @@ from tests.engine.test_parity import VOCAB, long_prompts, prompts
 NUM_PLACEMENTS = 20
 NUM_PLACEMENTS_OF_LONG_LANES = 2
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def run(
     directory: Path,
