@@ -8,12 +8,13 @@ Letters: U lanes of one sequence in one pool, K pages, W pages of a lane.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 import numpy as np
 
 from hetis.cache.allocator import PageAllocator
+from hetis.cache.integrity import check_lanes, check_pools
 from hetis.cache.lanes import Int32, PoolLanes, SequenceLanes, Transit
 from hetis.core.messages import PageDelta
 from hetis.core.placement import FleetView, Move, Placement, PoolId, Shortage, pages_for
@@ -43,7 +44,6 @@ class CacheManager:
         self._pools = {pool: PageAllocator(num_pages[pool.rank]) for pool in pools_of(plan)}
         self._sequences: dict[int, SequenceLanes] = {}  # by slot
         self._num_lanes = dict.fromkeys(self._pools, 0)  # that live there
-        self._num_arriving = dict.fromkeys(self._pools, 0)  # that move there
         self._lanes_peak = dict.fromkeys(self._pools, 0)
         # part, rows of lanes [U], their first new page index, the pages [U, K]
         self._unseen: list[tuple[PoolLanes, Int32, int, Int32]] = []
@@ -74,7 +74,7 @@ class CacheManager:
         return None
 
     def end_prefill(self, slot: int) -> None:
-        """The prompt is computed and wherever it belongs: staging ends."""
+        """The prompt is computed, and its K and V are where its lanes live: staging ends."""
         lanes = self._sequences[slot]
         self._free(lanes.staging)
         lanes.staging = []
@@ -84,8 +84,6 @@ class CacheManager:
         lanes = self._sequences.pop(slot)
         for part in lanes.owned:
             self._num_lanes[part.pool] -= part.num_lanes
-        for transit in lanes.transits:
-            self._num_arriving[transit.part.pool] -= 1
         self._free(lanes.parts)
 
     # --- moving -------------------------------------------------------------------------------------------------------
@@ -102,7 +100,6 @@ class CacheManager:
             return Shortage({part.pool: lacking})
         self._take(part, 0, lanes.num_pages)
         lanes.transits.append(Transit(move, part))
-        self._num_arriving[part.pool] += 1
         return None
 
     def transits(self) -> list[tuple[Transit, int]]:
@@ -122,13 +119,11 @@ class CacheManager:
         if not source.num_lanes:
             lanes.owned.remove(source)
         lanes.owned.append(transit.part)
-        self._num_arriving[transit.part.pool] -= 1
         self._count(transit.part)
 
     def cancel(self, transit: Transit) -> None:
         """A lane stays at its source; its pages at the target are free."""
         self._sequences[transit.move.slot].transits.remove(transit)
-        self._num_arriving[transit.part.pool] -= 1
         self._free([transit.part])
 
     def owners(self, slot: int) -> tuple[tuple[int, ...], ...]:
@@ -290,42 +285,11 @@ class CacheManager:
 
     def check_integrity(self) -> None:
         """AssertionError unless every page is free or in exactly one lane, and every lane is as long as it must be."""
-        pages: dict[PoolId, list[Int32]] = {pool: [free.free_pages] for pool, free in self._pools.items()}
         for slot, lanes in self._sequences.items():
-            self._check_lanes(slot, lanes)
-            for part in lanes.parts:
-                pages[part.pool].append(part.pages.ravel())
-        for pool, parts in pages.items():
-            found, expected = np.sort(np.concatenate(parts)), np.arange(self._pools[pool].num_pages)
-            assert np.array_equal(found, expected), f"pages of {pool} are lost or owned twice"
-        held: Counter[PoolId] = Counter()
-        arriving: Counter[PoolId] = Counter()
-        for lanes in self._sequences.values():
-            for part in lanes.owned:
-                held[part.pool] += part.num_lanes
-            arriving.update(transit.part.pool for transit in lanes.transits)
-        assert held == Counter(self._num_lanes), "lanes are miscounted"
-        assert arriving == Counter(self._num_arriving), "lanes on the move are miscounted"
+            check_lanes(slot, lanes, self._homes, self._page_size)
+        check_pools(self._pools, self._sequences.values(), self._num_lanes)
         known = {id(part) for lanes in self._sequences.values() for part in lanes.parts}
         assert all(id(part) in known for part, *_ in self._unseen), "a page of a freed lane is still to be announced"
-
-    def _check_lanes(self, slot: int, lanes: SequenceLanes) -> None:
-        assert lanes.num_pages >= pages_for(lanes.num_tokens, self._page_size), f"slot {slot} is short of pages"
-        assert all(part.pages.shape == (part.num_lanes, lanes.num_pages) for part in lanes.parts), (
-            f"lanes of slot {slot} differ in length"
-        )
-        first = slot * self._num_groups
-        every_lane = [
-            (stage, row) for stage in range(len(self._homes)) for row in range(first, first + self._num_groups)
-        ]
-        assert sorted(_stages_and_rows(lanes.owned)) == every_lane, f"slot {slot} misses a lane or has one twice"
-        for transit in lanes.transits:
-            source = lanes.owner_of(self._row(transit.move), transit.move.stage).pool.rank
-            assert source == transit.move.source != transit.part.pool.rank, f"slot {slot}: {transit.move} is astray"
-        for stage, row in _stages_and_rows(lanes.staging):
-            home = PoolId(self._homes[stage][row - first], stage)
-            at_home = any(part.pool == home and row in part.row_U for part in lanes.owned)
-            assert not at_home, f"slot {slot} stages a lane that lives at home"
 
 
 def pools_of(plan: Plan) -> list[PoolId]:
@@ -338,7 +302,3 @@ def _without(entry: tuple[PoolLanes, Int32, int, Int32], row: int) -> tuple[Pool
     part, row_U, first, page_UK = entry
     keep = row_U != row
     return part, row_U[keep], first, page_UK[keep]
-
-
-def _stages_and_rows(parts: Iterable[PoolLanes]) -> list[tuple[int, int]]:
-    return [(part.pool.stage, int(row)) for part in parts for row in part.row_U]

@@ -58,7 +58,7 @@ class SequenceLanes:
 
     @property
     def parts(self) -> list[PoolLanes]:
-        """Whatever has pages, and grows with the sequence."""
+        """All that has pages, and grows with the sequence."""
         return [*self.owned, *self.staging, *(transit.part for transit in self.transits)]
 
     def owner_of(self, row: int, stage: int) -> PoolLanes:

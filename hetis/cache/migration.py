@@ -4,7 +4,7 @@ Pages ride along with the messages of a step, layer by layer, a bounded number p
 first, while the lane grows at its source; the last haul of a lane takes all that is left, including the tokens that are
 appended in its own step, for ranks copy a layer's pages after they have appended to it. With the next command, before
 anything more can be appended, the lane lives at its target. Every rank obeys commands in order, so a page that is given
-to somebody else by a later command has been read, or written, by then: a move can be forgotten at any time.
+to another lane by a later command has been read, or written, by then: a move can be forgotten at any time.
 
 A lane goes over the link between its home and a worker; from worker to worker over both, by way of its home.
 """

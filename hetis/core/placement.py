@@ -72,7 +72,7 @@ class Dispatcher(Protocol):
 
 
 class Relief(Protocol):
-    """Makes room where pages run out, without making anybody start over."""
+    """Makes room where pages run out, without making a sequence start over."""
 
     @property
     def is_busy(self) -> bool:
@@ -80,7 +80,7 @@ class Relief(Protocol):
         ...
 
     def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> Mapping[PoolId, int]:
-        """Has lanes move off these pools. What it cannot find: for that somebody has to start over (or to wait).
+        """Has lanes move off these pools. What it cannot find: for that a sequence has to start over (or to wait).
 
         The rest is there when it returns, or comes with lanes that leave; then `is_busy` is true.
         """

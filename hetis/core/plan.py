@@ -1,10 +1,10 @@
-"""Who does what: which rank holds which layers, head groups, MLP columns and vocabulary rows, on which device.
+"""The work of every rank: which rank holds which layers, head groups, MLP columns and vocabulary rows, on which device.
 
 Spans are half-open `[start, stop)`. A plan comes from `P+A` (`split_evenly`) or from a JSON file (`load_plan`); both
 end as the same `Plan`. Nothing here must divide anything: 8 groups over two ranks as 5+3 is fine. A primary may have no
 head groups (then it needs no KV memory), no columns or no rows, but not nothing at all.
 
-A plan file has counts where `Plan` has spans; whatever it leaves out is split evenly over those who left it out:
+A plan file has counts where `Plan` has spans; what it leaves out is split evenly over those that left it out:
 
     {"stages": [{"layers": 3, "primaries": [{"rank": 0, "device": "cpu", "head_groups": 5, "mlp_columns": 700,
                                              "vocab_rows": 500, "kv_memory": "2GiB"}, ...]}, ...],

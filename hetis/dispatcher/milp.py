@@ -85,7 +85,7 @@ def solve(
 
 
 def _run(problem: Problem, scale_us: float, options: dict[str, float]) -> Any:
-    """HiGHS's answer, in scipy's words. scipy is only there where somebody asks for it (`policies.check_solver`)."""
+    """HiGHS's answer, in scipy's words. scipy is only needed for `--dispatch highs` (`policies.check_solver`)."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 

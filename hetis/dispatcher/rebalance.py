@@ -2,7 +2,7 @@
 
 Each call looks at the fleet as it is now. Devices that are new in the plan get lanes like others; lanes on ranks that
 the plan does not name any more move first. What moves is placed by the min-max problem, exactly, with its own load
-taken out; lanes of the sequence that are in nobody's way stay where they are and keep their pages.
+taken out; its lanes on devices that are not relieved stay where they are and keep their pages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,16 +25,16 @@ MOVE_WORTH = 0.5  # of what the sequences bring that run because of a move, that
 
 class Outcome(NamedTuple):
     moves: list[Move]
-    preempt: list[int]  # slots of sequences that have to start over, since nobody can take in their lanes
+    preempt: list[int]  # slots of sequences that have to start over, since no device has room for their lanes
 
 
 class Relieved(NamedTuple):
     moves: list[Move]
-    exhausted: list[PoolId]  # where moving does not help: somebody with pages there has to start over
+    exhausted: list[PoolId]  # where moving does not help: a sequence with pages there has to start over
 
 
 class MigrationBudget:
-    """So many bytes per second on average, and at most one burst at once. Whoever uses it brings the time.
+    """So many bytes per second on average, and at most one burst at once. Its caller brings the time.
 
     A lane may be larger than what is left: then the budget falls below 0 and nothing moves until it has recovered. So
     long lanes move as well.
@@ -84,7 +84,7 @@ class Rebalancer:
                 moves = fleet.place(stage, resident, groups, pool, most_stay=0, limit_us=inf, use_weak=True)
                 if moves is None or not resident.movable:
                     outcome.preempt.append(resident.slot)
-                    found = []  # what it took stays counted, in this call: nobody gets more than there is
+                    found = []  # what it took stays counted, in this call: no more is given out than there is
                     break
                 for move in moves:
                     fleet.apply(move)
@@ -120,7 +120,7 @@ class Rebalancer:
         return is_far
 
     def _relieve(self, fleet: Residents, stage: StageDevices, slowest: PoolId) -> list[Move]:
-        """Moves of one sequence with much work on the slowest device; none if nobody can take its lanes."""
+        """Moves of one sequence with much work on the slowest device; none if no device can take its lanes."""
         limit_us = fleet.load.time_us(slowest) * (1 - LEAST_GAIN)
         holders = [r for r in fleet.holders(slowest) if r.movable and (r.slot, stage.stage) not in fleet.moved]
         holders.sort(key=lambda r: (-fleet.work_us(r, slowest), -r.arrival))
@@ -173,7 +173,7 @@ class Rebalancer:
     def _elsewhere(
         fleet: Residents, stage: StageDevices, resident: Resident, groups: Sequence[int], pool: PoolId, limit_us: float
     ) -> list[Move]:
-        """On weak workers only if nobody else has pages: rather there than starting over."""
+        """On weak workers only if no other device has pages: rather there than starting over."""
         for use_weak in (False, True):
             moves = fleet.place(stage, resident, groups, pool, most_stay=0, limit_us=limit_us, use_weak=use_weak)
             if moves:

@@ -101,7 +101,7 @@ class Residents:
     def ideal_us(self, stage: StageDevices, at_least_us: float = 0.0) -> float:
         """The least peak of a stage if lanes could be cut and memory were pooled; other stages' lanes stay.
 
-        Infinite if it can be shown at once not to be below `at_least_us`: for callers who need no more than that.
+        Infinite if it can be shown at once not to be below `at_least_us`: for callers that need no more than that.
         """
         if not self._residents:
             return 0.0

@@ -87,7 +87,7 @@ class PrimaryOnlyDispatcher:
 
 
 def _one_by_one(sequences: list[Request], view: FleetView, *, use_workers: bool) -> list[Placement | None]:
-    """Nobody overtakes: after the first sequence that does not fit there are no more placements."""
+    """None is overtaken: after the first sequence that does not fit there are no more placements."""
     stages = stage_devices(view.plan)
     room = Room(stages, view)
     placements: list[Placement | None] = [None] * len(sequences)

@@ -94,7 +94,7 @@ class Engine:
             self._outputs.append(TokenOutput(id=request.id, token_ids=[], finish_reason="error", error=str(error)))
 
     def _queue(self, request: AddRequest) -> None:
-        """ValueError for a sequence that can never run. Whatever a front end has checked is checked again: its mistake
+        """ValueError for a sequence that can never run. What a front end has checked is checked again: its mistake
         would reach the ranks, which serve others as well."""
         params, arrival = request.params, self._num_arrivals
         self._num_arrivals += 1
@@ -211,7 +211,7 @@ class Engine:
         )
 
     def _haul_bytes(self, batch: Batch) -> Mapping[int, float]:
-        """Where somebody computes, pages on the move must not be noticed; where all wait for them, they hurry."""
+        """In a step with rows few pages travel, so that it takes no longer; where all wait for them, as many as fit."""
         return self._observer.haul_bytes if self._observer is not None and batch.rows else {}
 
     def _keep_prompt_logprobs(self, batch: Batch, result: StepResult) -> None:

@@ -1,4 +1,4 @@
-"""What `--dispatch` chooses: who places lanes, and who moves them."""
+"""What `--dispatch` chooses: how lanes are placed, and whether they move."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -41,7 +41,7 @@ def check_solver(dispatch: str) -> None:
 
 
 def make_policies(config: EngineConfig, setup: Setup, profile: FleetProfile | None) -> Policies:
-    """`profile`: of the fleet; None where nobody measured, for there are no workers and nothing is to be decided."""
+    """`profile`: of the fleet; None where nothing was measured: without workers there is nothing to decide."""
     if profile is None or config.dispatch in SIMPLE:
         return Policies(SIMPLE.get(config.dispatch, PrimaryOnlyDispatcher)())
     cost = CostModel(profile, setup.spec, setup.dtype)

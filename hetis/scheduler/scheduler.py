@@ -18,37 +18,12 @@ from collections.abc import Collection, Iterable
 from operator import attrgetter
 
 from hetis.cache.lane_table import CacheManager
-from hetis.core.batch import Batch, NewToken, Row
-from hetis.core.placement import Dispatcher, NoRelief, Placement, PoolId, Relief
+from hetis.core.batch import Batch, NewToken
+from hetis.core.placement import Dispatcher, NoRelief, PoolId, Relief
 from hetis.core.request import Sequence
+from hetis.scheduler.draft import Draft
 
 _ARRIVAL = attrgetter("arrival")
-
-
-class _Draft:
-    """A micro-batch that is being filled."""
-
-    def __init__(self, budget: int, max_num_seqs: int) -> None:
-        self.budget = budget  # tokens that it still takes
-        self.decode_budget = max_num_seqs  # of them, for which ranks have room in decode
-        self.decodes: list[Row] = []
-        self.prompts: list[Row] = []
-        self.admitted: list[tuple[Sequence, Placement]] = []
-        self.closed: set[PoolId] = set()  # pools that lack pages for an earlier sequence than those that follow
-
-    def add_prompt(self, sequence: Sequence) -> None:
-        """The next tokens of its prompt, as many as the budget allows."""
-        count = min(sequence.prompt_len - sequence.num_computed, self.budget)
-        self.budget -= count
-        self.prompts.append(Row(sequence=sequence, start=sequence.num_computed, count=count))
-
-    def add_decode(self, sequence: Sequence) -> None:
-        """Its next token; of one that starts over as many as the budgets allow."""
-        count = min(len(sequence.token_ids) - sequence.num_computed, self.budget, self.decode_budget)
-        if count:
-            self.budget -= count
-            self.decode_budget -= count
-            self.decodes.append(Row(sequence=sequence, start=sequence.num_computed, count=count))
 
 
 class Scheduler:
@@ -131,9 +106,10 @@ class Scheduler:
         """
         if self._num_in_flight == self._num_stages:
             return None
-        draft = _Draft(self._token_budget, self._max_num_seqs)
         self.refused = None
-        self._continue(draft)
+        sequences = self._admitted_before()
+        draft = Draft(self._token_budget, self._max_num_seqs, _share(len(sequences), self._num_stages))
+        self._continue(sequences, draft)
         if not draft.closed:
             self._admit(self._newcomers(draft), draft)
         rows = draft.decodes + draft.prompts
@@ -146,20 +122,16 @@ class Scheduler:
         released, self._released = self._released, []
         return Batch(rows=rows, admitted=draft.admitted, released=released)
 
-    def _continue(self, draft: _Draft) -> None:
-        """The next tokens of running sequences, and of preempted ones that are earlier than these."""
-        sequences = self._admitted_before()
-        most_rows = _share(len(sequences), self._num_stages)
+    def _continue(self, sequences: list[Sequence], draft: Draft) -> None:
+        """The next tokens of `sequences`, those admitted before, in order of arrival."""
         for sequence in sequences:
-            if not draft.budget or len(draft.decodes) + len(draft.prompts) == most_rows:
+            if not draft.places or not draft.budget:
                 break
             if sequence.in_flight:
                 continue
-            if sequence.slot >= 0 and sequence.is_prefilling:
-                draft.add_prompt(sequence)
-            elif sequence.slot >= 0 and self._reserve_next(sequence, draft):
-                draft.add_decode(sequence)
-            if sequence.slot < 0:  # since long, for an earlier one in this loop, or in order to be placed anew
+            if sequence.slot >= 0 and self._reserve_next(sequence, draft):
+                draft.add(sequence)
+            elif sequence.slot < 0:  # preempted: before, for an earlier one in this loop, or to be placed anew
                 self._bring_back(sequence, draft)
 
     def _admitted_before(self) -> list[Sequence]:
@@ -168,7 +140,7 @@ class Scheduler:
         returning = self._waiting[: bisect_left(self._waiting, last, key=_ARRIVAL)]
         return sorted([*returning, *self._running], key=_ARRIVAL) if returning else list(self._running)
 
-    def _newcomers(self, draft: _Draft) -> list[Sequence]:
+    def _newcomers(self, draft: Draft) -> list[Sequence]:
         """Those of the queue that slots, this micro-batch's share of sequences and its budget allow."""
         acceptable = min(len(self._waiting), len(self._free_slots))
         places = _share(len(self._running) + acceptable, self._num_stages) - len(draft.decodes) - len(draft.prompts)
@@ -181,7 +153,7 @@ class Scheduler:
             budget -= sequence.prompt_len
         return candidates
 
-    def _admit(self, candidates: list[Sequence], draft: _Draft) -> None:
+    def _admit(self, candidates: list[Sequence], draft: Draft) -> None:
         """Gives the first ones of the queue a slot, lanes, the pages of their prompts and a row. None is overtaken."""
         placements = self._dispatcher.assign(candidates, self._cache.view()) if candidates else []
         for sequence, placement in zip(candidates, placements, strict=True):
@@ -193,13 +165,13 @@ class Scheduler:
             self._waiting.remove(sequence)
             insort(self._running, sequence, key=_ARRIVAL)
             draft.admitted.append((sequence, placement))
-            draft.add_prompt(sequence)
+            draft.add(sequence)
         if placements and placements[0] is None:
             self.refused = candidates[0]
 
     # --- when pages run out -------------------------------------------------------------------------------------------
 
-    def _reserve_next(self, sequence: Sequence, draft: _Draft) -> bool:
+    def _reserve_next(self, sequence: Sequence, draft: Draft) -> bool:
         """Pages for its newest token; lanes move away, or a sequence is preempted. False: not in this step."""
         num_tokens = len(sequence.token_ids)
         if draft.closed and not draft.closed.isdisjoint(self._cache.pools_to_grow(sequence.slot, num_tokens)):
@@ -221,7 +193,7 @@ class Scheduler:
         return True
 
     def _victim(self, sequence: Sequence, pools: Collection[PoolId]) -> Sequence | None:
-        """Whom to preempt: the latest arrival after `sequence` that has pages in these pools.
+        """The sequence to preempt: the latest arrival after `sequence` that has pages in these pools.
 
         Where there is none, `sequence` itself, if it finds another place, should it need those of all later ones. None:
         it waits for earlier ones to finish, which never wait for it.
@@ -232,7 +204,7 @@ class Scheduler:
             return holders[0]
         return sequence if self._has_place(sequence, [sequence, *later]) else None
 
-    def _bring_back(self, sequence: Sequence, draft: _Draft) -> None:
+    def _bring_back(self, sequence: Sequence, draft: Draft) -> None:
         """Admits a preempted sequence. Of later ones as few as possible, the latest, are preempted for its sake."""
         if draft.closed:
             return
@@ -289,7 +261,7 @@ class Scheduler:
             sequence = row.sequence
             sequence.in_flight = False
             sequence.num_computed = row.start + row.count
-            if not row.is_decode and not sequence.is_prefilling:
+            if row.start < sequence.prompt_len <= sequence.num_computed:
                 self._cache.end_prefill(sequence.slot)
             if row.samples:
                 token = self._accept(sequence, next(drawn), valid=len(new_tokens) not in invalid)

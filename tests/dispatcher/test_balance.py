@@ -177,8 +177,8 @@ def test_nothing_fits() -> None:
 
 
 def test_no_sequence_needs_no_device() -> None:
-    nobody = simple([0.0, 0.0], [1.0, 1.0], 4, lane_us=[[], []], home_pages=[], worker_pages=[])
-    assert balance(nobody) == [[], []]
+    empty = simple([0.0, 0.0], [1.0, 1.0], 4, lane_us=[[], []], home_pages=[], worker_pages=[])
+    assert balance(empty) == [[], []]
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -1,4 +1,4 @@
-"""Whatever a profile may say, placing, rebalancing and following measurements go on."""
+"""With any figures in a profile, placing, rebalancing and following measurements go on."""
 
 from random import Random
 

@@ -150,7 +150,7 @@ def test_lanes_go_home_to_their_own_home_only() -> None:
     residents = [resident(slot, [2, 2, 2, 2]) for slot in range(3)]
     moves = Rebalancer(cost).compute(residents, view, ample()).moves
     assert all(move.target == (0 if move.group < 2 else 1) for move in moves)
-    assert len(moves) == 12, "nobody wants to stay"
+    assert len(moves) == 12, "no lane stays"
 
 
 def test_nobody_moves_to_be_the_next_bottleneck() -> None:
@@ -262,7 +262,7 @@ def test_a_device_that_joins_gets_lanes() -> None:
 @given(st.integers(0, 1 << 30))
 @settings(max_examples=150)
 def test_moves_fit_are_possible_and_come_to_an_end(seed: int) -> None:
-    """Whatever moves finds pages that are free now, and a steady fleet soon has nothing more to move."""
+    """All that moves finds pages that are free now, and a steady fleet soon has nothing more to move."""
     rng = Random(seed)
     plan = make_plan(rng.choice([[[3]], [[2, 1]], [[2], [1, 1]], [[0, 1]], [[2, 0], [0, 1, 1]]]), rng.randint(1, 3))
     workers = [worker.rank for worker in plan.workers]

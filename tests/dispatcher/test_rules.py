@@ -116,7 +116,7 @@ def test_waiting_is_better_than_crawling() -> None:
     assert "so slow that a step would take" in rule.why_not(sequence, crowded)
     alone = make_view(plan, [16, PLENTY])
     [placement] = rule.assign([sequence], alone)
-    assert counts_of(placement) == {1: 4}, "somebody must run"
+    assert counts_of(placement) == {1: 4}, "one sequence must run"
     assert rule.why_not(sequence, alone) == ""
 
 
@@ -230,13 +230,13 @@ def test_all_rules_keep_what_a_dispatcher_promises(seed: int) -> None:
         assert placements == rule.assign(sequences, view), "the same view gives the same placements"
         check_fits(view, placements, sequences)
         missing = [placement is None for placement in placements]
-        assert missing == sorted(missing), "nobody overtakes"
+        assert missing == sorted(missing), "none is overtaken"
 
 
 @given(st.integers(0, 1 << 30))
 @settings(max_examples=100)
 def test_who_fits_an_empty_fleet_is_placed(seed: int) -> None:
-    """No deadlock: with nobody running, the first sequence is taken if there is any way."""
+    """No deadlock: when none is running, the first sequence is taken if there is any way."""
     plan, view, sequences, rule = random_case(Random(seed))
     pages = [max(0, count) for count in view.free_pages.values()]
     [placement] = rule.assign(sequences[:1], make_view(plan, pages))

@@ -1,4 +1,4 @@
-"""The balancer between policy and hauler: when it looks, what it may move, and that nobody waits for nothing."""
+"""The balancer between policy and hauler: when it looks, what it may move, and that none waits for nothing."""
 
 from collections.abc import Mapping, Sequence
 from random import Random
@@ -44,7 +44,7 @@ def make_engine(num_pages: dict[int, int], clock: Clock, **options: object) -> T
 
 
 def test_requests_complete_where_lanes_make_room() -> None:
-    """Pages run out at home while the workers have plenty: nobody starts over."""
+    """Pages run out at home while the workers have plenty: no sequence starts over."""
     engine = make_engine({0: 4 * 22, 1: 400, 2: 400}, Clock(), max_num_seqs=16)
     sequences = [make_sequence(i, 10 + i % 3, 30) for i in range(16)]
     assert engine.max_model_len is not None

@@ -1,4 +1,4 @@
-"""The real rules, balancer and hauler on random fleets that are too small: everybody is served, nothing is lost."""
+"""The real rules, balancer and hauler on random fleets that are too small: every request is served, nothing is lost."""
 
 from random import Random
 

@@ -1,4 +1,4 @@
-"""Moving lanes does not change answers: bit-identical logits, whatever moves where in the middle of it."""
+"""Moving lanes does not change answers: bit-identical logits, with any moves in the middle of it."""
 
 import json
 import random

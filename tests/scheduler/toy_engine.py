@@ -63,7 +63,7 @@ def next_token(token_ids: list[int]) -> int:
 
 
 def alone(sequence: Sequence, max_model_len: int) -> list[int]:
-    """All tokens that `sequence` ends with if nobody disturbs it. Call it before the sequence runs."""
+    """All tokens that `sequence` ends with if it runs undisturbed. Call it before the sequence runs."""
     tokens = list(sequence.token_ids)
     while len(tokens) < min(sequence.prompt_len + sequence.max_tokens, max_model_len):
         tokens.append(next_token(tokens))

@@ -1,0 +1,50 @@
+"""What must hold between any two calls of the `CacheManager`: AssertionError where it does not."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from hetis.cache.allocator import PageAllocator
+from hetis.cache.lanes import Int32, PoolLanes, SequenceLanes
+from hetis.core.placement import PoolId, pages_for
+
+
+def check_pools(
+    pools: Mapping[PoolId, PageAllocator], sequences: Iterable[SequenceLanes], num_lanes: Mapping[PoolId, int]
+) -> None:
+    """Every page is free or in exactly one lane, and `num_lanes` live in each pool."""
+    pages: dict[PoolId, list[Int32]] = {pool: [free.free_pages] for pool, free in pools.items()}
+    held: Counter[PoolId] = Counter()
+    for lanes in sequences:
+        for part in lanes.parts:
+            pages[part.pool].append(part.pages.ravel())
+        for part in lanes.owned:
+            held[part.pool] += part.num_lanes
+    for pool, parts in pages.items():
+        found, expected = np.sort(np.concatenate(parts)), np.arange(pools[pool].num_pages)
+        assert np.array_equal(found, expected), f"pages of {pool} are lost or owned twice"
+    assert held == Counter(num_lanes), "lanes are miscounted"
+
+
+def check_lanes(slot: int, lanes: SequenceLanes, homes: Sequence[Sequence[int]], page_size: int) -> None:
+    """Every lane of a sequence lives in one place, and all are of one length. `homes`: [stage][G] ranks."""
+    assert lanes.num_pages >= pages_for(lanes.num_tokens, page_size), f"slot {slot} is short of pages"
+    assert all(part.pages.shape == (part.num_lanes, lanes.num_pages) for part in lanes.parts), (
+        f"lanes of slot {slot} differ in length"
+    )
+    num_groups = len(homes[0])
+    first = slot * num_groups
+    every_lane = [(stage, row) for stage in range(len(homes)) for row in range(first, first + num_groups)]
+    assert sorted(_stages_and_rows(lanes.owned)) == every_lane, f"slot {slot} misses a lane or has one twice"
+    for transit in lanes.transits:
+        source = lanes.owner_of(first + transit.move.group, transit.move.stage).pool.rank
+        assert source == transit.move.source != transit.part.pool.rank, f"slot {slot}: {transit.move} is astray"
+    for stage, row in _stages_and_rows(lanes.staging):
+        home = PoolId(homes[stage][row - first], stage)
+        at_home = any(part.pool == home and row in part.row_U for part in lanes.owned)
+        assert not at_home, f"slot {slot} stages a lane that lives at home"
+
+
+def _stages_and_rows(parts: Iterable[PoolLanes]) -> list[tuple[int, int]]:
+    return [(part.pool.stage, int(row)) for part in parts for row in part.row_U]
