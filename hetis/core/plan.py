@@ -13,8 +13,8 @@ A plan file has counts where `Plan` has spans; what it leaves out is split evenl
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ import msgspec
 
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan_file import FileMember, FilePrimary, FileStage, PlanFile, explain, read_plan_file
+from hetis.core.shares import Span, complete, spans
 from hetis.core.sizes import parse_bytes
 
-Span = tuple[int, int]
 Devices = str | Sequence[str] | Callable[[int], str]  # one name for all ranks, a name per rank, or rank -> name
 KvMemory = int | str | Mapping[int, int | str] | None  # of every rank, by rank, or None: decided from free memory
 
@@ -198,7 +198,7 @@ def _from_dict(plan: dict[str, Any], spec: ModelSpec, devices: Devices, kv_memor
 def _build(file: PlanFile, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:
     if not file.stages:
         raise ValueError("there is no stage; give at least one stage with one primary.")
-    layers = spans(_complete([stage.layers for stage in file.stages], spec.num_layers, "layers", "the stages", least=1))
+    layers = spans(complete([stage.layers for stage in file.stages], spec.num_layers, "layers", "the stages", least=1))
     ranks = iter(_ranks([*(p for stage in file.stages for p in stage.primaries), *file.attention]))
 
     def place(member: FileMember) -> tuple[int, str, int | None]:
@@ -223,7 +223,7 @@ def _build(file: PlanFile, spec: ModelSpec, devices: Devices, kv_memory: KvMemor
     return Plan(stages=tuple(stages), workers=tuple(workers))
 
 
-def _shares(index: int, stage: FileStage, spec: ModelSpec) -> list[list[tuple[int, int]]]:
+def _shares(index: int, stage: FileStage, spec: ModelSpec) -> list[list[Span]]:
     """Spans of head groups, MLP columns and vocabulary rows of a stage's primaries."""
     where = f"the primaries of stage {index}"
     wanted = (
@@ -231,7 +231,7 @@ def _shares(index: int, stage: FileStage, spec: ModelSpec) -> list[list[tuple[in
         ([p.mlp_columns for p in stage.primaries], spec.intermediate_size, "mlp_columns"),
         ([p.vocab_rows for p in stage.primaries], spec.vocab_size, "vocab_rows"),
     )
-    return [spans(_complete(counts, total, name, where, least=0)) for counts, total, name in wanted]
+    return [spans(complete(counts, total, name, where, least=0)) for counts, total, name in wanted]
 
 
 def _refuse_idle(primary: Primary, stage: int, *, reads_vocabulary: bool) -> None:
@@ -246,27 +246,6 @@ def _refuse_idle(primary: Primary, stage: int, *, reads_vocabulary: bool) -> Non
     )
 
 
-def _complete(counts: Sequence[int | None], total: int, name: str, where: str, least: int) -> list[int]:
-    """Fill the gaps in `counts` evenly, so that the sum is `total` and every share is at least `least`."""
-    given = [count for count in counts if count is not None]
-    if any(count < least for count in given):
-        raise ValueError(f"{name} of {where} are {_show(counts)}; every share must be at least {least}.")
-    rest, open_places = total - sum(given), len(counts) - len(given)
-    if open_places == 0 and rest != 0:
-        raise ValueError(f"{name} of {where} are {_show(counts)}, together {sum(given)}, but the model has {total}.")
-    if rest < least * open_places:
-        raise ValueError(
-            f"{name} of {where} are {_show(counts)}, but the model has {total} and every share must be at least "
-            f"{least}; lower those that are given."
-        )
-    fill = iter(even_split(rest, open_places) if open_places else [])
-    return [next(fill) if count is None else count for count in counts]
-
-
-def _show(counts: Sequence[int | None]) -> str:
-    return " + ".join("?" if count is None else str(count) for count in counts)
-
-
 def _ranks(members: Sequence[FileMember]) -> list[int]:
     """The rank of every member; those without one take the free ranks in order."""
     given = [member.rank for member in members if member.rank is not None]
@@ -276,16 +255,6 @@ def _ranks(members: Sequence[FileMember]) -> list[int]:
         )
     free = iter(rank for rank in range(len(members)) if rank not in given)
     return [next(free) if member.rank is None else member.rank for member in members]
-
-
-def even_split(total: int, parts: int) -> list[int]:
-    """`parts` counts with the sum `total` that differ by at most one, larger ones first."""
-    return [total // parts + (index < total % parts) for index in range(parts)]
-
-
-def spans(counts: Iterable[int]) -> list[Span]:
-    """Counts laid end to end from 0."""
-    return list(pairwise(accumulate(counts, initial=0)))
 
 
 def device_name(devices: Devices, rank: int) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hetis.cache.pool import PagePool
 from hetis.core.messages import StepCommand
-from hetis.core.plan import Span
+from hetis.core.shares import Span
 from hetis_kernels import page_gather, page_scatter
 
 STAGE, ROW, SOURCE, TARGET, FIRST, STOP = range(6)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hetis.cache.pool import PagePool
 from hetis.core.messages import StepCommand
-from hetis.core.plan import Span
+from hetis.core.shares import Span
 from hetis.workers.hauling import LinkHaul, hauls_of, no_haul, primary_hauls, worker_haul
 from hetis.workers.step_arrays import step_arrays
 
