@@ -153,8 +153,8 @@ def usable_share(device: str) -> float:
 def largest_context(plan: Plan, num_pages: Mapping[int, int], block_size: int) -> int:
     """The longest sequence, in tokens, for which a placement exists in the empty fleet.
 
-    While a sequence is in prefill (and, after a preemption, that is all of it) each home primary holds the pages of all
-    its head groups, wherever the lanes live: staging. So for each stage and primary, groups * pages(n) <= its pages.
+    While the prompt of a sequence is computed each home holds pages for all tokens of its head groups (after a
+    preemption for the output as well), also where the lanes live elsewhere: staging. So groups * pages(n) <= its pages.
     Then the lanes may live there too, on those same pages. Attention workers let more sequences run, not longer ones.
     """
     return min(num_pages[home.rank] // home.num_groups * block_size for stage in plan.stages for home in stage.homes)
