@@ -9,6 +9,7 @@ from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan
 
 LARGEST_COUNT = 2**31 - 1
+LONGEST_TIMEOUT = 1_000_000  # seconds; systems count milliseconds in 31 bits
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,8 +53,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"seed is {self.seed}: it must be a 64-bit integer.")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ValueError(f"max_model_len is {self.max_model_len}: it must be at least 1, or left out.")
-        if not (isfinite(self.step_timeout) and self.step_timeout >= 1):  # ranks beat four times a second
-            raise ValueError(f"step_timeout is {self.step_timeout}: it must be a number of seconds of at least 1.")
+        if not 1 <= self.step_timeout <= LONGEST_TIMEOUT:  # ranks beat four times a second; NaN fails too
+            raise ValueError(
+                f"step_timeout is {self.step_timeout}: it must be a number of seconds from 1 to {LONGEST_TIMEOUT}."
+            )
         if not (isfinite(self.theta) and self.theta > 0):
             raise ValueError(f"theta is {self.theta}: it must be a positive number, like 0.5.")
         if self.migration_budget < 0:

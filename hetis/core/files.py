@@ -1,16 +1,30 @@
-"""Files that users name for output: checked before anything is computed, written at the end."""
+"""Files that users name: those for output are checked before anything is computed, and written at the end."""
 
 import errno
 import os
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 
-def check_writable(path: Path, what: str) -> None:
+def refuse_pipe(path: Path, what: str) -> None:
+    """Raises ValueError for a pipe or socket: several processes of a fleet open the file, each by its name."""
+    with suppress(OSError):  # then opening it says why
+        mode = path.stat().st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+            raise ValueError(f"{what} {path} is a pipe or socket, which processes cannot share; name a file.")
+
+
+def check_writable(path: Path, what: str, others: Iterable[object] = ()) -> None:
     """Raises ValueError where `write_file` would: no folder, a folder instead of a file, no permission.
 
-    `what`: names the file in the message, like "--output". Leaves everything as it is: an existing file keeps its
-    content, a new one does not stay, and no folder is made.
+    `what`: names the file in the message, like "--output". `others`: what other options name; where that is the path of
+    the same file, one would destroy the other, which is refused, too. Leaves everything as it is: an existing file
+    keeps its content, a new one does not stay, and no folder is made.
     """
+    if any(isinstance(other, str) and _are_same(path, other) for other in others):
+        raise ValueError(f"{what} {path} is the file of another option, too; name another one.")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -31,6 +45,12 @@ def write_file(path: Path, content: bytes, what: str) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise _refusal(path, what, error) from error
+
+
+def _are_same(path: Path, other: str) -> bool:
+    with suppress(OSError, ValueError):  # one of them is no file yet, or no path at all
+        return os.path.samefile(path, other)
+    return path == Path(other)
 
 
 def _refusal(path: Path, what: str, error: OSError) -> ValueError:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
+from hetis.core.files import refuse_pipe
 from hetis.core.messages import Setup
 from hetis.core.profile import KindProfile, ProfileKey
 from hetis.engine.profiling import profile_key
@@ -35,6 +36,7 @@ def save(profile: msgspec.Struct, path: Path) -> None:
 
 def load(path: Path, kind: type[ProfileT]) -> ProfileT:
     """The profile in a JSON file. Raises ValueError, naming the file, when it cannot be read or is not a `kind`."""
+    refuse_pipe(path, "profile")
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from hetis.core.files import refuse_pipe
 from hetis.core.fleet import DeviceInfo
 from hetis.core.messages import StepTimes
 from hetis.core.plan import Plan
@@ -28,8 +29,9 @@ class TraceFile:
     def __init__(self, path: Path, plan: Plan, fleet: Sequence[DeviceInfo], epoch: float) -> None:
         """`epoch`: seconds, when the fleet came up, from which moments are counted: so they keep their microseconds.
 
-        Raises ValueError when the file cannot be written.
+        Raises ValueError when the file cannot be written, or is a pipe.
         """
+        refuse_pipe(path, "trace file")  # to open it would wait for a reader, and /dev/stdout is the way to rank 0 here
         try:
             self._file = path.open("wb")
         except OSError as error:

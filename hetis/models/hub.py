@@ -1,6 +1,9 @@
 """Find the directory of a model: the packaged one, a local directory, or a snapshot from the Hugging Face hub."""
 
+import errno
+import os
 import re
+import stat
 from pathlib import Path
 
 PACKAGED = Path(__file__).parent.parent / "assets" / "tiny"
@@ -21,15 +24,46 @@ def resolve_model(model: str | None, revision: str | None = None, weights: bool 
     if model is None:
         _refuse_revision(revision, "the model in the package")
         return PACKAGED
-    directory = Path(model).expanduser()
-    if model and directory.is_dir():
+    directory = expanded(model)
+    if model and os.path.isdir(directory):
         _refuse_revision(revision, f"{what} {model!r}, a local directory,")
+        _check_directory(directory, f"{what} {model!r}")
         return directory
-    if directory.is_file():
+    if os.path.isfile(directory):
         raise ValueError(f"{what} {model!r} is a file; give the directory of a Hugging Face checkpoint.")
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise ValueError(f"{what} {model!r} is neither an existing directory nor a hub id such as Qwen/Qwen3-0.6B.")
+        raise ValueError(
+            f"{what} {model!r} is neither an existing directory nor a hub id such as Qwen/Qwen3-0.6B"
+            f"{_hidden_by(directory)}."
+        )
     return _download(model, revision, weights, what)
+
+
+def expanded(name: str) -> Path:
+    """The path that a user means by `name`: "~" is the home directory, where there is one."""
+    return Path(os.path.expanduser(name))
+
+
+def _hidden_by(path: Path) -> str:
+    """Why the system does not say whether there is something at `path`; empty if there is nothing."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return "" if error.errno in (errno.ENOENT, errno.ENOTDIR) else f" ({error.strerror})"
+    except ValueError:  # a null character
+        return ""
+    return ""
+
+
+def _check_directory(directory: Path, name: str) -> None:
+    """ValueError where files cannot be read, or reading one would never end."""
+    try:
+        for entry in directory.iterdir():
+            mode = entry.stat().st_mode if entry.exists() else stat.S_IFREG  # a link into nowhere is no file
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise ValueError(f"{name} holds {entry.name}, a pipe, socket or device and no file; remove it.")
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror}).") from error
 
 
 def _refuse_revision(revision: str | None, where: str) -> None:

@@ -17,7 +17,7 @@ class _AddedToken(msgspec.Struct):
 
 
 class _Model(msgspec.Struct, frozen=True):
-    vocab: dict[str, int] | list[Any] = {}  # a list of [token, score] in unigram models
+    vocab: dict[str, int] | list[tuple[str, float]] = {}  # with scores in unigram models
 
 
 class _TokenizerFile(msgspec.Struct):
@@ -42,7 +42,7 @@ def read_tokenizer_eos(directory: Path) -> list[int]:
                 return [token.id]
         vocabulary = file.model.vocab
         if isinstance(vocabulary, list):
-            vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+            vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
     else:
         vocabulary = {}
         for each in ("vocab.json", "added_tokens.json"):
@@ -65,5 +65,5 @@ def _eos_name(directory: Path) -> str | None:
 def _read(path: Path, kind: Any) -> Any:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); download it again.") from error

@@ -102,7 +102,8 @@ def with_own_head(spec: ModelSpec, directory: Path) -> ModelSpec:
 
 def damaged(path: Path, error: Exception) -> ValueError:
     """The error for a file that safetensors cannot read."""
-    return ValueError(f"{path} is damaged or truncated ({error}); download it again.")
+    reason = " ".join(str(error).split())  # it may quote names that hold line ends
+    return ValueError(f"{path} is damaged or truncated ({reason}); download it again.")
 
 
 def _weight_files(directory: Path) -> list[Path]:

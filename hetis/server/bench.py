@@ -139,7 +139,7 @@ def _check(options: argparse.Namespace) -> None:
     from hetis.server.launch import plan_for
 
     if options.output_json is not None:
-        check_writable(options.output_json, OUTPUT)
+        check_writable(options.output_json, OUTPUT, (options.plan, options.profile, options.trace))
     _, spec, _ = plan_for(engine_config(options))
     _check_lengths(options, min(options.max_model_len or spec.max_position, spec.max_position))
 

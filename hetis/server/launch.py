@@ -21,13 +21,14 @@ import msgspec
 
 from hetis.comm import children, supervision
 from hetis.core.config import DriverArgs, EngineConfig, Joining
-from hetis.core.files import check_writable
+from hetis.core.files import check_writable, refuse_pipe
 from hetis.core.logs import set_up_logging
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan, resolve_plan
+from hetis.core.profile import FleetProfile
 from hetis.models.end_tokens import read_eos_token_ids
 from hetis.models.families import read_model_spec
-from hetis.models.hub import resolve_model
+from hetis.models.hub import expanded, resolve_model
 from hetis.models.json_files import read_object
 from hetis.models.tokenizer_eos import read_tokenizer_eos
 from hetis.models.weight_files import find_tensors, with_own_head
@@ -82,10 +83,16 @@ def holds_sockets(directory: Path) -> bool:
 def plan_for(config: EngineConfig) -> tuple[Path, ModelSpec, Plan]:
     """(directory of the model, what it is, who does what).
 
-    ValueError for what does not fit together, and for a trace file that cannot be written: before anything starts.
+    ValueError for what does not fit together, and for a profile or trace file that is of no use: before anything
+    starts.
     """
     if config.trace is not None:
-        check_writable(Path(config.trace), "trace file")
+        refuse_pipe(Path(config.trace), "trace file")
+        check_writable(Path(config.trace), "trace file", (config.plan, config.profile))
+    if config.profile is not None:
+        from hetis.engine.profile_files import load  # and numpy: 0.1 s of every start
+
+        load(Path(config.profile), FleetProfile)
     directory = resolve_model(config.model, config.revision, weights=False)
     if config.tokenizer is not None:
         resolve_model(config.tokenizer, weights=False, what="tokenizer")
@@ -106,7 +113,7 @@ def _check_files(config: EngineConfig, directory: Path, spec: ModelSpec) -> None
         return
     if spec.tied_embeddings:
         resolve_model(config.model, config.revision)  # how much memory they take depends on the weights themselves
-    is_local = config.model is None or directory == Path(config.model).expanduser()
+    is_local = config.model is None or directory == expanded(config.model)
     if spec.tied_embeddings or is_local:
         find_tensors(directory, spec)
 
@@ -117,7 +124,7 @@ def end_of_sequence_ids(config: EngineConfig, directory: Path, vocab_size: int) 
         tokenizer_directory = resolve_model(config.tokenizer, weights=False, what="tokenizer")
     else:
         tokenizer_directory = directory
-    own = [token for token in read_tokenizer_eos(tokenizer_directory) if token < vocab_size]  # others never come
+    own = [token for token in read_tokenizer_eos(tokenizer_directory) if 0 <= token < vocab_size]  # others never come
     return list(dict.fromkeys([*read_eos_token_ids(directory, vocab_size), *own]))
 
 

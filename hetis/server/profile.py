@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     from hetis.server.launch import plan_for
 
     if options.output is not None:
-        check_writable(options.output, OUTPUT)  # before measuring
+        check_writable(options.output, OUTPUT, (options.plan, options.profile, options.trace))  # before measuring
     config = engine_config(options)
     _, spec, plan = plan_for(config)
     client = EngineClient(config, plan)

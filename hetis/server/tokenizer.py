@@ -1,5 +1,8 @@
 """The tokenizer of a model: what its tokenizer.json says, with transformers' chat templates around it."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 from hetis.models.hub import resolve_model
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_loading = threading.Lock()  # a thread that imports transformers while another one does finds half of it
 
 
 def load_tokenizer(source: str | Path | None, revision: str | None, what: str = "model") -> Any:
@@ -27,11 +31,20 @@ def load_tokenizer(source: str | Path | None, revision: str | None, what: str = 
             f"the tokenizer in {directory} is a tokenizer.model without tokenizer.json: pip install sentencepiece "
             "protobuf, or give the tokenizer.json of the same model by --tokenizer (tokenizer=)."
         )
-    try:
+    with _loading, _one_sentence(f"the tokenizer in {directory} cannot be loaded", "download it again"):
         return _load(directory, is_complete="tokenizer.json" in found)
-    except Exception as error:  # of several libraries
+
+
+@contextmanager
+def _one_sentence(what: str, remedy: str) -> Iterator[None]:
+    """ValueError for whatever the libraries raise: a panic of tokenizers' Rust code is not even an Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
         reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        raise ValueError(f"the tokenizer in {directory} cannot be loaded ({reason}); download it again.") from error
+        raise ValueError(f"{what} ({reason}); {remedy}.") from error
 
 
 def _load(directory: Path, is_complete: bool) -> Any:
@@ -49,9 +62,11 @@ def _load(directory: Path, is_complete: bool) -> Any:
 
 def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
     """Token ids of a prompt, with the special tokens that the tokenizer puts around text; a begin of sequence that the
-    text has already (a chat template wrote it) is not doubled. By the tokenizer below transformers', for threads."""
+    text has already (a chat template wrote it) is not doubled. By the tokenizer below transformers', for threads.
+    ValueError for text that it cannot encode: some have no token for unknown characters."""
     backend, begin = tokenizer.backend_tokenizer, tokenizer.bos_token_id
-    ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+    with _one_sentence("the tokenizer cannot encode a prompt", "give token ids, or another tokenizer"):
+        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
     if add_special_tokens and begin is not None and ids[:2] == [begin, begin]:
         plain = backend.encode(text, add_special_tokens=False).ids
         if plain[:1] == [begin] and ids[1 : 1 + len(plain)] == plain:

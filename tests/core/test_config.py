@@ -1,5 +1,6 @@
 """What a configuration refuses."""
 
+from datetime import timedelta
 from math import inf, nan
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from hetis.core.config import EngineConfig
 
 
-@pytest.mark.parametrize(("field", "words"), [("theta", "a positive number"), ("step_timeout", "of at least 1")])
+@pytest.mark.parametrize(("field", "words"), [("theta", "a positive number"), ("step_timeout", "from 1 to 1000000")])
 @pytest.mark.parametrize("value", [inf, -inf, nan, 0.0, -1.0])
 def test_only_positive_numbers_that_end(field: str, words: str, value: float) -> None:
     """What is not finite would become null on its way to the driver."""
@@ -19,6 +20,13 @@ def test_a_step_timeout_is_longer_than_a_heartbeat() -> None:
     with pytest.raises(ValueError, match=r"step_timeout is 0\.999"):
         EngineConfig(step_timeout=0.999)
     assert EngineConfig(step_timeout=1).step_timeout == 1
+
+
+def test_a_step_timeout_fits_into_the_clocks_of_libraries() -> None:
+    with pytest.raises(ValueError, match=r"step_timeout is 1e\+300"):
+        EngineConfig(step_timeout=1e300)
+    longest = EngineConfig(step_timeout=1_000_000).step_timeout
+    assert timedelta(seconds=longest) < timedelta(milliseconds=2**31)
 
 
 def test_nothing_may_move_for_balance() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.core.files import check_writable, write_file
+from hetis.core.files import check_writable, refuse_pipe, write_file
 
 
 def unwritable(folder: Path) -> list[Path]:
@@ -66,3 +66,24 @@ def test_writing_replaces_and_keeps_links_and_devices(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"--output /dev/full cannot be written \(No space left on device\)"):
         write_file(Path("/dev/full"), b"new", "--output")
+
+
+def test_a_pipe_that_processes_would_share_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(ValueError, match=f"^profile .*{name} is a pipe or socket"):
+            refuse_pipe(tmp_path / name, "profile")
+    for path in (tmp_path / "none", tmp_path, Path("/dev/null"), tmp_path / ("x" * 300)):
+        refuse_pipe(path, "profile")  # who opens it says what is wrong
+
+
+def test_a_file_that_another_option_names_is_not_written(tmp_path: Path) -> None:
+    plan, link, new = tmp_path / "plan.json", tmp_path / "link", tmp_path / "new"
+    plan.write_text("{}")
+    link.symlink_to(plan)
+    for path, others in ((link, ("1+2", str(plan))), (plan, (None, str(plan))), (new, (str(new),))):
+        with pytest.raises(ValueError, match="is the file of another option, too"):
+            check_writable(path, "--output", others)
+    check_writable(new, "--output", (None, {"stages": []}, "1+2", str(plan), str(tmp_path / "other")))
+    assert plan.read_text() == "{}"

@@ -1,6 +1,7 @@
 """The trace of a real fleet: valid JSON, every rank and step, bars that fill a step without overlap."""
 
 import json
+import os
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -68,6 +69,13 @@ def test_a_file_that_cannot_be_written_is_named(directory: Path, tmp_path: Path)
     fleet, _ = run(directory, "1+2")
     with pytest.raises(ValueError, match=r"nowhere/trace.json cannot be written \(No such file"):
         TraceFile(tmp_path / "nowhere" / "trace.json", fleet.setup.plan, fleet.setup.fleet, 0.0)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(directory: Path, tmp_path: Path):
+    fleet, _ = run(directory, "1+2")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is a pipe or socket"):
+        TraceFile(tmp_path / "pipe", fleet.setup.plan, fleet.setup.fleet, 0.0)
 
 
 def _laps(trace: bytes) -> list[list[float]]:

@@ -1,5 +1,6 @@
 """Finding a model: packaged, local, or on the hub (never asked for real here)."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,37 @@ def test_errors_of_the_hub_say_what_to_do(error: type[Exception], words: str, mo
     with pytest.raises(ValueError, match=words) as refused:
         resolve_model("owner/name", "v2")
     assert "'owner/name' at revision 'v2'" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("~nosuchuser/model", ""), ("/" + "x" * 300, " (File name too long)"), ("/a\0b", ""), ("/dev/null/x", "")],
+)
+def test_a_path_that_the_system_refuses_is_one_sentence(model: str, reason: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        resolve_model(model)
+    assert str(refused.value).endswith(f"nor a hub id such as Qwen/Qwen3-0.6B{reason}.")
+
+
+def test_a_loop_of_links_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match=r"\(Too many levels of symbolic links\)"):
+        resolve_model(str(tmp_path / "loop"))
+
+
+def test_a_directory_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # file modes do not stop root
+    with pytest.raises(ValueError, match=r"^model '.*' cannot be read \(Permission denied\)"):
+        resolve_model(str(tmp_path))
+
+
+def test_a_pipe_among_the_files_is_refused_and_a_dead_link_is_not(tmp_path: Path) -> None:
+    """Reading it would wait for ever."""
+    (tmp_path / "README.md").symlink_to("nowhere")
+    assert resolve_model(str(tmp_path)) == tmp_path
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"config.json, a pipe, socket or device and no file"):
+        resolve_model(str(tmp_path))

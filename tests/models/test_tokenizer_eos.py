@@ -68,3 +68,14 @@ def test_a_broken_file_is_named(file: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text("{")
     with pytest.raises(ValueError, match=f"{file} cannot be read"):
         read_tokenizer_eos(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"a":' * 100_000, b"\xff\xfe", b'{"model": {"vocab": [[]]}}', b'{"model": {"vocab": [[["</s>"], 1]]}}'],
+)
+def test_whatever_stands_in_a_file_it_is_named(content: bytes, tmp_path: Path) -> None:
+    write(tmp_path, MODELS["bpe"], tokenizer_config={"eos_token": "</s>"})
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read"):
+        read_tokenizer_eos(tmp_path)

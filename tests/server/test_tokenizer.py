@@ -1,6 +1,8 @@
 """The shipped tokenizer.json decides the ids, whatever class tokenizer_config.json names."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,3 +151,34 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=f"tokenizer in {tmp_path} cannot be loaded"):
         load_tokenizer(tmp_path, None)
+
+
+def test_text_that_a_tokenizer_cannot_encode_is_one_sentence(tmp_path: Path) -> None:
+    """It knows no character but two, and has no token for the others."""
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path, None)
+    assert encode(ours, "a") == [0]
+    with pytest.raises(ValueError, match=r"cannot encode a prompt \(Exception WordLevel error: Missing \[UNK\]"):
+        encode(ours, "c")
+
+
+def test_a_panic_of_the_library_is_one_sentence(tmp_path: Path) -> None:
+    """Merges that do not fit the prefix of subwords: tokenizers indexes beyond their end."""
+    broken = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    broken["continuing_subword_prefix"] = "a long prefix"
+    file = {"version": "1.0", "added_tokens": [], "model": broken}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(ValueError, match=r"cannot be loaded \(PanicException"):
+        load_tokenizer(tmp_path, None)
+
+
+def test_threads_that_load_the_first_tokenizer_at_once() -> None:
+    """None of them meets a half-imported transformers."""
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+from hetis.server.tokenizer import load_tokenizer
+with ThreadPoolExecutor(6) as pool:
+    assert all(pool.map(lambda _: load_tokenizer(None, None), range(6)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
