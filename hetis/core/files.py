@@ -48,8 +48,9 @@ def write_file(path: Path, content: bytes, what: str) -> None:
 
 
 def _are_same(path: Path, other: str) -> bool:
+    """Whether both are one file; what is written to a device destroys nothing."""
     with suppress(OSError, ValueError):  # one of them is no file yet, or no path at all
-        return os.path.samefile(path, other)
+        return os.path.samefile(path, other) and path.is_file()
     return path == Path(other)
 
 

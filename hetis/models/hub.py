@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import stat
 from pathlib import Path
 
 PACKAGED = Path(__file__).parent.parent / "assets" / "tiny"
@@ -59,8 +58,9 @@ def _check_directory(directory: Path, name: str) -> None:
     """ValueError where files cannot be read, or reading one would never end."""
     try:
         for entry in directory.iterdir():
-            mode = entry.stat().st_mode if entry.exists() else stat.S_IFREG  # a link into nowhere is no file
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            if not any(entry.match(pattern) for pattern in _CONFIG_FILES + _WEIGHT_FILES) or not entry.exists():
+                continue  # not read, or a link into nowhere
+            if not entry.is_file() and not entry.is_dir():
                 raise ValueError(f"{name} holds {entry.name}, a pipe, socket or device and no file; remove it.")
     except OSError as error:
         raise ValueError(f"{name} cannot be read ({error.strerror}).") from error

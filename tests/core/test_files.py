@@ -85,5 +85,6 @@ def test_a_file_that_another_option_names_is_not_written(tmp_path: Path) -> None
     for path, others in ((link, ("1+2", str(plan))), (plan, (None, str(plan))), (new, (str(new),))):
         with pytest.raises(ValueError, match="is the file of another option, too"):
             check_writable(path, "--output", others)
+    check_writable(Path("/dev/null"), "--output", ("/dev/null",))
     check_writable(new, "--output", (None, {"stages": []}, "1+2", str(plan), str(tmp_path / "other")))
     assert plan.read_text() == "{}"

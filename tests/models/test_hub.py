@@ -105,7 +105,8 @@ def test_a_directory_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: p
 
 def test_a_pipe_among_the_files_is_refused_and_a_dead_link_is_not(tmp_path: Path) -> None:
     """Reading it would wait for ever."""
-    (tmp_path / "README.md").symlink_to("nowhere")
+    (tmp_path / "tokenizer.json").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "notes")
     assert resolve_model(str(tmp_path)) == tmp_path
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"config.json, a pipe, socket or device and no file"):

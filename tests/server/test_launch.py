@@ -1,4 +1,4 @@
-"""What a rank does before it imports torch."""
+"""What is refused before anything starts, and what a rank does before it imports torch."""
 
 import os
 import signal
@@ -35,3 +35,20 @@ def test_the_environment_of_a_rank_is_set_before_torch_and_the_user_has_the_last
     assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
     assert environment["THP_MEM_ALLOC_ENABLE"] == "1"
     assert environment["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+@pytest.mark.parametrize("option", ["profile", "trace"])
+def test_files_of_no_use_are_refused_before_anything_starts(option: str, tmp_path: Path) -> None:
+    """Neither of them is touched."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "plan.json").write_text('{"stages": [{"primaries": [{}]}]}')
+    wrong = {
+        "pipe": "is a pipe or socket",
+        "nowhere/file": r"\(No such file or directory\)",
+        "plan.json": "is the file of another option, too" if option == "trace" else "is not a FleetProfile",
+    }
+    for name, words in wrong.items():
+        config = EngineConfig(plan=str(tmp_path / "plan.json"), device="cpu", **{option: str(tmp_path / name)})
+        with pytest.raises(ValueError, match=words):
+            launch.plan_for(config)
+    assert (tmp_path / "plan.json").read_text() == '{"stages": [{"primaries": [{}]}]}'
