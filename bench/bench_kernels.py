@@ -8,7 +8,6 @@ are medians of 30 runs, each after the caches were overwritten. Prefill is bound
 
 import argparse
 import json
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from gpu.report import commit
 
 import hetis_kernels as hk
 
@@ -159,7 +159,6 @@ def main() -> None:
         raise SystemExit("bench_kernels: no CUDA device here; the kernels' bandwidth can only be measured on one")
     torch.set_default_device("cuda")
     dtype = getattr(torch, arguments.dtype)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     device = torch.cuda.get_device_name()
     copy = copy_bandwidth()
     print(f"{device}, {arguments.dtype}, copy of 1 GiB: {copy / 1e9:.0f} GB/s")
@@ -168,7 +167,7 @@ def main() -> None:
             time = seconds(case.call)
             bandwidth = case.num_bytes / time
             row = Row(
-                commit=commit.strip(),
+                commit=commit() or "",
                 device=device,
                 dtype=arguments.dtype,
                 name=case.name,

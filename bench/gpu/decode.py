@@ -37,7 +37,7 @@ SYNCHRONISING = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSyn
 
 def whole_steps(directory: Path, device: str, batch: int) -> dict[str, Any]:
     """Through the engine and a rank, in this process."""
-    options = {"kv_cache_memory": 4 << 30, "max_model_len": CONTEXT + 100, "load_format": "dummy", "dtype": "bfloat16"}
+    options = {"kv_cache_memory": 8 << 30, "max_model_len": CONTEXT + 100, "load_format": "dummy", "dtype": "bfloat16"}
     if device == "cpu":
         options |= {"kv_cache_memory": 64 << 20}
     with LocalFleet(directory, "1+0", device=device, max_num_seqs=batch, **options) as fleet:

@@ -1,6 +1,8 @@
 """One small launch of every kernel that shares memory between threads, for compute-sanitizer.
 
-compute-sanitizer --tool racecheck --error-exitcode 1 python bench/gpu/sanitized.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python bench/gpu/sanitized.py
+
+Tensors are made on the CPU, so that no kernel of torch (sorting, say) is looked at.
 """
 
 import torch
@@ -9,35 +11,39 @@ import hetis_kernels as hk
 
 LENGTHS = (600, 1, 33)  # the first is split
 GROUPS, QUERIES, HEAD_DIM, PAGE = 2, 4, 64, 16
+TOKENS = 70  # of a prompt
 
 
 def main() -> None:
-    torch.set_default_device("cuda")
     lanes, width = len(LENGTHS) * GROUPS, -(-max(LENGTHS) // PAGE)
-    pool = torch.randn(2, lanes * width, PAGE, HEAD_DIM, dtype=torch.bfloat16)
+    pool = random(2, lanes * width, PAGE, HEAD_DIM)
     table = torch.randperm(lanes * width).int().view(lanes, width)
-    qkv = torch.randn(lanes, QUERIES + 2, HEAD_DIM, dtype=torch.bfloat16)
-    order = torch.arange(lanes).int()
-    length = torch.tensor(LENGTHS).int().repeat_interleave(GROUPS)
-    out = torch.empty(lanes, QUERIES, HEAD_DIM, dtype=torch.bfloat16)
-    lse2 = torch.empty(lanes, QUERIES)
-    slots = table[:, 0].long() * PAGE
+    slots, table = (table[:, 0].long() * PAGE).cuda(), table.cuda()
+    qkv, out, lse2 = random(lanes, QUERIES + 2, HEAD_DIM), random(lanes, QUERIES, HEAD_DIM), scores(lanes, QUERIES)
+    order = torch.arange(lanes).int().cuda()
+    length = torch.tensor(LENGTHS).int().repeat_interleave(GROUPS).cuda()
     hk.kv_append(qkv[:, QUERIES], qkv[:, QUERIES + 1], pool, order, slots)
     hk.paged_decode(qkv[:, :QUERIES], pool, table, order, order, length, 0.125, 0, out, lse2)
-    tokens = 70
-    rows = torch.randn(tokens, GROUPS, QUERIES + 2, HEAD_DIM, dtype=torch.bfloat16)
-    attended, scores = torch.empty_like(rows[:, :, :QUERIES]).contiguous(), torch.empty(tokens, GROUPS, QUERIES)
-    start, context = torch.tensor([0, tokens]).int(), torch.tensor([tokens + 5]).int()
+    rows = random(TOKENS, GROUPS, QUERIES + 2, HEAD_DIM)
+    attended = random(TOKENS, GROUPS, QUERIES, HEAD_DIM)
+    start, context = torch.tensor([0, TOKENS]).int().cuda(), torch.tensor([TOKENS + 5]).int().cuda()
+    lane = order[None, :GROUPS]
     hk.paged_prefill(
-        rows[:, :, :QUERIES], pool, table, start, order[None, :GROUPS], context, 0.125, 0, attended, scores
+        rows[:, :, :QUERIES], pool, table, start, lane, context, 0.125, 0, attended, scores(TOKENS, GROUPS, QUERIES)
     )
-    packed = torch.empty(lanes, (QUERIES + 2) * HEAD_DIM, dtype=torch.bfloat16)
-    hk.lane_pack(qkv.flatten(1), order, packed)
-    weight, residual = torch.ones(512, dtype=torch.bfloat16), torch.randn(9, 512, dtype=torch.bfloat16)
-    hk.add_rms_norm(torch.randn_like(residual), residual, weight, 1e-6, torch.empty_like(residual))
+    hk.lane_pack(qkv.flatten(1), order, random(lanes, (QUERIES + 2) * HEAD_DIM))
+    hk.add_rms_norm(random(9, 512), random(9, 512), random(512), 1e-6, random(9, 512))
     torch.cuda.synchronize()
-    assert out.isfinite().all()
-    assert attended.isfinite().all()
+    assert bool(out.cpu().isfinite().all())
+    assert bool(attended.cpu().isfinite().all())
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).bfloat16().cuda()
+
+
+def scores(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape).cuda()
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from hetis.engine.setup import make_setup
 from hetis.models.families import read_model_spec
 from hetis.models.weight_files import with_own_head
 from hetis.workers.build import describe_device
+from hetis.workers.gpus import sum_in_float32
 from hetis.workers.rank import build_member
 from tests.processes import DEADLINE
 
@@ -100,6 +101,7 @@ class LocalFleet:
             parent=os.getpid(),
         )
         self._devices = [torch.device(member.device) for member in resolved.members()]
+        sum_in_float32()
         fleet = [_device(rank, device) for rank, device in enumerate(self._devices)]
         self.setup, self.ledger = make_setup(args, fleet)
         policies = Policies(dispatcher) if dispatcher else make_policies(config, self.setup, flat_profile(self.setup))

@@ -10,6 +10,7 @@ import torch
 
 from hetis.core.sampling_params import SamplingParams
 from hetis.models.families import read_model_spec
+from tests import cuda_stand_in
 from tests.checkpoints import FAMILIES, greedy_reference, load_reference, make_checkpoint, reference_logits
 from tests.engine.local_fleet import LocalFleet, full_row
 
@@ -102,6 +103,15 @@ def test_a_gpu_and_cpu_workers_equal_transformers(checkpoints, tmp_path: Path):
     path = tmp_path / "mixed.json"
     path.write_text(json.dumps(plan))
     check_parity("five_groups", str(path), checkpoints, tmp_path, "auto")
+
+
+@pytest.mark.parametrize(("family", "plan"), [("five_groups", "2+1"), ("opt", "uneven stages +1")])
+def test_tokens_and_logits_equal_transformers_on_the_stand_in_of_a_gpu(
+    family: str, plan: str, checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoints(family)
+    with cuda_stand_in.gpu(monkeypatch):
+        check_parity(family, plan, checkpoints, tmp_path, "cuda")
 
 
 @pytest.mark.usefixtures("device")
