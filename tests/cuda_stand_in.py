@@ -30,10 +30,11 @@ class OnGpu(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "OnGpu":
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            device=META,
-        )  # fmt: skip
+        with torch.inference_mode(False):  # views of tensors that were made outside of it are made in it
+            made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+                device=META,
+            )  # fmt: skip
         made.inner = inner
         return made  # type: ignore[no-any-return]
 
@@ -60,7 +61,13 @@ class Names(TorchFunctionMode):
     """Devices that are called "cuda" by those who call torch. Of one thread."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*map(_renamed, args), **{name: _renamed(value) for name, value in (kwargs or {}).items()})
+        kwargs = kwargs or {}
+        if function is torch.device:
+            return function(*args, **kwargs)
+        if function is torch.tensor:  # no operation: makes a tensor of its own on any device
+            device = _renamed(kwargs.pop("device", "cpu"))
+            return function(*args, **kwargs).to(device)
+        return function(*map(_renamed, args), **{name: _renamed(value) for name, value in kwargs.items()})
 
 
 def _renamed(argument: Any) -> Any:
@@ -84,7 +91,7 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if here and name not in MAY_MIX:
         strangers = [x for x in tensors if not isinstance(x, OnGpu) and x.dim() > 0]
         if strangers:
-            raise RuntimeError(f"{name}: tensors of cuda:0 and of {strangers[0].device}")
+            raise RuntimeError(f"{name}: tensors on {[x.device for x in tensors]}")
     device = kwargs.get("device")
     on_gpu = bool(here) if device is None else torch.device(device) == META
     if name in ("copy_", "index_put_", "_index_put_impl_"):

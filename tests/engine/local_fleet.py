@@ -88,7 +88,9 @@ class LocalFleet:
         options.setdefault("device", default_device)
         options.setdefault("kv_cache_memory", 4 << 20)
         config = EngineConfig(model=str(directory), plan=plan, max_logprobs=-1, **options)
-        spec = with_own_head(read_model_spec(directory), directory)
+        spec = read_model_spec(directory)
+        if config.load_format != "dummy":
+            spec = with_own_head(spec, directory)
         resolved = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
         args = DriverArgs(
             config=config,
@@ -172,6 +174,8 @@ class LocalFleet:
     ) -> None:
         for commands in self._commands:
             commands.put(None)
+        if error is not None:
+            return  # a rank has failed, and others may wait for it
         for thread in self._threads:
             thread.join(DEADLINE)
 
