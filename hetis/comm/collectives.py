@@ -163,7 +163,7 @@ class Pipeline:
 
     def recv(self, num_tokens: int) -> Tensor:
         """hidden_TH of the previous stage; the caller's own."""
-        assert self._previous is not None, "the first stage has nobody before it"
+        assert self._previous is not None, "there is no stage before the first one"
         hidden_TH = torch.empty(num_tokens, self._hidden_size, dtype=self._dtype, device=self._device)
         message = self._previous.recv(hidden_TH.numel() * hidden_TH.element_size())
         hidden_TH.copy_(message.view(self._dtype).view(hidden_TH.shape))

@@ -100,12 +100,12 @@ class Measurer:
             found.request, found.reply = probe_link(link, self._device, smallest, largest, command.seconds)
         else:
             answer_probes(link, self._device)
-        link.bytes_sent, link.bytes_received = counted  # nobody's tokens
+        link.bytes_sent, link.bytes_received = counted  # no tokens went over it
         return found
 
 
 class Scratch:
-    """Pages of one layer that belong to nobody. Each table that is taken names others, until all had their turn."""
+    """Pages of one layer outside of the cache. Each table that is taken names others, until all had their turn."""
 
     def __init__(self, setup: Setup, num_bytes: int, device: torch.device) -> None:
         dtype, self.page_size, head_dim = TORCH_DTYPES[setup.dtype], setup.block_size, setup.spec.head_dim

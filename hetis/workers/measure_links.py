@@ -1,4 +1,4 @@
-"""Probing a link: messages of many sizes go round over the very link that steps use, while nobody else does.
+"""Probing a link: messages of many sizes go round over the very link that steps use, alone on it.
 
 Before some round trips the primary tells what will come: a request with the sizes of the next requests and of their
 replies, answered by a few bytes. So sizes and their number can follow what the link turns out to be. Zeros end it.

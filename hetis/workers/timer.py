@@ -10,7 +10,7 @@ from hetis.core.times import Span, StageTimes
 from hetis.workers.step_input import DecodeLanes, StepRows
 from hetis.workers.stopwatch import Trace, make_stopwatch, pack_trace, totals_us
 
-REAL_WAIT = 5e-6  # seconds: whoever waits less finds a reply that had come before
+REAL_WAIT = 5e-6  # seconds: a shorter wait finds a reply that had come before
 
 
 class StageTimer:
@@ -48,7 +48,7 @@ class StageTimer:
         )
 
     def _round_trips_us(self, trace: Trace) -> dict[int, float]:
-        """Means. A reply counts if it was waited for: else it came some time before, nobody knows when."""
+        """Means. A reply counts if it was waited for: else it came at an unknown time before."""
         found: defaultdict[int, list[float]] = defaultdict(list)
         for peer, sent, received in self._replies:
             _, waiting_since, now = trace[received]

@@ -89,7 +89,7 @@ class TorchDistLink(Link):
                 if work is not None:
                     work.wait()
             except RuntimeError:
-                break  # it is gone, nobody will miss the message
+                break  # it has gone, and takes no message any more
         self._works = [None] * NUM_SLOTS
         self._send_group = self._recv_group = None
 
