@@ -219,8 +219,8 @@ def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRa
 def _report(heart: Heart, rank: int, device_name: str, error: BaseException, is_mistake: bool) -> NoReturn:
     """Tells the terminal and the driver why this rank dies; the heart ends the process. Any thread may call it.
 
-    A lost connection is a failure of another rank, and for a mistake of the user's one sentence is enough: neither shows
-    a traceback.
+    A lost connection is the failure of another rank, and for a mistake of the user one sentence is enough: neither
+    shows a traceback.
     """
     is_consequence = isinstance(error, ConnectionError)
     text = ""
