@@ -88,6 +88,8 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     here = [x for x in tensors if isinstance(x, OnGpu)]
     name = function._schema.name.removeprefix("aten::")
+    if any(x.device == META for x in tensors):
+        raise NotImplementedError(f"{name}: a tensor of which torch has no values; lists as indices make such")
     if here and name not in MAY_MIX:
         strangers = [x for x in tensors if not isinstance(x, OnGpu) and x.dim() > 0]
         if strangers:
