@@ -31,8 +31,6 @@ from hetis.workers.primary import PrimaryRank
 from hetis.workers.warm_up import is_needed, warm_up_commands
 from hetis_kernels import extension
 
-_log = logging.getLogger("hetis")
-
 _log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 300.0  # until all ranks have joined; loading has no limit, a rank that loads is alive

@@ -72,7 +72,6 @@ def test_our_own_solver_decides_where_highs_has_no_time_and_the_log_says_so_once
     with pytest.raises(TimeoutError, match=r"within 0\.0 s"):
         solve(problem, time_limit_s=0.0)
     monkeypatch.setattr(milp, "solve", partial(solve, time_limit_s=0.0))
-    milp._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert balance_by_highs(problem) == balance_by_highs(problem) == balance(problem)
     assert len(caplog.records) == 1
