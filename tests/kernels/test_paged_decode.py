@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from hetis_kernels.paged_decode import MAX_SPLITS, MIN_SPLIT, decode_scratch_numel, paged_decode, paged_decode_ref
+from tests.kernels.against_reference import check
 
 LENGTHS = [1, 16, 17, MIN_SPLIT, MIN_SPLIT + 1, 520]
 WINDOWS = [0, 1, 33, 300]
@@ -62,13 +63,6 @@ def test_reference_is_torch_attention(make_lanes: Callable[..., Any], window: in
     untouched = sorted(set(range(len(LENGTHS) + 2)) - set(problem.row_U.tolist()))
     assert (out[untouched] == 7).all()
     assert (lse2[untouched] == 7).all()
-
-
-def check(problem: Problem, device: torch.device, window: int, tolerance: dict[str, float], **options: Any) -> None:
-    out, lse2 = problem.run(device, window, backend="triton", **options)
-    expected, expected_lse2 = problem.run(torch.device("cpu"), window, backend="reference")
-    torch.testing.assert_close(out, expected, **tolerance)
-    torch.testing.assert_close(lse2, expected_lse2, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_queries", range(1, 9))

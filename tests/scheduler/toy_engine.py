@@ -208,6 +208,16 @@ class ToyEngine:
             self.step()
         raise AssertionError(f"not done after {limit} steps")
 
+    def serve(self, sequences: list[Sequence]) -> None:
+        """Runs all of them, from an empty fleet to an empty one; each must end as if it had been alone."""
+        assert self.max_model_len is not None
+        expected = [alone(sequence, self.max_model_len) for sequence in sequences]
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        self.run()
+        self.check_idle()
+        assert [sequence.token_ids for sequence in sequences] == expected
+
     def step(self) -> None:
         """Sends all batches there are, then lets one stage compute one."""
         self._start_moves()
