@@ -12,6 +12,7 @@ from hetis.comm.hosts import Note, Token, is_visible
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.comm.shared_memory import PAGE_BYTES, Address, Segment
 from tests.comm.comm_helpers import NAMELESS, shared_memory, together
+from tests.processes import DEADLINE
 
 
 def note_of(rendezvous: LocalRendezvous, rank: int) -> Note:
@@ -88,5 +89,5 @@ def test_a_rank_that_does_not_come_is_named_and_nothing_can_be_left() -> None:
 
 def test_ranks_that_come_at_the_same_time_agree() -> None:
     rendezvous = LocalRendezvous()
-    found = together(*[partial(lambda rank: Token(rank, rendezvous).host(10.0), rank) for rank in range(4)])
+    found = together(*[partial(lambda rank: Token(rank, rendezvous).host(DEADLINE), rank) for rank in range(4)])
     assert found == [supervision.host_id()] * 4

@@ -17,6 +17,7 @@ from hetis.comm.links.torchdist import NUM_CTAS, TorchDistLink, open_torchdist
 from hetis.comm.process_groups import make_process_group
 from hetis.comm.rendezvous import LocalRendezvous
 from tests.comm.comm_helpers import CPU, together
+from tests.processes import DEADLINE
 
 LIMIT = timedelta(seconds=20)
 
@@ -157,7 +158,9 @@ def test_nothing_is_made_before_all_have_come(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_link_is_open_when_bytes_have_gone_both_ways() -> None:
     rendezvous = LocalRendezvous()
-    open_end = partial(open_torchdist, rendezvous, "link", address="127.0.0.1", limits=(8, 0), device=CPU, timeout=20.0)
+    open_end = partial(
+        open_torchdist, rendezvous, "link", address="127.0.0.1", limits=(8, 0), device=CPU, timeout=DEADLINE
+    )
     primary, worker = together(
         partial(open_end, peer_rank=1, is_primary=True), partial(open_end, peer_rank=0, is_primary=False)
     )

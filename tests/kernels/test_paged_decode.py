@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from hetis_kernels.paged_decode import MAX_SPLITS, MIN_SPLIT, decode_scratch_numel, paged_decode, paged_decode_ref
 from tests.kernels.against_reference import check
+from tests.processes import DEADLINE
 
 LENGTHS = [1, 16, 17, MIN_SPLIT, MIN_SPLIT + 1, 520]
 WINDOWS = [0, 1, 33, 300]
@@ -158,7 +159,7 @@ def test_scratch_of_the_caller_is_enough_and_never_grows(make_lanes: Callable[..
 
 def test_two_threads_never_share_the_results_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for the two kernels: both threads have decoded before either merges."""
-    meet, own = threading.Barrier(2, timeout=20), threading.local()
+    meet, own = threading.Barrier(2, timeout=DEADLINE), threading.local()
     partial_out, merged_out = 8, 0  # positions among the arguments
 
     class Decode:
