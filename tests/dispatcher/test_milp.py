@@ -7,12 +7,12 @@ from random import Random
 import msgspec
 import pytest
 
-from bench.dispatch_problems import random_problem
 from hetis.dispatcher import milp
 from hetis.dispatcher.balance import balance, homeward
 from hetis.dispatcher.milp import balance_by_highs, solve
 from hetis.dispatcher.problem import peak_us
 from tests.dispatcher.instances import check_fits, tiny_problem
+from tests.dispatcher.random_problems import random_problem
 from tests.dispatcher.test_balance import all_counts
 
 pytest.importorskip("scipy")
