@@ -292,6 +292,7 @@ class ToyEngine:
         assert len(set(ids + in_flight)) == len(ids) + len(in_flight), "a sequence is in two places at once"
         assert sum(len(queue) for queue in self.pipeline) < num_stages, "more micro-batches than stages"
         assert batch.num_tokens <= -(-self.max_num_batched_tokens // num_stages), "over the token budget"
+        assert sum(row.count for row in batch.rows if row.is_decode) <= self.max_num_seqs, "ranks have no room"
         assert all(row.count > 0 for row in batch.rows)
         kinds = [row.is_decode for row in batch.rows]
         assert kinds == sorted(kinds, reverse=True), "decode rows come first"
