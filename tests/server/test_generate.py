@@ -75,10 +75,13 @@ def test_lines_break_at_words_on_a_terminal(capsys: pytest.CaptureFixture[str]) 
     assert words == ["bword", *["word"] * 49, "x" * 96, "x" * 54]
 
 
+@pytest.mark.parametrize("size", [1, 50])
 @pytest.mark.parametrize("width", range(20, 26))
-def test_lines_are_full_and_never_wider_than_the_terminal(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_full_and_never_wider_than_the_terminal(
+    width: int, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["x" * (1 + index % 6) for index in range(60)]
-    lines = written(LineWriter([""], width), pieces_of([" ".join(words)]), capsys).splitlines()
+    lines = written(LineWriter([""], width), pieces_of([" ".join(words)], size), capsys).splitlines()
     rows = [line.removeprefix("[0] ") for line in lines]
     assert " ".join(rows).split(" ") == words
     assert max(map(len, lines)) <= width
