@@ -166,10 +166,11 @@ def test_one_that_can_never_run_is_refused_and_the_others_go_on(sockets: Sockets
         yield from sockets.come_up()
         sockets.take("front", FRONT)
         endless = m.AddRequest(id="endless", token_ids=[1] * 100_000, params=SamplingParams())
-        sockets.put("front", FRONT, endless, request("good", max_tokens=1))
+        strange = m.AddRequest(id="strange", token_ids=[1, 512], params=SamplingParams())
+        sockets.put("front", FRONT, endless, strange, request("good", max_tokens=1))
         yield None
-        (refused,) = sockets.take("front", FRONT)[0].outputs
-        assert (refused.id, refused.finish_reason) == ("endless", "error")
+        refused = sockets.take("front", FRONT)[0].outputs
+        assert [(each.id, each.finish_reason) for each in refused] == [("endless", "error"), ("strange", "error")]
         sockets.answer_step()
         yield None
         assert [one.finish_reason for each in sockets.take("front", FRONT) for one in each.outputs] == ["length"]

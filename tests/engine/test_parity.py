@@ -11,7 +11,7 @@ import torch
 
 from hetis.core.sampling_params import SamplingParams
 from hetis.models.families import read_model_spec
-from tests.checkpoints import FAMILIES, greedy_reference, load_reference, make_checkpoint, reference_logits
+from tests.checkpoints import FAMILIES, load_reference, make_checkpoint, reference_logits
 from tests.engine.local_fleet import LocalFleet, full_row
 
 VOCAB = 331
@@ -127,7 +127,9 @@ def test_a_gpu_and_cpu_workers_equal_transformers(checkpoints: Checkpoints, tmp_
 def test_bfloat16_is_close_to_float32(family: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Teacher-forced by prompt logprobs, so that one differing token does not change everything after it."""
     directory, model = checkpoints(family).directory, checkpoints(family).model
-    texts = [prompt + greedy_reference(model, prompt, NUM_TOKENS) for prompt in prompts()]
+    with LocalFleet(directory, "1+0") as fleet:
+        drawn = fleet.generate(prompts(), SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True))
+    texts = [prompt + one.token_ids for prompt, one in zip(prompts(), drawn, strict=True)]
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, prompt_logprobs=-1)
     with LocalFleet(directory, "1+2", dtype="bfloat16") as fleet:
         found = fleet.generate(texts, params)
