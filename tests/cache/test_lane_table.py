@@ -51,6 +51,8 @@ def test_a_sequence_from_prompt_to_end() -> None:
     }
     assert cache.reserve(1, 6) is None
     cache.end_prefill(1)
+    assert cache.pools_to_grow(1, 6) == set(), "pages have room for six"
+    assert cache.pools_to_grow(1, 7) == {PoolId(rank, 0) for rank in range(3)}
     assert cache.take_deltas() == []
     assert cache.reserve(1, 7) is None
     assert entries_of(cache.take_deltas()) == {(0, 0): [[3, 2, 2]], (1, 0): [[5, 2, 2]], (2, 0): [[4, 2, 2]]}
