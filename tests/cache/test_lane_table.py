@@ -67,6 +67,16 @@ def test_a_sequence_from_prompt_to_end() -> None:
     assert cache.usage()[2] == RankUsage(pages_used=0, pages_total=9, pages_peak=3, num_lanes=0, lanes_peak=1)
 
 
+def test_the_peak_is_that_of_all_times() -> None:
+    cache = manager(make_plan([[2]]), {0: 9})
+    for slots in ((0, 1), (2,)):
+        for slot in slots:
+            cache.admit(slot, Placement(owners=((0, 0),)), 1)
+        for slot in slots:
+            cache.release(slot)
+    assert (cache.usage()[0].lanes_peak, cache.usage()[0].pages_peak) == (4, 4)
+
+
 def test_a_lane_on_the_move_is_promised_a_page_where_it_goes() -> None:
     cache = manager(make_plan([[2]], 1), {0: 9, 1: 9})
     cache.admit(0, Placement(owners=((0, 0),)), 5)
