@@ -47,7 +47,7 @@ def answer(rank: int, message: Measure | MeasureLink) -> Measured:
 
 
 class Fleet:
-    """Ranks that answer when they are told to. Checks that nobody disturbs anybody."""
+    """Ranks that answer when they are told to. Checks that no measurement disturbs another."""
 
     def __init__(self, plan: Plan, where: list[tuple[str, str, str]]) -> None:
         """`where`: host, device and name of each rank."""
