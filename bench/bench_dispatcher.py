@@ -2,10 +2,10 @@
 
     python bench/bench_dispatcher.py [--count 60] [--seed 0] [--no-highs]
 
-Aims: at most 200 us for 8 new sequences on 8 devices and 5 ms for 64 on 64, for every one of many random fleets, models
-and loads (`dispatch_problems.py`), arguments converted and all; exact for one sequence, within 2 % of the optimum for
-several. Each problem is solved five times and its fastest time counts, so that a busy machine does not show. Both give
-the same placements. HiGHS needs scipy, the first three columns the C++ solver.
+Aims: at most 200 us for 8 new sequences on 8 devices and 5 ms for 64 on 64, for every one of many random fleets,
+models and loads (`random_problems.py` of the tests), arguments converted and all; exact for one sequence, within 2 %
+of the optimum for several. Each problem is solved five times and its fastest time counts, so that a busy machine does
+not show. Both give the same placements. HiGHS needs scipy, the first three columns the C++ solver.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from collections.abc import Callable
 from random import Random
 from statistics import mean, median, quantiles
 
-from dispatch_problems import random_problem
 from extras import need
 
 from hetis.dispatcher import native
 from hetis.dispatcher.balance import balance_ref
 from hetis.dispatcher.milp import solve
 from hetis.dispatcher.problem import Counts, Problem, peak_us
+from tests.dispatcher.random_problems import random_problem
 
 SIZES = ((1, 8), (2, 8), (4, 8), (8, 8), (16, 16), (64, 64))  # sequences, devices
 HIGHS_LIMIT = 100  # lanes kinds x devices beyond which HiGHS is not asked: it would take minutes

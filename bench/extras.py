@@ -1,8 +1,10 @@
-"""What some scripts need beside hetis."""
+"""What some scripts need beside hetis: other packages, and tests/, which can be imported after this module."""
 
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def need(*modules: str) -> None:

@@ -139,7 +139,7 @@ class CacheManager:
         return bool(self._sequences[slot].transits)
 
     def num_tokens(self, slot: int) -> int:
-        """For which a sequence has pages."""
+        """Number of tokens that the sequence has pages for."""
         return self._sequences[slot].num_tokens
 
     def num_leaving(self, pool: PoolId) -> int:

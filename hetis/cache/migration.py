@@ -1,4 +1,4 @@
-"""The hauler, host half: which pages of lanes on the move travel with the next step, and which lanes have arrived.
+"""Migration, driver side: selects the pages that travel with the next step, and says which lanes have arrived.
 
 Pages ride along with the messages of a step, layer by layer, a bounded number per link and direction. Full pages go
 first, while the lane grows at its source; the last haul of a lane takes all that is left, including the tokens that are

@@ -17,7 +17,9 @@ from hetis.comm.shared_memory import PAGE_BYTES, Address, Segment
 _TOKEN_BYTES = 16
 
 
-class _Note(msgspec.Struct, frozen=True):
+class Note(msgspec.Struct, frozen=True):
+    """What a rank shows the others: the host it claims, its token, and where in memory the token lies."""
+
     host: str
     token: bytes
     memory: Address
@@ -29,7 +31,7 @@ class Token:
     def __init__(self, rank: int, rendezvous: Rendezvous) -> None:
         self._rank, self._rendezvous = rank, rendezvous
         self._memory = Segment.create(PAGE_BYTES)
-        self._note = _Note(supervision.host_id(), secrets.token_bytes(_TOKEN_BYTES), self._memory.address)
+        self._note = Note(supervision.host_id(), secrets.token_bytes(_TOKEN_BYTES), self._memory.address)
         self._memory.memory_B[:_TOKEN_BYTES] = torch.frombuffer(bytearray(self._note.token), dtype=torch.uint8)
         rendezvous.set(f"host/{rank}", msgspec.msgpack.encode(self._note))
 
@@ -41,13 +43,13 @@ class Token:
         others = list(self._alike(timeout))
         if not others:
             return self._note.host
-        first = next((note for note in others if _is_visible(note)), self._note)
+        first = next((note for note in others if is_visible(note)), self._note)
         return self._note.host if first is others[0] else f"{self._note.host}:{first.token.hex()}"
 
-    def _alike(self, timeout: float | None) -> Iterator[_Note]:
+    def _alike(self, timeout: float | None) -> Iterator[Note]:
         """Of ranks before this one, in rank order, that claim the same host."""
         for rank in range(self._rank):
-            note = msgspec.msgpack.decode(self._rendezvous.get(f"host/{rank}", timeout), type=_Note)
+            note = msgspec.msgpack.decode(self._rendezvous.get(f"host/{rank}", timeout), type=Note)
             if note.host == self._note.host:
                 yield note
 
@@ -55,7 +57,8 @@ class Token:
         self._memory.close()
 
 
-def _is_visible(note: _Note) -> bool:
+def is_visible(note: Note) -> bool:
+    """Whether this process finds the token of a note where the note says, and so shares memory with its rank."""
     try:
         memory = Segment.attach(note.memory)
     except (OSError, ValueError):  # no such process or descriptor here, or another one's

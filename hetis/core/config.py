@@ -32,7 +32,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_logprobs: int = 20  # -1: no limit
     logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs"
     dispatch: Literal["hetis", "highs", "proportional", "even", "primary-only"] = "hetis"
-    theta: float = 0.5  # how far attention may take above the ideal before lanes move, as a share of the ideal
+    theta: float = 0.5  # lanes move when the slowest device exceeds the lower bound by this fraction
     migration_budget: int = 256 << 20  # bytes of lanes per second that may move to balance the fleet
     profile: str | None = None  # file of a FleetProfile; None: measured at start where there are attention workers
     profile_cache: bool = True  # False: every rank is measured anew and by itself, and nothing is kept

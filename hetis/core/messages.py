@@ -33,7 +33,7 @@ class Ready(Message):
 
 
 class Measured(Message):
-    """Answer to `Measure` and `MeasureLink`: what was asked for; of a link the primary tells, the worker says done."""
+    """Answer to `Measure` and `MeasureLink`: the samples; for a link the primary has them, the worker none."""
 
     rank: int
     seconds: float  # that it took

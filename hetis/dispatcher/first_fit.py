@@ -6,8 +6,8 @@ from hetis.dispatcher.problem import Counts, Problem, added, helpful
 def first_fit(problem: Problem, order: list[int], limit_us: float) -> Counts | None:
     """All lanes with no device above `limit_us`, or None if this rule finds no way.
 
-    Devices take what fits, longest lanes first, in the order of how well they do long lanes in comparison to short
-    ones. Several homes, which can take only their share of each sequence, go before the others, each beginning with the
+    Devices are visited by increasing relative cost of long lanes; each takes the longest remaining lanes that fit.
+    Several homes, which can take only their share of each sequence, go before the others, each beginning with the
     lengths that would fall to it in that order; if that fails they wait their turn.
     """
     rated = _rated(problem, order, limit_us)

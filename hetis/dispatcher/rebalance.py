@@ -14,7 +14,7 @@ from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.load import StageDevices
 from hetis.dispatcher.residents import Resident, Residents
 
-THETA = 0.5  # how far above the ideal the slowest device may be, as a share of the ideal
+THETA = 0.5  # lanes move when the slowest device exceeds the lower bound by this fraction
 MATTERS = 0.05  # of a layer's time: what the ideal would save must be more than that
 SETTLED = 0.5  # of theta: once begun, rebalancing goes on down to there
 LEAST_GAIN = 0.1  # devices that get lanes must stay so far below the one that is relieved

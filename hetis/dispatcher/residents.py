@@ -99,7 +99,7 @@ class Residents:
         return self._residents[move.slot].num_tokens * self._cost.kv_bytes_per_token * layers
 
     def ideal_us(self, stage: StageDevices, at_least_us: float = 0.0) -> float:
-        """The least peak of a stage if lanes could be cut and memory were pooled; other stages' lanes stay.
+        """Lower bound on the makespan of a stage: lanes divisible, memory pooled; other stages' lanes stay.
 
         Infinite if it can be shown at once not to be below `at_least_us`: for callers that need no more than that.
         """

@@ -46,7 +46,7 @@ class Scheduler:
         self._max_num_seqs, self._max_model_len, self._num_stages = max_num_seqs, max_model_len, num_stages
         self._token_budget = _share(max_num_batched_tokens, num_stages)
         self._waiting: list[Sequence] = []  # in order of arrival
-        self._running: list[Sequence] = []  # too
+        self._running: list[Sequence] = []  # likewise
         self._unfinished: dict[str, Sequence] = {}
         self._free_slots = list(reversed(range(max_num_seqs)))
         self._released: list[int] = []  # slots that no batch has reported yet

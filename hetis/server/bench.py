@@ -69,7 +69,7 @@ def run_throughput(options: argparse.Namespace) -> None:
         ("start of the fleet", f"{result['startup_seconds']:.1f} s"),
         ("start of the fleet to first token", f"{result['startup_to_first_token_seconds']:.1f} s"),
     ]
-    _publish(options, result, rows)
+    publish(options, result, rows)
 
 
 def _measure_throughput(options: argparse.Namespace) -> dict[str, float]:
@@ -77,7 +77,7 @@ def _measure_throughput(options: argparse.Namespace) -> dict[str, float]:
 
     begin = time.perf_counter()
     with LLM(**engine_arguments(options)) as llm:
-        _check_lengths(options, llm.max_model_len)
+        check_lengths(options, llm.max_model_len)
         prompts, params = _workload(options, llm.vocab_size, options.num_prompts)
         first_token, num_output, ready = None, 0, time.perf_counter()
         with progress_bar("requests", options.num_prompts, show=options.progress) as bar:
@@ -104,7 +104,7 @@ def _measure_throughput(options: argparse.Namespace) -> dict[str, float]:
 def run_latency(options: argparse.Namespace) -> None:
     _check(options)
     latencies = _measure_latencies(options)
-    percentiles = {str(q): _percentile(latencies, q) for q in PERCENTILES}
+    percentiles = {str(q): percentile(latencies, q) for q in PERCENTILES}
     average = statistics.fmean(latencies)
     size = f"{plural(options.batch_size, 'request')} of {options.input_len} + {options.output_len} tokens"
     rows = [
@@ -113,7 +113,7 @@ def run_latency(options: argparse.Namespace) -> None:
         ("average", f"{average:.3f} s"),
         *((f"{q} % within", f"{seconds:.3f} s") for q, seconds in percentiles.items()),
     ]
-    _publish(options, {"avg_latency": average, "latencies": latencies, "percentiles": percentiles}, rows)
+    publish(options, {"avg_latency": average, "latencies": latencies, "percentiles": percentiles}, rows)
 
 
 def _measure_latencies(options: argparse.Namespace) -> list[float]:
@@ -122,7 +122,7 @@ def _measure_latencies(options: argparse.Namespace) -> list[float]:
 
     latencies, num_batches = [], options.num_iters_warmup + options.num_iters
     with LLM(**engine_arguments(options)) as llm:
-        _check_lengths(options, llm.max_model_len)
+        check_lengths(options, llm.max_model_len)
         with progress_bar("batches", num_batches, show=options.progress) as bar:
             for iteration in range(num_batches):
                 prompts, params = _workload(options, llm.vocab_size, options.batch_size, iteration)
@@ -141,10 +141,11 @@ def _check(options: argparse.Namespace) -> None:
     if options.output_json is not None:
         check_writable(options.output_json, OUTPUT, (options.plan, options.profile, options.trace))
     _, spec, _ = plan_for(engine_config(options))
-    _check_lengths(options, min(options.max_model_len or spec.max_position, spec.max_position))
+    check_lengths(options, min(options.max_model_len or spec.max_position, spec.max_position))
 
 
-def _check_lengths(options: argparse.Namespace, max_model_len: int) -> None:
+def check_lengths(options: argparse.Namespace, max_model_len: int) -> None:
+    """ValueError for sequences of more tokens than the model and the memory allow."""
     total = options.input_len + options.output_len
     if total > max_model_len:
         raise ValueError(
@@ -162,8 +163,8 @@ def _workload(
     return prompts, SamplingParams(max_tokens=options.output_len, temperature=0, ignore_eos=True, detokenize=False)
 
 
-def _percentile(values: list[float], q: int) -> float:
-    """Linear interpolation between the closest ranks."""
+def percentile(values: list[float], q: int) -> float:
+    """The `q` % quantile (0 to 100) by linear interpolation between the closest ranks."""
     ordered = sorted(values)
     place = (len(ordered) - 1) * q / 100
     low = int(place)
@@ -171,7 +172,8 @@ def _percentile(values: list[float], q: int) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _publish(options: argparse.Namespace, result: dict[str, Any], rows: Sequence[tuple[str, str]]) -> None:
+def publish(options: argparse.Namespace, result: dict[str, Any], rows: Sequence[tuple[str, str]]) -> None:
+    """`result` as JSON to standard output and to the file named by the user; `rows` as a table to standard error."""
     text = json.dumps(rounded(result), indent=2) + "\n"
     if options.output_json is not None:
         write_file(options.output_json, text.encode(), OUTPUT)

@@ -64,7 +64,7 @@ class Measurer:
 
     def _measure_attention(self, seconds: float) -> Measured:
         setup = self._setup
-        scratch = Scratch(setup, _affordable(COLD_BYTES, self._device), self._device)
+        scratch = Scratch(setup, affordable(COLD_BYTES, self._device), self._device)
         most_lanes = min(setup.max_num_seqs * setup.spec.num_head_groups, scratch.num_pages)
         return Measured(
             rank=self._rank,
@@ -127,7 +127,7 @@ class Scratch:
         return torch.from_numpy(self._order_P[index].reshape(num_lanes, width)).to(self.pool_2PSD.device)
 
 
-def _affordable(num_bytes: int, device: torch.device) -> int:
+def affordable(num_bytes: int, device: torch.device) -> int:
     """No more than half of what weights and cache have left of a GPU, but `LEAST_BYTES` in any case."""
     if device.type != "cuda":
         return num_bytes
@@ -197,7 +197,7 @@ def measure_prefill(setup: Setup, num_groups: int, device: torch.device, seconds
     spec, dtype = setup.spec, TORCH_DTYPES[setup.dtype]
     uses_flash, M = flash_serves(device, dtype, spec.head_dim), spec.queries_per_group
     token_bytes = num_groups * spec.kv_bytes_per_token(1, setup.dtype)
-    most_context = min(setup.max_model_len, max(1, _affordable(COLD_BYTES, device) // token_bytes))
+    most_context = min(setup.max_model_len, max(1, affordable(COLD_BYTES, device) // token_bytes))
     longest = min(setup.max_num_batched_tokens, most_context)
     chunks = spread(min(16, longest), longest, 5)
     grid = [(tokens, min(tokens * context, most_context)) for tokens in chunks for context in (1, 4, 16)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hetis.cache.lane_table import CacheManager, RankUsage, pools_of
 from hetis.core.messages import PageDelta
-from hetis.core.placement import Placement, PoolId, Shortage
+from hetis.core.placement import Move, Placement, PoolId, Shortage
 from hetis.core.plan import Plan
 from tests.scheduler.toy_engine import make_plan, replay
 
@@ -51,6 +51,8 @@ def test_a_sequence_from_prompt_to_end() -> None:
     }
     assert cache.reserve(1, 6) is None
     cache.end_prefill(1)
+    assert cache.pools_to_grow(1, 6) == set(), "pages have room for six"
+    assert cache.pools_to_grow(1, 7) == {PoolId(rank, 0) for rank in range(3)}
     assert cache.take_deltas() == []
     assert cache.reserve(1, 7) is None
     assert entries_of(cache.take_deltas()) == {(0, 0): [[3, 2, 2]], (1, 0): [[5, 2, 2]], (2, 0): [[4, 2, 2]]}
@@ -63,6 +65,27 @@ def test_a_sequence_from_prompt_to_end() -> None:
     cache.check_integrity()
     assert [cache.free_pages(PoolId(rank, 0)) for rank in range(3)] == [9, 9, 9]
     assert cache.usage()[2] == RankUsage(pages_used=0, pages_total=9, pages_peak=3, num_lanes=0, lanes_peak=1)
+
+
+def test_the_peak_is_that_of_all_times() -> None:
+    cache = manager(make_plan([[2]]), {0: 9})
+    for slots in ((0, 1), (2,)):
+        for slot in slots:
+            cache.admit(slot, Placement(owners=((0, 0),)), 1)
+        for slot in slots:
+            cache.release(slot)
+    assert (cache.usage()[0].lanes_peak, cache.usage()[0].pages_peak) == (4, 4)
+
+
+def test_a_lane_on_the_move_is_promised_a_page_where_it_goes() -> None:
+    cache = manager(make_plan([[2]], 1), {0: 9, 1: 9})
+    cache.admit(0, Placement(owners=((0, 0),)), 5)
+    assert cache.begin_move(Move(slot=0, stage=0, group=1, source=0, target=1)) is None
+    view = cache.view()
+    home, worker = PoolId(0, 0), PoolId(1, 0)
+    assert view.free_pages == {home: 9 - 4 - 2, worker: 9 - 2 - 1}, "and at its source, where it is until it arrives"
+    assert view.held_lanes == {home: 1, worker: 1}
+    assert view.held_tokens == {home: 5, worker: 5}
 
 
 def test_a_shortage_counts_lanes_and_staging_and_changes_nothing() -> None:

@@ -1,5 +1,6 @@
 """Two ends of a link in one process, ranks in processes, and what both need."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -23,11 +24,17 @@ from tests.processes import DEADLINE
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
+NAMELESS = "/memfd:hetis (deleted)"  # shared memory that is gone with the last process that maps it
 
 
-def named_memory() -> set[str]:
-    """What is in /dev/shm, but for semaphores: other tests that run meanwhile make some, and unlink them at once."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+def shared_memory(pid: int | str = "self") -> list[str]:
+    """What /proc calls the shared memory that a process maps: ours without a name, or a file that could be left over.
+
+    Of this process alone, not what is in /dev/shm, where others come and go.
+    """
+    gc.collect()
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [line.split(maxsplit=5)[5] for line in lines if "memfd:hetis" in line or "/dev/shm" in line]
 
 
 def device_info(rank: int, **changes: Any) -> DeviceInfo:

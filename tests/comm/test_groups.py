@@ -1,12 +1,13 @@
 """From a plan to the groups of every primary: stages of any size, workers in none of them."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
 
-from hetis.comm.collectives import Alone
+from hetis.comm.collectives import Alone, GroupTensorParallel
 from hetis.comm.groups import Groups, init_groups
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.plan import AttentionWorker, Plan
@@ -17,11 +18,11 @@ from tests.processes import DEADLINE
 H = 40
 
 
-def join_all(plan: Plan, **places: str) -> list[Groups]:
-    """All primaries as threads of this process; `places`: fields of every device's info."""
+def join_all(plan: Plan, hosts: Callable[[int], str] = lambda _: "here") -> list[Groups]:
+    """All primaries as threads of this process; `hosts`: what each rank calls its host."""
     rendezvous = LocalRendezvous()
     count = sum(len(stage.primaries) for stage in plan.stages)
-    fleet = [device_info(rank, **places) for rank in range(plan.world_size)]
+    fleet = [device_info(rank, host=hosts(rank)) for rank in range(plan.world_size)]
 
     def join(rank: int) -> Groups:
         return init_groups(
@@ -67,6 +68,25 @@ def test_lone_primary_needs_nobody() -> None:
     plan = Plan(stages=plan_of_stages([1]).stages, workers=(AttentionWorker(rank=1, device="cpu"),))
     (groups,) = join_all(plan)
     assert isinstance(groups.tensor_parallel, Alone)
+    ones_11 = torch.ones(1, 1)
+    groups.tensor_parallel.all_reduce(ones_11)
+    assert groups.tensor_parallel.gather_columns(ones_11, [1]) is ones_11
+    assert float(ones_11) == 1
+
+
+def test_ranks_of_a_group_use_it_once_when_they_open_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it needs for its operations is there before the fleet is ready."""
+    greeted: list[int] = []
+    greet = GroupTensorParallel.greet
+
+    def noted(group: GroupTensorParallel, device: torch.device) -> None:
+        greet(group, device)
+        greeted.append(group.index)
+
+    monkeypatch.setattr(GroupTensorParallel, "greet", noted)
+    for group in join_all(plan_of_stages([3]), hosts=str):
+        group.close()
+    assert sorted(greeted) == [0, 1, 2]
 
 
 def test_missing_member_is_named() -> None:

@@ -4,20 +4,26 @@ import os
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from hetis.comm import hosts, supervision
-from hetis.comm.hosts import Token
+from hetis.comm import supervision
+from hetis.comm.hosts import Note, Token, is_visible
 from hetis.comm.rendezvous import LocalRendezvous
-from hetis.comm.shared_memory import Address, Segment
-from tests.comm.comm_helpers import named_memory, together
+from hetis.comm.shared_memory import PAGE_BYTES, Address, Segment
+from tests.comm.comm_helpers import NAMELESS, shared_memory, together
+from tests.processes import DEADLINE
+
+
+def note_of(rendezvous: LocalRendezvous, rank: int) -> Note:
+    return msgspec.msgpack.decode(rendezvous.get(f"host/{rank}", 1.0), type=Note)
 
 
 def names(monkeypatch: pytest.MonkeyPatch, machines: str) -> list[str]:
     """The names that ranks find whose real hosts are `machines`, a letter each; none can open another's memory."""
     rendezvous, attach = LocalRendezvous(), Segment.attach
     tokens = [Token(rank, rendezvous) for rank in range(len(machines))]
-    machine_of = {token._note.memory: machine for token, machine in zip(tokens, machines, strict=True)}
+    machine_of = {note_of(rendezvous, rank).memory: machine for rank, machine in enumerate(machines)}
 
     def name_of(rank: int) -> str:
         def attach_here(address: Address) -> Segment:
@@ -45,7 +51,7 @@ def test_restored_snapshots_are_told_apart(machines: str, monkeypatch: pytest.Mo
 def test_another_number_at_the_same_place_is_another_host() -> None:
     rendezvous = LocalRendezvous()
     first = Token(0, rendezvous)
-    first._memory.memory_B.zero_()
+    Segment.attach(note_of(rendezvous, 0).memory).memory_B.zero_()
     assert Token(1, rendezvous).host(1.0) != first.host()
 
 
@@ -56,8 +62,8 @@ def test_what_else_may_lie_there_does_no_harm(kind: str, tmp_path: Path) -> None
     path.write_bytes(b"short")
     reader, writer = os.pipe()
     descriptor = {"pipe": reader, "file": os.open(path, os.O_RDWR), "nothing": 987_654}[kind]
-    address = Address(os.getpid(), descriptor, hosts.PAGE_BYTES)
-    assert not hosts._is_visible(hosts._Note("host", bytes(16), address))
+    address = Address(os.getpid(), descriptor, PAGE_BYTES)
+    assert not is_visible(Note("host", bytes(16), address))
     assert path.read_bytes() == b"short"
     os.close(reader)
     os.close(writer)
@@ -72,16 +78,16 @@ def test_hosts_that_differ_by_themselves_are_not_asked(monkeypatch: pytest.Monke
     assert Token(1, rendezvous).host(1.0) == supervision.host_id()
 
 
-def test_a_rank_that_does_not_come_is_named_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = named_memory()
+def test_a_rank_that_does_not_come_is_named_and_nothing_can_be_left() -> None:
+    before = shared_memory()
     token = Token(1, LocalRendezvous())
+    assert sorted(shared_memory()) == sorted([*before, NAMELESS])
     with pytest.raises(TimeoutError, match="host/0"):
         token.host(0.01)
     token.close()
-    assert named_memory() == before
 
 
 def test_ranks_that_come_at_the_same_time_agree() -> None:
     rendezvous = LocalRendezvous()
-    found = together(*[partial(lambda rank: Token(rank, rendezvous).host(10.0), rank) for rank in range(4)])
+    found = together(*[partial(lambda rank: Token(rank, rendezvous).host(DEADLINE), rank) for rank in range(4)])
     assert found == [supervision.host_id()] * 4

@@ -74,6 +74,14 @@ def test_version_2_counts_what_files_in_memory_would_give_back(tmp_path: Path) -
     assert host.cores == pytest.approx(0.6)
 
 
+def test_a_group_gives_back_no_more_than_it_uses(tmp_path: Path) -> None:
+    """The two figures are read one after the other."""
+    host = version_2(tmp_path, "/")
+    files = {"memory.max": 8 * GIB, "memory.current": GIB, "memory.stat": f"inactive_file {2 * GIB}\n"}
+    host.write("sys/fs/cgroup", files)
+    assert host.memory == Memory(8 * GIB, 8 * GIB)
+
+
 def test_the_limit_at_which_the_kernel_slows_down_counts(tmp_path: Path) -> None:
     host = version_2(tmp_path, "/")
     host.write("sys/fs/cgroup", {"memory.max": 8 * GIB, "memory.high": 6 * GIB, "memory.current": GIB})

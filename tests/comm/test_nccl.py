@@ -10,13 +10,14 @@ import torch
 from torch import distributed
 
 from hetis.comm.collectives import GroupTensorParallel
-from hetis.comm.links import local, torchdist
+from hetis.comm.links import local, staged, torchdist
 from hetis.comm.links.local import local_pair
-from hetis.comm.links.staged import PageLock
+from hetis.comm.links.staged import PageLock, StagedLink
 from hetis.comm.links.torchdist import NUM_CTAS, TorchDistLink, open_torchdist
 from hetis.comm.process_groups import make_process_group
 from hetis.comm.rendezvous import LocalRendezvous
 from tests.comm.comm_helpers import CPU, together
+from tests.processes import DEADLINE
 
 LIMIT = timedelta(seconds=20)
 
@@ -66,6 +67,9 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def wait(self) -> None:
             entries.append(f"wait for {self._name}")
 
+        def synchronize(self) -> None:
+            entries.append(f"host waits for {self._name}")
+
     class Stream:
         def __init__(self, device: torch.device) -> None:
             pass
@@ -76,7 +80,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __exit__(self, *error: object) -> None:
             entries.append("back")
 
-    for module in (torchdist, local):
+    for module in (torchdist, local, staged):
         monkeypatch.setattr(module, "StreamEvent", Event)
     monkeypatch.setattr(torchdist, "idle_stream", Stream)
     return entries
@@ -120,6 +124,35 @@ def test_slots_of_a_local_link_are_ordered_between_streams(log: list[str]) -> No
     assert log[-1] == f"wait for {read}", "before the slot is written again"
 
 
+def test_a_staged_message_is_published_when_its_copy_has_ended(log: list[str]) -> None:
+    """And a host slot goes back to the sender when the copy from it has ended."""
+
+    class Inner(Recorder):
+        kind = "inner"
+
+        def send_buffer(self, num_bytes: int) -> torch.Tensor:
+            return torch.empty(num_bytes, dtype=torch.uint8)
+
+        def send(self) -> None:  # type: ignore[override]
+            self._log.append("publish")
+
+        def recv(self, num_bytes: int) -> torch.Tensor:  # type: ignore[override]
+            return torch.zeros(num_bytes, dtype=torch.uint8)
+
+        def release(self) -> None:
+            self._log.append("give back")
+
+    link = StagedLink(Inner(log, "inner"), CPU, 8, 8)  # type: ignore[arg-type]
+    link.send_buffer(5)
+    link.send()
+    assert log == ["record event 0", "host waits for event 0", "publish"]
+    log.clear()
+    for _ in range(2):
+        link.recv(5)
+        link.release()
+    assert log == ["record event 1", "host waits for event 1", "give back", "record event 1"]
+
+
 class FakeNccl:
     """Stands for `torch.distributed.ProcessGroupNCCL`, which torch for CPUs does not have."""
 
@@ -157,7 +190,9 @@ def test_nothing_is_made_before_all_have_come(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_link_is_open_when_bytes_have_gone_both_ways() -> None:
     rendezvous = LocalRendezvous()
-    open_end = partial(open_torchdist, rendezvous, "link", address="127.0.0.1", limits=(8, 0), device=CPU, timeout=20.0)
+    open_end = partial(
+        open_torchdist, rendezvous, "link", address="127.0.0.1", limits=(8, 0), device=CPU, timeout=DEADLINE
+    )
     primary, worker = together(
         partial(open_end, peer_rank=1, is_primary=True), partial(open_end, peer_rank=0, is_primary=False)
     )
@@ -172,6 +207,31 @@ def test_a_wrong_sum_is_noticed_when_the_stage_opens() -> None:
 
     with pytest.raises(AssertionError, match=r"a sum of 2 ones is 0\.0"):
         GroupTensorParallel(Group([], "group"), [0, 1]).greet(CPU)
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("size", "operation"), [(2, "allreduce"), (3, "gather")])
+def test_two_gpus_leave_the_sum_to_nccl_and_more_add_in_rank_order(log: list[str], size: int, operation: str) -> None:
+    class Group(Recorder):
+        def size(self) -> int:
+            return size
+
+        def allreduce(self, tensors: list[torch.Tensor]) -> Any:
+            return self._work("allreduce")
+
+        def _allgather_base(self, out: torch.Tensor, mine: torch.Tensor) -> Any:
+            out.view(torch.bfloat16).copy_(torch.tensor([256.0, 1.0, 1.0]))  # one by one: 256, in float32: 258
+            return self._work("gather")
+
+    part = torch.full((1,), 256.0, dtype=torch.bfloat16).as_subclass(OnGpu)
+    GroupTensorParallel(Group(log, "group"), range(size)).all_reduce(part)
+    assert log == [operation, f"wait for {operation}"]
+    assert float(part) == (256 if size == 2 else 258)
 
 
 def test_cuda_forgets_that_it_could_not_lock_pages(monkeypatch: pytest.MonkeyPatch) -> None:

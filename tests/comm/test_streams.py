@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from hetis.comm import streams
 from hetis.comm.streams import StreamEvent, idle_stream, own_stream
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
@@ -59,7 +58,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "Event", fake.new_event)
     for name in ("stream", "device", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    monkeypatch.setattr(streams, "_idle", streams._IdleStreams())
     return fake
 
 
@@ -71,9 +69,8 @@ def test_a_thread_has_one_idle_stream_of_its_own(cuda: FakeCuda) -> None:
                 found.add(stream)
         return found
 
-    here = of_this_thread()
-    with ThreadPoolExecutor(1) as pool:
-        there = pool.submit(of_this_thread).result()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:  # threads that have had none before
+        here, there = one.submit(of_this_thread).result(), other.submit(of_this_thread).result()
     with own_stream(CUDA) as own:
         assert {own}.isdisjoint(here | there)
     assert len(here) == len(there) == 1

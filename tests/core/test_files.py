@@ -1,6 +1,7 @@
 """Output files are checked without a trace, and written or refused in one way."""
 
 import os
+import select
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,14 @@ def test_the_check_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_pipe_is_not_opened_by_the_check(tmp_path: Path) -> None:
     """Opening one waits for its reader, and closing it tells the reader that all has come."""
-    os.mkfifo(tmp_path / "pipe")
-    check_writable(tmp_path / "pipe", "--output")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    check_writable(pipe, "--output")
+    ends = select.poll()
+    ends.register(reader, select.POLLHUP)
+    assert ends.poll(0) == [], "a writer has been there, and has gone"
+    os.close(reader)
 
 
 def test_writing_replaces_and_keeps_links_and_devices(tmp_path: Path) -> None:

@@ -94,6 +94,19 @@ def libraries(plan: Plan, infos: list[DeviceInfo]) -> list[int]:
     return found
 
 
+def test_a_worker_has_a_page_table_and_messages_for_every_stage() -> None:
+    first, last = split_evenly("2+0", SPEC, "cpu").stages[0], split_evenly("1+0", SPEC, "cpu").stages[0]
+    [alone] = (msgspec.structs.replace(primary, rank=2) for primary in last.primaries)
+    stages = (Stage(layers=(0, 3), primaries=first.primaries), Stage(layers=(3, 7), primaries=(alone,)))
+    worker = AttentionWorker(rank=3, device="cpu")
+    plan = Plan(stages=stages, workers=(worker,))
+    limits = random_limits(0)
+    apart = {info.rank: msgspec.structs.replace(info, host=str(info.rank)) for info in fleet(plan)}
+    homes = [*first.primaries, alone]
+    messages = 2 * sum(sum(message_bytes(SPEC, home.num_groups, limits)) for home in homes)
+    assert buffer_bytes(SPEC, plan, apart, worker, limits) == messages + 2 * table_bytes(SPEC, limits)
+
+
 def test_communicators_of_links_stages_and_handovers_are_counted() -> None:
     first = split_evenly("2+0", SPEC, "cuda:0").stages[0]
     last = split_evenly("2+0", SPEC, "cuda:0").stages[0].primaries

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.dispatch_problems import random_problem
 from hetis.dispatcher.balance import balance, insert
 from hetis.dispatcher.bound import is_possible, least_possible_us
 from hetis.dispatcher.exchange import Exchange
 from hetis.dispatcher.problem import Counts, Problem, longest_first, peak_us, times_us
 from tests.dispatcher.instances import check_fits, tiny_problem
+from tests.dispatcher.random_problems import random_problem
 
 
 def all_counts(problem: Problem) -> list[Counts]:

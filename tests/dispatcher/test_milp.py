@@ -7,12 +7,12 @@ from random import Random
 import msgspec
 import pytest
 
-from bench.dispatch_problems import random_problem
 from hetis.dispatcher import milp
 from hetis.dispatcher.balance import balance, homeward
 from hetis.dispatcher.milp import balance_by_highs, solve
 from hetis.dispatcher.problem import peak_us
 from tests.dispatcher.instances import check_fits, tiny_problem
+from tests.dispatcher.random_problems import random_problem
 from tests.dispatcher.test_balance import all_counts
 
 pytest.importorskip("scipy")
@@ -72,7 +72,6 @@ def test_our_own_solver_decides_where_highs_has_no_time_and_the_log_says_so_once
     with pytest.raises(TimeoutError, match=r"within 0\.0 s"):
         solve(problem, time_limit_s=0.0)
     monkeypatch.setattr(milp, "solve", partial(solve, time_limit_s=0.0))
-    milp._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert balance_by_highs(problem) == balance_by_highs(problem) == balance(problem)
     assert len(caplog.records) == 1

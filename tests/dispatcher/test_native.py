@@ -8,12 +8,12 @@ from random import Random
 import msgspec
 import pytest
 
-from bench.dispatch_problems import random_problem
 from hetis.dispatcher import balance, bound, native
 from hetis.dispatcher.balance import balance_ref
 from hetis.dispatcher.bound import is_possible_ref, least_possible_us_ref
 from hetis.dispatcher.problem import Problem, longest_first, peak_us
 from tests.dispatcher.instances import tiny_problem
+from tests.dispatcher.random_problems import random_problem
 
 LIBRARY = native.load()
 

@@ -12,22 +12,8 @@ from hetis.core.request import Sequence
 from hetis.cost.memory import largest_context
 from hetis.dispatcher.proportional import ProportionalDispatcher, spread
 from hetis.dispatcher.room import pages_of, shortage_when_empty
+from tests.dispatcher.fleets import PAGE_SIZE, make_view
 from tests.scheduler.toy_engine import make_plan, make_sequence
-
-PAGE_SIZE = 4
-
-
-def view_of(plan: Plan, free_pages: list[int]) -> FleetView:
-    """`free_pages`: in the order of `pools_of`."""
-    pools = pools_of(plan)
-    nothing = dict.fromkeys(pools, 0)
-    return FleetView(
-        plan=plan,
-        page_size=PAGE_SIZE,
-        free_pages=dict(zip(pools, free_pages, strict=True)),
-        held_lanes=nothing,
-        held_tokens=nothing,
-    )
 
 
 def assign(view: FleetView, *sequences: Sequence) -> list[Placement | None]:
@@ -73,24 +59,24 @@ def test_spread_without_limits_is_the_largest_remainder(num_lanes: int, weights:
 
 def test_lanes_follow_free_pages_and_ties_go_to_the_primary() -> None:
     plan = make_plan([[8]], 2)
-    [placement] = assign(view_of(plan, [200, 100, 100]), make_sequence(0, 4, 100))
+    [placement] = assign(make_view(plan, [200, 100, 100]), make_sequence(0, 4, 100))
     assert placement == Placement(owners=((0, 0, 0, 0, 1, 1, 2, 2),))
-    [placement] = assign(view_of(plan, [100, 100, 100]), make_sequence(0, 4, 100))
+    [placement] = assign(make_view(plan, [100, 100, 100]), make_sequence(0, 4, 100))
     assert placement == Placement(owners=((0, 0, 0, 1, 1, 1, 2, 2),))
 
 
 def test_each_stage_has_pools_of_its_own() -> None:
     plan = make_plan([[2], [2]], 1)
     # stage 0: home 100, worker 0; stage 1: home 20, worker 100
-    [placement] = assign(view_of(plan, [100, 20, 0, 100]), make_sequence(0, 4, 100))
+    [placement] = assign(make_view(plan, [100, 20, 0, 100]), make_sequence(0, 4, 100))
     assert placement == Placement(owners=((0, 0), (2, 2)))
 
 
 def test_staging_must_fit_at_home_even_if_workers_have_room() -> None:
     plan = make_plan([[4]], 1)
     sequence = make_sequence(0, 9, 1)  # three pages per lane, for ever
-    assert assign(view_of(plan, [11, 1000]), sequence) == [None]
-    assert assign(view_of(plan, [12, 1000]), sequence) == [Placement(owners=((1, 1, 1, 1),))]
+    assert assign(make_view(plan, [11, 1000]), sequence) == [None]
+    assert assign(make_view(plan, [12, 1000]), sequence) == [Placement(owners=((1, 1, 1, 1),))]
 
 
 def test_room_to_grow_is_asked_for_only_if_it_can_be_used() -> None:
@@ -99,20 +85,20 @@ def test_room_to_grow_is_asked_for_only_if_it_can_be_used() -> None:
     assert pages_of(make_sequence(0, 5, 4), PAGE_SIZE) == (2, 2)
     assert pages_of(make_sequence(0, 5, 500), PAGE_SIZE) == (2, 3)
     plan = make_plan([[4]])
-    assert assign(view_of(plan, [7]), make_sequence(0, 4, 2)) == [None]
-    assert assign(view_of(plan, [4]), make_sequence(0, 4, 1)) != [None]
+    assert assign(make_view(plan, [7]), make_sequence(0, 4, 2)) == [None]
+    assert assign(make_view(plan, [4]), make_sequence(0, 4, 1)) != [None]
 
 
 def test_an_earlier_sequence_takes_its_pages_before_the_next_one() -> None:
     plan = make_plan([[2]])
-    placements = assign(view_of(plan, [10]), *(make_sequence(arrival, 4, 9) for arrival in range(3)))
+    placements = assign(make_view(plan, [10]), *(make_sequence(arrival, 4, 9) for arrival in range(3)))
     assert [placement is not None for placement in placements] == [True, True, False]
 
 
 def test_homes_keep_their_lanes_when_a_neighbour_needs_the_worker() -> None:
     """By free pages the first home would take the worker's only place, and the second one would find none."""
     plan = make_plan([[1, 1]], 1)
-    [placement] = assign(view_of(plan, [2, 1, 3]), make_sequence(0, 4, 9))
+    [placement] = assign(make_view(plan, [2, 1, 3]), make_sequence(0, 4, 9))
     assert placement == Placement(owners=((0, 2),))
 
 
@@ -152,7 +138,7 @@ def test_a_placement_is_found_exactly_when_there_is_one(
     groups: list[list[int]], num_workers: int, free: list[int], prompt_len: int, max_tokens: int
 ) -> None:
     plan = make_plan(groups, num_workers)
-    view = view_of(plan, free[: len(pools_of(plan))])
+    view = make_view(plan, free[: len(pools_of(plan))])
     sequence = make_sequence(0, prompt_len, max_tokens)
     [placement] = assign(view, sequence)
     exists = any(fits(view, candidate, sequence) for candidate in all_placements(plan))
@@ -168,7 +154,7 @@ def test_the_largest_context_is_exact(groups: list[list[int]], pages: list[int])
     plan = make_plan(groups, 1)
     num_pages = {member.rank: pages[member.rank] for member in plan.members()}
     context = largest_context(plan, num_pages, PAGE_SIZE)
-    view = view_of(plan, [num_pages[pool.rank] for pool in pools_of(plan)])
+    view = make_view(plan, [num_pages[pool.rank] for pool in pools_of(plan)])
     if context:
         assert shortage_when_empty(context, plan, num_pages, PAGE_SIZE) is None
         assert assign(view, make_sequence(0, context, 1)) != [None]

@@ -8,7 +8,7 @@ from hetis.core.placement import Dispatcher
 from hetis.core.plan import Plan
 from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
 from tests.dispatcher.fleets import device, make_cost
-from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence
+from tests.scheduler.toy_engine import ToyEngine, make_plan, make_sequence
 
 RULES = "hetis", "hetis with a useless worker", "even", "primary-only"
 
@@ -32,13 +32,7 @@ def test_all_requests_complete(rule: str, groups: list[list[int]]) -> None:
     biggest = max(max(counts) for counts in groups)
     num_pages = {rank: biggest * 7 if plan.role_of(rank) == "primary" else 30 for rank in range(plan.world_size)}
     engine = ToyEngine(plan, num_pages, random=random, dispatcher=make_rule(rule, plan))
-    assert engine.max_model_len is not None
     sequences = [make_sequence(i, random.randint(1, 20), random.randint(1, 31)) for i in range(25)]
-    expected = [alone(sequence, engine.max_model_len) for sequence in sequences]
-    for sequence in sequences:
-        engine.scheduler.add(sequence)
-    engine.run()
-    engine.check_idle()
-    assert [sequence.token_ids for sequence in sequences] == expected
+    engine.serve(sequences)
     owners = {owner for batch in engine.batches for _, placement in batch.admitted for owner in placement.owners[0]}
     assert owners.isdisjoint({worker.rank for worker in plan.workers}) == (rule == "primary-only" or "useless" in rule)

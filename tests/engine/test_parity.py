@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from hetis.core.sampling_params import SamplingParams
 from hetis.models.families import read_model_spec
 from tests import cuda_stand_in
-from tests.checkpoints import FAMILIES, greedy_reference, load_reference, make_checkpoint, reference_logits
+from tests.checkpoints import FAMILIES, load_reference, make_checkpoint, reference_logits
 from tests.engine.local_fleet import LocalFleet, full_row
 
 VOCAB = 331
@@ -36,20 +37,32 @@ def long_prompts() -> list[list[int]]:
     return [[draw.randrange(VOCAB) for _ in range(length)] for length in (607, 701, 250, 3)]
 
 
+class Reference:
+    """A checkpoint and the logits of transformers on it, each computed once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.model = load_reference(directory, torch.float32)
+        self._known: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def logits(self, prompt: list[int], out: list[int]) -> torch.Tensor:
+        """float32 [len(out), V]: those from which each token of `out` is drawn, given all tokens before it."""
+        text = tuple(prompt + out)
+        if text not in self._known:
+            self._known[text] = reference_logits(self.model, prompt + out)
+        return self._known[text][len(prompt) - 1 : -1]
+
+
+Checkpoints = Callable[[str], Reference]
+
+
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory):
-    """family -> (directory, greedy tokens and logits of transformers for `prompts()`)."""
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """By family."""
 
     @cache
-    def make(family: str, dtype: torch.dtype = torch.float32):
-        directory = make_checkpoint(tmp_path_factory.mktemp(family), family, dtype=dtype)
-        model = load_reference(directory, torch.float32)
-        tokens = [greedy_reference(model, prompt, NUM_TOKENS) for prompt in prompts()]
-        logits = [
-            reference_logits(model, prompt + out)[len(prompt) - 1 : -1]
-            for prompt, out in zip(prompts(), tokens, strict=True)
-        ]
-        return directory, tokens, logits
+    def make(family: str) -> Reference:
+        return Reference(make_checkpoint(tmp_path_factory.mktemp(family), family))
 
     return make
 
@@ -73,32 +86,37 @@ def plan_text(name: str, directory: Path, tmp_path: Path) -> str:
     return str(path)
 
 
-def check_parity(family: str, plan: str, checkpoints, tmp_path: Path, device: str) -> None:
-    directory, tokens, logits = checkpoints(family)
+def check_parity(family: str, plan: str, checkpoints: Checkpoints, tmp_path: Path, device: str) -> None:
+    """Each token is the best one of transformers after the same tokens, so by induction all are its greedy ones."""
+    reference = checkpoints(family)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, logprobs=-1)
-    text = plan_text(plan, directory, tmp_path)
-    with LocalFleet(directory, text, device=device, logprobs_mode="raw_logits", max_num_batched_tokens=50) as fleet:
+    options = {"device": device, "logprobs_mode": "raw_logits", "max_num_batched_tokens": 50}
+    with LocalFleet(reference.directory, plan_text(plan, reference.directory, tmp_path), **options) as fleet:
         found = fleet.generate(prompts(), params, check=True)
-    for one, expected, reference in zip(found, tokens, logits, strict=True):
-        assert one.token_ids == expected
-        torch.testing.assert_close(one.logits(VOCAB), reference, atol=1e-4, rtol=0)
+    for one, prompt in zip(found, prompts(), strict=True):
+        assert len(one.token_ids) == NUM_TOKENS
+        logits = reference.logits(prompt, one.token_ids)
+        assert one.token_ids == logits.argmax(dim=-1).tolist()
+        torch.testing.assert_close(one.logits(VOCAB), logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_and_logits_equal_transformers(family: str, plan: str, checkpoints, tmp_path: Path):
+def test_tokens_and_logits_equal_transformers(family: str, plan: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     check_parity(family, plan, checkpoints, tmp_path, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", GPU_PLANS)
 @pytest.mark.parametrize("family", GPU_FAMILIES)
-def test_tokens_and_logits_equal_transformers_on_a_gpu(family: str, plan: str, checkpoints, tmp_path: Path):
+def test_tokens_and_logits_equal_transformers_on_a_gpu(
+    family: str, plan: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
     check_parity(family, plan, checkpoints, tmp_path, "cuda")
 
 
 @pytest.mark.gpu
-def test_a_gpu_and_cpu_workers_equal_transformers(checkpoints, tmp_path: Path):
+def test_a_gpu_and_cpu_workers_equal_transformers(checkpoints: Checkpoints, tmp_path: Path) -> None:
     plan = {"stages": [{"primaries": [{"device": "cuda:0"}]}], "attention": [{"device": "cpu"}, {"device": "cuda:0"}]}
     path = tmp_path / "mixed.json"
     path.write_text(json.dumps(plan))
@@ -116,11 +134,12 @@ def test_tokens_and_logits_equal_transformers_on_the_stand_in_of_a_gpu(
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "opt"])
-def test_bfloat16_is_close_to_float32(family: str, checkpoints, tmp_path: Path):
+def test_bfloat16_is_close_to_float32(family: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Teacher-forced by prompt logprobs, so that one differing token does not change everything after it."""
-    directory, tokens, _ = checkpoints(family)
-    model = load_reference(directory, torch.float32)
-    texts = [prompt + out for prompt, out in zip(prompts(), tokens, strict=True)]
+    directory, model = checkpoints(family).directory, checkpoints(family).model
+    with LocalFleet(directory, "1+0") as fleet:
+        drawn = fleet.generate(prompts(), SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True))
+    texts = [prompt + one.token_ids for prompt, one in zip(prompts(), drawn, strict=True)]
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, prompt_logprobs=-1)
     with LocalFleet(directory, "1+2", dtype="bfloat16") as fleet:
         found = fleet.generate(texts, params)

@@ -19,20 +19,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels.against_reference import KERNELS
+
+ROOT = Path(__file__).parents[2]
 # the most shared memory of one program, in KiB, by compute capability (CUDA C++ programming guide)
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
-KERNELS = {
-    "paged_decode": ["_paged_decode_kernel", "_merge_splits_kernel"],
-    "varlen_prefill": ["_paged_prefill_kernel"],
-    "kv_append": ["_kv_append_kernel"],
-    "lane_pack": ["_lane_pack_kernel"],
-    "page_copy": ["_page_copy_kernel"],
-    "merge_states": ["_merge_states_kernel"],
-    "rms_norm": ["_rms_norm_kernel"],
-    "rope": ["_qk_norm_rope_kernel"],
-    "gated_activation": ["_gated_activation_kernel"],
-}
 empty = partial(torch.empty, device="meta")
 int32 = partial(torch.empty, device="meta", dtype=torch.int32)
 
@@ -162,7 +154,8 @@ def main() -> None:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, int, dict[str, int]]]:
     directory = tmp_path_factory.mktemp("compile")
     environment = os.environ | {"TRITON_INTERPRET": "0", "HETIS_COMPILE_DIRECTORY": str(directory)}
-    child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.kernels.test_compile"]
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)
 

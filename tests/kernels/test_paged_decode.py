@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional
 
 from hetis_kernels.paged_decode import MAX_SPLITS, MIN_SPLIT, decode_scratch_numel, paged_decode, paged_decode_ref
+from tests.kernels.against_reference import check
+from tests.processes import DEADLINE
 
 LENGTHS = [1, 16, 17, MIN_SPLIT, MIN_SPLIT + 1, 520]
 WINDOWS = [0, 1, 33, 300]
@@ -62,13 +64,6 @@ def test_reference_is_torch_attention(make_lanes: Callable[..., Any], window: in
     untouched = sorted(set(range(len(LENGTHS) + 2)) - set(problem.row_U.tolist()))
     assert (out[untouched] == 7).all()
     assert (lse2[untouched] == 7).all()
-
-
-def check(problem: Problem, device: torch.device, window: int, tolerance: dict[str, float], **options: Any) -> None:
-    out, lse2 = problem.run(device, window, backend="triton", **options)
-    expected, expected_lse2 = problem.run(torch.device("cpu"), window, backend="reference")
-    torch.testing.assert_close(out, expected, **tolerance)
-    torch.testing.assert_close(lse2, expected_lse2, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_queries", range(1, 9))
@@ -164,7 +159,7 @@ def test_scratch_of_the_caller_is_enough_and_never_grows(make_lanes: Callable[..
 
 def test_two_threads_never_share_the_results_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for the two kernels: both threads have decoded before either merges."""
-    meet, own = threading.Barrier(2, timeout=20), threading.local()
+    meet, own = threading.Barrier(2, timeout=DEADLINE), threading.local()
     partial_out, merged_out = 8, 0  # positions among the arguments
 
     class Decode:

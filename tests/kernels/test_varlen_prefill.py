@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from hetis_kernels.paged_decode import paged_decode
 from hetis_kernels.varlen_prefill import paged_prefill
+from tests.kernels.against_reference import check
 
 # (new tokens, context) of each chunk: one token, a whole prompt, a page edge, a late chunk, many tiles
 CHUNKS = [(1, 1), (5, 5), (16, 32), (3, 70), (70, 160)]
@@ -78,13 +79,6 @@ def test_reference_is_torch_attention(make_lanes: Callable[..., Any], window: in
             natural = torch.logsumexp(score, dim=-1)
             lse = lse2[tokens, group].double().T * math.log(2)
             torch.testing.assert_close(lse, natural, rtol=1e-5, atol=1e-5)
-
-
-def check(problem: Problem, device: torch.device, window: int, tolerance: dict[str, float]) -> None:
-    out, lse2 = problem.run(device, window, backend="triton")
-    expected, expected_lse2 = problem.run(torch.device("cpu"), window, backend="reference")
-    torch.testing.assert_close(out, expected, **tolerance)
-    torch.testing.assert_close(lse2, expected_lse2, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_queries", range(1, 9))

@@ -3,7 +3,7 @@
 import pytest
 
 from hetis.core.batch import Batch, NewToken
-from hetis.core.placement import FleetView, Placement, PoolId, Shortage
+from hetis.core.placement import FleetView, NoRelief, Placement, PoolId, Shortage
 from hetis.core.request import Sequence
 from hetis.dispatcher.proportional import ProportionalDispatcher
 from tests.scheduler.toy_engine import ToyEngine, make_plan, make_sequence, next_token, rows_of
@@ -152,6 +152,32 @@ def test_an_id_may_be_used_again_while_its_aborted_sequence_is_in_flight() -> No
     answer(engine, batch)
     assert engine.scheduler.abort("s0") is again
     engine.check_idle()
+
+
+def test_no_newcomer_takes_a_page_that_an_earlier_sequence_waits_for() -> None:
+    """Whatever the dispatcher thinks: lanes are on the move to make room, and then it is the earlier one's."""
+
+    class Scripted(ProportionalDispatcher):
+        """Both lanes of the first one on the worker; one of each later one."""
+
+        def assign(self, sequences: list[Sequence], view: FleetView) -> list[Placement | None]:
+            return [Placement(owners=((1, 0 if one.arrival else 1),)) for one in sequences]
+
+    class Moving(NoRelief):
+        is_busy = True
+
+        def make_room(self, missing: object, running: object) -> dict[PoolId, int]:
+            return {}
+
+    engine = ToyEngine(
+        make_plan([[2]], 1), {0: 40, 1: 5}, max_model_len=20, dispatcher=Scripted(), make_relief=lambda _: Moving()
+    )
+    engine.scheduler.add(make_sequence(0, 4, 12))
+    for _ in range(5):  # tokens 5 to 8 fill the second pages; the ninth needs one page more than there is
+        step(engine)
+    engine.scheduler.add(newcomer := make_sequence(1, 1, 2))
+    assert rows_of(step(engine)) == []
+    assert newcomer.slot == -1
 
 
 def test_the_latest_arrived_is_preempted_and_starts_over_first() -> None:

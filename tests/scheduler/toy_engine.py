@@ -208,6 +208,16 @@ class ToyEngine:
             self.step()
         raise AssertionError(f"not done after {limit} steps")
 
+    def serve(self, sequences: list[Sequence]) -> None:
+        """Runs all of them, from an empty fleet to an empty one; each must end as if it had been alone."""
+        assert self.max_model_len is not None
+        expected = [alone(sequence, self.max_model_len) for sequence in sequences]
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        self.run()
+        self.check_idle()
+        assert [sequence.token_ids for sequence in sequences] == expected
+
     def step(self) -> None:
         """Sends all batches there are, then lets one stage compute one."""
         self._start_moves()
@@ -282,6 +292,7 @@ class ToyEngine:
         assert len(set(ids + in_flight)) == len(ids) + len(in_flight), "a sequence is in two places at once"
         assert sum(len(queue) for queue in self.pipeline) < num_stages, "more micro-batches than stages"
         assert batch.num_tokens <= -(-self.max_num_batched_tokens // num_stages), "over the token budget"
+        assert sum(row.count for row in batch.rows if row.is_decode) <= self.max_num_seqs, "ranks have no room"
         assert all(row.count > 0 for row in batch.rows)
         kinds = [row.is_decode for row in batch.rows]
         assert kinds == sorted(kinds, reverse=True), "decode rows come first"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.server.bench import DIGITS, _check_lengths, _percentile, _publish, rounded
+from hetis.server.bench import DIGITS, check_lengths, percentile, publish, rounded
 
 
 @pytest.mark.parametrize("value", [1 / 3, 123456.789, 1e-9 / 7, 2e12 / 3, -math.pi, 0.0])
@@ -24,24 +24,24 @@ def test_counts_names_and_structure_stay() -> None:
 
 @pytest.mark.parametrize(("q", "expected"), [(0, 1.0), (50, 2.5), (75, 3.25), (100, 4.0)])
 def test_percentiles_lie_between_the_closest_ranks(q: int, expected: float) -> None:
-    assert _percentile([4.0, 1.0, 3.0, 2.0], q) == expected
-    assert _percentile([7.0], q) == 7.0
+    assert percentile([4.0, 1.0, 3.0, 2.0], q) == expected
+    assert percentile([7.0], q) == 7.0
 
 
 def test_a_load_that_does_not_fit_the_context_is_refused() -> None:
     options = argparse.Namespace(input_len=24, output_len=1000)
-    _check_lengths(options, 1024)
+    check_lengths(options, 1024)
     with pytest.raises(
         ValueError, match=r"--input-len 24 and --output-len 1000 make sequences of 1024 tokens, .* 1023"
     ):
-        _check_lengths(options, 1023)
+        check_lengths(options, 1023)
 
 
 def test_the_json_goes_to_both_outputs_and_the_table_to_neither(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = argparse.Namespace(output_json=tmp_path / "out.json")
-    _publish(options, {"avg_latency": 1 / 3}, [("average", "0.333 s")])
+    publish(options, {"avg_latency": 1 / 3}, [("average", "0.333 s")])
     out, err = capsys.readouterr()
     assert json.loads(out) == json.loads(options.output_json.read_text()) == {"avg_latency": 0.333333}
     assert err.split() == ["average", "0.333", "s"]

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -72,6 +73,20 @@ def test_lines_break_at_words_on_a_terminal(capsys: pytest.CaptureFixture[str]) 
     assert "[1]" in own, "a blank line stays"
     words = " ".join(line.removeprefix("[1]") for line in own).split()
     assert words == ["bword", *["word"] * 49, "x" * 96, "x" * 54]
+
+
+@pytest.mark.parametrize("size", [1, 50])
+@pytest.mark.parametrize("width", range(20, 26))
+def test_lines_are_full_and_never_wider_than_the_terminal(
+    width: int, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["x" * (1 + index % 6) for index in range(60)]
+    lines = written(LineWriter([""], width), pieces_of([" ".join(words)], size), capsys).splitlines()
+    rows = [line.removeprefix("[0] ") for line in lines]
+    assert " ".join(rows).split(" ") == words
+    assert max(map(len, lines)) <= width
+    for row, following in pairwise(rows):
+        assert len(f"[0] {row} {following.split()[0]}") > width, "the next word did not fit"
 
 
 def test_json_has_a_line_for_every_prompt_in_order(capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,6 +120,7 @@ def test_parameters() -> None:
         ([one, None], "^sampling_params 1 is None"),
         ("n=2", "^sampling_params is a str"),
         ([one], "^2 prompts but 1 sampling parameters"),
+        ([one, two, one], "^2 prompts but 3 sampling parameters"),
     ):
         with pytest.raises(ValueError, match=words):
             read_params(wrong, 2)  # type: ignore[arg-type]

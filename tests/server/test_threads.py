@@ -16,11 +16,11 @@ import pytest
 
 from hetis import LLM, SamplingParams
 from hetis.server.client import EngineDeadError, ForkedError
+from tests.processes import DEADLINE
 
 PROMPTS = ["The function returns", "It was", "In the beginning of the", "A list is"]
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 ENDLESS = SamplingParams(max_tokens=900, temperature=0, ignore_eos=True)
-SECONDS = 60  # a wait that should end has ended by then
 
 
 def texts_alone(llm: LLM) -> dict[str, str]:
@@ -48,7 +48,7 @@ def test_threads_get_their_own_answers(tiny: LLM) -> None:
 
     with ThreadPoolExecutor(6) as pool:
         for done in [pool.submit(work, index) for index in range(6)]:
-            done.result(SECONDS)
+            done.result(DEADLINE)
 
 
 def test_executors_of_asyncio_as_well(tiny: LLM) -> None:
@@ -57,7 +57,7 @@ def test_executors_of_asyncio_as_well(tiny: LLM) -> None:
     async def ask() -> list[str]:
         loop = asyncio.get_running_loop()
         waits = [loop.run_in_executor(None, streamed, tiny, prompt) for prompt in PROMPTS * 3]
-        return list(await asyncio.wait_for(asyncio.gather(*waits), SECONDS))
+        return list(await asyncio.wait_for(asyncio.gather(*waits), DEADLINE))
 
     assert asyncio.run(ask()) == [expected[prompt] for prompt in PROMPTS * 3]
 
@@ -66,7 +66,7 @@ def test_a_stream_may_be_begun_in_one_thread_and_ended_in_another(tiny: LLM) -> 
     stream = tiny.stream(PROMPTS[0], GREEDY)
     first = next(stream).text
     with ThreadPoolExecutor(1) as pool:
-        rest = pool.submit(lambda: "".join(piece.text for piece in stream)).result(SECONDS)
+        rest = pool.submit(lambda: "".join(piece.text for piece in stream)).result(DEADLINE)
     assert first + rest == texts_alone(tiny)[PROMPTS[0]]
 
 
@@ -130,7 +130,9 @@ print(count + sum(len(piece.token_ids) for piece in stream))
 
 
 def test_a_forked_child_that_ends_takes_nothing_along() -> None:
-    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=DEADLINE
+    )
     assert (result.returncode, result.stdout.split()) == (0, ["3", "50"]), result.stderr
 
 
@@ -169,7 +171,7 @@ def test_the_end_of_the_fleet_reaches_every_thread(end: str) -> None:
             ranks[0].kill()
         for wait in waits:
             with pytest.raises(EngineDeadError, match="closed" if end == "closed" else "rank 0"):
-                wait.result(SECONDS)
+                wait.result(DEADLINE)
     with pytest.raises(EngineDeadError):
         llm.generate("It")
     llm.close()

@@ -11,7 +11,7 @@ from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.messages import Measure, Measured, MeasureLink, Setup
 from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer
 from hetis.workers.attention import AttentionRank
-from hetis.workers.measure import COLD_BYTES, LEAST_BYTES, Scratch, _affordable, measure_decode, read_bandwidth
+from hetis.workers.measure import COLD_BYTES, LEAST_BYTES, Scratch, affordable, measure_decode, read_bandwidth
 from hetis.workers.primary import PrimaryRank
 from hetis.workers.rank import build_member
 from tests.checkpoints import make_checkpoint
@@ -165,5 +165,5 @@ def test_a_full_gpu_has_some_pages_left_to_measure_with(monkeypatch: pytest.Monk
     gpu, gib = torch.device("cuda"), 1 << 30
     for free, found in ((0, LEAST_BYTES), (LEAST_BYTES, LEAST_BYTES), (100 << 20, 50 << 20), (80 * gib, COLD_BYTES)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 * gib))
-        assert _affordable(COLD_BYTES, gpu) == found
-    assert _affordable(COLD_BYTES, CPU) == COLD_BYTES
+        assert affordable(COLD_BYTES, gpu) == found
+    assert affordable(COLD_BYTES, CPU) == COLD_BYTES

@@ -1,103 +1,27 @@
 """The sampler against a slow one that takes a row at a time, sorts, and adds up in float64."""
 
-from collections.abc import Iterator
-from math import exp, log
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hetis.core.sampled import TokenLogprobs
 from hetis.core.sampling_params import SamplingParams
-from hetis.workers import draw, scoring, vocabulary
+from hetis.workers import draw, vocabulary
 from hetis.workers.logit_edits import LogitEdits
-from hetis.workers.sampler import Sampled, Sampler
+from hetis.workers.sampler import Sampler
+from tests.workers.slow_sampler import (
+    MIXED,
+    assert_drawn_from,
+    observe_prompts,
+    random_logits,
+    sample,
+    sampler_for,
+    slow_uniform,
+    tokens_at_many_positions,
+)
 
-EOS = 3
 SIZES = [1, 5, 64, 65, 1000, 3001]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors: threads would only wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-def random_logits(rows: int, size: int, spread: float = 2.0, seed: int = 0) -> Tensor:
-    return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * spread
-
-
-def sampler_for(params: list[SamplingParams], size: int, device: str = "cpu", prompt_len: int = 4) -> Sampler:
-    """Slot i has params[i] and seed 100 + i."""
-    sampler = Sampler(len(params), size, eos_token_ids=[EOS], device=device)
-    for slot, one in enumerate(params):
-        sampler.add(slot, one, prompt_len, 100 + slot)
-    return sampler
-
-
-def sample(sampler: Sampler, logits: Tensor, slots: list[int], positions: list[int], device: str = "cpu") -> Sampled:
-    return sampler.sample(logits.to(device), np.array(slots, dtype=np.int32), np.array(positions))
-
-
-def tokens_at_many_positions(logits_V: Tensor, params: SamplingParams, count: int, device: str = "cpu") -> list[int]:
-    """One row drawn at `count` positions by the sequence in slot 0, as one batch."""
-    sampler = sampler_for([params], len(logits_V), device)
-    positions = list(range(4, 4 + count))
-    return sample(sampler, logits_V.expand(count, -1), [0] * count, positions, device).token_R.tolist()
-
-
-# --- the slow sampler -------------------------------------------------------------------------------------------------
-
-
-def slow_probabilities(logits: list[float], params: SamplingParams) -> np.ndarray:
-    """Softmax with temperature, then min_p, top_k and top_p on sorted lists; tokens that tie with the last one stay."""
-    best = max(logits)
-    weight = [exp((x - best) / params.temperature) for x in logits]
-    kept = [i for i, w in enumerate(weight) if w >= params.min_p]
-    if params.top_k:
-        floor = sorted(logits, reverse=True)[min(params.top_k, len(logits)) - 1]
-        kept = [i for i in kept if logits[i] >= floor]
-    total, reached, floor = sum(weight[i] for i in kept), 0.0, best
-    for i in sorted(kept, key=lambda i: -logits[i]):
-        floor, reached = logits[i], reached + weight[i]
-        if reached >= params.top_p * total * (1 - 1e-12):
-            break
-    probabilities = np.zeros(len(logits))
-    for i in kept:
-        if logits[i] >= floor:
-            probabilities[i] = weight[i]
-    return probabilities / probabilities.sum()
-
-
-def slow_uniform(seed: int, index: int) -> float:
-    mask = 2**64 - 1
-
-    def mixed(bits: int) -> int:
-        bits = (bits + 0x9E3779B97F4A7C15) & mask
-        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & mask
-        return bits ^ (bits >> 31)
-
-    return (mixed((mixed(seed & mask) + index * 0x9E3779B97F4A7C15) & mask) >> 11) / 2**53
-
-
-def assert_drawn_from(tokens: list[int], logits_V: Tensor, params: SamplingParams, seed: int = 100) -> None:
-    """Each token is the one in whose interval of the cumulated distribution its uniform number falls."""
-    probabilities = slow_probabilities(logits_V.tolist(), params)
-    ends = probabilities.cumsum()
-    for index, token in enumerate(tokens):
-        uniform = slow_uniform(seed, index)
-        assert probabilities[token] > 0
-        assert ends[token] - probabilities[token] - 1e-6 <= uniform <= ends[token] + 1e-6
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- greedy -----------------------------------------------------------------------------------------------------------
@@ -228,26 +152,6 @@ def test_tokens_depend_on_seed_and_output_position_only(device: str) -> None:
     assert other != expected
 
 
-MIXED = [
-    SamplingParams(temperature=0),
-    SamplingParams(),
-    SamplingParams(top_k=5),
-    SamplingParams(temperature=0.7, top_p=0.8),
-    SamplingParams(min_p=0.1),
-    SamplingParams(top_k=40, top_p=0.95, min_p=0.01),
-    SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=-0.5),
-    SamplingParams(temperature=0, repetition_penalty=0.7),
-    SamplingParams(logit_bias={1: 5.0, 700: -100.0}, min_tokens=10, stop_token_ids=[7]),
-    SamplingParams(logprobs=3, top_p=0.5),
-    SamplingParams(logprobs=-1, temperature=0),
-]
-
-
-def observe_prompts(sampler: Sampler, count: int, length: int, size: int) -> None:
-    slots, positions = np.repeat(np.arange(count), length), np.tile(np.arange(length), count)
-    sampler.observe(slots.astype(np.int32), ((slots * 31 + positions * 7) % size).astype(np.int32), positions)
-
-
 @pytest.mark.parametrize("size", [65, 3000])
 def test_a_row_gets_the_same_token_alone_and_among_others(size: int, device: str) -> None:
     mixed = [params for params in MIXED if all(token < size for token in params.logit_bias)]
@@ -274,98 +178,7 @@ def test_logits_are_not_changed(device: str) -> None:
     assert torch.equal(logits, before)
 
 
-# --- penalties, biases, bans ------------------------------------------------------------------------------------------
-
-
-def slow_penalties(logits: list[float], prompt: list[int], output: list[int], params: SamplingParams) -> list[float]:
-    penalised = []
-    for token, logit in enumerate(logits):
-        value = logit
-        if token in prompt or token in output:
-            value = value / params.repetition_penalty if value > 0 else value * params.repetition_penalty
-        value -= params.frequency_penalty * output.count(token)
-        value -= params.presence_penalty * (token in output)
-        penalised.append(value)
-    return penalised
-
-
-def edited(sampler: Sampler, logits: Tensor, slots: list[int], positions: list[int]) -> Tensor:
-    return sampler._edits.apply(logits, np.array(slots), np.array(positions)).cpu()
-
-
-def test_penalties_equal_a_loop_over_all_tokens_as_sequences_come_grow_and_go(device: str) -> None:
-    random, size, num_slots = np.random.default_rng(0), 40, 5
-    sampler = Sampler(num_slots, size, eos_token_ids=[EOS], device=device)
-    live: dict[int, tuple[SamplingParams, list[int], int]] = {}  # slot: params, tokens, prompt_len
-    num_observed: dict[int, int] = {}
-    for step in range(40):
-        for slot in range(num_slots):
-            if slot in live and random.random() < 0.1:
-                sampler.remove(slot)
-                del live[slot]
-            if slot not in live and random.random() < 0.5:
-                penalties = {
-                    "repetition_penalty": float(random.choice([1.0, 1.5, 0.5])),
-                    "frequency_penalty": float(random.choice([0.0, 0.7, -0.3])),
-                    "presence_penalty": float(random.choice([0.0, 1.1])),
-                }
-                prompt_len = int(random.integers(1, 30))
-                # a sequence that was preempted comes back with output tokens
-                tokens = random.integers(0, size, prompt_len + int(random.integers(0, 5))).tolist()
-                live[slot], num_observed[slot] = (SamplingParams(**penalties), tokens, prompt_len), 0
-                sampler.add(slot, live[slot][0], prompt_len, 0)
-        chunks = []  # prompts come in chunks, other tokens one by one
-        for slot, (_, tokens, _) in live.items():
-            start, stop = num_observed[slot], min(len(tokens), num_observed[slot] + int(random.integers(1, 12)))
-            chunks += [(slot, tokens[position], position) for position in range(start, stop)]
-            num_observed[slot] = stop
-        if chunks:
-            slot_T, token_T, position_T = np.array(chunks, dtype=np.int32).T
-            sampler.observe(slot_T, token_T, position_T)
-        ready = [slot for slot, (_, tokens, _) in live.items() if num_observed[slot] == len(tokens)]
-        logits = random_logits(len(ready), size, seed=step)
-        if ready:
-            found = edited(sampler, logits.to(device), ready, [len(live[slot][1]) for slot in ready])
-            for row, slot in enumerate(ready):
-                params, tokens, prompt_len = live[slot]
-                expected = slow_penalties(logits[row].tolist(), tokens[:prompt_len], tokens[prompt_len:], params)
-                torch.testing.assert_close(found[row], torch.tensor(expected), rtol=1e-6, atol=1e-6)
-        for slot in ready:
-            live[slot][1].append(int(random.integers(0, size)))
-
-
-def test_biases_are_added_before_temperature(device: str) -> None:
-    logits_V, bias = random_logits(1, 100)[0], {0: 3.0, 99: -2.0, 50: 100.0}
-    params = SamplingParams(temperature=0.5, logit_bias=bias)
-    biased_V = logits_V + torch.tensor([bias.get(token, 0.0) for token in range(100)])
-    assert_drawn_from(tokens_at_many_positions(logits_V, params, 40, device), biased_V, params)
-
-
-def test_the_end_is_banned_until_min_tokens(device: str) -> None:
-    logits = torch.zeros(1, 10)
-    logits[0, [EOS, 7, 5]] = torch.tensor([9.0, 8.0, 1.0])
-    params = SamplingParams(temperature=0, min_tokens=3, stop_token_ids=[7], logit_bias={7: 50})
-    sampler = sampler_for([params], 10, device, prompt_len=4)
-    found = [int(sample(sampler, logits, [0], [4 + i], device).token_R[0]) for i in range(5)]
-    assert found == [5, 5, 5, 7, 7]
-
-
-def test_a_slot_keeps_nothing_of_the_sequence_before(device: str) -> None:
-    logits = random_logits(1, 50).to(device)
-    sampler = sampler_for([MIXED[6]], 50, device)
-    observe_prompts(sampler, 1, 6, 50)
-    sampler.remove(0)
-    sampler.add(0, SamplingParams(presence_penalty=1.0), 6, 0)
-    observe_prompts(sampler, 1, 6, 50)
-    assert torch.equal(edited(sampler, logits, [0], [6]), logits.cpu())  # presence counts output only
-    sampler.remove(0)
-    sampler.add(0, SamplingParams(), 6, 0)
-    assert edited(sampler, logits, [0], [6]).data_ptr() == logits.cpu().data_ptr() or device != "cpu"
-
-
-# --- logits that are not finite ---------------------------------------------------------------------------------------
-
-
+# --- rows without a token ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("params", MIXED, ids=range(len(MIXED)))
 def test_rows_that_are_not_finite_are_reported_and_harm_no_other(
@@ -402,16 +215,6 @@ def test_penalties_that_overflow_are_the_requests_fault(penalty: float, device: 
     assert found.token_R[1] == 3
 
 
-def test_ends_beyond_the_vocabulary_ban_nothing(device: str) -> None:
-    """A generation_config.json of another model: such an id is no token, and -1 is not the last one."""
-    sampler = Sampler(1, 8, eos_token_ids=[EOS, 8, 128_009, -1], device=device)
-    sampler.add(0, SamplingParams(temperature=0, min_tokens=2), 4, 0)
-    logits = torch.arange(8.0).unsqueeze(0)
-    assert sample(sampler, logits, [0], [4], device).token_R.tolist() == [7]
-    logits[0, EOS] = 100
-    assert sample(sampler, logits, [0], [4], device).token_R.tolist() == [7]
-
-
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_a_row_that_raises_costs_no_other_row_anything(
     logprobs: int | None, device: str, monkeypatch: pytest.MonkeyPatch
@@ -432,82 +235,3 @@ def test_a_row_that_raises_costs_no_other_row_anything(
     assert found.token_R.tolist() == [*expected.token_R[:2], 0, expected.token_R[3]]
     others = [0, 1, 3]
     assert [found.logprobs[row] for row in others if logprobs] == [expected.logprobs[row] for row in others if logprobs]
-
-
-# --- log-probabilities ------------------------------------------------------------------------------------------------
-
-
-def assert_logprobs(found: TokenLogprobs, logits_V: Tensor, token: int, count: int, raw: bool = False) -> None:
-    values = logits_V.float() if raw else logits_V.double().log_softmax(-1).float()
-    order = sorted(range(len(values)), key=lambda i: (-float(logits_V[i]), i))
-    entries = found.ranked()
-    assert [i for i, _, _ in entries] == [token, *order[:count]]
-    torch.testing.assert_close(
-        torch.tensor([value for _, value, _ in entries]), values[[token, *order[:count]]], rtol=1e-6, atol=2e-6
-    )
-    assert [rank for _, _, rank in entries[1:]] == list(range(1, count + 1))
-    assert found.sampled_rank == 1 + int((logits_V > logits_V[token]).sum())
-
-
-@pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits"])
-@pytest.mark.parametrize("size", [5, 64, 1000, 3001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logprobs_are_those_of_the_raw_logits(size: int, dtype: torch.dtype, mode: str, device: str) -> None:
-    counts = [None, 0, 1, 5, -1]
-    params = [SamplingParams(logprobs=count, temperature=2, logit_bias={1: 30}, top_k=3) for count in counts]
-    logits = random_logits(len(counts), size).to(dtype)
-    sampler = Sampler(len(counts), size, eos_token_ids=[], logprobs_mode=mode, device=device)
-    for slot, one in enumerate(params):
-        sampler.add(slot, one, 4, slot)
-    sampled = sample(sampler, logits, list(range(len(counts))), [4] * len(counts), device)
-    assert sampled.logprobs[0] is None
-    for row, count in enumerate(counts[1:], start=1):
-        found = sampled.logprobs[row]
-        assert found is not None
-        wanted = size if count == -1 else min(count, size)
-        assert_logprobs(found, logits[row], int(sampled.token_R[row]), wanted, mode == "raw_logits")
-
-
-@pytest.mark.parametrize("count", [0, 3, -1])
-def test_prompt_logprobs_in_blocks_of_rows(count: int, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    size, num_positions = 300, 17
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 5 * size)
-    logits = random_logits(num_positions, size).bfloat16()
-    following = np.arange(num_positions, dtype=np.int32) * 13 % size
-    sampler = sampler_for([SamplingParams(prompt_logprobs=count)], size, device)
-    found = sampler.score_prompt(logits.to(device), following, 0)
-    assert len(found) == num_positions
-    for position, one in enumerate(found):
-        assert_logprobs(one, logits[position], int(following[position]), size if count == -1 else count)
-
-
-def test_cumulated_logprob_of_greedy_tokens_is_that_of_a_softmax() -> None:
-    logits = random_logits(8, 100)
-    sampler = sampler_for([SamplingParams(temperature=0, logprobs=0)] * 8, 100)
-    sampled = sample(sampler, logits, list(range(8)), [4] * 8)
-    total = sum(one.ranked()[0][1] for one in sampled.logprobs if one is not None)
-    assert total == pytest.approx(sum(log(row.softmax(-1).max()) for row in logits), abs=1e-4)
-
-
-# --- vocabulary -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 7, 64, 100, 640])
-def test_best_tokens_equal_a_stable_sort(count: int, device: str) -> None:
-    logits = random_logits(3, 640).mul(3).round().to(device)
-    logits[0, ::7] = -0.0
-    logits[2, 5:600] = -torch.inf
-    found = vocabulary.Vocabulary.of(logits).best_tokens(count)
-    assert torch.equal(found, logits.sort(dim=-1, descending=True, stable=True).indices[:, :count])
-
-
-def test_best_blocks_hold_all_tokens_above_what_is_left(device: str) -> None:
-    logits = random_logits(4, 1000).to(device)
-    for num_blocks in (1, 3, 15, 16, 99):
-        blocks = vocabulary.Vocabulary.of(logits).best_blocks(num_blocks)
-        assert (blocks.first_RK.diff() > 0).all()
-        for row in range(4):
-            held = set(blocks.logits_RKB[row].flatten().tolist()) - {-torch.inf}
-            rest = set(logits[row].tolist()) - held
-            assert max(rest, default=-torch.inf) == blocks.left_R[row]
-            assert len(held) + len(rest) == 1000

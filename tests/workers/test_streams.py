@@ -11,8 +11,9 @@ import torch
 
 from hetis.cache.pool import PagePool
 from hetis.comm.links.local import LocalLink
+from hetis.core.messages import Setup
 from hetis.core.sampling_params import SamplingParams
-from hetis.workers import attention
+from hetis.workers import attention, primary, split_attention
 from hetis.workers.step_input import StepPlanner
 from hetis.workers.stopwatch import HostStopwatch
 from tests.checkpoints import make_checkpoint
@@ -74,3 +75,39 @@ def test_all_work_of_a_stage_is_on_its_own_stream(tmp_path: Path, monkeypatch: p
         assert len(seen) == 3, f"{name}: a thread for each stage, and one stream for each thread"
         assert len({stream for _, stream in seen}) == 3, f"{name}: two stages share a stream"
         assert None not in {stream for _, stream in seen}, f"{name} is called on the default stream"
+
+
+def test_every_launch_of_decode_attention_has_memory_of_its_stage_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large as the lanes of a primary, or of the largest home that a stage of a worker serves, may need."""
+    made: list[tuple[int, torch.Tensor]] = []
+    used: dict[int, set[int]] = {}  # by memory: threads
+
+    def make(setup: Setup, num_groups: int, device: torch.device) -> torch.Tensor:
+        made.append((num_groups, torch.empty(1)))
+        return made[-1][1]
+
+    for module in (attention, primary):
+        monkeypatch.setattr(module, "decode_scratch", make)
+    for module in (attention, split_attention):
+        decode = module.paged_decode
+
+        def watched(*arguments: Any, scratch: torch.Tensor, decode: Any = decode, **keywords: Any) -> None:
+            used.setdefault(scratch.data_ptr(), set()).add(threading.get_ident())
+            decode(*arguments, scratch=scratch, **keywords)
+
+        monkeypatch.setattr(module, "paged_decode", watched)
+    plan = {
+        "stages": [{"layers": 1, "primaries": [{"head_groups": 3}, {}]}, {"primaries": [{}]}],
+        "attention": [{}],
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    checkpoint = make_checkpoint(tmp_path, "five_groups")
+    with LocalFleet(checkpoint, str(tmp_path / "plan.json"), dispatcher=RandomDispatcher(1)) as fleet:
+        groups = fleet.setup.spec.num_head_groups
+        fleet.generate([[3, 1, 4]] * 4, SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    of_primaries, of_worker = [3, groups - 3, groups], [max(3, groups - 3), groups]
+    assert sorted(count for count, _ in made) == sorted(of_primaries + of_worker)
+    assert used.keys() == {memory.data_ptr() for _, memory in made}
+    assert all(len(threads) == 1 for threads in used.values()), "two threads share one"

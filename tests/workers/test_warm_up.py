@@ -16,27 +16,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hetis.core.sampling_params import SamplingParams
 from hetis.workers.rank import build_member, warm_up
-from hetis.workers.warm_up import is_needed
+from hetis.workers.warm_up import is_needed, warm_up_commands
 from tests.checkpoints import make_checkpoint
 from tests.engine import local_fleet
 from tests.engine.local_fleet import Generated, LocalFleet, RandomDispatcher
+from tests.kernels.against_reference import KERNELS as EVERY_KERNEL
+from tests.processes import DEADLINE
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {
-    "paged_decode": ["_paged_decode_kernel", "_merge_splits_kernel"],
-    "varlen_prefill": ["_paged_prefill_kernel"],
-    "kv_append": ["_kv_append_kernel"],
-    "lane_pack": ["_lane_pack_kernel"],
-    "page_copy": ["_page_copy_kernel"],
-    "rms_norm": ["_rms_norm_kernel"],
-    "rope": ["_qk_norm_rope_kernel"],
-    "gated_activation": ["_gated_activation_kernel"],
-}
+KERNELS = {name: kernels for name, kernels in EVERY_KERNEL.items() if name != "merge_states"}  # which no step launches
 PLAN = {
     "stages": [{"layers": 1, "primaries": [{"head_groups": 3}, {"head_groups": 2}]}, {"primaries": [{}]}],
     "attention": [{}, {}],
@@ -135,6 +129,16 @@ def test_no_kernel_is_compiled_after_it() -> None:
     assert later <= warm, "\n".join(map(str, sorted(later - warm)))
 
 
+def test_pages_go_both_ways_over_every_link(tmp_path: Path) -> None:
+    """So that either end has read and written some."""
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    with LocalFleet(make_checkpoint(tmp_path, "five_groups"), str(tmp_path / "plan.json")) as fleet:
+        setup = fleet.setup
+    hauls = np.concatenate([np.frombuffer(each.hauls, np.int32) for each in warm_up_commands(setup)]).reshape(-1, 6)
+    links = {(home.rank, worker.rank) for home, worker in setup.plan.links()}
+    assert {(source, target) for source, target in hauls[:, 2:4].tolist()} == links | {link[::-1] for link in links}
+
+
 def test_fleets_without_gpus_do_without(tmp_path: Path) -> None:
     with LocalFleet(make_checkpoint(tmp_path, "llama3"), "1+1") as fleet:
         assert not is_needed(fleet.setup)
@@ -149,7 +153,7 @@ def main() -> None:
         warm.update(found)
         found.clear()
 
-    all_warm = threading.Barrier(NUM_RANKS, action=begin, timeout=60)
+    all_warm = threading.Barrier(NUM_RANKS, action=begin, timeout=DEADLINE)
 
     def build(*arguments: Any) -> Any:
         member = build_and_warm_up(*arguments)

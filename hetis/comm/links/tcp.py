@@ -116,7 +116,7 @@ class TcpLink(Link):
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
-class _Offer(msgspec.Struct):
+class Offer(msgspec.Struct):
     endpoint: str
     token: bytes
     limits: tuple[int, int]
@@ -142,12 +142,12 @@ def open_tcp(
         pair = _pair(limits[1])
         with pair.context.socket(zmq.REP) as gate:
             gate.bind(_GATE)
-            offer = _Offer(_listen(pair, address), secrets.token_hex(16).encode(), limits)
+            offer = Offer(_listen(pair, address), secrets.token_hex(16).encode(), limits)
             rendezvous.set(f"{key}/tcp", msgspec.msgpack.encode(offer))
             if not _admit(pair, gate, offer.token, timeout):
                 raise TimeoutError(f"rank {peer_rank} did not come to {offer.endpoint} within {timeout:g} s.")
         return TcpLink(pair, peer_rank, limits[0], limits[1], pinned)
-    offer = msgspec.msgpack.decode(rendezvous.get(f"{key}/tcp", timeout), type=_Offer)
+    offer = msgspec.msgpack.decode(rendezvous.get(f"{key}/tcp", timeout), type=Offer)
     assert offer.limits == limits, f"the ends of {key} plan messages of {offer.limits} and {limits} bytes"
     pair = _pair(limits[0])
     monitor = _connect(pair, offer, timeout)
@@ -205,7 +205,7 @@ def _admit(pair: zmq.Socket[bytes], gate: zmq.Socket[bytes], token: bytes, timeo
     return False
 
 
-def _connect(pair: zmq.Socket[bytes], offer: _Offer, timeout: float) -> zmq.Socket[bytes] | None:
+def _connect(pair: zmq.Socket[bytes], offer: Offer, timeout: float) -> zmq.Socket[bytes] | None:
     """The monitor of the connection, which will tell of its end; None if the other end did not let us in."""
     monitor = pair.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
     pair.plain_username, pair.plain_password = b"hetis", offer.token
