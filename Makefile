@@ -13,8 +13,9 @@ install: $(STAMP)
 $(STAMP): $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "make: cannot create a virtual environment: install the python3-venv package of your system." >&2; exit 1; }
-	$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
-	$(BIN)/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch numpy
+	@echo "Installing hetis and what it needs into $(VENV), once: a few minutes, without a word while all is well."
+	@$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
+	@$(BIN)/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch numpy
 	@HETIS_REQUIRE_EXTENSIONS=1 PYTHONWARNINGS=ignore \
 		$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev]' || \
 		{ echo "make: hetis is not installed; the reason is above (its C++ extensions need g++ and must build here)." >&2; exit 1; }

@@ -45,7 +45,8 @@ def flash_serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
 def prompt_attention(uses_flash: bool) -> str:
     """What computes the attention of prompts, for people."""
     found = load_flash() if uses_flash else None
-    return "hetis" if found is None else f"flash-attn {found[1]} (hetis after cached tokens)"
+    own = "kernels of hetis"
+    return own if found is None else f"flash-attn {found[1]}; where a part is cached, {own}"
 
 
 def flash_prefill(

@@ -1,6 +1,7 @@
 """Sizes in bytes and counts, as people write and read them."""
 
 import re
+from collections.abc import Callable
 from decimal import Decimal
 
 _UNITS = {
@@ -31,13 +32,13 @@ def parse_bytes(text: str | int) -> int:
     return size
 
 
-def format_bytes(size: float) -> str:
-    """Short form with a binary unit: "1.50 GiB", "512 B"."""
+def format_bytes(size: float, rounding: Callable[[float], int] = round) -> str:
+    """Short form with a binary unit: "1.50 GiB", "512 B". `rounding`: `ceil` for what is needed, `floor` for limits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
+            return f"{rounding(size)} B" if unit == "B" else f"{rounding(100 * size) / 100:.2f} {unit}"
         size /= 1024
-    return f"{size:.2f} TiB"
+    return f"{rounding(100 * size) / 100:.2f} TiB"
 
 
 def plural(number: int, noun: str) -> str:

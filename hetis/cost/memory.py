@@ -5,6 +5,7 @@ Sizes are bytes unless their name says otherwise.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import ceil, floor
 
 import msgspec
 
@@ -12,7 +13,7 @@ from hetis.core.fleet import DeviceInfo
 from hetis.core.model_spec import ModelSpec
 from hetis.core.placement import pages_for
 from hetis.core.plan import AttentionWorker, Plan, Primary
-from hetis.core.sizes import format_bytes
+from hetis.core.sizes import format_bytes, plural
 from hetis.cost.buffers import Limits, buffer_bytes
 from hetis.cost.footprint import fixed_bytes, page_bytes_of
 
@@ -110,7 +111,7 @@ def plan_memory(
     )
     refusals = _too_few_pages(plan, infos, kv, page, num_pages)
     if max_model_len is not None and max_model_len > context:
-        refusals.append(_too_long(plan, num_pages, block_size, max_model_len, context, spec.max_position))
+        refusals.append(_too_long(spec, plan, infos, page, num_pages, block_size, max_model_len))
     if refusals:
         raise ValueError(f"{refusals[0]}\n{ledger}")
     return ledger
@@ -211,7 +212,7 @@ def _does_not_fit(
         return (
             f"--kv-cache-memory (or kv_memory in the plan) gives {ranks} {format_bytes(given)}{of_each}, which is more "
             f"than the {format_bytes(left)} that are left there: {format_bytes(free)} are free, and weights, "
-            f"activations and buffers take {format_bytes(needed)}. Give at most {format_bytes(left)}{of_each}."
+            f"activations and buffers take {format_bytes(needed)}. Give at most {format_bytes(left, floor)}{of_each}."
         )
     return (
         f"{ranks}: {format_bytes(needed)} of weights, activations and buffers do not fit into {share:.0%} of "
@@ -236,22 +237,34 @@ def _too_few_pages(
             refusals.append(
                 f"rank {rank} on {infos[rank].device} has {format_bytes(kv[rank])} for KV, which is {num_pages[rank]} "
                 f"pages of {format_bytes(page[rank])}, but needs at least {least}, one per head group that it is home "
-                f"of; give it {format_bytes(least * page[rank])} or more, or lower the block size."
+                f"of; give it {format_bytes(least * page[rank], ceil)} or more, or lower the block size."
             )
     return refusals
 
 
 def _too_long(
-    plan: Plan, num_pages: Mapping[int, int], block_size: int, wanted: int, context: int, max_position: int
+    spec: ModelSpec,
+    plan: Plan,
+    infos: Mapping[int, DeviceInfo],
+    page: Mapping[int, int],
+    num_pages: Mapping[int, int],
+    block_size: int,
+    wanted: int,
 ) -> str:
-    if wanted > max_position:
-        return f"max_model_len is {wanted}, but the model has {max_position} positions; lower max_model_len."
+    if wanted > spec.max_position:
+        return f"max_model_len is {wanted}, but the model has {spec.max_position} positions; lower max_model_len."
     tightest = min(
         (home for stage in plan.stages for home in stage.homes),
         key=lambda home: num_pages[home.rank] // home.num_groups,
     )
+    least = pages_for(wanted, block_size) * tightest.num_groups * page[tightest.rank]
+    given = "as given"
+    if tightest.kv_memory is None:
+        given = f"what the rest leaves of {usable_share(infos[tightest.rank].device):.0%} of the free memory"
+    context = largest_context(plan, num_pages, block_size)
+    has = format_bytes(num_pages[tightest.rank] * page[tightest.rank])
     return (
-        f"max_model_len is {wanted}, but the largest context is {context}: rank {tightest.rank} has "
-        f"{num_pages[tightest.rank]} pages of {block_size} tokens for {tightest.num_groups} head groups; give it more "
-        f"KV memory or lower max_model_len."
+        f"max_model_len is {wanted}, but the largest context is {context}: rank {tightest.rank} has {has} of KV memory "
+        f"({given}) for {plural(tightest.num_groups, 'head group')}; give it {format_bytes(least, ceil)} by "
+        f"--kv-cache-memory (or kv_memory in the plan), or lower max_model_len."
     )

@@ -26,6 +26,7 @@ from hetis.core.config import DriverArgs, Joining
 from hetis.core.fleet import DeviceInfo, RankStats
 from hetis.core.logs import set_up_logging
 from hetis.core.profile import FleetProfile
+from hetis.core.sizes import plural
 from hetis.engine.engine import Engine
 from hetis.engine.policies import SOLVERS, check_solver, make_policies
 from hetis.engine.profile_files import cached_profiles, keep_profiles, load
@@ -65,6 +66,7 @@ class Driver:
 
     def run(self) -> None:
         """Serves until shutdown; FleetFailedError when the fleet cannot go on."""
+        _log.info("starting %s", plural(len(self._ranks), "rank"))  # they import torch, which takes a while
         self._server.poller.register(sys.stdin.fileno())
         while not self._ending:
             events = self._wait(POLL_MILLISECONDS)

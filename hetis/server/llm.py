@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path, PurePath
 from types import TracebackType
-from typing import Any, Literal, Never
+from typing import Any, Literal, Never, get_args
 
 import msgspec
 
@@ -276,6 +276,7 @@ def make_config(**options: Any) -> EngineConfig:
         try:
             msgspec.convert(options.get(field.name, field.default), field.type)
         except msgspec.ValidationError as error:
-            what = str(error).partition(" - at ")[0]
-            raise ValueError(f"{field.name} is {options[field.name]!r}: {what}.") from None
+            known = [choice for choice in get_args(field.type) if isinstance(choice, str)]  # of a Literal
+            what = f"known: {', '.join(known)}" if known else str(error).partition(" - at ")[0]
+            raise ValueError(f"{field.name} is {options[field.name]!r}; {what}.") from None
     return EngineConfig(**options)

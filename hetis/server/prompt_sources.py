@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,20 @@ def prompts_of(options: argparse.Namespace) -> list[Prompt]:
     Raises ValueError for a file that cannot be read or holds something else than prompts.
     """
     if options.prompt:
-        return [*options.prompt]
+        return [text_of_argument(argument) for argument in options.prompt]
     if options.prompt_file is not None:
         return read_prompts(options.prompt_file)
     return read_prompts(STANDARD_INPUT) if input_is_redirected() else [*EXAMPLES]
+
+
+def text_of_argument(argument: str) -> str:
+    """Bytes that the locale's encoding lacks come as lone surrogates: they are read as UTF-8, if they are that."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        with suppress(UnicodeError):
+            return os.fsencode(argument).decode()
+    return argument
 
 
 def input_is_redirected() -> bool:

@@ -90,7 +90,9 @@ def test_primaries_without_head_groups_need_no_pages() -> None:
     assert [(row.kv, row.tokens) for row in ledger.rows[1:3]] == [(0, 0), (0, 0)]
     assert all(row.weights > 0 and row.activations > 0 for row in ledger.rows[:3])
     assert (ledger.largest_context, ledger.total_tokens) == (512, 2 * 73 * PAGE)
-    with pytest.raises(ValueError, match=r"rank 0 has 7 pages of 16 tokens for 1 head groups"):
+    with pytest.raises(
+        ValueError, match=r"rank 0 has 98\.00 KiB of KV memory \(as given\) for 1 head group; give it 448"
+    ):
         ledger_of(split_evenly("3+1", mqa, "cpu", {0: 2**20 // 10}), fleet(plan), mqa, max_model_len=500)
 
     together = split_evenly("2+0", mqa, "cpu")
@@ -130,7 +132,9 @@ def test_less_than_one_page_per_lane_is_refused() -> None:
 
 def test_a_context_that_cannot_be_held_is_refused() -> None:
     plan = split_evenly("2+1", SPEC, "cpu", {0: "1GiB", 1: "1MiB", 2: "1GiB"})
-    match = r"max_model_len is 400.*largest context is 288.*rank 1 has 73 pages.*4 head"
+    match = (
+        r"max_model_len is 400.*largest context is 288.*rank 1 has 1022\.00 KiB.*as given.*4 head.*give it 1\.37 MiB"
+    )
     with pytest.raises(ValueError, match=match) as refusal:
         ledger_of(plan, fleet(plan), max_model_len=400)
     table = str(refusal.value).splitlines()[1:]
@@ -138,6 +142,17 @@ def test_a_context_that_cannot_be_held_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_model_len is 513.*512 positions"):
         ledger_of(plan, fleet(plan), max_model_len=513)
     assert ledger_of(plan, fleet(plan), max_model_len=288).largest_context == 288
+
+
+def test_a_refused_context_fits_with_the_memory_that_the_refusal_names() -> None:
+    plan = split_evenly("1+0", SPEC, "cpu")
+    row = ledger_of(plan, fleet(plan), max_model_len=512).rows[0]
+    infos = fleet(plan, 2 * (row.weights + row.activations + row.buffers + 2**20))
+    with pytest.raises(ValueError, match=r"what the rest leaves of 50% of the free memory") as refusal:
+        ledger_of(plan, infos, max_model_len=512)
+    asked = str(refusal.value).partition("give it ")[2].partition(" by")[0].replace(" ", "")
+    given = split_evenly("1+0", SPEC, "cpu", asked)
+    assert ledger_of(given, infos, max_model_len=512).largest_context == 512
 
 
 def test_the_table_names_every_rank_and_the_contexts() -> None:

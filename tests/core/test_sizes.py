@@ -1,5 +1,7 @@
 """Sizes as people write them."""
 
+from math import ceil, floor
+
 import pytest
 
 from hetis.core.sizes import format_bytes, parse_bytes
@@ -36,3 +38,8 @@ def test_refused(text: object) -> None:
 )
 def test_formatted(size: int, text: str) -> None:
     assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1025, 2**20 - 1, 2**20 + 1, 1234567, 2**30 + 12345, 2**43 + 1])
+def test_a_limit_that_is_written_short_is_none_that_cannot_be_kept(size: int) -> None:
+    assert parse_bytes(format_bytes(size, floor)) <= size <= parse_bytes(format_bytes(size, ceil))

@@ -61,6 +61,18 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
     assert read_prompts(str(tmp_path / "file")) == ["a"]
 
 
+@pytest.mark.parametrize("text", ["Grüße 世界", "plain", ""])
+def test_arguments_are_utf8_whatever_the_locale(text: str) -> None:
+    """In an ASCII locale Python hands over lone surrogates for the bytes."""
+    argument = text.encode().decode("ascii", "surrogateescape")
+    assert prompts_of(argparse.Namespace(prompt=[argument])) == [text]
+
+
+def test_an_argument_that_is_no_text_at_all_stays_as_it_is() -> None:
+    argument = b"caf\xe9".decode("ascii", "surrogateescape")
+    assert prompts_of(argparse.Namespace(prompt=[argument])) == [argument]  # and is refused as a prompt
+
+
 class TestSources:
     """Of `hetis generate`, by its options and its standard input."""
 
