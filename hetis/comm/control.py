@@ -172,13 +172,13 @@ class Heart(threading.Thread):
         self,
         endpoint: str,
         rank: int,
-        bell: supervision.Bell,
+        waker: supervision.Waker,
         on_lost_driver: Callable[[str], None],
         prints_verdict: bool = False,
     ) -> None:
         """`on_lost_driver` is told how the driver was lost. `prints_verdict`: nobody else does it on this host."""
         super().__init__(name="heart", daemon=True)
-        self._endpoint, self._rank, self._bell = endpoint, rank, bell
+        self._endpoint, self._rank, self._waker = endpoint, rank, waker
         self._on_lost_driver, self._prints_verdict = on_lost_driver, prints_verdict
         self.timeout = 120.0  # until Setup says otherwise
         self.host = supervision.host_id()  # until it is proven
@@ -191,19 +191,19 @@ class Heart(threading.Thread):
     def report(self, failure: m.Failure) -> None:
         """Hands a failure of this rank to the driver, from any thread. The process ends soon after."""
         self._last_words.put(failure)
-        self._bell.ring()
+        self._waker.wake()
 
     def stop(self) -> None:
         """In good order: this rank has done its work."""
         self._stopping.set()
-        self._bell.ring()
+        self._waker.wake()
         self.join()
 
     def run(self) -> None:
         client = ControlClient(self._endpoint, str(self._rank), "rank")
         poller = zmq.Poller()
         poller.register(client.socket, zmq.POLLIN)
-        poller.register(self._bell.fileno(), zmq.POLLIN)
+        poller.register(self._waker.fileno(), zmq.POLLIN)
         self._last_answer = next_beat = time.monotonic()
         while not self._stopping.is_set():
             now = time.monotonic()
@@ -226,7 +226,7 @@ class Heart(threading.Thread):
 
     def _listen(self, client: ControlClient) -> None:
         """What this process itself has to say: a failure, or that its launcher wants it to end."""
-        if any(self._bell.heard()):
+        if any(self._waker.drain()):
             client.send(m.Failure(rank=self._rank, reason=TOLD_TO_END, is_consequence=True))
             self._deadline = self._deadline or time.monotonic() + VERDICT_SECONDS
         with suppress(queue.Empty):

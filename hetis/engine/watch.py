@@ -32,6 +32,13 @@ class FleetFailedError(Exception):
         self.refused = refused
 
 
+def verdict_on(error: Exception, is_up: bool) -> FleetFailedError:
+    """What an error in the driver means. Until the fleet is up a ValueError is the user's: a plan that does not fit."""
+    if isinstance(error, ValueError) and not is_up:
+        return FleetFailedError(str(error), refused=True)
+    return FleetFailedError(f"the driver failed: {type(error).__name__}: {error}")
+
+
 class Watch:
     """Signs of life of one fleet."""
 

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> NoReturn:
     """Parses, then runs the command; errors of the user and of the fleet end as one sentence and exit code 1.
 
-    Ctrl-C ends with 130, and a reader that went away (`hetis generate | head`) with 141, both without a word.
+    Ctrl-C ends with 130, and a reader that went away (`hetis generate | head`) with 141, neither with a message.
     """
     is_interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_interruptible:  # nothing is started yet: end at once, without the traceback of an import
@@ -81,7 +81,7 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
         if under_torchrun():
             launch.run_member(engine_config(options), argv)
     is_child = launch.fleet_directory is not None
-    from hetis.server.client import EngineDeadError
+    from hetis.server.channel import EngineDeadError
 
     if is_interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)

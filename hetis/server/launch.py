@@ -246,7 +246,7 @@ class Children:
         """When the front end ends, for whatever reason, the driver shuts down."""
         code = front.wait()
         if code < 0 and -code != signal.SIGINT:
-            self._announce(f"the front end (child of rank 0) was killed by {signal.Signals(-code).name}.")
+            self._announce(f"the front end (child of rank 0) was killed by {supervision.signal_name(-code)}.")
         self._tell_driver(supervision.END)
 
     def _tell_driver(self, word: bytes) -> None:
@@ -274,7 +274,7 @@ class Children:
             self._announce(f"the driver (child of rank 0, pid {self._driver.pid}) {how}.")
         code = self._driver.wait()
         if code < 0:
-            self._announce(f"the driver (child of rank 0) was killed by {signal.Signals(-code).name}.")
+            self._announce(f"the driver (child of rank 0) was killed by {supervision.signal_name(-code)}.")
         verdict = supervision.read_verdict(self._run_directory)
         if verdict is not None:
             supervision.tell_torchrun(verdict.reason)

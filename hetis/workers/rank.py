@@ -52,11 +52,11 @@ def run_rank(
     hosts reach this one. `on_lost_driver`: told when the driver has gone, and how, before this process ends.
     """
     joining = msgspec.json.decode(rendezvous.get("joining"), type=Joining)
-    bell = supervision.Bell()
-    bell.take_over(signal.SIGTERM, signal.SIGINT)
+    waker = supervision.Waker()
+    waker.wake_on(signal.SIGTERM, signal.SIGINT)
     # the driver speaks on its own host; elsewhere the first rank does
     prints_verdict = os.environ.get("GROUP_RANK", "0") != "0" and local_rank == 0
-    heart = Heart(joining.endpoints.health, rank, bell, on_lost_driver or (lambda how: None), prints_verdict)
+    heart = Heart(joining.endpoints.health, rank, waker, on_lost_driver or (lambda how: None), prints_verdict)
     heart.start()
     control = ControlClient(joining.endpoints.ranks, str(rank), "rank")
     device_name = choose_device(joining.devices[rank], local_rank)

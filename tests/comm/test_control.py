@@ -118,9 +118,9 @@ from hetis.comm.control import Heart
 from hetis.core import messages as m
 from tests.processes import DEADLINE
 
-bell = supervision.Bell()
-bell.take_over(signal.SIGTERM, signal.SIGINT)
-heart = Heart(sys.argv[1], 5, bell, lambda how: print("lost:", how, flush=True), prints_verdict=True)
+waker = supervision.Waker()
+waker.wake_on(signal.SIGTERM, signal.SIGINT)
+heart = Heart(sys.argv[1], 5, waker, lambda how: print("lost:", how, flush=True), prints_verdict=True)
 heart.timeout = float(sys.argv[2])
 heart.start()
 print("up", flush=True)
@@ -269,4 +269,4 @@ def test_ends_by_code() -> None:
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert supervision.end_of(process.pid) == "exited with code 3"
     process.wait()
-    assert "without a word" in supervision.end_of(process.pid)
+    assert "without giving a reason" in supervision.end_of(process.pid)

@@ -4,7 +4,8 @@ Whenever the driver waits, the test's script goes on by one step, so nothing her
 """
 
 import io
-import sys
+import os
+import subprocess
 from collections import defaultdict, deque
 from collections.abc import Generator
 from pathlib import Path
@@ -14,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from hetis.comm import supervision
+from hetis.comm import children, supervision
 from hetis.core import messages as m
 from hetis.core.config import DriverArgs, EngineConfig
 from hetis.core.fleet import DeviceInfo, RankStats
@@ -22,12 +23,13 @@ from hetis.core.plan import resolve_plan
 from hetis.core.samples import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.sampling_params import SamplingParams
 from hetis.engine import driver
-from hetis.engine.driver import Driver, verdict_on
-from hetis.engine.watch import GRACE_SECONDS, FleetFailedError, Watch
+from hetis.engine.driver import Driver
+from hetis.engine.watch import GRACE_SECONDS, FleetFailedError, Watch, verdict_on
 from tests.dispatcher.fleets import make_spec
+from tests.processes import DEADLINE
 
 SPEC = msgspec.structs.replace(make_spec(4, num_layers=4), intermediate_size=128, vocab_size=512, max_position=256)
-STDIN = 1000  # a descriptor that the driver only asks the fake poller about
+PARENT = 1000  # a descriptor that the driver only asks the fake poller about
 TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
 Script = Generator[list[tuple[object, int]] | None, None, None]
 FRONT, OTHER_FRONT = b"front", b"other"
@@ -116,29 +118,39 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> Sockets:
     monkeypatch.setattr(driver, "Watch", lambda plan, timeout: Watch(plan, timeout, clock=lambda: found.now))
     monkeypatch.setattr(driver, "END_SECONDS", 0.0)
     monkeypatch.setattr(driver, "FAIL_SECONDS", 0.0)
-    set_last_word(monkeypatch, b"")
     return found
 
 
-def set_last_word(monkeypatch: pytest.MonkeyPatch, word: bytes) -> None:
-    """What rank 0 writes to the driver's standard input before it closes."""
-    stdin = io.TextIOWrapper(io.BytesIO(word))
-    monkeypatch.setattr(stdin, "fileno", lambda: STDIN, raising=False)
-    monkeypatch.setattr(sys, "stdin", stdin)
+class Parent(io.RawIOBase):
+    """What rank 0 writes to the driver, whose poller sees it as `PARENT`."""
+
+    def __init__(self, line: bytes) -> None:
+        self._line = line
+
+    def fileno(self) -> int:
+        return PARENT
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return self._line
 
 
-def run(sockets: Sockets, script: Script, directory: Path | str = "", **options: Any) -> None:
-    """Runs a driver of 1+1 to its end with the script, which must have come to its own."""
+def make_args(directory: Path | str = "", **options: Any) -> DriverArgs:
+    """Of a fleet of 1+1."""
     config = EngineConfig(
         plan="1+1", device="cpu", kv_cache_memory=1 << 20, max_model_len=64, profile_cache=False,
         **({"dispatch": "even"} | options),
     )  # fmt: skip
     plan = resolve_plan(config.plan, SPEC, config.device, config.kv_cache_memory)
-    args = DriverArgs(
+    return DriverArgs(
         config=config, spec=SPEC, plan=plan, eos_token_ids=[3], run_directory=str(directory), address=None,
         announce=False, parent=1,
     )  # fmt: skip
-    sockets.driver, sockets.script = Driver(args, sockets), script  # type: ignore[arg-type]
+
+
+def run(sockets: Sockets, script: Script, directory: Path | str = "", line: bytes = b"", **options: Any) -> None:
+    """Runs a driver to its end with the script, which must have come to its own. `line`: what rank 0 writes."""
+    args = make_args(directory, **options)
+    sockets.driver, sockets.script = Driver(args, sockets, Parent(line)), script  # type: ignore[arg-type]
     sockets.driver.run()
     assert next(script, "the end") == "the end", "the driver ended before the script"
 
@@ -198,7 +210,9 @@ def test_front_ends_are_greeted_when_the_fleet_is_up_and_not_before(sockets: Soc
 
 def test_what_comes_before_the_fleet_is_up_costs_nobody_anything(sockets: Sockets) -> None:
     def script() -> Script:
-        sockets.put("front", FRONT, m.Attach(), request("early"), m.AbortRequest(id="early"), m.FleetQuery())
+        sockets.put("front", FRONT, m.Attach(), request("early"), m.AbortRequest(id="early"))
+        sockets.put("front", FRONT, m.FleetQuery(), m.FleetQuery())
+        sockets.put("front", OTHER_FRONT, m.ProfileQuery())
         yield None
         answers = sockets.take("front", FRONT)
         assert [answer.outputs[0].finish_reason for answer in answers] == ["error", "error"]
@@ -214,6 +228,7 @@ def test_what_comes_before_the_fleet_is_up_costs_nobody_anything(sockets: Socket
             sockets.put("ranks", rank, m.Stats(stats=RankStats(rank=int(rank))))
         yield None
         assert [type(message) for message in sockets.take("front", FRONT)] == [m.EngineReady, m.FleetStats]
+        assert [type(message) for message in sockets.take("front", OTHER_FRONT)] == [m.ProfileReport]
         sockets.put("front", FRONT, m.Shutdown())
         yield None
 
@@ -236,19 +251,26 @@ def measured(rank: int, message: m.Measure | m.MeasureLink) -> m.Measured:
     return m.Measured(rank=rank, seconds=0.1, dense=dense, prefill=[PrefillSample(n, 1.0 * n) for n in sizes])
 
 
+def start_measuring(sockets: Sockets) -> Script:
+    """Up to the first messages about it, which are not taken."""
+    sockets.put("front", FRONT, m.Attach())
+    sockets.hello(0)
+    sockets.hello(1)
+    yield None
+    for rank in (b"0", b"1"):
+        assert [type(message) for message in sockets.take("ranks", rank)] == [m.Setup]
+        sockets.ready(int(rank))
+    yield None
+
+
 def test_a_fleet_is_up_when_all_is_measured(sockets: Sockets) -> None:
     def script() -> Script:
-        sockets.put("front", FRONT, m.Attach())
-        sockets.hello(0)
-        sockets.hello(1)
-        yield None
-        for rank in (b"0", b"1"):
-            assert [type(message) for message in sockets.take("ranks", rank)] == [m.Setup]
-            sockets.ready(int(rank))
-        yield None
+        yield from start_measuring(sockets)
+        sockets.put("front", OTHER_FRONT, m.ProfileQuery())  # answered when there is a profile
         num_measured = 0
         while asked := [(rank, each) for rank in (0, 1) for each in sockets.take("ranks", str(rank).encode())]:
-            assert not any(isinstance(message, m.EngineReady) for message in sockets.take("front", FRONT))
+            assert all(isinstance(message, m.Measuring) for message in sockets.take("front", FRONT))
+            assert sockets.take("front", OTHER_FRONT) == []
             for rank, message in asked:
                 num_measured += 1
                 sockets.put("ranks", str(rank).encode(), measured(rank, message))
@@ -258,12 +280,27 @@ def test_a_fleet_is_up_when_all_is_measured(sockets: Sockets) -> None:
         sockets.put("front", FRONT, m.ProfileQuery())
         yield None
         (report,) = sockets.take("front", FRONT)
+        assert sockets.take("front", OTHER_FRONT) == [report]
         assert sorted(report.profile.devices) == [0, 1]
         assert [(link.primary, link.worker) for link in report.profile.links] == [(0, 1)]
         sockets.put("front", FRONT, m.Shutdown())
         yield None
 
     run(sockets, script(), dispatch="hetis")
+
+
+def test_a_fleet_that_is_shut_down_while_it_measures_ends_its_ranks(sockets: Sockets) -> None:
+    """They read messages when they have measured; what aborts them comes by another socket."""
+
+    def script() -> Script:
+        yield from start_measuring(sockets)
+        assert [type(message) for message in sockets.take("ranks", b"0")] == [m.Measure]
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script(), dispatch="hetis")
+    assert sockets.take("ranks", b"0") == sockets.take("ranks", b"1") == [m.Shutdown()]
+    assert [type(message) for message in sockets.take("health", b"1")] == [m.Abort]
 
 
 # --- serving ----------------------------------------------------------------------------------------------------------
@@ -358,32 +395,43 @@ def test_one_question_to_the_ranks_answers_all_front_ends(sockets: Sockets) -> N
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def test_rank_0_can_end_the_job_in_order(sockets: Sockets, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_last_word(monkeypatch, supervision.END)
-
+def test_rank_0_can_end_the_job_in_order(sockets: Sockets) -> None:
     def script() -> Script:
         yield from sockets.come_up()
-        yield [(STDIN, 1)]
+        yield [(PARENT, 1)]
 
-    run(sockets, script())
+    run(sockets, script(), line=supervision.END)
     assert [message for *_, message in sockets.sent if isinstance(message, m.Shutdown)] == [m.Shutdown()] * 2
 
 
-@pytest.mark.parametrize(("word", "words"), [(b"", "was killed by SIGKILL"), (supervision.TOLD, "told to end")])
+def test_rank_0_may_end_the_job_before_the_driver_reads_its_arguments(tmp_path: Path) -> None:
+    """Both lines are there at once, and the pipe stays open: reading the first one must leave the second."""
+    begin = msgspec.json.encode(make_args(tmp_path)) + b"\n" + supervision.END
+    reader, writer = os.pipe()
+    os.write(writer, begin)
+    with subprocess.Popen(children.command("hetis.engine.driver"), stdin=reader, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.wait(DEADLINE) == 0
+        finally:
+            process.kill()
+            os.close(reader)
+            os.close(writer)
+
+
+@pytest.mark.parametrize(("line", "words"), [(b"", "was killed by SIGKILL"), (supervision.TOLD, "told to end")])
 def test_the_end_of_rank_0_is_the_end_of_the_fleet(
-    word: bytes, words: str, sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+    line: bytes, words: str, sockets: Sockets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_last_word(monkeypatch, word)
     monkeypatch.setattr(supervision, "await_status", lambda pid, seconds: 9)
 
     def script() -> Script:
         yield from sockets.come_up()
-        yield [(STDIN, 1)]
+        yield [(PARENT, 1)]
         sockets.now += GRACE_SECONDS + 1
         yield None
 
     with pytest.raises(FleetFailedError, match=words) as caught:
-        run(sockets, script())
+        run(sockets, script(), line=line)
     assert "rank 0" in str(caught.value)
 
 

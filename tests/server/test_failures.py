@@ -1,11 +1,8 @@
 """Whatever dies takes the job down, with the reason in the last line, and with nothing left over."""
 
 import os
-import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,14 +19,6 @@ NAMES = {"rank 0": "rank 0 (primary on cpu)", "rank 1": "rank 1 (attention worke
 LONG = ("generate", "--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--device", "cpu")
 LONG += ("--log-level", "error", "--prompt", "It was", "--prompt", "The")
 EVERYBODY_HERE = ("--dispatch", "even")  # the same on the command line
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """A short path, for sockets; nothing may be left in it."""
-    path = Path(tempfile.mkdtemp(prefix="t"))
-    yield path
-    shutil.rmtree(path)
 
 
 def shared_memory() -> set[str]:
@@ -167,7 +156,7 @@ def test_under_torchrun_a_killed_process_takes_a_busy_fleet_down(directory: Path
     with start_torchrun(directory) as fleet:
         fleet.wait_for("[0]")
         fleet.hurt(victim, signal.SIGKILL)
-        # how its own children ended torchrun may know before anybody else can look: "ended without a word (killed, …)"
+        # torchrun may reap its own children before the driver can look: "ended without giving a reason (killed, …)"
         check_end(fleet, NAMES.get(victim, "the front end"), "killed")
 
 

@@ -19,7 +19,7 @@ import hetis
 from hetis import LLM, EngineConfig, SamplingParams
 from hetis.models.end_tokens import read_eos_token_ids
 from hetis.models.hub import PACKAGED
-from hetis.server.client import EngineDeadError
+from hetis.server.channel import EngineDeadError
 from hetis.server.launch import end_of_sequence_ids
 from hetis.server.tokenizer import load_tokenizer
 from tests.checkpoints import greedy_reference, load_reference, make_checkpoint, make_tokenizer

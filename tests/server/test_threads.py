@@ -8,14 +8,19 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from hetis import LLM, SamplingParams
-from hetis.server.client import EngineDeadError, ForkedError
+from hetis.server.channel import EngineDeadError
+from hetis.server.client import EngineClient, ForkedError
+from hetis.server.launch import plan_for
+from hetis.server.llm import make_config
 
 PROMPTS = ["The function returns", "It was", "In the beginning of the", "A list is"]
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -132,6 +137,46 @@ print(count + sum(len(piece.token_ids) for piece in stream))
 def test_a_forked_child_that_ends_takes_nothing_along() -> None:
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=120)
     assert (result.returncode, result.stdout.split()) == (0, ["3", "50"]), result.stderr
+
+
+@pytest.mark.parametrize("fails", ["sys.executable", "thread"])
+def test_what_was_started_ends_if_the_rest_cannot_be(
+    fails: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher's command, or the front end's thread, as in a container with a low limit of processes."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "hetis front end":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
+    if fails == "thread":
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    else:
+        monkeypatch.setattr(sys, "executable", "")
+    before = psutil.Process().children(recursive=True)
+    with pytest.raises((RuntimeError, ValueError), match=fails):
+        LLM(device="cpu", kv_cache_memory="16MiB")
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
+    assert list(directory.iterdir()) == []
+
+
+def test_closing_from_a_signal_handler_ends_the_call_that_it_interrupts() -> None:
+    config = make_config(device="cpu", kv_cache_memory="16MiB")
+    client = EngineClient(config, plan_for(config)[2])
+
+    def request_ids() -> Iterator[str]:  # runs within the call
+        os.kill(os.getpid(), signal.SIGUSR1)
+        yield "1"
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: client.close())
+    try:
+        with pytest.raises(EngineDeadError, match="closed"):
+            client.open(request_ids(), [])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def waiting(llm: LLM, pool: ThreadPoolExecutor) -> list[Any]:
