@@ -15,7 +15,7 @@ import msgspec
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _VERDICT = "verdict"
-END, TOLD = b"end\n", b"told\n"  # rank 0's last word to the driver: shut down in order; my launcher ends me
+END, TOLD = b"end\n", b"told\n"  # rank 0's last line to the driver: shut down in order; my launcher ends me
 _BY_REQUEST = frozenset({signal.SIGTERM, signal.SIGINT})
 
 

@@ -150,10 +150,10 @@ def run_member(
             give_up(error, None)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     set_up_logging(f"rank {rank}")
-    family = None
+    own_children = None
     if rank == 0:
         try:
-            family = Children(config, front_argv, run_directory)  # they start while torch is imported here
+            own_children = Children(config, front_argv, run_directory)  # they start while torch is imported here
         except (ValueError, OSError) as error:
             give_up(error, run_directory)
     from hetis.comm.rendezvous import StoreRendezvous
@@ -161,17 +161,18 @@ def run_member(
 
     if run_directory is None:
         rendezvous = StoreRendezvous.from_environment()
-    else:  # one host and a directory of our own: a file needs no port, which somebody else could have
+    else:  # one host and a directory of our own: a file needs no port, which another program could have
         from torch.distributed import FileStore
 
         rendezvous = StoreRendezvous(FileStore(str(run_directory / "store"), -1))
-    if family is not None:
-        rendezvous.set("joining", family.joining())
+    if own_children is not None:
+        rendezvous.set("joining", own_children.joining())
     ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    on_lost_driver = None if family is None else family.on_lost_driver
+    on_lost_driver = None if own_children is None else own_children.on_lost_driver
     run_rank(rank, local_rank, ranks_on_host, torchrun.own_address(), rendezvous, on_lost_driver)
     sys.stdout.flush()
-    os._exit(0 if family is None else family.wait())  # libraries' exit handlers may wait for peers that are gone
+    # libraries' exit handlers may wait for peers that are gone
+    os._exit(0 if own_children is None else own_children.wait())
 
 
 def give_up(error: Exception, run_directory: Path | None) -> NoReturn:

@@ -17,7 +17,7 @@ import zmq
 from hetis.comm import supervision
 from hetis.comm.control import TOLD_TO_END, ControlClient, ControlServer
 from hetis.core import messages as m
-from tests.processes import DEADLINE
+from tests.processes import DEADLINE, wait_until
 
 
 @pytest.fixture
@@ -103,9 +103,7 @@ def test_a_lost_driver_is_noticed_at_once(directory: Path) -> None:
     take(server, "ranks")
     assert not client.is_lost
     server.close()
-    deadline = time.monotonic() + DEADLINE
-    while not client.is_lost:
-        assert time.monotonic() < deadline
+    wait_until(lambda: client.is_lost, "the loss is noticed")
     client.close(linger=0)
 
 
@@ -135,7 +133,7 @@ if word == "stop":
 
 @pytest.fixture
 def rank(server: ControlServer, tmp_path: Path) -> "Iterator[subprocess.Popen[str]]":
-    """A process with a heart, that has been heard."""
+    """A process with a heart, whose first heartbeat has come."""
     yield from start_rank(server, tmp_path, "60")
 
 

@@ -1,4 +1,4 @@
-"""The driver from the first hello to the end, on sockets of the test's own: who is told what, and when.
+"""The driver from the first hello to the end, on sockets of the test's own: which messages go where, and when.
 
 Whenever the driver waits, the test's script goes on by one step, so nothing here depends on time.
 """
@@ -189,26 +189,26 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(sockets: Sockets) 
     with pytest.raises(ValueError, match=r"ranks 0, 1 on cpu: .* do not fit") as caught:
         run(sockets, script())
     assert verdict_on(caught.value, sockets.driver.is_up).refused
-    assert sockets.sent == [], "nobody has begun to load"
+    assert sockets.sent == [], "no rank has begun to load"
 
 
-def test_front_ends_are_greeted_when_the_fleet_is_up_and_not_before(sockets: Sockets) -> None:
+def test_front_ends_get_ready_when_the_fleet_is_up_and_not_before(sockets: Sockets) -> None:
     def script() -> Script:
         sockets.put("front", FRONT, m.Attach())
         yield from sockets.come_up()
-        (greeting,) = sockets.take("front", FRONT)
-        assert (greeting.max_model_len, greeting.vocab_size, greeting.eos_token_ids) == (64, 512, [3])
-        assert sockets.is_hidden, "nobody else can join in"
+        (ready,) = sockets.take("front", FRONT)
+        assert (ready.max_model_len, ready.vocab_size, ready.eos_token_ids) == (64, 512, [3])
+        assert sockets.is_hidden, "no other process can connect"
         sockets.put("front", OTHER_FRONT, m.Attach())
         yield None
-        assert sockets.take("front", OTHER_FRONT) == [greeting]
+        assert sockets.take("front", OTHER_FRONT) == [ready]
         sockets.put("front", FRONT, m.Shutdown())
         yield None
 
     run(sockets, script())
 
 
-def test_what_comes_before_the_fleet_is_up_costs_nobody_anything(sockets: Sockets) -> None:
+def test_what_comes_before_the_fleet_is_up_is_refused_or_waits(sockets: Sockets) -> None:
     def script() -> Script:
         sockets.put("front", FRONT, m.Attach(), request("early"), m.AbortRequest(id="early"))
         sockets.put("front", FRONT, m.FleetQuery(), m.FleetQuery())
@@ -447,7 +447,7 @@ def test_heartbeats_are_answered(sockets: Sockets) -> None:
     run(sockets, script())
 
 
-def test_a_failure_is_told_to_everybody_once(sockets: Sockets, tmp_path: Path) -> None:
+def test_a_failure_is_sent_to_all_once(sockets: Sockets, tmp_path: Path) -> None:
     def script() -> Script:
         sockets.put("front", FRONT, m.Attach())
         yield from sockets.come_up()
@@ -466,7 +466,7 @@ def test_a_failure_is_told_to_everybody_once(sockets: Sockets, tmp_path: Path) -
     assert found == supervision.Verdict(str(caught.value), refused=False)
 
 
-def test_a_silent_rank_is_killed_by_its_neighbours(sockets: Sockets, tmp_path: Path) -> None:
+def test_a_silent_rank_is_killed_by_others_of_its_host(sockets: Sockets, tmp_path: Path) -> None:
     def script() -> Script:
         yield from sockets.come_up()
         sockets.now += 9.0

@@ -35,7 +35,7 @@ def make_plan(homes: list[int], num_workers: int) -> Plan:
 
 
 class Fleet:
-    """Ranks that answer when they are told to. Checks that nobody disturbs anybody."""
+    """Ranks that answer when the test says so. Checks that no measurement disturbs another."""
 
     def __init__(self, plan: Plan, where: list[tuple[str, str, str]]) -> None:
         """`where`: host, device and name of each rank."""

@@ -1,4 +1,4 @@
-"""Whatever dies takes the job down, with the reason in the last line, and with nothing left over."""
+"""The end of any process ends the job, with the reason in the last line, and with nothing left over."""
 
 import os
 import signal
@@ -14,11 +14,11 @@ pytestmark = pytest.mark.process
 STEP_TIMEOUT = 10.0
 
 # so that every rank is needed: the small model would stay on the primary otherwise
-EVERYBODY = "dispatch=even"
+EVEN = "dispatch=even"
 NAMES = {"rank 0": "rank 0 (primary on cpu)", "rank 1": "rank 1 (attention worker on cpu)", "driver": "the driver"}
 LONG = ("generate", "--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--device", "cpu")
 LONG += ("--log-level", "error", "--prompt", "It was", "--prompt", "The")
-EVERYBODY_HERE = ("--dispatch", "even")  # the same on the command line
+EVEN_OPTION = ("--dispatch", "even")  # the same on the command line
 
 
 def shared_memory() -> set[str]:
@@ -47,13 +47,13 @@ def verdict(fleet: FleetProcess) -> str:
 
 
 def start_busy(directory: Path, plan: str = "1+1", *options: str) -> FleetProcess:
-    fleet = FleetProcess.script(directory, plan, "busy", EVERYBODY, *options)
+    fleet = FleetProcess.script(directory, plan, "busy", EVEN, *options)
     fleet.wait_for("token")
     return fleet
 
 
 def start_idle(directory: Path, plan: str = "1+1", *options: str) -> FleetProcess:
-    fleet = FleetProcess.script(directory, plan, "idle", EVERYBODY, *options)
+    fleet = FleetProcess.script(directory, plan, "idle", EVEN, *options)
     fleet.wait_for("ready")
     return fleet
 
@@ -147,7 +147,7 @@ def test_a_mistake_that_only_a_rank_sees_is_told_in_one_sentence(directory: Path
 
 
 def start_torchrun(directory: Path, plan: str = "1+1", num_ranks: int = 2, **variables: str) -> FleetProcess:
-    options = (*LONG, *EVERYBODY_HERE, "--plan", plan, "--step-timeout", str(STEP_TIMEOUT))
+    options = (*LONG, *EVEN_OPTION, "--plan", plan, "--step-timeout", str(STEP_TIMEOUT))
     return FleetProcess.torchrun(directory, num_ranks, *options, **variables)
 
 

@@ -1,4 +1,4 @@
-"""Nothing of a fleet stays, whoever is stopped or hangs while it is closed, or while a parent of it is killed."""
+"""Nothing of a fleet stays when some of its processes are stopped or hang while it is closed, or a parent is killed."""
 
 import signal
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.server.fleet_process import SHIM, FleetProcess
 
 pytestmark = pytest.mark.process
 
-OPTIONS = ("dispatch=even", "step_timeout=300")  # nobody is missed before the test ends
+OPTIONS = ("dispatch=even", "step_timeout=300")  # no silent process counts as dead before the test ends
 HANGING = {"PYTHONPATH": str(SHIM), "HANGING_DRIVER": "1"}
 
 

@@ -21,6 +21,7 @@ from hetis.server.channel import EngineDeadError
 from hetis.server.client import EngineClient, ForkedError
 from hetis.server.launch import plan_for
 from hetis.server.llm import make_config
+from tests.processes import wait_until
 
 PROMPTS = ["The function returns", "It was", "In the beginning of the", "A list is"]
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -77,8 +78,7 @@ def test_a_stream_may_be_begun_in_one_thread_and_ended_in_another(tiny: LLM) -> 
 
 def test_ctrl_c_ends_the_call_and_leaves_the_fleet_usable(tiny: LLM) -> None:
     def interrupt() -> None:
-        while not pages_used(tiny):  # until it runs
-            pass
+        wait_until(lambda: pages_used(tiny), "it runs")
         os.kill(os.getpid(), signal.SIGINT)
 
     def generate() -> None:
@@ -92,12 +92,11 @@ def test_ctrl_c_ends_the_call_and_leaves_the_fleet_usable(tiny: LLM) -> None:
     thread.join()
     files = {frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)}
     assert not any("zmq" in file or "/comm/" in file for file in files), files
-    while pages_used(tiny):  # what it asked for is aborted
-        pass
+    wait_until(lambda: not pages_used(tiny), "what it asked for is aborted")
     assert texts_alone(tiny)
 
 
-def test_a_forked_child_is_told_and_harms_nobody(tiny: LLM) -> None:
+def test_a_forked_child_gets_an_error_and_the_fleet_goes_on(tiny: LLM) -> None:
     expected = texts_alone(tiny)
     reader, writer = os.pipe()
     child = os.fork()
@@ -195,8 +194,7 @@ def waiting(llm: LLM, pool: ThreadPoolExecutor) -> list[Any]:
             llm.generate(PROMPTS[0], ENDLESS)
 
     waits = [pool.submit(call) for call in (ask, stream, generate)]
-    while not pages_used(llm):
-        pass
+    wait_until(lambda: pages_used(llm), "one of them runs")
     return waits
 
 
