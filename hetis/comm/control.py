@@ -246,7 +246,7 @@ class Heart(threading.Thread):
             self._end(f"the driver {how}.")
 
     def _end(self, reason: str) -> None:
-        supervision.tell_torchrun(reason)
+        supervision.report_to_torchrun(reason)
         if self._prints_verdict:
             print(f"hetis: {reason}", file=sys.stderr, flush=True)
         os._exit(1)

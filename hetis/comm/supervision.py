@@ -211,7 +211,7 @@ def read_verdict(directory: Path | str) -> Verdict | None:
         return None
 
 
-def tell_torchrun(reason: str) -> None:
+def report_to_torchrun(reason: str) -> None:
     """Has torchrun's summary of failed processes show `reason` for this one; the first reason stays."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:

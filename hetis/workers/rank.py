@@ -231,7 +231,7 @@ def _report(heart: Heart, rank: int, device_name: str, error: BaseException, is_
         print(f"hetis: rank {rank} on {device_name} failed:\n{text}", file=sys.stderr, flush=True)
     reason = str(error) if is_consequence or is_mistake else f"{type(error).__name__}: {error}"
     if not is_consequence:
-        supervision.tell_torchrun(text or reason)
+        supervision.report_to_torchrun(text or reason)
     heart.report(m.Failure(rank=rank, reason=reason, traceback=text, is_consequence=is_consequence))
     while True:
         threading.Event().wait()
