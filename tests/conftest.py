@@ -8,7 +8,9 @@ which are about other kernels and may run while the extensions are built.
 
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +33,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if (problem := extension.problem() or native.find()[1]) is not None:
         raise pytest.UsageError(problem)
+
+
+def own_group(controller: str) -> Path:
+    """Of version 1, as this machine mounts it."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    path = next((line.split(":", 2)[2] for line in lines if controller in line.split(":")[1].split(",")), None)
+    if path is None:
+        pytest.skip(f"no {controller} controller of version 1 here")
+    return Path("/sys/fs/cgroup") / controller / path.lstrip("/")
+
+
+@pytest.fixture
+def groups() -> Iterator[dict[str, Path]]:
+    """New groups below our own; skipped where they cannot be made."""
+    made = {name: own_group(name) / f"hetis-test-{os.getpid()}" for name in ("memory", "cpu")}
+    try:
+        for path in made.values():
+            path.mkdir()
+        yield made
+    except OSError as error:
+        pytest.skip(f"cannot make a control group here: {error}")
+    finally:
+        for path in made.values():
+            if path.is_dir():
+                path.rmdir()

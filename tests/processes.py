@@ -1,5 +1,7 @@
-"""Looking at processes, any of which may vanish between two looks."""
+"""Looking at processes, any of which may vanish between two looks, and waiting for what they do."""
 
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -32,9 +34,17 @@ def look(process: psutil.Process) -> Look | None:
     """
     try:
         command, variables = process.cmdline(), process.environ()
-    except (psutil.NoSuchProcess, psutil.AccessDenied):  # includes zombies; what ends is nobody's to read
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # includes zombies; the kernel refuses to show what ends
         return None
     return Look(process, " ".join(command), variables) if command and variables else None
+
+
+def wait_until(is_true: Callable[[], object], what: str) -> None:
+    """Looks again and again. AssertionError if it takes longer than `DEADLINE`."""
+    deadline = time.monotonic() + DEADLINE
+    while not is_true():
+        assert time.monotonic() < deadline, f"not within {DEADLINE:.0f} s: {what}"
+        time.sleep(0.01)
 
 
 def kill(process: psutil.Process) -> None:

@@ -20,7 +20,7 @@ NO_SUCH_PID = 2**22 - 1
 
 @pytest.fixture
 def zombie() -> Iterator["subprocess.Popen[bytes]"]:
-    """Has ended; nobody has waited for it yet."""
+    """Has ended; its parent has not waited for it yet."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -117,5 +117,5 @@ def test_ends_are_seen_before_and_after_they_are_reaped(zombie: "subprocess.Pope
     assert supervision.await_status(zombie.pid, 0.0) == signal.SIGKILL
     zombie.wait()
     assert supervision.has_ended(zombie.pid)
-    assert supervision.await_status(zombie.pid, 60.0) is None, "and nobody waits for it"
+    assert supervision.await_status(zombie.pid, 60.0) is None, "and its parent has not waited for it"
     supervision.kill([zombie.pid, NO_SUCH_PID])

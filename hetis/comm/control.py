@@ -1,7 +1,7 @@
 """The control plane: typed messages over zmq, one ROUTER per kind of client at the driver, one DEALER at each client.
 
 Unix sockets in a private directory inside a host, one configured address between hosts. Once everyone has connected
-the socket files are removed (`ControlServer.hide`): established connections stay, nobody else can join in.
+the socket files are removed (`ControlServer.hide`): established connections stay, and no other process can connect.
 """
 
 import os
@@ -87,7 +87,7 @@ class ControlServer:
     def receive(self, client: Client) -> tuple[bytes, Any] | None:
         """The next message of one kind of client, with the sender's identity; None if there is none now.
 
-        Frames that are no message are dropped, so that they cannot stop the others; a front end is told.
+        Frames that are no message are dropped, so that they cannot stop the others; a front end is answered `Refused`.
         """
         while True:
             try:
@@ -165,45 +165,45 @@ class Heart(threading.Thread):
     Whatever ends a rank before its time goes through here, and ends the process: `Abort` from the driver, a driver
     that is gone or silent for `timeout` seconds, a failure of the rank itself (`report`), a signal of its launcher.
     In the last two cases it waits a little for the driver's verdict, so that the first explanation is also the last
-    line. A stopped process (SIGSTOP) cannot end itself, so neighbours on its host do it.
+    line. A stopped process (SIGSTOP) cannot end itself, so other ranks on its host do it.
     """
 
     def __init__(
         self,
         endpoint: str,
         rank: int,
-        bell: supervision.Bell,
+        waker: supervision.Waker,
         on_lost_driver: Callable[[str], None],
         prints_verdict: bool = False,
     ) -> None:
-        """`on_lost_driver` is told how the driver was lost. `prints_verdict`: nobody else does it on this host."""
+        """`on_lost_driver` is told how the driver was lost. `prints_verdict`: no other process of this host does."""
         super().__init__(name="heart", daemon=True)
-        self._endpoint, self._rank, self._bell = endpoint, rank, bell
+        self._endpoint, self._rank, self._waker = endpoint, rank, waker
         self._on_lost_driver, self._prints_verdict = on_lost_driver, prints_verdict
         self.timeout = 120.0  # until Setup says otherwise
         self.host = supervision.host_id()  # until it is proven
         self.step = -1
         self._stopping = threading.Event()
-        self._last_words: queue.SimpleQueue[m.Failure] = queue.SimpleQueue()
+        self._failures: queue.SimpleQueue[m.Failure] = queue.SimpleQueue()
         self._deadline: float | None = None  # of the verdict, once this rank must end
         self._last_answer = 0.0
 
     def report(self, failure: m.Failure) -> None:
         """Hands a failure of this rank to the driver, from any thread. The process ends soon after."""
-        self._last_words.put(failure)
-        self._bell.ring()
+        self._failures.put(failure)
+        self._waker.wake()
 
     def stop(self) -> None:
         """In good order: this rank has done its work."""
         self._stopping.set()
-        self._bell.ring()
+        self._waker.wake()
         self.join()
 
     def run(self) -> None:
         client = ControlClient(self._endpoint, str(self._rank), "rank")
         poller = zmq.Poller()
         poller.register(client.socket, zmq.POLLIN)
-        poller.register(self._bell.fileno(), zmq.POLLIN)
+        poller.register(self._waker.fileno(), zmq.POLLIN)
         self._last_answer = next_beat = time.monotonic()
         while not self._stopping.is_set():
             now = time.monotonic()
@@ -212,7 +212,7 @@ class Heart(threading.Thread):
                 next_beat = now + HEARTBEAT_SECONDS
             poller.poll(max(0, int((next_beat - now) * 1000)))
             self._read(client)
-            self._listen(client)
+            self._report_own(client)
             self._check(client)
         client.close(linger=0)
 
@@ -224,13 +224,13 @@ class Heart(threading.Thread):
                     supervision.kill(pid for pid in message.culprits if pid != os.getpid())
                 self._end(message.reason)
 
-    def _listen(self, client: ControlClient) -> None:
-        """What this process itself has to say: a failure, or that its launcher wants it to end."""
-        if any(self._bell.heard()):
+    def _report_own(self, client: ControlClient) -> None:
+        """Reports of this process: a failure, or that its launcher wants it to end."""
+        if any(self._waker.drain()):
             client.send(m.Failure(rank=self._rank, reason=TOLD_TO_END, is_consequence=True))
             self._deadline = self._deadline or time.monotonic() + VERDICT_SECONDS
         with suppress(queue.Empty):
-            client.send(self._last_words.get_nowait())
+            client.send(self._failures.get_nowait())
             self._deadline = self._deadline or time.monotonic() + VERDICT_SECONDS
 
     def _check(self, client: ControlClient) -> None:
@@ -246,7 +246,7 @@ class Heart(threading.Thread):
             self._end(f"the driver {how}.")
 
     def _end(self, reason: str) -> None:
-        supervision.tell_torchrun(reason)
+        supervision.report_to_torchrun(reason)
         if self._prints_verdict:
             print(f"hetis: {reason}", file=sys.stderr, flush=True)
         os._exit(1)

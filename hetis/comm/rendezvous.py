@@ -8,9 +8,8 @@ from typing import Any, Protocol
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
 DEFAULT_TIMEOUT = 300.0  # seconds
-_LONGEST_PAUSE = (
-    0.02  # seconds between looks: the store's own wait is deaf to signals, locks out other threads and warns
-)
+# Seconds between two looks. The store's own wait cannot be interrupted by signals, blocks other threads, and warns.
+_LONGEST_PAUSE = 0.02
 
 
 class Rendezvous(Protocol):
@@ -74,7 +73,7 @@ class StoreRendezvous:
         try:
             while not self.store.check([key]):
                 if time.monotonic() >= deadline:
-                    raise TimeoutError(f"nobody left {key!r} at the rendezvous within {limit:g} s.")
+                    raise TimeoutError(f"no rank set {key!r} at the rendezvous within {limit:g} s.")
                 time.sleep(pause)
                 pause = min(1.5 * pause, _LONGEST_PAUSE)
             return bytes(self.store.get(key))

@@ -15,7 +15,7 @@ import msgspec
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _VERDICT = "verdict"
-END, TOLD = b"end\n", b"told\n"  # rank 0's last word to the driver: shut down in order; my launcher ends me
+END, TOLD = b"end\n", b"told\n"  # rank 0's last line to the driver: shut down in order; my launcher ends me
 _BY_REQUEST = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
@@ -53,7 +53,7 @@ def adopt_orphans() -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    """Nothing where the system has no such call: heartbeats and closed connections still end everybody, later."""
+    """Nothing where the system has no such call: heartbeats and closed connections still end all processes, later."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(option, value)
 
@@ -106,18 +106,26 @@ def await_status(pid: int, seconds: float) -> int | None:
     return status
 
 
+def signal_name(number: int) -> str:
+    """As in "SIGKILL"; of real-time signals Python names only the first and the last."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def describe_end(status: int | None) -> str:
-    """A wait status in words that follow the name of a process."""
+    """A wait status as the rest of a sentence that begins with the name of a process."""
     if status is None:
-        return "ended without a word (killed, out of memory or crashed)"
+        return "ended without giving a reason (killed, out of memory or crashed)"
     if os.WIFSIGNALED(status):
-        name = signal.Signals(os.WTERMSIG(status)).name
+        name = signal_name(os.WTERMSIG(status))
         return f"was killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
     return f"exited with code {os.WEXITSTATUS(status)}"
 
 
 def ended_by_request(status: int | None) -> bool:
-    """Whether somebody asked for the end (Ctrl-C, a launcher that ends all because one failed): it is no cause."""
+    """Whether the end was asked for (Ctrl-C, a launcher that ends all because one failed): it is no cause."""
     return status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _BY_REQUEST
 
 
@@ -133,11 +141,12 @@ def kill(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-class Bell:
-    """Wakes a thread that polls `fileno()`: from any thread by `ring`, and by signals, whatever the main thread does.
+class Waker:
+    """Wakes a thread that polls `fileno()`: from any thread by `wake`, and by signals, whatever the main thread does.
 
     Python runs signal handlers only between two instructions of the main thread, which may sit in C++ for long; the
-    byte in this pipe comes at once.
+    byte in this pipe comes at once. Its descriptors are closed when the last reference is gone, so `wake` is always
+    harmless.
     """
 
     def __init__(self) -> None:
@@ -148,23 +157,22 @@ class Bell:
     def fileno(self) -> int:
         return self._out.fileno()
 
-    def ring(self) -> None:
-        with suppress(BlockingIOError):  # full: it rings already
+    def wake(self) -> None:
+        with suppress(BlockingIOError):  # full: the thread has not seen earlier calls yet
             self._in.send(b"\0")
 
-    def close(self) -> None:
-        """It must not ring again."""
+    def __del__(self) -> None:
         self._out.close()
         self._in.close()
 
-    def take_over(self, *signals: signal.Signals) -> None:
-        """From now on these signals do nothing but ring. Main thread only."""
+    def wake_on(self, *signals: signal.Signals) -> None:
+        """From now on these signals do nothing but wake, as long as the process lives. Main thread only."""
         for each in signals:
             signal.signal(each, lambda *_: None)
         signal.set_wakeup_fd(self._in.fileno(), warn_on_full_buffer=False)
 
-    def heard(self) -> set[int]:
-        """What has rung since: numbers of signals, 0 for `ring`."""
+    def drain(self) -> set[int]:
+        """What has woken since the last call: numbers of signals, 0 for `wake`."""
         try:
             return set(self._out.recv(4096))
         except BlockingIOError:
@@ -203,7 +211,7 @@ def read_verdict(directory: Path | str) -> Verdict | None:
         return None
 
 
-def tell_torchrun(reason: str) -> None:
+def report_to_torchrun(reason: str) -> None:
     """Has torchrun's summary of failed processes show `reason` for this one; the first reason stays."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:

@@ -74,7 +74,7 @@ class DriverArgs(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: list[int]
     run_directory: str  # private directory for unix sockets
     address: str | None  # address to bind for ranks on other hosts; None: unix sockets only
-    announce: bool  # print the verdict of a failure (under torchrun nobody else does)
+    announce: bool  # print the verdict of a failure (under torchrun no other process does)
     parent: int  # pid of rank 0
 
 

@@ -29,14 +29,15 @@ def check_writable(path: Path, what: str, others: Iterable[object] = ()) -> None
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not path.exists():
-            path.open("xb").close()
-            path.unlink()
+            new = os.path.realpath(path)  # of a link to a file that is still to be made
+            with open(new, "xb"):
+                os.unlink(new)
         elif path.is_file():
             path.open("ab").close()
         elif not os.access(path, os.W_OK):  # a pipe or device: to open and close it can be noticed at its other end
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise _refusal(path, what, error) from error
+        raise unwritable(path, what, error) from error
 
 
 def write_file(path: Path, content: bytes, what: str) -> None:
@@ -44,7 +45,7 @@ def write_file(path: Path, content: bytes, what: str) -> None:
     try:
         path.write_bytes(content)
     except OSError as error:
-        raise _refusal(path, what, error) from error
+        raise unwritable(path, what, error) from error
 
 
 def _are_same(path: Path, other: str) -> bool:
@@ -54,7 +55,8 @@ def _are_same(path: Path, other: str) -> bool:
     return path == Path(other)
 
 
-def _refusal(path: Path, what: str, error: OSError) -> ValueError:
+def unwritable(path: Path, what: str, error: OSError) -> ValueError:
+    """The error for users where the system refuses `path` with `error`."""
     return ValueError(
         f"{what} {path} cannot be written ({error.strerror}); name a file in an existing folder that you may write to."
     )

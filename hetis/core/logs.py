@@ -1,4 +1,4 @@
-"""Logging of all processes of a fleet: lines on stderr with time, level and the process that speaks.
+"""Logging of all processes of a fleet: lines on stderr with time, level and the name of the process.
 
 A Python program that uses `LLM` keeps its own logging: its process only logs to the logger "hetis", and the processes
 that it starts take over that logger's level. The command line, ranks and the driver set up their own handler.
@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from functools import cache
 
 LEVELS = ("debug", "info", "warning", "error")
 VARIABLE = "HETIS_LOG_LEVEL"  # environment variable: the level of every process of a fleet
@@ -22,8 +23,8 @@ def set_up_logging(process: str, default: str = "warning") -> None:
     """
     level = level_of_environment() or default
     handler = logging.StreamHandler()
-    speaker = f"hetis {process}".rstrip()
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {speaker}: %(message)s", datefmt="%H:%M:%S"))
+    name_shown = f"hetis {process}".rstrip()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {name_shown}: %(message)s", datefmt="%H:%M:%S"))
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
@@ -42,10 +43,16 @@ def level_of_environment() -> str | None:
     if level in LEVELS:
         return level
     if level:
-        logging.getLogger("hetis").warning(
-            "%s is %r and not used: it must be one of %s.", VARIABLE, level, ", ".join(LEVELS)
-        )
+        _warn_of(level)
     return None
+
+
+@cache
+def _warn_of(level: str) -> None:
+    """Once, however often the variable is looked at."""
+    logging.getLogger("hetis").warning(
+        "%s is %r and not used: it must be one of %s.", VARIABLE, level, ", ".join(LEVELS)
+    )
 
 
 def environment_of_children() -> dict[str, str]:
@@ -54,5 +61,5 @@ def environment_of_children() -> dict[str, str]:
 
 
 def _nearest_level(number: int) -> str:
-    """The most talkative level that `number`, a level of Python's logging, lets through."""
+    """The lowest level that `number`, a level of Python's logging, lets through."""
     return next((name for name in LEVELS if getattr(logging, name.upper()) >= number), LEVELS[-1])

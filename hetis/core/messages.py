@@ -51,7 +51,7 @@ class StepResult(Message):
     step: int
     tokens: bytes
     errors: dict[int, str] = {}  # index among sampled rows -> why it has no token
-    logprobs: list[TokenLogprobs | None] = []  # per sampled row, empty when nobody asked
+    logprobs: list[TokenLogprobs | None] = []  # per sampled row, empty when none asks for them
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # row index -> its positions in this step
 
 
@@ -70,12 +70,12 @@ class Stats(Message):
 
 
 class Failure(Message):
-    """A rank's last word."""
+    """Why a rank ends."""
 
     rank: int
     reason: str
     traceback: str = ""
-    is_consequence: bool = False  # a lost connection: somebody else died first
+    is_consequence: bool = False  # a lost connection: another process died first
 
 
 class Heartbeat(Message):
@@ -182,7 +182,7 @@ class Shutdown(Message):
 
 
 class Abort(Message):
-    """Something died: end now. `culprits` are pids on `host` to be killed by their neighbours."""
+    """Something died: end now. `culprits` are pids on `host`, to be killed by the ranks there."""
 
     reason: str
     host: str = ""

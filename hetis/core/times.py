@@ -32,4 +32,4 @@ class StageTimes(msgspec.Struct, frozen=True, kw_only=True):
     span_us: list[float]  # by `Span`
     round_trip_us: dict[int, float] = {}  # worker -> of a layer's message, on average; only where the primary waited
     num_page_layers: int = 0  # pages that were on the move, times layers; sent and received
-    trace: bytes = b""  # float64 [n, 3] (span, begin, end) in seconds since the epoch; only where somebody traces
+    trace: bytes = b""  # float64 [n, 3] (span, begin, end) in seconds since the epoch; only where a trace is written

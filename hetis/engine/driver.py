@@ -1,8 +1,9 @@
 """The driver process: carries messages between front ends, the engine and the ranks, and watches over all of them.
 
 Started by rank 0 with `DriverArgs` as one JSON line on standard input; answers with `Joining` on standard output. A
-second line there is rank 0's last word: shut down in order, or its launcher ends it; without a word it died. Whatever
-happens, the driver outlives the ranks of its host: those that do not end by themselves it kills.
+second line of input says how the job ends: in order, or because its launcher ends rank 0; input that ends without one
+means that rank 0 has died. In every case the driver outlives the ranks of its host, and kills those that do not end by
+themselves.
 """
 
 import logging
@@ -14,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from io import FileIO, RawIOBase
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,53 +27,44 @@ from hetis.core import messages as m
 from hetis.core.config import DriverArgs, Joining
 from hetis.core.fleet import DeviceInfo, RankStats
 from hetis.core.logs import set_up_logging
-from hetis.core.profile import FleetProfile
 from hetis.core.sizes import plural
 from hetis.engine.engine import Engine
-from hetis.engine.policies import SOLVERS, check_solver, make_policies
-from hetis.engine.profile_files import cached_profiles, keep_profiles, load
-from hetis.engine.profiling import Profiling, report_of
-from hetis.engine.setup import make_setup
-from hetis.engine.start_report import start_lines
+from hetis.engine.fleet_start import FleetStart
+from hetis.engine.statistics import StatsCollector
 from hetis.engine.trace import TraceFile
-from hetis.engine.watch import FleetFailedError, Watch
+from hetis.engine.watch import FleetFailedError, Watch, verdict_on
+
+_log = logging.getLogger("hetis")
 
 POLL_MILLISECONDS = 200
 END_SECONDS = 1.5  # for the ranks to end, when all is well
 FAIL_SECONDS = 3.0  # when it is not
 
-_log = logging.getLogger("hetis")
-
 
 class Driver:
     """One job, from the first `Hello` to `Shutdown`."""
 
-    def __init__(self, args: DriverArgs, server: ControlServer) -> None:
-        self._args, self._server = args, server
+    def __init__(self, args: DriverArgs, server: ControlServer, parent: RawIOBase) -> None:
+        """`parent`: what rank 0 writes; unbuffered, since the poller does not see what has been read ahead."""
+        self._args, self._server, self._parent = args, server, parent
         self._ranks = [member.rank for member in args.plan.members()]
         self._watch = Watch(args.plan, args.config.step_timeout)
         self._fronts: set[bytes] = set()
-        self._waiting_for_stats: set[bytes] = set()
-        self._stats: dict[int, RankStats] = {}
-        self._setup: m.Setup | None = None
-        self._ready: m.EngineReady | None = None
-        self._profiling: Profiling | None = None
-        self._report = m.ProfileReport(profile=None)
-        self._engine: Engine | None = None  # once all is measured
+        self._postponed: list[tuple[bytes, m.Message]] = []  # questions of front ends, until the fleet is up
+        self._stats = StatsCollector(len(self._ranks))
+        self._start = FleetStart(args)
+        self._engine: Engine | None = None  # once the fleet is up
         self._trace: TraceFile | None = None
-        self._hellos: dict[int, DeviceInfo] = {}
-        self._num_ready = 0
         self._ending = False
-        self._begin = time.monotonic()
 
     def run(self) -> None:
         """Serves until shutdown; FleetFailedError when the fleet cannot go on."""
         _log.info("starting %s", plural(len(self._ranks), "rank"))  # they import torch, which takes a while
-        self._server.poller.register(sys.stdin.fileno())
+        self._server.poller.register(self._parent.fileno())
         while not self._ending:
             events = self._wait(POLL_MILLISECONDS)
-            if sys.stdin.fileno() in events:
-                self._on_end_of_input()
+            if self._parent.fileno() in events:
+                self._on_end_of_rank_0()
             self._read_ranks()
             self._read_fronts()
             self._watch.check()
@@ -86,13 +79,13 @@ class Driver:
         if self._engine is not None:
             self._ask_for_stats()
             deadline = time.monotonic() + END_SECONDS
-            while len(self._stats) < len(self._ranks) and time.monotonic() < deadline:
+            while self._stats.num_missing and time.monotonic() < deadline:
                 self._wait(50)
                 self._read_ranks()
         trace.close()
 
     def _wait(self, milliseconds: int) -> set[object]:
-        """For something to read; keeps the books of life and death. Descriptors and sockets that are ready."""
+        """The descriptors and sockets that have something to read, after heartbeats and ends of ranks are noted."""
         events = set(dict(self._server.poller.poll(milliseconds)))
         self._read_health()
         for fd in events & set(self._watch.pid_fds):
@@ -100,16 +93,16 @@ class Driver:
             self._watch.on_death(fd)
         return events
 
-    def _on_end_of_input(self) -> None:
-        """Rank 0 has a word for us, or died without one."""
-        self._server.poller.unregister(sys.stdin.fileno())
-        word = sys.stdin.buffer.readline()
-        if word == supervision.END:
-            self._ending = True
-        elif word == supervision.TOLD:
-            self._watch.on_parent_death(signal.SIGTERM)
-        else:
-            self._watch.on_parent_death(supervision.await_status(self._args.parent, 1.0))
+    def _on_end_of_rank_0(self) -> None:
+        """It says how the job ends, or has died."""
+        self._server.poller.unregister(self._parent.fileno())
+        match self._parent.readline():
+            case supervision.END:
+                self._ending = True
+            case supervision.TOLD:
+                self._watch.on_parent_death(signal.SIGTERM)
+            case _:
+                self._watch.on_parent_death(supervision.await_status(self._args.parent, 1.0))
 
     def _outlive(self, ranks: list[int], seconds: float) -> None:
         """Waits for the end of these ranks, then sees to it. (Rank 0, our parent, waits for us when all is well.)"""
@@ -132,14 +125,8 @@ class Driver:
         while (command := self._engine.step()) is not None:
             self._watch.on_step(command.step)
             self._broadcast(command)
-        self._deliver()
-
-    def _deliver(self) -> None:
-        assert self._engine is not None
-        outputs = self._engine.take_outputs()
-        if outputs:
-            for front in self._fronts:
-                self._server.send("front", front, m.Outputs(outputs=outputs))
+        if outputs := self._engine.take_outputs():
+            self._send_fronts(m.Outputs(outputs=outputs))
 
     def _read_ranks(self) -> None:
         while (received := self._server.receive("ranks")) is not None:
@@ -152,83 +139,47 @@ class Driver:
                 case m.Hello():
                     self._on_hello(message.info)
                 case m.Ready():
-                    self._on_ready()
+                    self._send_each(self._start.on_ready())
+                    self._begin_if_started()
                 case m.StepTimes():
                     assert self._engine is not None
                     self._engine.on_times(message)
                     if self._trace is not None:
                         self._trace.add(message)
                 case m.Measured():
-                    assert self._profiling is not None
-                    self._send_each(self._profiling.on_measured(message))
-                    self._begin_if_measured()
+                    self._send_each(self._start.on_measured(message))
+                    self._begin_if_started()
                 case m.Stats():
                     self._on_stats(message.stats)
 
     def _on_hello(self, info: DeviceInfo) -> None:
-        self._hellos[info.rank] = info
         fd = self._watch.on_hello(info)
         if fd is not None:
             self._server.poller.register(fd)
-        if len(self._hellos) < len(self._ranks):
+        setup = self._start.on_hello(info)
+        if setup is None:
             return
-        check_solver(self._args.config.dispatch)
-        setup, ledger = make_setup(self._args, [self._hellos[rank] for rank in self._ranks])
         self._watch.plan = setup.plan
-        if (path := self._args.config.profile) is not None:  # before the ranks load: it may not fit
-            self._report = report_of(load(Path(path), FleetProfile), setup, path)
-        self._setup = setup
         if (trace := self._args.config.trace) is not None:
             self._trace = TraceFile(Path(trace), setup.plan, setup.fleet, time.time())
-        self._ready = m.EngineReady(
-            max_model_len=setup.max_model_len,
-            vocab_size=setup.spec.vocab_size,
-            ledger=ledger,
-            eos_token_ids=setup.eos_token_ids,
-        )
-        for line in start_lines(self._args.config, setup):
-            _log.info("%s", line)
-        _log.debug("memory:\n%s", ledger)
         self._broadcast(setup)
 
-    def _on_ready(self) -> None:
-        self._num_ready += 1
-        if self._num_ready < len(self._ranks):
+    def _begin_if_started(self) -> None:
+        """Front ends learn how far measuring is, or that the fleet is up."""
+        if (progress := self._start.progress) is not None:
+            self._send_fronts(progress)
+        if not self._start.is_finished:
             return
-        assert self._setup is not None
-        config, plan = self._args.config, self._setup.plan
-        is_needed = bool(plan.workers) and config.dispatch in SOLVERS
-        if config.profile is None and (is_needed or config.measure):
-            known = cached_profiles(self._setup) if config.profile_cache and not config.measure else {}
-            self._profiling = Profiling(self._setup, known, share=config.profile_cache)
-            self._send_each(self._profiling.start())
-            _log.info("measuring devices and links: %d measurements", self._profiling.num_jobs)
-        self._begin_if_measured()
+        self._engine = self._start.make_engine()
+        self._send_ready(self._fronts)
+        postponed, self._postponed = self._postponed, []
+        for front, question in postponed:
+            self._on_front(front, question)
 
-    def _begin_if_measured(self) -> None:
-        """The fleet is up, unless somebody still measures."""
-        assert self._setup is not None
-        if self._profiling is not None:
-            for front in self._fronts:
-                done, total = self._profiling.num_done, self._profiling.num_jobs
-                self._server.send("front", front, m.Measuring(done=done, total=total))
-            if not self._profiling.is_finished:
-                return
-            self._report = self._profiling.report()
-            if self._args.config.profile_cache:
-                keep_profiles(self._profiling.new())
-        policies = make_policies(self._args.config, self._setup, self._report.profile)
-        self._engine = Engine(self._setup, policies, self._args.config.migration_budget)
-        _log.info("the fleet is up after %.1f s", time.monotonic() - self._begin)
-        for front in self._fronts:
-            self._greet(front)
-        if self._waiting_for_stats:
-            self._ask_for_stats()
-
-    def _greet(self, front: bytes) -> None:
-        assert self._ready is not None
-        self._server.hide()
-        self._server.send("front", front, self._ready)
+    def _send_ready(self, fronts: Iterable[bytes]) -> None:
+        for front in fronts:
+            self._server.hide()
+            self._server.send("front", front, self._start.ready)
 
     def _read_health(self) -> None:
         while (received := self._server.receive("health")) is not None:
@@ -245,32 +196,39 @@ class Driver:
 
     def _broadcast(self, message: m.Message) -> None:
         payload = msgspec.msgpack.encode(message)
-        for rank in self._hellos:
+        for rank in self._start.joined:
             self._server.send("ranks", str(rank).encode(), payload)
 
     # --- front ends ---------------------------------------------------------------------------------------------------
 
+    def _send_fronts(self, message: m.Message) -> None:
+        for front in self._fronts:
+            self._server.send("front", front, message)
+
     def _read_fronts(self) -> None:
         while (received := self._server.receive("front")) is not None:
-            front, message = received
-            match message:
-                case m.Attach():
-                    self._fronts.add(front)
-                    if self.is_up:
-                        self._greet(front)
-                case m.AddRequest() | m.AbortRequest():
-                    self._on_request(front, message)
-                case m.FleetQuery():
-                    if self.is_up and not self._waiting_for_stats:
-                        self._ask_for_stats()
-                    self._waiting_for_stats.add(front)  # until the fleet is up
-                case m.ProfileQuery():
-                    self._server.send("front", front, self._report)
-                case m.Shutdown():
-                    self._ending = True
+            self._on_front(*received)
+
+    def _on_front(self, front: bytes, message: m.Message) -> None:
+        match message:
+            case m.Attach():
+                self._fronts.add(front)
+                if self.is_up:
+                    self._send_ready([front])
+            case m.AddRequest() | m.AbortRequest():
+                self._on_request(front, message)
+            case m.FleetQuery() | m.ProfileQuery() if not self.is_up:
+                self._postponed.append((front, message))
+            case m.FleetQuery():
+                if self._stats.ask(front):
+                    self._ask_for_stats()
+            case m.ProfileQuery():
+                self._server.send("front", front, self._start.report)
+            case m.Shutdown():
+                self._ending = True
 
     def _on_request(self, front: bytes, message: m.AddRequest | m.AbortRequest) -> None:
-        """A front end that does not wait for `EngineReady` is told so: nothing runs that could take its request."""
+        """Before the fleet is up nothing runs that could take a request: it is answered with an error."""
         if self._engine is None:
             reason = "the fleet is not up yet: wait for EngineReady."
             refused = m.TokenOutput(id=message.id, token_ids=[], finish_reason="error", error=reason)
@@ -281,26 +239,25 @@ class Driver:
             self._engine.abort(message.id)
 
     def _ask_for_stats(self) -> None:
-        self._stats = {}
+        self._stats.begin()
         self._broadcast(m.StatsQuery())
 
     def _on_stats(self, stats: RankStats) -> None:
-        self._stats[stats.rank] = stats
-        if len(self._stats) < len(self._ranks):
+        found = self._stats.on_stats(stats)
+        if found is None:
             return
         assert self._engine is not None
-        answer = self._engine.fleet_stats(self._stats)
-        for front in self._waiting_for_stats:
+        answer = self._engine.fleet_stats(found)
+        for front in self._stats.take_asking():
             self._server.send("front", front, answer)
-        self._waiting_for_stats.clear()
 
     def fail(self, failure: FleetFailedError) -> None:
-        """Says why, once and to everybody; has stopped processes killed by their neighbours; ends when all have."""
+        """Says why, once, to ranks and front ends; has stopped processes killed by ranks of their hosts; ends when all
+        have ended."""
         verdict = supervision.Verdict(str(failure), failure.refused)
         if supervision.leave_verdict(self._args.run_directory, verdict) and self._args.announce:
             print(f"hetis: {failure}", file=sys.stderr, flush=True)
-        for front in self._fronts:
-            self._server.send("front", front, m.EngineDead(reason=str(failure)))
+        self._send_fronts(m.EngineDead(reason=str(failure)))
         supervision.kill(failure.culprits.get(supervision.host_id(), []))
         self._abort(str(failure), failure.culprits, self._ranks)
         self._outlive(self._ranks, FAIL_SECONDS)
@@ -317,7 +274,8 @@ class Driver:
 def main() -> NoReturn:
     children.begin()
     supervision.run_on_without_parent()
-    line = sys.stdin.buffer.readline()
+    parent = FileIO(sys.stdin.fileno(), closefd=False)
+    line = parent.readline()
     if not line:
         sys.exit(1)  # rank 0 is gone already
     args = msgspec.json.decode(line, type=DriverArgs)
@@ -326,7 +284,7 @@ def main() -> NoReturn:
     joining = Joining(endpoints=server.endpoints, devices=[member.device for member in args.plan.members()])
     with suppress(BrokenPipeError):  # its end is noticed in the loop
         os.write(sys.stdout.fileno(), msgspec.json.encode(joining) + b"\n")
-    driver = Driver(args, server)
+    driver = Driver(args, server, parent)
     code = 1
     try:
         driver.run()
@@ -340,13 +298,6 @@ def main() -> NoReturn:
         driver.fail(verdict)
     server.close()
     sys.exit(code)
-
-
-def verdict_on(error: Exception, is_up: bool) -> FleetFailedError:
-    """What an error in the driver means. Until the fleet is up a ValueError is the user's: a plan that does not fit."""
-    if isinstance(error, ValueError) and not is_up:
-        return FleetFailedError(str(error), refused=True)
-    return FleetFailedError(f"the driver failed: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-from hetis.core.files import refuse_pipe
+from hetis.core.files import refuse_pipe, unwritable
 from hetis.core.messages import Setup
 from hetis.core.profile import KindProfile, ProfileKey
 from hetis.engine.profiling import profile_key
@@ -61,9 +61,7 @@ def _draft(path: Path) -> Iterator[Path]:
         draft.touch(exist_ok=False)
         yield draft
     except OSError as error:
-        raise ValueError(
-            f"profile {path} cannot be written ({error.strerror}); name a file in a folder that you may write to."
-        ) from error
+        raise unwritable(path, "profile", error) from error
     finally:
         with suppress(OSError):
             draft.unlink()

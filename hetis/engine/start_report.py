@@ -10,7 +10,15 @@ from hetis.core.sizes import format_bytes, plural
 from hetis.cost.footprint import page_bytes_of
 from hetis.cost.memory import total_tokens
 
-_SAID_ANYWAY = {"model", "plan", "dispatch", "measure", "progress", "kv_cache_memory"}  # in the other lines, or no news
+# In the other lines, or without effect on serving.
+_SAID_ANYWAY = {
+    "model",
+    "plan",
+    "dispatch",
+    "measure",
+    "progress",
+    "kv_cache_memory",
+}
 
 
 class _Member(NamedTuple):
@@ -36,7 +44,7 @@ def start_lines(config: EngineConfig, setup: Setup) -> list[str]:
 
 
 def _members(setup: Setup) -> Iterable[str]:
-    """One line for neighbours that are alike."""
+    """One line for consecutive ranks that are alike."""
     alike: list[tuple[_Member, int]] = []
     for info, member in zip(setup.fleet, setup.plan.members(), strict=True):
         page = page_bytes_of(setup.spec, setup.plan, member, setup.block_size, setup.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from hetis.core.files import refuse_pipe
+from hetis.core.files import refuse_pipe, unwritable
 from hetis.core.fleet import DeviceInfo
 from hetis.core.messages import StepTimes
 from hetis.core.plan import Plan
@@ -35,7 +35,7 @@ class TraceFile:
         try:
             self._file = path.open("wb")
         except OSError as error:
-            raise ValueError(f"trace file {path} cannot be written ({error.strerror}); name another one.") from error
+            raise unwritable(path, "trace file", error) from error
         self._epoch, self._path, self._is_cut = epoch, path, False
         self._separator = b"[\n"
         for info in fleet:
@@ -45,18 +45,18 @@ class TraceFile:
     def add(self, times: StepTimes) -> None:
         for stage in times.stages:
             laps = np.frombuffer(stage.trace, dtype=np.float64).reshape(-1, FIELDS).tolist()
-            told = {"decodes": times.num_decodes, "prompt_tokens": times.num_prompt_tokens}
-            told |= {"heads": stage.heads, "page_layers": stage.num_page_layers}
-            self._bar(times.rank, stage.stage, f"step {times.step}", laps[0][1], laps[-1][2], told)
+            counts = {"decodes": times.num_decodes, "prompt_tokens": times.num_prompt_tokens}
+            counts |= {"heads": stage.heads, "page_layers": stage.num_page_layers}
+            self._bar(times.rank, stage.stage, f"step {times.step}", laps[0][1], laps[-1][2], counts)
             for span, begin, end in laps:
                 self._bar(times.rank, stage.stage, Span(int(span)).label, begin, end)
 
     def _bar(
-        self, rank: int, stage: int, name: str, begin: float, end: float, told: dict[str, int] | None = None
+        self, rank: int, stage: int, name: str, begin: float, end: float, counts: dict[str, int] | None = None
     ) -> None:
         start_us, duration_us = round(1e6 * (begin - self._epoch), 3), round(1e6 * (end - begin), 3)
         event = {"ph": "X", "name": name, "pid": rank, "tid": stage, "ts": start_us, "dur": duration_us}
-        self._write(event if told is None else event | {"args": told})
+        self._write(event if counts is None else event | {"args": counts})
 
     def _write(self, event: dict[str, Any]) -> None:
         with self._cut_off_when_full():

@@ -1,6 +1,6 @@
-"""Who died, and of what: heartbeats, process ends and last words of the ranks, condensed into one verdict.
+"""Which rank failed, and why: heartbeats, ends of processes and reports of ranks, condensed into one verdict.
 
-When one rank dies its neighbours fail too, moments later or moments earlier, and a launcher ends the rest. So a first
+When one rank dies others fail too, moments later or moments earlier, and a launcher ends the rest. So a first
 sign opens a short time of grace in which better explanations may come in. The best one wins:
 
     a rank's own error; a process that ended; a rank that has gone silent; a rank that ended before it had joined;
@@ -30,6 +30,13 @@ class FleetFailedError(Exception):
         super().__init__(reason)
         self.culprits = dict(culprits or {})
         self.refused = refused
+
+
+def verdict_on(error: Exception, is_up: bool) -> FleetFailedError:
+    """What an error in the driver means. Until the fleet is up a ValueError is the user's: a plan that does not fit."""
+    if isinstance(error, ValueError) and not is_up:
+        return FleetFailedError(str(error), refused=True)
+    return FleetFailedError(f"the driver failed: {type(error).__name__}: {error}")
 
 
 class Watch:
@@ -82,11 +89,11 @@ class Watch:
         self._note()
 
     def on_parent_death(self, status: int | None) -> None:
-        """Rank 0, which started the driver, is gone; if its launcher wanted that, everybody else is going, too."""
+        """Rank 0, which started the driver, is gone; if its launcher wanted that, it ends all other ranks, too."""
         self._ended.setdefault(0, status)
         self._note()
         if supervision.ended_by_request(status):
-            self._first_sign = -math.inf  # nobody is left to explain anything
+            self._first_sign = -math.inf  # no rank is left to explain anything
 
     def _note(self) -> None:
         if self._first_sign is None:

@@ -22,16 +22,21 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     _add_messages(parser.add_argument_group("messages"))
 
 
+def _choices(field: str) -> tuple[str, ...]:
+    """The values that a field of `EngineConfig` may have."""
+    return get_args(get_type_hints(EngineConfig)[field])
+
+
 def _add_model(parser: argparse.ArgumentParser, default: EngineConfig) -> None:
     model = "directory or Hugging Face id of the model; left out: the small model in the package"
     parser.add_argument("model", nargs="?", metavar="MODEL", help=model)
     add = parser.add_argument_group("model").add_argument
     add("--revision", help="branch, tag or commit on the Hugging Face hub; left out: main")
     add("--tokenizer", metavar="NAME", help="directory or Hugging Face id of the tokenizer; left out: the model's")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", default=default.dtype, choices=dtypes, help="of weights and cache; auto: as in the checkpoint")
-    formats = ("auto", "safetensors", "dummy")
-    add("--load-format", default=default.load_format, choices=formats, help="dummy: random weights, nothing is read")
+    dtype = "of weights and cache; auto: as in the checkpoint"
+    add("--dtype", default=default.dtype, choices=_choices("dtype"), help=dtype)
+    load = "dummy: random weights, nothing is read"
+    add("--load-format", default=default.load_format, choices=_choices("load_format"), help=load)
     seed = "random seed of requests that have none of their own, and of dummy weights"
     add("--seed", type=field_of(EngineConfig, "seed", int), metavar="N", default=default.seed, help=seed)
     eager = "do not use hetis's own kernels for linear layers (for debugging; slower)"
@@ -47,7 +52,7 @@ def _add_fleet(group: Group, default: EngineConfig) -> None:
     timeout = "seconds without an answer after which a process counts as dead"
     timeout_type = field_of(EngineConfig, "step_timeout", float)
     add("--step-timeout", type=timeout_type, metavar="SECONDS", default=default.step_timeout, help=timeout)
-    more = "start more processes than the memory and the cores of this host are good for"
+    more = "start more processes than this host has memory and cores for"
     add("--oversubscribe", action="store_true", help=more)
     trace = "write what every process did at every moment to FILE, for ui.perfetto.dev"
     add("--trace", metavar="FILE", help=trace)
@@ -70,12 +75,11 @@ def _add_sizes(group: Group, default: EngineConfig) -> None:
 
 def _add_placement(group: Group, default: EngineConfig) -> None:
     add = group.add_argument
-    policies = get_args(get_type_hints(EngineConfig)["dispatch"])
     how = (
         "which device gets which head: by measured speed (hetis; highs: the same, solved by HiGHS), by free memory "
         "(proportional), the same number each (even), or none outside the primaries (primary-only)"
     )
-    add("--dispatch", default=default.dispatch, choices=policies, help=how)
+    add("--dispatch", default=default.dispatch, choices=_choices("dispatch"), help=how)
     imbalance = "move heads when the slowest device needs this much longer than a perfect balance (0.5: 50 %%)"
     add("--theta", type=field_of(EngineConfig, "theta", float), metavar="X", default=default.theta, help=imbalance)
     budget = "most bytes of cache per second that move between devices for balance, like 256MiB; 0: none"

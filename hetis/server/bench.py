@@ -18,7 +18,7 @@ from hetis.core.files import check_writable, write_file
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.sizes import plural
 from hetis.server.arguments import add_engine_arguments, engine_arguments, engine_config
-from hetis.server.console import new_table, render, tell, write
+from hetis.server.console import new_table, render, write, write_message
 from hetis.server.numbers import count
 from hetis.server.progress import progress_bar
 
@@ -104,7 +104,7 @@ def _measure_throughput(options: argparse.Namespace) -> dict[str, float]:
 def run_latency(options: argparse.Namespace) -> None:
     _check(options)
     latencies = _measure_latencies(options)
-    percentiles = {str(q): percentile(latencies, q) for q in PERCENTILES}
+    percentiles = percentiles_of(latencies)
     average = statistics.fmean(latencies)
     size = f"{plural(options.batch_size, 'request')} of {options.input_len} + {options.output_len} tokens"
     rows = [
@@ -163,13 +163,11 @@ def _workload(
     return prompts, SamplingParams(max_tokens=options.output_len, temperature=0, ignore_eos=True, detokenize=False)
 
 
-def percentile(values: list[float], q: int) -> float:
-    """The `q` % quantile (0 to 100) by linear interpolation between the closest ranks."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * q / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+def percentiles_of(values: Sequence[float]) -> dict[str, float]:
+    """By their number, interpolated linearly between the closest values, as vLLM's are."""
+    import numpy as np
+
+    return dict(zip(map(str, PERCENTILES), np.percentile(values, PERCENTILES).tolist(), strict=True))
 
 
 def publish(options: argparse.Namespace, result: dict[str, Any], rows: Sequence[tuple[str, str]]) -> None:
@@ -181,7 +179,7 @@ def publish(options: argparse.Namespace, result: dict[str, Any], rows: Sequence[
     table.show_header = False
     for row in rows:
         table.add_row(*row)
-    tell(f"\n{render(table)}\n")
+    write_message(f"\n{render(table)}\n")
     write(text)
 
 

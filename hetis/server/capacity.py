@@ -4,11 +4,10 @@ from hetis.comm.limits import Memory, usable_cores, usable_memory
 from hetis.core.plan import Plan
 from hetis.core.sizes import format_bytes
 
-RANK_BYTES = (
-    160 << 20
-)  # of a rank alone, before it loads: torch 2.13 takes 154-171 MiB (USS) that it shares with nothing
+# Of a rank alone, before it loads: torch 2.13 takes 154-171 MiB (USS) that no other process shares.
+RANK_BYTES = 160 << 20
 RANKS_PER_CORE = 8  # beyond that, starting takes minutes and ranks miss their heartbeats
-ALWAYS = 8  # ranks that are fine with any number of cores
+ALWAYS = 8  # ranks that may be started on any number of cores
 
 
 def check_processes(plan: Plan) -> None:
@@ -29,5 +28,5 @@ def why_too_many(plan: Plan, memory: Memory, cores: float) -> str | None:
     on_cpu = sum(not member.device.startswith("cuda") for member in plan.members())
     most = max(ALWAYS, int(RANKS_PER_CORE * cores))
     if on_cpu > most:
-        return f"the plan has {on_cpu} ranks on the CPU, but the {cores:g} cores here are good for {most} at most"
+        return f"the plan has {on_cpu} ranks on the CPU, but {most} at most are allowed on the {cores:g} cores here"
     return None

@@ -10,7 +10,7 @@ from typing import NoReturn
 from hetis.core.logs import VARIABLE, set_up_logging
 from hetis.server import launch
 from hetis.server.arguments import engine_config
-from hetis.server.console import drop_output, prepare_streams, tell, write
+from hetis.server.console import drop_output, prepare_streams, write, write_message
 from hetis.server.parser import CommandParser
 from hetis.server.torchrun import under_torchrun
 from hetis.server.version import version_text
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> NoReturn:
     """Parses, then runs the command; errors of the user and of the fleet end as one sentence and exit code 1.
 
-    Ctrl-C ends with 130, and a reader that went away (`hetis generate | head`) with 141, both without a word.
+    Ctrl-C ends with 130, and a reader that went away (`hetis generate | head`) with 141, neither with a message.
     """
     is_interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_interruptible:  # nothing is started yet: end at once, without the traceback of an import
@@ -66,7 +66,7 @@ def _exit_code(argv: list[str], is_interruptible: bool) -> int:
         drop_output()
         return READER_GONE
     except ValueError as error:
-        tell(f"hetis: {error}")
+        write_message(f"hetis: {error}")
         return 1
 
 
@@ -81,7 +81,7 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
         if under_torchrun():
             launch.run_member(engine_config(options), argv)
     is_child = launch.fleet_directory is not None
-    from hetis.server.client import EngineDeadError
+    from hetis.server.channel import EngineDeadError
 
     if is_interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -89,7 +89,7 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
         return options.run(options) or 0
     except EngineDeadError as error:
         if not is_child:  # else the driver has said it
-            tell(f"hetis: {error}")
+            write_message(f"hetis: {error}")
         return 1
 
 
@@ -105,6 +105,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
             if "model" in options:
                 engine_config(options)
         except ValueError as error:
-            tell(f"hetis: {error}")
+            write_message(f"hetis: {error}")
             sys.exit(1)
     return options

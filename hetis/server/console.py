@@ -37,7 +37,7 @@ def write(text: str) -> None:
         raise ValueError(f"standard output cannot be written ({error.strerror}).") from error
 
 
-def tell(text: str) -> None:
+def write_message(text: str) -> None:
     """A line on standard error; lost where that cannot be written: it is no part of the result."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)

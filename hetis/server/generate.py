@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from hetis.core.messages import FleetStats, MemberStats
 from hetis.core.sizes import format_bytes, plural
 from hetis.server.arguments import add_engine_arguments, add_sampling_arguments, engine_arguments, sampling_params
-from hetis.server.console import is_terminal, new_table, render, tell
+from hetis.server.console import is_terminal, new_table, render, write_message
 from hetis.server.progress import progress_bar
-from hetis.server.prompt_sources import Prompt, prompts_of
+from hetis.server.prompt_sources import SourcePrompt, prompts_of
 from hetis.server.requests import Piece
 from hetis.server.writers import make_writer
 
@@ -63,18 +63,18 @@ def run(options: argparse.Namespace) -> int:
         num_tokens, errors = _write_texts(options, prompts, llm.stream(prompts, params))
         seconds = time.perf_counter() - ready
         if options.stats and _log.isEnabledFor(logging.INFO):
-            tell(f"\n{summary(llm.fleet_stats(), options.block_size)}")
-            tell(
+            write_message(f"\n{summary(llm.fleet_stats(), options.block_size)}")
+            write_message(
                 f"{plural(num_tokens, 'token')} for {plural(len(prompts), 'prompt')} in {seconds:.2f} s: "
                 f"{num_tokens / seconds:.1f} tokens/s, after {ready - begin:.1f} s of starting."
             )
     for index, reason in sorted(errors.items()):
-        tell(f"hetis: prompt {index}: {reason}")
+        write_message(f"hetis: prompt {index}: {reason}")
     return 1 if errors else 0
 
 
 def _write_texts(
-    options: argparse.Namespace, prompts: Sequence[Prompt], pieces: Iterable[Piece]
+    options: argparse.Namespace, prompts: Sequence[SourcePrompt], pieces: Iterable[Piece]
 ) -> tuple[int, dict[int, str]]:
     """(number of tokens, what went wrong by prompt)."""
     num_tokens, errors, begin = 0, {}, time.perf_counter()

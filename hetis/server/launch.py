@@ -15,7 +15,7 @@ import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
@@ -33,6 +33,9 @@ from hetis.models.json_files import read_object
 from hetis.models.tokenizer_eos import read_tokenizer_eos
 from hetis.models.weight_files import find_tensors, with_own_head
 from hetis.server import torchrun
+
+if TYPE_CHECKING:
+    from hetis.comm.rendezvous import StoreRendezvous
 
 fleet_directory: Path | None = None  # set where this process is the front end of a fleet under torchrun
 
@@ -143,40 +146,43 @@ def run_member(
     children.begin(os.getppid() if parent is None else parent)
     for name, value in RANK_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if run_directory is None:
-        try:
+    own_children = None
+    try:
+        if run_directory is None:
             torchrun.check_variables()
-        except ValueError as error:
-            give_up(error, None)
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    set_up_logging(f"rank {rank}")
-    family = None
-    if rank == 0:
-        try:
-            family = Children(config, front_argv, run_directory)  # they start while torch is imported here
-        except (ValueError, OSError) as error:
-            give_up(error, run_directory)
-    from hetis.comm.rendezvous import StoreRendezvous
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        set_up_logging(f"rank {rank}")
+        if rank == 0:
+            own_children = Children(config, front_argv, run_directory)  # they start while torch is imported here
+    except (ValueError, OSError) as error:
+        give_up(error, run_directory)
     from hetis.workers.rank import run_rank
 
-    if run_directory is None:
-        rendezvous = StoreRendezvous.from_environment()
-    else:  # one host and a directory of our own: a file needs no port, which somebody else could have
-        from torch.distributed import FileStore
-
-        rendezvous = StoreRendezvous(FileStore(str(run_directory / "store"), -1))
-    if family is not None:
-        rendezvous.set("joining", family.joining())
+    rendezvous = _meet(run_directory)
+    if own_children is not None:
+        rendezvous.set("joining", own_children.joining())
     ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    on_lost_driver = None if family is None else family.on_lost_driver
+    on_lost_driver = None if own_children is None else own_children.on_lost_driver
     run_rank(rank, local_rank, ranks_on_host, torchrun.own_address(), rendezvous, on_lost_driver)
     sys.stdout.flush()
-    os._exit(0 if family is None else family.wait())  # libraries' exit handlers may wait for peers that are gone
+    # libraries' exit handlers may wait for peers that are gone
+    os._exit(0 if own_children is None else own_children.wait())
+
+
+def _meet(run_directory: Path | None) -> "StoreRendezvous":
+    """By torchrun's store; or by a file in a directory of our own, which needs no port that could be taken."""
+    from torch.distributed import FileStore
+
+    from hetis.comm.rendezvous import StoreRendezvous
+
+    if run_directory is None:
+        return StoreRendezvous.from_environment()
+    return StoreRendezvous(FileStore(str(run_directory / "store"), -1))
 
 
 def give_up(error: Exception, run_directory: Path | None) -> NoReturn:
     """Ends this process; the reason goes to the terminal, or to the front end that waits in `run_directory`."""
-    supervision.tell_torchrun(str(error))
+    supervision.report_to_torchrun(str(error))
     if run_directory is None:
         print(f"hetis: {error}", file=sys.stderr, flush=True)
     else:
@@ -246,18 +252,18 @@ class Children:
         """When the front end ends, for whatever reason, the driver shuts down."""
         code = front.wait()
         if code < 0 and -code != signal.SIGINT:
-            self._announce(f"the front end (child of rank 0) was killed by {signal.Signals(-code).name}.")
-        self._tell_driver(supervision.END)
+            self._announce(f"the front end (child of rank 0) was killed by {supervision.signal_name(-code)}.")
+        self._write_to_driver(supervision.END)
 
-    def _tell_driver(self, word: bytes) -> None:
+    def _write_to_driver(self, line: bytes) -> None:
         assert self._driver.stdin is not None
         with suppress(BrokenPipeError):
-            self._driver.stdin.write(word)
+            self._driver.stdin.write(line)
             self._driver.stdin.flush()
 
     def _on_early_end(self, *_: object) -> None:
-        """The launcher ends this rank before it has joined. The driver could not tell why by looking at it."""
-        self._tell_driver(supervision.TOLD)
+        """The launcher ends this rank before it has joined. The driver could not see why by looking at it."""
+        self._write_to_driver(supervision.TOLD)
         os._exit(128 + signal.SIGTERM)
 
     def _watch_driver(self) -> None:
@@ -274,10 +280,10 @@ class Children:
             self._announce(f"the driver (child of rank 0, pid {self._driver.pid}) {how}.")
         code = self._driver.wait()
         if code < 0:
-            self._announce(f"the driver (child of rank 0) was killed by {signal.Signals(-code).name}.")
+            self._announce(f"the driver (child of rank 0) was killed by {supervision.signal_name(-code)}.")
         verdict = supervision.read_verdict(self._run_directory)
         if verdict is not None:
-            supervision.tell_torchrun(verdict.reason)
+            supervision.report_to_torchrun(verdict.reason)
         os._exit(self.wait())
 
     def _announce(self, reason: str) -> None:

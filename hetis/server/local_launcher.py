@@ -75,10 +75,10 @@ class Launcher:
     def __init__(self, job: Job, directory: Path, front: int) -> None:
         """`front`: pid of the front end."""
         self._plan, self._directory = job.plan, directory
-        self._bell = supervision.Bell()
-        self._bell.take_over(signal.SIGCHLD)
+        self._waker = supervision.Waker()
+        self._waker.wake_on(signal.SIGCHLD)
         self._poll = select.poll()
-        self._poll.register(self._bell.fileno(), select.POLLIN)
+        self._poll.register(self._waker.fileno(), select.POLLIN)
         # its end of the pipe may live on in a process that it forked, so its life is watched as well
         self._signs_of_front = [sys.stdin.fileno(), supervision.open_pidfd(front)]
         for fd in self._signs_of_front:
@@ -111,7 +111,7 @@ class Launcher:
                 self._poll.unregister(fd)
                 self._front_ended = True
                 self._expect_end(END_SECONDS)
-        self._bell.heard()
+        self._waker.drain()
 
     def _expect_end(self, seconds: float) -> None:
         self._deadline = min(self._deadline or float("inf"), time.monotonic() + seconds)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hetis.server.console import is_terminal
+
 _drawing = threading.Lock()  # a terminal has room for one bar
 
 
@@ -28,7 +30,7 @@ def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Progr
 
     Invisible unless `show`, where stderr is no terminal, and while another one is visible.
     """
-    if not (show and sys.stderr is not None and sys.stderr.isatty() and _drawing.acquire(blocking=False)):
+    if not (show and is_terminal(sys.stderr) and _drawing.acquire(blocking=False)):
         yield ProgressBar()
         return
     from rich.console import Console

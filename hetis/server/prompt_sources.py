@@ -12,7 +12,7 @@ from typing import Any
 
 from hetis.server import launch
 
-Prompt = str | list[int]
+SourcePrompt = str | list[int]
 
 EXAMPLES = (  # the model in the package has read the documentation of Python
     "The function returns",
@@ -23,7 +23,7 @@ EXAMPLES = (  # the model in the package has read the documentation of Python
 STANDARD_INPUT = "-"
 
 
-def prompts_of(options: argparse.Namespace) -> list[Prompt]:
+def prompts_of(options: argparse.Namespace) -> list[SourcePrompt]:
     """Those of --prompt or --prompt-file; else of standard input where that is a pipe or a file; else examples.
 
     Raises ValueError for a file that cannot be read or holds something else than prompts.
@@ -31,8 +31,8 @@ def prompts_of(options: argparse.Namespace) -> list[Prompt]:
     if options.prompt:
         return [text_of_argument(argument) for argument in options.prompt]
     if options.prompt_file is not None:
-        return read_prompts(options.prompt_file)
-    return read_prompts(STANDARD_INPUT) if input_is_redirected() else [*EXAMPLES]
+        return read_prompt_file(options.prompt_file)
+    return read_prompt_file(STANDARD_INPUT) if input_is_redirected() else [*EXAMPLES]
 
 
 def text_of_argument(argument: str) -> str:
@@ -56,7 +56,7 @@ def input_is_redirected() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-def read_prompts(name: str) -> list[Prompt]:
+def read_prompt_file(name: str) -> list[SourcePrompt]:
     """Prompts in the file `name` ("-": standard input), UTF-8: see `parse_prompts`."""
     what = "standard input" if name == STANDARD_INPUT else f"prompt file {name}"
     try:
@@ -74,7 +74,7 @@ def read_prompts(name: str) -> list[Prompt]:
     return prompts
 
 
-def parse_prompts(text: str, what: str) -> Iterator[Prompt]:
+def parse_prompts(text: str, what: str) -> Iterator[SourcePrompt]:
     """One prompt a line; empty lines are skipped.
 
     If the first line is a JSON object with a prompt, all lines are: {"prompt": "text"} or {"prompt_token_ids": [1, 2]};
@@ -93,7 +93,7 @@ def parse_prompts(text: str, what: str) -> Iterator[Prompt]:
         yield prompt
 
 
-def _prompt_of(line: str) -> Prompt | None:
+def _prompt_of(line: str) -> SourcePrompt | None:
     """The prompt in a line of JSON; None if it has none."""
     try:
         found: Any = json.loads(line)

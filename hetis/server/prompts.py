@@ -75,7 +75,7 @@ def _as_list(prompts: Any) -> Sequence[Any]:
         return [prompts]
     if not _is_list(prompts):
         raise ValueError(f"prompts is {kind_of(prompts)}; {_FORMS}, or a list of these.")
-    are_ids = any(isinstance(item, Number) for item in prompts)  # be they good ones or not
+    are_ids = any(isinstance(item, Number) for item in prompts)  # valid or not
     return [prompts] if are_ids and not any(isinstance(item, str | Mapping) for item in prompts) else prompts
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hetis.server.console import is_terminal, write
-from hetis.server.prompt_sources import Prompt
+from hetis.server.prompt_sources import SourcePrompt
 from hetis.server.requests import Piece
 
 WIDTH = 100  # most characters of a line on a terminal
@@ -21,7 +21,7 @@ class Writer(Protocol):
         """After the last piece, or when there will be none."""
 
 
-def make_writer(prompts: Sequence[Prompt], *, as_json: bool, echo: bool | None) -> Writer:
+def make_writer(prompts: Sequence[SourcePrompt], *, as_json: bool, echo: bool | None) -> Writer:
     """JSON lines; or the text itself for one prompt, and lines with the number of their prompt for several.
 
     `echo`: whether a prompt stands before its text; None: on terminals.
@@ -97,7 +97,7 @@ class LineWriter:
 class JsonWriter:
     """A JSON object a line for every prompt, in the order of the prompts, as soon as those before are finished."""
 
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, prompts: Sequence[SourcePrompt]) -> None:
         self._prompts = prompts
         self._texts: list[list[str]] = [[] for _ in prompts]
         self._ids: list[list[int]] = [[] for _ in prompts]

@@ -50,11 +50,11 @@ def run_rank(
     hosts reach this one. `on_lost_driver`: told when the driver has gone, and how, before this process ends.
     """
     joining = msgspec.json.decode(rendezvous.get("joining"), type=Joining)
-    bell = supervision.Bell()
-    bell.take_over(signal.SIGTERM, signal.SIGINT)
+    waker = supervision.Waker()
+    waker.wake_on(signal.SIGTERM, signal.SIGINT)
     # the driver speaks on its own host; elsewhere the first rank does
     prints_verdict = os.environ.get("GROUP_RANK", "0") != "0" and local_rank == 0
-    heart = Heart(joining.endpoints.health, rank, bell, on_lost_driver or (lambda how: None), prints_verdict)
+    heart = Heart(joining.endpoints.health, rank, waker, on_lost_driver or (lambda how: None), prints_verdict)
     heart.start()
     control = ControlClient(joining.endpoints.ranks, str(rank), "rank")
     device_name = choose_device(joining.devices[rank], local_rank)
@@ -229,7 +229,7 @@ def _report(heart: Heart, rank: int, device_name: str, error: BaseException, is_
         print(f"hetis: rank {rank} on {device_name} failed:\n{text}", file=sys.stderr, flush=True)
     reason = str(error) if is_consequence or is_mistake else f"{type(error).__name__}: {error}"
     if not is_consequence:
-        supervision.tell_torchrun(text or reason)
+        supervision.report_to_torchrun(text or reason)
     heart.report(m.Failure(rank=rank, reason=reason, traceback=text, is_consequence=is_consequence))
     while True:
         threading.Event().wait()

@@ -64,7 +64,7 @@ def test_every_rank_of_a_later_stage_has_one_sender() -> None:
     assert plan_of_stages([2, 3, 1]).handovers() == [(0, 2), (1, 3), (0, 4), (2, 5)]
 
 
-def test_lone_primary_needs_nobody() -> None:
+def test_a_primary_alone_needs_no_other() -> None:
     plan = Plan(stages=plan_of_stages([1]).stages, workers=(AttentionWorker(rank=1, device="cpu"),))
     (groups,) = join_all(plan)
     assert isinstance(groups.tensor_parallel, Alone)

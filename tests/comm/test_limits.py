@@ -4,7 +4,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -175,31 +175,6 @@ def test_this_machine() -> None:
 
 
 ASK = "from hetis.comm.limits import *; print(*usable_memory(), usable_cores())"
-
-
-def own_group(controller: str) -> Path:
-    """Of version 1, as this machine mounts it."""
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    path = next((line.split(":", 2)[2] for line in lines if controller in line.split(":")[1].split(",")), None)
-    if path is None:
-        pytest.skip(f"no {controller} controller of version 1 here")
-    return Path("/sys/fs/cgroup") / controller / path.lstrip("/")
-
-
-@pytest.fixture
-def groups() -> Iterator[dict[str, Path]]:
-    """New groups below our own; skipped where they cannot be made."""
-    made = {name: own_group(name) / f"hetis-test-{os.getpid()}" for name in ("memory", "cpu")}
-    try:
-        for path in made.values():
-            path.mkdir()
-        yield made
-    except OSError as error:
-        pytest.skip(f"cannot make a control group here: {error}")
-    finally:
-        for path in made.values():
-            if path.is_dir():
-                path.rmdir()
 
 
 def test_a_real_group(groups: dict[str, Path]) -> None:

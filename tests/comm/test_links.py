@@ -243,7 +243,7 @@ def test_tcp_turns_strangers_away() -> None:
 
 
 def test_tcp_slots_keep_their_message_until_it_has_left() -> None:
-    """More messages than slots, sent without a copy while nobody reads; all arrive although the sender has closed."""
+    """More messages than slots, sent without a copy before one is read; all arrive although the sender has closed."""
     size = 2 * ZERO_COPY_BYTES
     primary, worker = open_pair("tcp", size, 1)
     for seed in range(4 * NUM_SLOTS):
@@ -272,7 +272,7 @@ def test_tcp_names_who_does_not_come() -> None:
     with pytest.raises(TimeoutError, match="rank 1"):
         open_tcp_at("127.0.0.1", True, rendezvous)
     with pytest.raises(ConnectionError, match="rank 0"):
-        open_tcp_at("127.0.0.1", False, rendezvous)  # nobody listens any more
+        open_tcp_at("127.0.0.1", False, rendezvous)  # its port is closed by now
     for address in ("192.0.2.1", "0.0.0.0", "no such name"):
         with pytest.raises(ValueError, match="give an address of this host"):
             open_tcp_at(address, True, LocalRendezvous())

@@ -8,7 +8,7 @@ from hetis.comm.rendezvous import LocalRendezvous, StoreRendezvous
 from tests.comm.comm_helpers import Ranks, together
 
 
-def test_note_reaches_whoever_waits() -> None:
+def test_a_note_reaches_a_rank_that_waits() -> None:
     rendezvous = LocalRendezvous()
     note = bytes(range(256))
     found = together(partial(rendezvous.get, "a"), partial(rendezvous.get, "a"), partial(rendezvous.set, "a", note))

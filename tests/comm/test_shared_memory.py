@@ -1,4 +1,4 @@
-"""Counters in shared memory: nobody sleeps through an event, nobody holds Python's lock while asleep."""
+"""Counters in shared memory: no waiter misses an event, none holds Python's lock while it waits."""
 
 import itertools
 import os

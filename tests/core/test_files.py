@@ -37,15 +37,16 @@ def test_what_cannot_be_written_is_refused_by_the_check_as_by_writing(tmp_path: 
 
 
 def test_the_check_changes_nothing(tmp_path: Path) -> None:
-    kept, new, link = tmp_path / "kept", tmp_path / "new", tmp_path / "link"
+    kept, new, link, early = (tmp_path / name for name in ("kept", "new", "link", "early"))
     kept.write_text("kept")
     os.utime(kept, (1, 1))
     link.symlink_to(kept)
-    for path in (kept, new, link, Path("/dev/null"), Path("/dev/full")):
+    early.symlink_to("new")
+    for path in (kept, new, link, early, Path("/dev/null"), Path("/dev/full")):
         check_writable(path, "--output")
     assert (kept.read_text(), kept.stat().st_mtime) == ("kept", 1)
     assert not new.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "link"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["early", "kept", "link"]
 
 
 def test_a_pipe_is_not_opened_by_the_check(tmp_path: Path) -> None:
@@ -60,9 +61,11 @@ def test_a_pipe_is_not_opened_by_the_check(tmp_path: Path) -> None:
     os.close(reader)
 
 
-def test_writing_replaces_and_keeps_links_and_devices(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["a longer text than the new one", None])
+def test_writing_replaces_and_keeps_links_and_devices(before: str | None, tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
-    target.write_text("a longer text than the new one")
+    if before is not None:
+        target.write_text(before)
     link.symlink_to(target)
     write_file(link, b"new", "--output")
     assert (target.read_text(), link.is_symlink()) == ("new", True)

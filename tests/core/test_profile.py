@@ -65,7 +65,7 @@ def test_attention_takes_time() -> None:
 
 
 @pytest.mark.parametrize("path", [("what",), ("devices", "0", "dense"), ("links", 0, "request", "gamma")], ids=str)
-def test_a_field_that_nobody_knows_is_refused(path: tuple[Any, ...]) -> None:
+def test_an_unknown_field_is_refused(path: tuple[Any, ...]) -> None:
     with pytest.raises(msgspec.ValidationError, match=f"unknown field `{path[-1]}`"):
         msgspec.json.decode(changed(path, 1), type=FleetProfile)
 

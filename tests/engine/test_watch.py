@@ -63,7 +63,7 @@ def process() -> "Iterator[subprocess.Popen[bytes]]":
 
 
 def end(fleet: Fleet, rank: int, process: "subprocess.Popen[bytes]", signal: int) -> None:
-    """The process of `rank` ends by a signal, and stays a zombie: nobody has waited for it."""
+    """The process of `rank` ends by a signal, and stays a zombie: its parent has not waited for it."""
     fd = fleet.join(rank, process.pid)
     assert fd is not None
     os.kill(process.pid, signal)
@@ -192,7 +192,7 @@ def test_the_living(process: "subprocess.Popen[bytes]") -> None:
 
 
 def test_when_rank_0_is_told_to_end_while_loading_the_driver_speaks_at_once() -> None:
-    """Nobody is left to explain, and the launcher ends before a time of grace does."""
+    """No rank is left to explain, and the launcher ends before a time of grace does."""
     fleet = Fleet(())
     fleet.watch.on_parent_death(15)
     with pytest.raises(FleetFailedError) as caught:

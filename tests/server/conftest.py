@@ -1,7 +1,10 @@
-"""Running fleets, one for each module that wants it: starting one takes seconds."""
+"""Running fleets, one for each module that wants it, since starting one takes seconds; and directories for others."""
 
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,14 @@ from hetis import LLM
 
 # a shell's background job starts with Ctrl-C ignored, and what it starts inherits that: the fleets under test must not
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A short path, for sockets; nothing may be left in it."""
+    path = Path(tempfile.mkdtemp(prefix="t"))
+    yield path
+    shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

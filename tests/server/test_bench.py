@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.server.bench import DIGITS, check_lengths, percentile, publish, rounded
+from hetis.server.bench import DIGITS, check_lengths, percentiles_of, publish, rounded
 
 
 @pytest.mark.parametrize("value", [1 / 3, 123456.789, 1e-9 / 7, 2e12 / 3, -math.pi, 0.0])
@@ -22,10 +22,10 @@ def test_counts_names_and_structure_stay() -> None:
     assert rounded(value) == value
 
 
-@pytest.mark.parametrize(("q", "expected"), [(0, 1.0), (50, 2.5), (75, 3.25), (100, 4.0)])
-def test_percentiles_lie_between_the_closest_ranks(q: int, expected: float) -> None:
-    assert percentile([4.0, 1.0, 3.0, 2.0], q) == expected
-    assert percentile([7.0], q) == 7.0
+def test_percentiles_lie_between_the_closest_values() -> None:
+    expected = {"10": 1.3, "25": 1.75, "50": 2.5, "75": 3.25, "90": 3.7, "99": 3.97}
+    assert percentiles_of([4.0, 1.0, 3.0, 2.0]) == pytest.approx(expected)
+    assert set(percentiles_of([7.0]).values()) == {7.0}
 
 
 def test_a_load_that_does_not_fit_the_context_is_refused() -> None:

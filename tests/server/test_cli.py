@@ -198,7 +198,7 @@ def test_two_hosts_play_one_fleet() -> None:
 
 
 def free_port() -> int:
-    """Below those that the kernel gives to whoever asks for any port, so that nobody else takes it meanwhile."""
+    """Below those that the kernel gives to programs that ask for any port, so that none takes it meanwhile."""
     first = 20_000 + os.getpid() % 10_000
     for port in range(first, first + 1_000):
         with socket.socket() as probe, suppress(OSError):

@@ -1,11 +1,8 @@
-"""Whatever dies takes the job down, with the reason in the last line, and with nothing left over."""
+"""The end of any process ends the job, with the reason in the last line, and with nothing left over."""
 
 import os
-import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,19 +14,11 @@ pytestmark = pytest.mark.process
 STEP_TIMEOUT = 10.0
 
 # so that every rank is needed: the small model would stay on the primary otherwise
-EVERYBODY = "dispatch=even"
+EVEN = "dispatch=even"
 NAMES = {"rank 0": "rank 0 (primary on cpu)", "rank 1": "rank 1 (attention worker on cpu)", "driver": "the driver"}
 LONG = ("generate", "--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--device", "cpu")
 LONG += ("--log-level", "error", "--prompt", "It was", "--prompt", "The")
-EVERYBODY_HERE = ("--dispatch", "even")  # the same on the command line
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """A short path, for sockets; nothing may be left in it."""
-    path = Path(tempfile.mkdtemp(prefix="t"))
-    yield path
-    shutil.rmtree(path)
+EVEN_OPTION = ("--dispatch", "even")  # the same on the command line
 
 
 def shared_memory() -> set[str]:
@@ -58,13 +47,13 @@ def verdict(fleet: FleetProcess) -> str:
 
 
 def start_busy(directory: Path, plan: str = "1+1", *options: str) -> FleetProcess:
-    fleet = FleetProcess.script(directory, plan, "busy", EVERYBODY, *options)
+    fleet = FleetProcess.script(directory, plan, "busy", EVEN, *options)
     fleet.wait_for("token")
     return fleet
 
 
 def start_idle(directory: Path, plan: str = "1+1", *options: str) -> FleetProcess:
-    fleet = FleetProcess.script(directory, plan, "idle", EVERYBODY, *options)
+    fleet = FleetProcess.script(directory, plan, "idle", EVEN, *options)
     fleet.wait_for("ready")
     return fleet
 
@@ -158,7 +147,7 @@ def test_a_mistake_that_only_a_rank_sees_is_told_in_one_sentence(directory: Path
 
 
 def start_torchrun(directory: Path, plan: str = "1+1", num_ranks: int = 2, **variables: str) -> FleetProcess:
-    options = (*LONG, *EVERYBODY_HERE, "--plan", plan, "--step-timeout", str(STEP_TIMEOUT))
+    options = (*LONG, *EVEN_OPTION, "--plan", plan, "--step-timeout", str(STEP_TIMEOUT))
     return FleetProcess.torchrun(directory, num_ranks, *options, **variables)
 
 
@@ -167,7 +156,7 @@ def test_under_torchrun_a_killed_process_takes_a_busy_fleet_down(directory: Path
     with start_torchrun(directory) as fleet:
         fleet.wait_for("[0]")
         fleet.hurt(victim, signal.SIGKILL)
-        # how its own children ended torchrun may know before anybody else can look: "ended without a word (killed, …)"
+        # torchrun may reap its own children before the driver can look: "ended without giving a reason (killed, …)"
         check_end(fleet, NAMES.get(victim, "the front end"), "killed")
 
 

@@ -12,7 +12,7 @@ from hetis.core.config import EngineConfig
 from hetis.server import launch
 
 
-def test_the_environment_of_a_rank_is_set_before_torch_and_the_user_has_the_last_word(
+def test_the_environment_of_a_rank_is_set_before_torch_and_the_users_own_values_stay(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A hardware queue for each CUDA stream is read when CUDA begins, so later is too late."""

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ import hetis
 from hetis import LLM, EngineConfig, SamplingParams
 from hetis.models.end_tokens import read_eos_token_ids
 from hetis.models.hub import PACKAGED
-from hetis.server.client import EngineDeadError
+from hetis.server.channel import EngineDeadError
 from hetis.server.launch import end_of_sequence_ids
 from hetis.server.tokenizer import load_tokenizer
 from tests.checkpoints import greedy_reference, load_reference, make_checkpoint, make_tokenizer
-from tests.processes import DEADLINE, family
+from tests.processes import DEADLINE, family, wait_until
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0)
 SMALL: dict[str, Any] = {"device": "cpu", "kv_cache_memory": "16MiB"}
@@ -34,11 +33,8 @@ def children() -> set[psutil.Process]:
 
 
 def wait_until_gone(processes: set[psutil.Process]) -> None:
-    """Looks without reaping: whoever started them wants to know how they ended."""
-    deadline = time.monotonic() + DEADLINE
-    while left := [process for process in processes if process.is_running()]:
-        assert time.monotonic() < deadline, f"still there: {left}"
-        time.sleep(0.02)
+    """Looks without reaping: their parent has to know how they ended."""
+    wait_until(lambda: not any(process.is_running() for process in processes), "they have ended")
 
 
 def test_two_at_once_and_one_after_the_other(tmp_path: Path) -> None:

@@ -1,9 +1,6 @@
-"""Nothing of a fleet stays, whoever is stopped or hangs while it is closed, or while a parent of it is killed."""
+"""Nothing of a fleet stays when some of its processes are stopped or hang while it is closed, or a parent is killed."""
 
-import shutil
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +9,8 @@ from tests.server.fleet_process import SHIM, FleetProcess
 
 pytestmark = pytest.mark.process
 
-OPTIONS = ("dispatch=even", "step_timeout=300")  # nobody is missed before the test ends
+OPTIONS = ("dispatch=even", "step_timeout=300")  # no silent process counts as dead before the test ends
 HANGING = {"PYTHONPATH": str(SHIM), "HANGING_DRIVER": "1"}
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """A short path, for sockets; nothing may be left in it."""
-    path = Path(tempfile.mkdtemp(prefix="t"))
-    yield path
-    shutil.rmtree(path)
 
 
 def start(directory: Path, phase: str = "closing", **variables: str) -> FleetProcess:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hetis.server import launch
-from hetis.server.prompt_sources import EXAMPLES, parse_prompts, prompts_of, read_prompts
+from hetis.server.prompt_sources import EXAMPLES, parse_prompts, prompts_of, read_prompt_file
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def test_files_that_cannot_be_prompts_are_refused(tmp_path: Path) -> None:
         (tmp_path, "cannot be read (Is a directory)."),
     ):
         with pytest.raises(ValueError) as caught:
-            read_prompts(str(path))
+            read_prompt_file(str(path))
         assert str(caught.value) == f"prompt file {path} {why}"
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n')
-    assert read_prompts(str(tmp_path / "file")) == ["a"]
+    assert read_prompt_file(str(tmp_path / "file")) == ["a"]
 
 
 @pytest.mark.parametrize("text", ["Grüße 世界", "plain", ""])

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from hetis import LLM, SamplingParams
-from tests.comm.test_limits import groups  # noqa: F401
 from tests.processes import DEADLINE
 from tests.server.fleet_process import SHIM, torchrun_command
 
@@ -110,7 +109,7 @@ def test_a_user_without_an_entry_or_a_home(text: str) -> None:
     assert text in run(command, "unset HOME USER LOGNAME;", XDG_CACHE_HOME="/nowhere")
 
 
-def test_a_container_with_less_than_its_host(text: str, groups: dict[str, Path]) -> None:  # noqa: F811
+def test_a_container_with_less_than_its_host(text: str, groups: dict[str, Path]) -> None:
     """Without a size the cache is what the container has room for; the model's context would take several GiB."""
     (groups["memory"] / "memory.limit_in_bytes").write_text(str(1 << 30))
     (groups["cpu"] / "cpu.cfs_quota_us").write_text("60000")

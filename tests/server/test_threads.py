@@ -8,15 +8,20 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from hetis import LLM, SamplingParams
-from hetis.server.client import EngineDeadError, ForkedError
-from tests.processes import DEADLINE
+from hetis.server.channel import EngineDeadError
+from hetis.server.client import EngineClient, ForkedError
+from hetis.server.launch import plan_for
+from hetis.server.llm import make_config
+from tests.processes import DEADLINE, wait_until
 
 PROMPTS = ["The function returns", "It was", "In the beginning of the", "A list is"]
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -72,8 +77,7 @@ def test_a_stream_may_be_begun_in_one_thread_and_ended_in_another(tiny: LLM) -> 
 
 def test_ctrl_c_ends_the_call_and_leaves_the_fleet_usable(tiny: LLM) -> None:
     def interrupt() -> None:
-        while not pages_used(tiny):  # until it runs
-            pass
+        wait_until(lambda: pages_used(tiny), "it runs")
         os.kill(os.getpid(), signal.SIGINT)
 
     def generate() -> None:
@@ -87,12 +91,11 @@ def test_ctrl_c_ends_the_call_and_leaves_the_fleet_usable(tiny: LLM) -> None:
     thread.join()
     files = {frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)}
     assert not any("zmq" in file or "/comm/" in file for file in files), files
-    while pages_used(tiny):  # what it asked for is aborted
-        pass
+    wait_until(lambda: not pages_used(tiny), "what it asked for is aborted")
     assert texts_alone(tiny)
 
 
-def test_a_forked_child_is_told_and_harms_nobody(tiny: LLM) -> None:
+def test_a_forked_child_gets_an_error_and_the_fleet_goes_on(tiny: LLM) -> None:
     expected = texts_alone(tiny)
     reader, writer = os.pipe()
     child = os.fork()
@@ -136,6 +139,46 @@ def test_a_forked_child_that_ends_takes_nothing_along() -> None:
     assert (result.returncode, result.stdout.split()) == (0, ["3", "50"]), result.stderr
 
 
+@pytest.mark.parametrize("fails", ["sys.executable", "thread"])
+def test_what_was_started_ends_if_the_rest_cannot_be(
+    fails: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher's command, or the front end's thread, as in a container with a low limit of processes."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "hetis front end":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
+    if fails == "thread":
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    else:
+        monkeypatch.setattr(sys, "executable", "")
+    before = psutil.Process().children(recursive=True)
+    with pytest.raises((RuntimeError, ValueError), match=fails):
+        LLM(device="cpu", kv_cache_memory="16MiB")
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
+    assert list(directory.iterdir()) == []
+
+
+def test_closing_from_a_signal_handler_ends_the_call_that_it_interrupts() -> None:
+    config = make_config(device="cpu", kv_cache_memory="16MiB")
+    client = EngineClient(config, plan_for(config)[2])
+
+    def request_ids() -> Iterator[str]:  # runs within the call
+        os.kill(os.getpid(), signal.SIGUSR1)
+        yield "1"
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: client.close())
+    try:
+        with pytest.raises(EngineDeadError, match="closed"):
+            client.open(request_ids(), [])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def waiting(llm: LLM, pool: ThreadPoolExecutor) -> list[Any]:
     """Three threads that wait for a fleet that is busy."""
 
@@ -152,8 +195,7 @@ def waiting(llm: LLM, pool: ThreadPoolExecutor) -> list[Any]:
             llm.generate(PROMPTS[0], ENDLESS)
 
     waits = [pool.submit(call) for call in (ask, stream, generate)]
-    while not pages_used(llm):
-        pass
+    wait_until(lambda: pages_used(llm), "one of them runs")
     return waits
 
 
