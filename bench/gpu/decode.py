@@ -7,16 +7,12 @@ and host synchronisations of a step, and for how much of it the GPU is busy (tor
 one kernel after the other and as one captured graph. The last figure is what a graph would leave of a step.
 """
 
-import argparse
-import json
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from gpu.shapes import BY_DEVICE, write
+from gpu.shapes import Figures, measure_each_model
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -35,7 +31,7 @@ WARM, STEPS = 8, 24
 SYNCHRONISING = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 
 
-def whole_steps(directory: Path, device: str, batch: int) -> dict[str, Any]:
+def whole_steps(directory: Path, device: str, batch: int) -> Figures:
     """Through the engine and a rank, in this process."""
     options = {"kv_cache_memory": 8 << 30, "max_model_len": CONTEXT + 100, "load_format": "dummy", "dtype": "bfloat16"}
     if device == "cpu":
@@ -52,7 +48,7 @@ def whole_steps(directory: Path, device: str, batch: int) -> dict[str, Any]:
         for _ in range(STEPS):
             fleet.turn()
         step_ms = (time.perf_counter() - begin) / STEPS * 1e3
-        found: dict[str, Any] = {"step ms": round(step_ms, 3)}
+        found: Figures = {"step ms": round(step_ms, 3)}
         if device == "cuda":
             with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                 for _ in range(STEPS):
@@ -61,7 +57,7 @@ def whole_steps(directory: Path, device: str, batch: int) -> dict[str, Any]:
     return found
 
 
-def per_step(profiled: profile, step_ms: float) -> dict[str, Any]:
+def per_step(profiled: profile, step_ms: float) -> Figures:
     kernels = copies = synchronisations = 0
     busy_us = 0.0
     for event in profiled.events() or ():
@@ -109,7 +105,7 @@ class _PlainAttention:
         )  # fmt: skip
 
 
-def layers_alone(directory: Path, device: str, batch: int) -> dict[str, Any]:
+def layers_alone(directory: Path, device: str, batch: int) -> Figures:
     spec, place = read_model_spec(directory), torch.device(device)
     plan = resolve_plan("1+0", spec, device, None)
     weights = load_weights(spec, plan, 0, 0, directory, torch.bfloat16, place, load_format="dummy")
@@ -146,17 +142,11 @@ def timed_ms(call: Callable[[], None], device: str) -> float:
     return round((time.perf_counter() - begin) / STEPS * 1e3, 3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=list(BY_DEVICE))
-    device = parser.parse_args().device
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, config in BY_DEVICE[device].items():
-            directory = write(Path(scratch) / name, config)
-            for batch in (1, 64) if device == "cuda" else (1, 4):
-                found = whole_steps(directory, device, batch) | layers_alone(directory, device, batch)
-                print("RESULT " + json.dumps({f"{name} x{batch} {what}": figure for what, figure in found.items()}))
+def measure(directory: Path, device: str, batches: tuple[int, ...]) -> Iterator[Figures]:
+    for batch in batches:
+        found = whole_steps(directory, device, batch) | layers_alone(directory, device, batch)
+        yield {f"x{batch} {what}": figure for what, figure in found.items()}
 
 
 if __name__ == "__main__":
-    main()
+    measure_each_model(__doc__, measure)

@@ -1,6 +1,9 @@
 """Shapes of models for checks on a GPU: a config.json with random weights is a model."""
 
+import argparse
 import json
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,23 @@ LLAMA3_8B: dict[str, Any] = {
 TINY = QWEN3_0_6B | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 4096}
 TINY |= {"bos_token_id": 1, "eos_token_id": 2}
 
-BY_DEVICE = {"cuda": {"qwen3-0.6b": QWEN3_0_6B, "llama3-8b": LLAMA3_8B}, "cpu": {"tiny": TINY}}
+MODELS = {"cuda": {"qwen3-0.6b": QWEN3_0_6B, "llama3-8b": LLAMA3_8B}, "cpu": {"tiny": TINY}}
+BATCHES = {"cuda": (1, 64), "cpu": (1, 4)}
+Figures = dict[str, Any]
 
 
-def write(directory: Path, config: dict[str, Any]) -> Path:
-    """A directory that is a model for `--load-format dummy`."""
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
+def measure_each_model(doc: str | None, measure: Callable[[Path, str, tuple[int, ...]], Iterator[Figures]]) -> None:
+    """The command line of a check: `measure(directory, device, batch sizes)` for each model that fits `--device`.
+
+    A directory with a config.json is a model for `load_format="dummy"`. Figures are printed as they come.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=list(MODELS))
+    device = parser.parse_args().device
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, config in MODELS[device].items():
+            directory = Path(scratch) / name
+            directory.mkdir()
+            (directory / "config.json").write_text(json.dumps(config))
+            for found in measure(directory, device, BATCHES[device]):
+                print("RESULT " + json.dumps({f"{name} {what}": figure for what, figure in found.items()}), flush=True)
