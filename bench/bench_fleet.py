@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def with_fleet(scenario: Scenario, fleet: Fleet) -> Scenario:
-    """The same load on another fleet, under every policy; nobody knows what must hold there."""
+    """The same load on another fleet, under every policy; no aims are known for it."""
     cases = tuple(Case(label=policy, fleet=fleet, dispatch=policy) for policy in POLICIES)
     return msgspec.structs.replace(scenario, cases=cases, requirements=())
 

@@ -33,7 +33,7 @@ def emulate(rank: int) -> None:
 
 
 def slow_kernels(board: Any) -> None:
-    """Whoever calls an operation of the C++ extension waits until the emulated device would be done."""
+    """A caller of an operation of the C++ extension waits until the emulated device would be done."""
     from hetis_kernels import dispatch, linear
 
     class ReportingDevice(Device):

@@ -2,7 +2,7 @@
 //
 // M query heads per group, D head_dim (a multiple of 16), S tokens per page. Element types are known to the kernels
 // only, so that this header needs nothing of torch: what is compiled for AVX-512 must contain no inline function that
-// others share (the linker keeps one copy for everybody).
+// others share (the linker keeps one copy for all).
 #pragma once
 
 #include <cstddef>

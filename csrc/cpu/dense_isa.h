@@ -2,7 +2,7 @@
 //
 // HETIS_TARGET_BEGIN(...) ... HETIS_TARGET_END compiles what stands between for one instruction set, so that no file
 // needs flags of its own. Templates and inline functions that intrinsics are inlined into must stand between them;
-// standard headers must not (the linker might keep their AVX-512 copy for everybody).
+// standard headers must not (the linker might keep their AVX-512 copy for all).
 #pragma once
 
 #if defined(__x86_64__)

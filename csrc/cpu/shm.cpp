@@ -2,7 +2,7 @@
 //
 // A word in shared memory counts events: its writer adds one and wakes, others wait until it differs from the count they
 // know. They spin first, because a message between two busy cores takes less than a microsecond, and then sleep on a
-// futex, because ranks may outnumber cores. `waiting` lets the writer skip the system call while nobody sleeps; the
+// futex, because ranks may outnumber cores. `waiting` lets the writer skip the system call while no reader sleeps; the
 // fences on both sides (sequentially consistent operations) make sure that either the writer sees the sleeper or the
 // sleeper sees the new count. `core` is where the writer ran last: who finds itself there too does not spin, because the
 // writer could not run meanwhile.

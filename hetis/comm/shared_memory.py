@@ -107,7 +107,7 @@ class Waiter:
         self._wait, self.publish = operations()
 
     def wait(self, word: int, known: int, check: Callable[[], None]) -> None:
-        """Until the counter differs from `known`. `check` raises once nobody will change it any more."""
+        """Until the counter differs from `known`. `check` raises once no process will change it any more."""
         while not self._wait(word, known, self._spin_ns, LOOK_AROUND_MS):
             try:
                 check()

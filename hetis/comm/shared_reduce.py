@@ -3,9 +3,9 @@
     counters   one per rank: its arrivals;  one per rank: closed
     slots      per rank two, used in turn
 
-An exchange: write your part into your slot, announce your arrival, wait for everybody's, read all parts. Nobody writes
-a slot again before everybody has arrived at the exchange after it, hence has read it; so two slots per rank are enough,
-and nobody ever waits for readers.
+An exchange: write your part into your slot, announce your arrival, wait for all others, read all parts. No rank writes
+a slot again before all have arrived at the exchange after it, hence has read it; so two slots per rank are enough,
+and no rank ever waits for readers.
 """
 
 import math

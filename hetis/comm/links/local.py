@@ -100,7 +100,7 @@ def local_pair(
     return LocalLink(to_worker, to_primary, ranks[1]), LocalLink(to_primary, to_worker, ranks[0])
 
 
-_offered: dict[str, LocalLink] = {}  # workers' ends that nobody has fetched yet
+_offered: dict[str, LocalLink] = {}  # workers' ends that have not been fetched yet
 
 
 def open_local(

@@ -1,6 +1,6 @@
 """Link between processes of different hosts: a zmq PAIR over TCP.
 
-Whoever connects must show a token that went over the rendezvous: zmq's PLAIN handshake, judged by the listening end.
+A peer must show a token that went over the rendezvous: zmq's PLAIN handshake, judged by the listening end.
 Large messages go out of their slot without a copy; on receiving there is one, into an aligned buffer. Waiting with the
 core does not pay: zmq's thread needs it. That thread takes in some messages ahead of the reader, so a sender mostly
 waits for its slots to leave this host only; what small messages it has copied there is bounded by the plan alone.
@@ -189,7 +189,7 @@ def _listen(pair: zmq.Socket[bytes], address: str) -> str:
 
 
 def _admit(pair: zmq.Socket[bytes], gate: zmq.Socket[bytes], token: bytes, timeout: float) -> bool:
-    """Lets in whoever shows the token. One has come."""
+    """Lets in a peer that shows the token. One has come."""
     deadline = time.monotonic() + timeout
     poller = zmq.Poller()
     poller.register(gate, zmq.POLLIN)
