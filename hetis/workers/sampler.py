@@ -5,6 +5,7 @@ Order, as in vLLM: log-probabilities of the raw logits; biases, bans, penalties;
 Letters: R rows that get a token, V vocabulary, T tokens of a step.
 """
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from hetis.workers.draw import DrawParams, draw, uniforms
 from hetis.workers.logit_edits import LogitEdits
 from hetis.workers.scoring import prompt_logprobs, token_logprobs
 from hetis.workers.vocabulary import Vocabulary
+
+_log = logging.getLogger(__name__)
 
 _NONE = -2  # no log-probabilities wanted
 _SLOT = np.dtype(
@@ -108,6 +111,7 @@ class Sampler:
             if len(slot_R) == 1:
                 reason = f"sampling failed ({type(error).__name__}: {error})."
                 return Sampled(np.zeros(1, dtype=np.int64), {0: reason}, [None])
+            _log.warning("%d rows cannot be sampled together, so each is by itself", len(slot_R), exc_info=True)
         rows = [slice(row, row + 1) for row in range(len(slot_R))]
         return _joined([self.sample(logits_RV[row], slot_R[row], position_R[row]) for row in rows])
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from hetis import LLM
+from hetis import LLM, SamplingParams
 from hetis.core.config import EngineConfig
 from hetis.models.hub import PACKAGED
 from hetis.models.weight_files import INDEX
@@ -78,3 +79,17 @@ def test_dummy_weights_need_no_files(model: Path) -> None:
     (model / "model.safetensors").unlink()
     directory, spec, _ = plan_for(EngineConfig(model=str(model), load_format="dummy", device="cpu"))
     assert (directory, spec.num_layers > 0) == (model, True)
+
+
+def test_a_fleet_uses_a_head_that_differs_from_the_embedding(model: Path) -> None:
+    """The embedding in reverse order: the best token is counted from the other end."""
+    path = model / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, path)
+    best = []
+    for directory in (PACKAGED, model):
+        with LLM(directory, device="cpu", dtype="float32", kv_cache_memory="16MiB") as llm:
+            outputs = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))
+        best += outputs[0].outputs[0].token_ids
+    assert sum(best) == llm.vocab_size - 1

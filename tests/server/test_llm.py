@@ -308,6 +308,7 @@ def pages_used(llm: LLM) -> int:
 
 def test_leaving_a_stream_early_gives_the_pages_back(tiny: LLM) -> None:
     endless = SamplingParams(max_tokens=900, ignore_eos=True)
+    before = tiny.fleet_stats().num_steps
     stream = tiny.stream(PROMPTS, endless)
     for _ in range(5):
         next(stream)
@@ -315,6 +316,7 @@ def test_leaving_a_stream_early_gives_the_pages_back(tiny: LLM) -> None:
     stream.close()  # type: ignore[attr-defined]
     while pages_used(tiny):  # steps that were under way
         pass
+    assert tiny.fleet_stats().num_steps - before < endless.max_tokens, "nothing was computed to its end"
     assert one(tiny.generate(PROMPTS[1], GREEDY)).token_ids == greedy(PROMPTS[1], 12)
 
 

@@ -217,7 +217,7 @@ def test_penalties_that_overflow_are_the_requests_fault(penalty: float, device: 
 
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_a_row_that_raises_costs_no_other_row_anything(
-    logprobs: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+    logprobs: int | None, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     params = [SamplingParams(temperature=temperature, logprobs=logprobs) for temperature in (0, 1, 1, 0.5)]
     sampler, logits = sampler_for(params, 50, device), random_logits(4, 50)
@@ -232,6 +232,9 @@ def test_a_row_that_raises_costs_no_other_row_anything(
     monkeypatch.setattr(LogitEdits, "apply", failing)
     found = sample(sampler, logits, [0, 1, 2, 3], [6] * 4, device)
     assert found.errors == {2: "sampling failed (IndexError: planted)."}
+    (record,) = caplog.records
+    assert record.getMessage().startswith("4 rows")
+    assert record.exc_info is not None, "the fault itself is in the log, also where no row alone shows it"
     assert found.token_R.tolist() == [*expected.token_R[:2], 0, expected.token_R[3]]
     others = [0, 1, 3]
     assert [found.logprobs[row] for row in others if logprobs] == [expected.logprobs[row] for row in others if logprobs]
