@@ -6,7 +6,6 @@ means that rank 0 has died. In every case the driver outlives the ranks of its h
 themselves.
 """
 
-import logging
 import os
 import shutil
 import signal
@@ -27,14 +26,11 @@ from hetis.core import messages as m
 from hetis.core.config import DriverArgs, Joining
 from hetis.core.fleet import DeviceInfo, RankStats
 from hetis.core.logs import set_up_logging
-from hetis.core.sizes import plural
 from hetis.engine.engine import Engine
 from hetis.engine.fleet_start import FleetStart
 from hetis.engine.statistics import StatsCollector
 from hetis.engine.trace import TraceFile
 from hetis.engine.watch import FleetFailedError, Watch, verdict_on
-
-_log = logging.getLogger("hetis")
 
 POLL_MILLISECONDS = 200
 END_SECONDS = 1.5  # for the ranks to end, when all is well
@@ -59,7 +55,6 @@ class Driver:
 
     def run(self) -> None:
         """Serves until shutdown; FleetFailedError when the fleet cannot go on."""
-        _log.info("starting %s", plural(len(self._ranks), "rank"))  # they import torch, which takes a while
         self._server.poller.register(self._parent.fileno())
         while not self._ending:
             events = self._wait(POLL_MILLISECONDS)
