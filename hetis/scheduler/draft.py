@@ -18,17 +18,23 @@ class Draft:
         self.closed: set[PoolId] = set()  # pools that lack pages for an earlier sequence than those that follow
 
     def add(self, sequence: Sequence) -> None:
-        """Its next tokens, of the prompt or after it, as many as the budgets allow."""
-        start = sequence.num_computed
-        if start < sequence.prompt_len:
-            count = min(sequence.prompt_len - start, self.budget)
-            self.decode_budget = min(self.decode_budget, self.budget - count)
-            rows = self.prompts
-        else:
-            count = min(len(sequence.token_ids) - start, self.decode_budget)
-            self.decode_budget -= count
-            rows = self.decodes
+        """Its next tokens, as many as the budgets allow: of the prompt, and those after it.
+
+        A sequence that starts over has both, in two rows: a layer appends the K and V of all tokens before any attends.
+        """
+        before = self.budget
+        start, prompt_len = sequence.num_computed, sequence.prompt_len
+        if start < prompt_len:
+            start = self._add_row(self.prompts, sequence, start, min(prompt_len - start, self.budget))
+        if start >= prompt_len:
+            self._add_row(self.decodes, sequence, start, min(len(sequence.token_ids) - start, self.decode_budget))
+        self.places -= self.budget < before
+
+    def _add_row(self, rows: list[Row], sequence: Sequence, start: int, count: int) -> int:
+        """Where the next row begins."""
         if count:
-            self.budget -= count
-            self.places -= 1
             rows.append(Row(sequence=sequence, start=start, count=count))
+            self.budget -= count
+            spent = count if rows is self.decodes else 0
+            self.decode_budget = min(self.decode_budget - spent, self.budget)
+        return start + count

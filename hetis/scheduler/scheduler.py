@@ -150,7 +150,7 @@ class Scheduler:
             if budget <= 0:
                 break
             candidates.append(sequence)
-            budget -= sequence.prompt_len
+            budget -= len(sequence.token_ids)
         return candidates
 
     def _admit(self, candidates: list[Sequence], draft: Draft) -> None:
@@ -258,15 +258,17 @@ class Scheduler:
         drawn = iter(tokens)
         new_tokens: list[NewToken] = []
         for row in batch.rows:
-            sequence = row.sequence
+            sequence, stop = row.sequence, row.start + row.count
             sequence.in_flight = False
-            sequence.num_computed = row.start + row.count
-            if row.start < sequence.prompt_len <= sequence.num_computed:
+            sequence.num_computed = max(sequence.num_computed, stop)  # of two rows the prompt's comes last
+            if row.start < sequence.prompt_len <= stop:
                 self._cache.end_prefill(sequence.slot)
+        for row in batch.rows:
+            sequence = row.sequence
             if row.samples:
                 token = self._accept(sequence, next(drawn), valid=len(new_tokens) not in invalid)
                 new_tokens.append(NewToken(sequence=sequence, token=token))
-            if sequence.finish_reason is not None:
+            if sequence.finish_reason is not None and sequence.slot >= 0:
                 self._release(sequence)
         assert next(drawn, None) is None, "more tokens than rows that sample"
         return new_tokens

@@ -58,11 +58,12 @@ class FairEngine(ToyEngine):
         super()._send(batch)
 
     def _finish(self, batch: Batch) -> None:
-        before = {row.sequence.arrival: row.sequence.num_output for row in batch.rows}
+        sequences = {row.sequence.arrival: row.sequence for row in batch.rows}
+        before = {arrival: sequence.num_output for arrival, sequence in sequences.items()}
         super()._finish(batch)
-        for row in batch.rows:
-            self.waits[row.sequence.arrival].num_batches += 1
-        drawn = [row.sequence for row in batch.rows if row.sequence.num_output > before[row.sequence.arrival]]
+        for arrival in sequences:
+            self.waits[arrival].num_batches += 1
+        drawn = [sequence for arrival, sequence in sequences.items() if sequence.num_output > before[arrival]]
         for sequence in drawn:
             for arrival, wait in self.waits.items():
                 if arrival < sequence.arrival:

@@ -193,12 +193,11 @@ def test_the_latest_arrived_is_preempted_and_starts_over_first() -> None:
     assert rows_of(batch) == [("s0", 8, 1), ("s1", 8, 1)]
     assert batch.released == [2]
     assert [sequence.finish_reason for sequence in sequences] == ["length", "length", None, None]
-    batch = step(engine)  # it goes before the fourth
-    assert rows_of(batch) == [("s2", 0, 4), ("s3", 0, 4)]
-    assert batch.num_decode == 0
-    batch = step(engine)  # what it had drawn goes through decode again
-    assert rows_of(batch) == [("s2", 4, 5), ("s3", 4, 1)]
-    assert batch.num_decode == 2
+    batch = step(engine)  # it goes before the fourth; what it had drawn goes through decode again
+    assert rows_of(batch) == [("s2", 4, 5), ("s2", 0, 4), ("s3", 0, 4)]
+    assert batch.num_decode == 1
+    assert sequences[2].finish_reason == "length"
+    assert rows_of(step(engine)) == [("s3", 4, 1)]
     finish(engine)
     assert [sequence.num_preemptions for sequence in sequences] == [0, 0, 1, 0]
     assert engine.scheduler.num_preemptions == 1

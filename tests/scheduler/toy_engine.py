@@ -120,9 +120,10 @@ class FakeStage:
                 cells = [(row, column) for row, column, _ in entries]
                 assert len(set(cells)) == len(cells), "a cell is written twice in one delta"
                 self.tables[delta.rank].update({(row, column): page for row, column, page in entries})
-        for row in command.rows:
-            for group in range(self.num_groups):
-                self._compute(row, group)
+        for compute in (self._append, self._attend):  # all K and V of a step are there before any row attends
+            for row in command.rows:
+                for group in range(self.num_groups):
+                    compute(row, group)
         for haul in command.hauls:
             if haul.stage == self.index:
                 source, target = (
@@ -131,15 +132,17 @@ class FakeStage:
                 )
                 self.memory[haul.target][target] = self.memory[haul.source][source]
 
-    def _compute(self, row: FakeRow, group: int) -> None:
+    def _append(self, row: FakeRow, group: int) -> None:
         owner, home = self.owners[row.slot][group], self.homes[group]
         tags = self._tags(row, group)
         for rank in {owner} if row.is_decode else {owner, home}:
             pages, offsets = self._places(rank, row, group)
             self.memory[rank][pages[row.start :], offsets[row.start :]] = tags[row.start :]
-        reader = owner if row.is_decode else home
+
+    def _attend(self, row: FakeRow, group: int) -> None:
+        reader = self.owners[row.slot][group] if row.is_decode else self.homes[group]
         found = self.memory[reader][self._places(reader, row, group)]
-        assert np.array_equal(found, tags), f"{row} reads foreign tokens on rank {reader}"
+        assert np.array_equal(found, self._tags(row, group)), f"{row} reads foreign tokens on rank {reader}"
 
     def _places(self, rank: int, row: FakeRow, group: int) -> tuple[np.ndarray, np.ndarray]:
         """(page, offset) of every token of the row's lane, the new ones included."""
@@ -282,14 +285,19 @@ class ToyEngine:
     def _finish(self, batch: Batch) -> None:
         tokens = [next_token(row.sequence.token_ids) for row in batch.rows if row.samples]
         self.scheduler.on_tokens(batch, tokens)
-        self.finished += [row.sequence for row in batch.rows if row.sequence.finish_reason is not None]
+        self.finished += {
+            row.sequence.id: row.sequence for row in batch.rows if row.sequence.finish_reason is not None
+        }.values()
 
     def _check(self, batch: Batch) -> None:
         """The rules that every batch keeps."""
         num_stages = len(self.stages)
-        in_flight = [row.sequence.id for queue in self.pipeline for command in queue for row in command.batch.rows]
-        ids = [row.sequence.id for row in batch.rows]
-        assert len(set(ids + in_flight)) == len(ids) + len(in_flight), "a sequence is in two places at once"
+        in_flight = {row.sequence.id for queue in self.pipeline for command in queue for row in command.batch.rows}
+        ids = {row.sequence.id for row in batch.rows}
+        assert ids.isdisjoint(in_flight), "a sequence is in two places at once"
+        for id_ in ids:
+            first, *others = sorted((row.start, row.count) for row in batch.rows if row.sequence.id == id_)
+            assert [start for start, _ in others] in ([], [sum(first)]), "tokens are computed twice, or left out"
         assert sum(len(queue) for queue in self.pipeline) < num_stages, "more micro-batches than stages"
         assert batch.num_tokens <= -(-self.max_num_batched_tokens // num_stages), "over the token budget"
         assert sum(row.count for row in batch.rows if row.is_decode) <= self.max_num_seqs, "ranks have no room"
@@ -302,7 +310,7 @@ class ToyEngine:
         admitted = [sequence for sequence, _ in batch.admitted]
         assert self.slots_in_use.isdisjoint(sequence.slot for sequence in admitted), "a slot is given away twice"
         assert batch.rows or self.hauler.is_busy
-        assert {sequence.id for sequence in admitted} <= set(ids), "admitted but not computed"
+        assert {sequence.id for sequence in admitted} <= ids, "admitted but not computed"
         self.slots_in_use.update(sequence.slot for sequence in admitted)
         assert {row.sequence.slot for row in batch.rows} <= self.slots_in_use
         assert self.scheduler.num_running <= self.max_num_seqs
