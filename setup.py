@@ -160,7 +160,7 @@ setup(
     package_data={"hetis": ["py.typed", "assets/**/*"], "hetis_kernels": ["py.typed"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["hetis = hetis.server.cli:main"]},
+    entry_points={"console_scripts": ["hetis = hetis.cli.main:main"]},
     ext_modules=[solver(), *([] if BuildExtension is None else [kernels()])],
     cmdclass={"build_ext": BuildOrExplain},
 )

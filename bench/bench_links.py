@@ -26,7 +26,7 @@ from torch.distributed import TCPStore
 from hetis.comm.links import open_link
 from hetis.comm.links.base import Link
 from hetis.comm.rendezvous import StoreRendezvous
-from hetis.core.fleet import DeviceInfo
+from hetis.core.device_info import DeviceInfo
 
 KINDS = ("shm", "torchdist", "tcp")
 SIZES = tuple(16 * 1024 * 2**i for i in range(10))  # 16 KB to 8 MB

@@ -79,7 +79,7 @@ phase kernels 100 gpu $(tests 12 tests/kernels)  # which need no C++ extension
 wait $BUILD
 BUILD=
 phase extensions 20 any $CHECK extensions
-phase ranks 50 gpu $(tests 8 tests/workers tests/comm)
+phase ranks 50 gpu $(tests 8 tests/ranks tests/comm)
 phase fleets 110 gpu $(tests 8 tests/engine)
 phase generate 60 any $PYTHON bench/gpu/generate.py --device $DEVICE
 phase decode 75 any $PYTHON bench/gpu/decode.py --device $DEVICE

@@ -6,18 +6,18 @@ if TYPE_CHECKING:
     from hetis.core.messages import FleetStats
     from hetis.core.outputs import CompletionOutput, RequestOutput
     from hetis.core.sampling_params import SamplingParams
-    from hetis.server.llm import LLM
-    from hetis.server.requests import Piece
+    from hetis.frontend.llm import LLM
+    from hetis.frontend.requests import Piece
 
 __all__ = ["LLM", "CompletionOutput", "EngineConfig", "FleetStats", "Piece", "RequestOutput", "SamplingParams"]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LLM": "hetis.server.llm",
+    "LLM": "hetis.frontend.llm",
     "SamplingParams": "hetis.core.sampling_params",
     "RequestOutput": "hetis.core.outputs",
     "CompletionOutput": "hetis.core.outputs",
-    "Piece": "hetis.server.requests",
+    "Piece": "hetis.frontend.requests",
     "FleetStats": "hetis.core.messages",
     "EngineConfig": "hetis.core.config",
 }

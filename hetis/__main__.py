@@ -16,6 +16,6 @@ def leave_working_directory() -> None:
 
 if __name__ == "__main__":
     leave_working_directory()  # before anything else is imported
-    from hetis.server.cli import main
+    from hetis.cli.main import main
 
     main()

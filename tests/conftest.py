@@ -7,14 +7,22 @@ which are about other kernels and may run while the extensions are built.
 """
 
 import os
+import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from hetis import LLM
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# a shell's background job starts with Ctrl-C ignored, and what it starts inherits that: the fleets under test must not
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _cache = tempfile.TemporaryDirectory(prefix="hetis-tests-")  # removed when this process ends
 os.environ["XDG_CACHE_HOME"] = _cache.name
 if find_spec("hypothesis"):  # the tests that run on a GPU need none
@@ -58,3 +66,21 @@ def groups() -> Iterator[dict[str, Path]]:
         for path in made.values():
             if path.is_dir():
                 path.rmdir()
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A short path, for sockets; nothing may be left in it."""
+    path = Path(tempfile.mkdtemp(prefix="t"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator["LLM"]:
+    """The model in the package on one primary and two workers, all of which get lanes, whatever their speed today."""
+    from hetis import LLM
+
+    options = {"device": "cpu", "dtype": "float32", "kv_cache_memory": "32MiB", "dispatch": "even"}
+    with LLM(plan="1+2", max_logprobs=50, **options) as llm:
+        yield llm

@@ -11,8 +11,8 @@ import msgspec
 
 from hetis.core.config import EngineConfig
 from hetis.core.messages import FleetQuery, FleetStats
-from hetis.server.client import EngineClient
-from hetis.server.launch import plan_for
+from hetis.frontend.client import EngineClient
+from hetis.launch.member import plan_for
 
 from .board import Board, Column
 from .fleet import Emulation, Fleet
@@ -106,7 +106,7 @@ def rank_environment(directory: Path) -> Iterator[None]:
     os.environ |= {
         EMULATION: str(directory),
         "PYTHONPATH": os.pathsep.join(path),
-        # as `hetis.server.launch` sets them before it imports torch, which the shim does earlier
+        # as `hetis.launch.member` sets them before it imports torch, which the shim does earlier
         "OMP_WAIT_POLICY": "PASSIVE",
         "THP_MEM_ALLOC_ENABLE": "1",
     }

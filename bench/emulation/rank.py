@@ -61,7 +61,7 @@ def slow_kernels(board: Any) -> None:
 
 def touch_pools() -> None:
     """The kernel gives and clears memory when it is first written to; devices have theirs from the start."""
-    from hetis.cache.pool import PagePool
+    from hetis.ranks.pool import PagePool
 
     make = PagePool.__init__
 

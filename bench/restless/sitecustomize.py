@@ -35,5 +35,5 @@ def make_restless() -> None:
     Engine._move_lanes = move_lanes  # type: ignore[method-assign]
 
 
-if VARIABLE in os.environ and "hetis.engine.driver" in sys.orig_argv:
+if VARIABLE in os.environ and "hetis.driver.driver" in sys.orig_argv:
     make_restless()

@@ -1,1 +1,1 @@
-"""The KV cache: which page belongs to which lane (host half, never torch) and the pages themselves (`pool.py`)."""
+"""Level 2: which page belongs to which lane, and which lanes are on the move. Functions of data, like the scheduler."""

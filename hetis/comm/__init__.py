@@ -1,1 +1,1 @@
-"""The data plane (links, collectives) and the control plane: the only home of torch.distributed and zmq."""
+"""Level 3: the data plane (links, collectives) and the control plane: the only home of torch.distributed and zmq."""

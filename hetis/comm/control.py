@@ -17,9 +17,9 @@ from typing import Any, Literal
 import msgspec
 import zmq
 
-from hetis.comm import supervision
 from hetis.core import messages as m
 from hetis.core.config import Endpoints
+from hetis.processes import supervision
 
 Client = Literal["ranks", "health", "front"]
 

@@ -15,7 +15,7 @@ from hetis.comm.links.base import Link
 from hetis.comm.process_groups import lost_peer, make_process_group
 from hetis.comm.rendezvous import Rendezvous
 from hetis.comm.shared_reduce import open_shared
-from hetis.core.fleet import DeviceInfo, joined_by_nccl
+from hetis.core.device_info import DeviceInfo, joined_by_nccl
 from hetis.core.plan import Plan
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import msgspec
 import torch
 
-from hetis.comm import supervision
 from hetis.comm.rendezvous import Rendezvous
 from hetis.comm.shared_memory import PAGE_BYTES, Address, Segment
+from hetis.processes import supervision
 
 _TOKEN_BYTES = 16
 

@@ -17,8 +17,8 @@ from typing import cast
 import msgspec
 import torch
 
-from hetis.comm import supervision
-from hetis.comm.limits import usable_cores
+from hetis.processes import supervision
+from hetis.processes.limits import usable_cores
 
 WORD_BYTES = 128  # a counter has its cache line to itself, and the neighbour that the processor fetches with it
 PAGE_BYTES = 4096

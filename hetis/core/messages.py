@@ -7,14 +7,14 @@ from typing import Literal
 
 import msgspec
 
-from hetis.core.fleet import DeviceInfo, RankStats
+from hetis.core.device_info import DeviceInfo, RankStats
+from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan
 from hetis.core.profile import FleetProfile
-from hetis.core.sampled import TokenLogprobs
-from hetis.core.samples import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.sampling_params import SamplingParams
-from hetis.core.times import StageTimes
+from hetis.core.step_times import StageTimes
+from hetis.core.token_logprobs import TokenLogprobs
 
 
 class Message(msgspec.Struct, tag=True, kw_only=True):

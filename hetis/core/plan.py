@@ -22,7 +22,7 @@ import msgspec
 
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan_file import FileMember, FilePrimary, FileStage, PlanFile, explain, read_plan_file
-from hetis.core.shares import Span, complete, spans
+from hetis.core.ranges import Span, complete, spans
 from hetis.core.sizes import parse_bytes
 
 Devices = str | Sequence[str] | Callable[[int], str]  # one name for all ranks, a name per rank, or rank -> name

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from hetis.core.fleet import DeviceInfo, joined_by_nccl
+from hetis.core.device_info import DeviceInfo, joined_by_nccl
 from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
 from hetis.core.placement import pages_for
 from hetis.core.plan import AttentionWorker, Plan, Primary

@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.profile import AttentionProfile, DenseProfile, PrefillProfile, TransferProfile
-from hetis.core.samples import AttentionSample, DenseSample, PrefillSample, TransferSample
 
 Floats = NDArray[np.float64]
 Sample = TypeVar("Sample", bound=tuple[float, ...])  # the last field is the measured time

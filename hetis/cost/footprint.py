@@ -6,7 +6,7 @@ primary, V vocabulary rows of a primary, S tokens per page.
 
 from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
 from hetis.core.plan import AttentionWorker, Plan, Primary
-from hetis.core.sampled import SCORED_ROWS
+from hetis.core.token_logprobs import SCORED_ROWS
 
 LOGIT_COPIES = 3  # float32 copies of the logits that sampling makes: scaled, sorted, cumulated
 WEIGHT_COPIES = 2  # of the int64 weights that it draws by: themselves and cumulated

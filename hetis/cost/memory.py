@@ -9,7 +9,7 @@ from math import ceil, floor
 
 import msgspec
 
-from hetis.core.fleet import DeviceInfo
+from hetis.core.device_info import DeviceInfo
 from hetis.core.model_spec import ModelSpec
 from hetis.core.placement import pages_for
 from hetis.core.plan import AttentionWorker, Plan, Primary

@@ -1,1 +1,1 @@
-"""Level 5: the driver, the one process that decides. It never imports torch."""
+"""Level 3: requests in, steps out, tokens back. Pure: no clock, socket, file or process, and never torch."""

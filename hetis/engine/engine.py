@@ -9,7 +9,7 @@ import numpy as np
 from hetis.cache.lane_table import CacheManager
 from hetis.cache.migration import Hauler, pack_hauls
 from hetis.core.batch import Batch, NewToken, Row
-from hetis.core.fleet import RankStats
+from hetis.core.device_info import RankStats
 from hetis.core.messages import (
     AddRequest,
     FleetStats,
@@ -22,7 +22,7 @@ from hetis.core.messages import (
 )
 from hetis.core.placement import Move, Placement
 from hetis.core.request import Sequence, check_token_ids
-from hetis.core.sampled import TokenLogprobs
+from hetis.core.token_logprobs import TokenLogprobs
 from hetis.dispatcher.room import shortage_when_empty
 from hetis.engine.balancer import Balancer
 from hetis.engine.observer import Observer

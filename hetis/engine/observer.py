@@ -2,7 +2,7 @@
 
 from hetis.core.messages import StepTimes
 from hetis.core.plan import Plan
-from hetis.core.times import Span, StageTimes
+from hetis.core.step_times import Span, StageTimes
 from hetis.cost.cost_model import CostModel
 
 HAUL_SHARE = 0.03  # of a layer's time, that pages of lanes on the move may take on a link; 0.05 shows at times

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from hetis.core.config import DriverArgs
-from hetis.core.fleet import DeviceInfo
+from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import Setup
 from hetis.core.model_spec import resolve_dtype
 from hetis.core.plan import Plan

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from hetis.cache.lane_table import CacheManager
-from hetis.core.fleet import RankStats
+from hetis.core.device_info import RankStats
 from hetis.core.messages import DeviceModel, MemberStats, Setup
 from hetis.engine.observer import Observer
 

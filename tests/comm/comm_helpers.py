@@ -18,9 +18,9 @@ from hetis.comm.links.base import Link
 from hetis.comm.links.local import local_pair
 from hetis.comm.links.staged import StagedLink
 from hetis.comm.rendezvous import LocalRendezvous, Rendezvous
-from hetis.comm.supervision import host_id
-from hetis.core.fleet import DeviceInfo
-from tests.processes import DEADLINE
+from hetis.core.device_info import DeviceInfo
+from hetis.processes.supervision import host_id
+from tests.processes.look import DEADLINE
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from hetis.comm.rendezvous import StoreRendezvous
 from hetis.comm.shared_reduce import open_shared
 from hetis.core.plan import Plan, Primary, Stage
 from tests.comm.comm_helpers import CPU, device_info, open_end, ping_pong, receive, transmit
-from tests.processes import DEADLINE
+from tests.processes.look import DEADLINE
 
 MAX_BYTES = 300_000
 

@@ -15,7 +15,7 @@ from hetis.comm.process_groups import make_process_group
 from hetis.comm.rendezvous import LocalRendezvous, StoreRendezvous
 from hetis.comm.shared_reduce import SharedTensorParallel, open_shared
 from tests.comm.comm_helpers import CPU, Ranks, together
-from tests.processes import DEADLINE
+from tests.processes.look import DEADLINE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import zmq
 
-from hetis.comm import supervision
 from hetis.comm.control import TOLD_TO_END, ControlClient, ControlServer
 from hetis.core import messages as m
-from tests.processes import DEADLINE, wait_until
+from hetis.processes import supervision
+from tests.processes.look import DEADLINE, wait_until
 
 
 @pytest.fixture
@@ -111,10 +111,10 @@ def test_a_lost_driver_is_noticed_at_once(directory: Path) -> None:
 
 RANK = """
 import signal, sys, threading
-from hetis.comm import supervision
+from hetis.processes import supervision
 from hetis.comm.control import Heart
 from hetis.core import messages as m
-from tests.processes import DEADLINE
+from tests.processes.look import DEADLINE
 
 waker = supervision.Waker()
 waker.wake_on(signal.SIGTERM, signal.SIGINT)

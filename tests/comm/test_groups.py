@@ -13,7 +13,7 @@ from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.plan import AttentionWorker, Plan
 from tests.comm.comm_helpers import CPU, Ranks, device_info, together
 from tests.comm.rank_script import plan_of_stages
-from tests.processes import DEADLINE
+from tests.processes.look import DEADLINE
 
 H = 40
 

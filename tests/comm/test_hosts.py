@@ -7,12 +7,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hetis.comm import supervision
 from hetis.comm.hosts import Note, Token, is_visible
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.comm.shared_memory import PAGE_BYTES, Address, Segment
+from hetis.processes import supervision
 from tests.comm.comm_helpers import NAMELESS, shared_memory, together
-from tests.processes import DEADLINE
+from tests.processes.look import DEADLINE
 
 
 def note_of(rendezvous: LocalRendezvous, rank: int) -> Note:

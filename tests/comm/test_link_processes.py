@@ -7,7 +7,7 @@ import pytest
 
 from hetis.comm.rendezvous import StoreRendezvous
 from tests.comm.comm_helpers import NAMELESS, Ranks, open_end, random_bytes, receive, shared_memory, transmit
-from tests.processes import DEADLINE
+from tests.processes.look import DEADLINE
 
 
 def test_every_kind_carries_random_messages_between_processes() -> None:

@@ -17,7 +17,7 @@ from hetis.comm.links.torchdist import NUM_CTAS, TorchDistLink, open_torchdist
 from hetis.comm.process_groups import make_process_group
 from hetis.comm.rendezvous import LocalRendezvous
 from tests.comm.comm_helpers import CPU, together
-from tests.processes import DEADLINE
+from tests.processes.look import DEADLINE
 
 LIMIT = timedelta(seconds=20)
 

@@ -5,7 +5,7 @@ import random
 import msgspec
 import pytest
 
-from hetis.core.fleet import DeviceInfo
+from hetis.core.device_info import DeviceInfo
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, split_evenly
 from hetis.cost.footprint import fixed_bytes, page_bytes, page_bytes_of

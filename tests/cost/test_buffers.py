@@ -7,8 +7,7 @@ import msgspec
 import pytest
 import torch
 
-from hetis.cache.pool import PagePool
-from hetis.core.fleet import DeviceInfo
+from hetis.core.device_info import DeviceInfo
 from hetis.core.placement import PoolId
 from hetis.core.plan import AttentionWorker, Plan, Stage, split_evenly
 from hetis.cost import footprint
@@ -23,8 +22,9 @@ from hetis.cost.buffers import (
     scratch_bytes,
     table_bytes,
 )
-from hetis.workers.draw import WEIGHTS_AT_ONCE
-from hetis.workers.wire import WireFormat
+from hetis.ranks.pool import PagePool
+from hetis.ranks.sampling.draw import WEIGHTS_AT_ONCE
+from hetis.ranks.wire import WireFormat
 from hetis_kernels.paged_decode import decode_scratch_numel
 from tests.core.test_memory import GIB, fleet, ledger_of
 from tests.core.test_plan import SPEC

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.profile import AttentionProfile, DenseProfile, PrefillProfile, TransferProfile
-from hetis.core.samples import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer, non_negative
 
 HEADS = [8 * 2**k for k in range(8)]

@@ -17,7 +17,7 @@ import torch
 
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.config import DriverArgs, EngineConfig
-from hetis.core.fleet import DeviceInfo
+from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import AddRequest, Setup, StepCommand, StepResult, StepTimes, TokenOutput
 from hetis.core.placement import Dispatcher, FleetView, Placement
 from hetis.core.plan import resolve_plan
@@ -33,18 +33,18 @@ from hetis.core.profile import (
     TransferProfile,
 )
 from hetis.core.request import Sequence as EngineSequence
-from hetis.core.sampled import TokenLogprobs
 from hetis.core.sampling_params import SamplingParams
+from hetis.core.token_logprobs import TokenLogprobs
+from hetis.driver.profiling import layer_share, profile_key
 from hetis.engine.engine import Engine
 from hetis.engine.policies import Policies, make_policies
-from hetis.engine.profiling import layer_share, profile_key
 from hetis.engine.setup import make_setup
 from hetis.models.families import read_model_spec
 from hetis.models.weight_files import with_own_head
-from hetis.workers.build import describe_device
-from hetis.workers.gpus import sum_in_float32
-from hetis.workers.rank import build_member
-from tests.processes import DEADLINE
+from hetis.ranks.build import describe_device
+from hetis.ranks.gpus import sum_in_float32
+from hetis.ranks.rank import build_member
+from tests.processes.look import DEADLINE
 
 GIB = 1 << 30
 default_device = "cpu"  # of fleets whose test does not say; the fixture `device` sets it

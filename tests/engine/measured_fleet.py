@@ -5,12 +5,12 @@ from random import Random
 
 import msgspec
 
-from hetis.core.fleet import DeviceInfo
+from hetis.core.device_info import DeviceInfo
+from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.messages import Measure, Measured, MeasureLink, Setup
 from hetis.core.plan import Plan, resolve_plan
 from hetis.core.profile import KindProfile, ProfileKey
-from hetis.core.samples import AttentionSample, DenseSample, PrefillSample, TransferSample
-from hetis.engine.profiling import Profiling, profile_key
+from hetis.driver.profiling import Profiling, profile_key
 from tests.dispatcher.fleets import make_spec
 
 SPEC = msgspec.structs.replace(make_spec(4, num_layers=4), intermediate_size=128, vocab_size=512, max_position=256)

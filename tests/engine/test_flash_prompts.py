@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import hetis.workers.primary
+import hetis.ranks.primary
 from hetis.core.sampling_params import SamplingParams
 from hetis_kernels.flash_prefill import load_flash
 from tests.checkpoints import greedy_reference, load_reference, make_checkpoint
@@ -21,7 +21,7 @@ PARAMS = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], FlashAttention]]:
     """Installs the stand-in, for CPUs and float32 too. (transformers, which looks for the package, comes before.)"""
     load_flash.cache_clear()
-    monkeypatch.setattr(hetis.workers.primary, "flash_serves", lambda *of: True)
+    monkeypatch.setattr(hetis.ranks.primary, "flash_serves", lambda *of: True)
     yield partial(install, monkeypatch)
     load_flash.cache_clear()
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hetis.core.messages import StepTimes
-from hetis.core.times import Span, StageTimes
+from hetis.core.step_times import Span, StageTimes
 from hetis.cost.cost_model import CostModel
 from hetis.engine.observer import Observer
 from tests.dispatcher.fleets import device, link, make_cost

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from hetis_kernels.paged_decode import MAX_SPLITS, MIN_SPLIT, decode_scratch_numel, paged_decode, paged_decode_ref
 from tests.kernels.against_reference import check
-from tests.processes import DEADLINE
+from tests.processes.look import DEADLINE
 
 LENGTHS = [1, 16, 17, MIN_SPLIT, MIN_SPLIT + 1, 520]
 WINDOWS = [0, 1, 33, 300]

@@ -13,7 +13,7 @@ from hetis.core.plan import Plan
 from hetis.models.decoder import Decoder
 from hetis.models.layers import StageWeights
 from hetis.models.loader import load_weights
-from tests.processes import DEADLINE
+from tests.processes.look import DEADLINE
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 import os
 import sys
 
-if "HETIS_EMULATION" in os.environ and "RANK" in os.environ and "hetis.engine.driver" not in sys.orig_argv:
+if "HETIS_EMULATION" in os.environ and "RANK" in os.environ and "hetis.driver.driver" not in sys.orig_argv:
     from emulation import rank
 
     rank.emulate(int(os.environ["RANK"]))

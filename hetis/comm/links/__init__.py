@@ -9,7 +9,7 @@ from hetis.comm.links.staged import PageLock, StagedLink
 from hetis.comm.links.tcp import open_tcp
 from hetis.comm.links.torchdist import open_torchdist
 from hetis.comm.rendezvous import Rendezvous
-from hetis.core.fleet import DeviceInfo, joined_by_nccl
+from hetis.core.device_info import DeviceInfo, joined_by_nccl
 
 KINDS = ("local", "shm", "torchdist", "tcp")
 

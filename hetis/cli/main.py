@@ -1,0 +1,110 @@
+"""`hetis generate | bench | profile`. Under torchrun the same command line makes a process one rank of the fleet."""
+
+import argparse
+import os
+import signal
+import sys
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import NoReturn
+
+from hetis.cli.arguments import engine_config
+from hetis.cli.parser import CommandParser
+from hetis.cli.version import version_text
+from hetis.core.logs import VARIABLE, set_up_logging
+from hetis.frontend.console import drop_output, prepare_streams, write, write_message
+from hetis.launch import member as launch
+from hetis.launch.torchrun import under_torchrun
+
+# exit codes, as shells give them to processes that these signals end
+INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from hetis.cli import bench, generate, profile
+
+    parser = CommandParser(
+        prog="hetis",
+        description="Runs a large language model on several unlike devices at once, split by attention head.",
+        epilog="`hetis COMMAND --help` shows the options of a command, with examples.",
+    )
+    parser.add_argument("--version", action="version", version=version_text(), help="show versions and exit")
+    parser.set_defaults(run=lambda _: parser.print_help())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, module, text in (
+        ("generate", generate, "generate text from one or more prompts"),
+        ("bench", bench, "measure throughput or latency with random prompts"),
+        ("profile", profile, "measure the speed of every device and of the links between them"),
+    ):
+        description = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=description, epilog=module.EXAMPLES)
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Parses, then runs the command; errors of the user and of the fleet end as one sentence and exit code 1.
+
+    Ctrl-C ends with 130, and a reader that went away (`hetis generate | head`) with 141, neither with a message.
+    """
+    is_interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_interruptible:  # nothing is started yet: end at once, without the traceback of an import
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    prepare_streams()
+    code = _exit_code(sys.argv[1:] if argv is None else argv, is_interruptible)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # no traceback out of the interpreter's end
+    sys.exit(code)
+
+
+def _exit_code(argv: list[str], is_interruptible: bool) -> int:
+    try:
+        code = _run(argv, is_interruptible)
+        write("")  # what is still buffered
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        drop_output()
+        return READER_GONE
+    except ValueError as error:
+        write_message(f"hetis: {error}")
+        return 1
+
+
+def _run(argv: list[str], is_interruptible: bool) -> int:
+    try:
+        options = parse(argv)
+    except SystemExit as end:  # of --help, --version and what cannot be
+        return int(end.code or 0)
+    if "model" in options:
+        os.environ[VARIABLE] = options.log_level  # for all that is started from here
+        set_up_logging("")
+        if under_torchrun():
+            launch.run_member(engine_config(options), argv)
+    is_child = launch.fleet_directory is not None
+    from hetis.frontend.channel import EngineDeadError
+
+    if is_interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return options.run(options) or 0
+    except EngineDeadError as error:
+        if not is_child:  # else the driver has said it
+            write_message(f"hetis: {error}")
+        return 1
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Under torchrun every rank reads the same command line; one is enough to complain about it."""
+    with ExitStack() as silence:
+        if under_torchrun() and os.environ.get("RANK") != "0":
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(redirect_stdout(nowhere))
+            silence.enter_context(redirect_stderr(nowhere))
+        options = build_parser().parse_args(argv)
+        try:
+            if "model" in options:
+                engine_config(options)
+        except ValueError as error:
+            write_message(f"hetis: {error}")
+            sys.exit(1)
+    return options

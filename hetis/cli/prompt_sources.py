@@ -1,0 +1,107 @@
+"""Prompts of `hetis generate`: from the command line, a file or standard input."""
+
+import argparse
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hetis.launch import member as launch
+
+SourcePrompt = str | list[int]
+
+EXAMPLES = (  # the model in the package has read the documentation of Python
+    "The function returns",
+    "If the file does not exist,",
+    "A list is a sequence of",
+    "This module provides",
+)
+STANDARD_INPUT = "-"
+
+
+def prompts_of(options: argparse.Namespace) -> list[SourcePrompt]:
+    """Those of --prompt or --prompt-file; else of standard input where that is a pipe or a file; else examples.
+
+    Raises ValueError for a file that cannot be read or holds something else than prompts.
+    """
+    if options.prompt:
+        return [text_of_argument(argument) for argument in options.prompt]
+    if options.prompt_file is not None:
+        return read_prompt_file(options.prompt_file)
+    return read_prompt_file(STANDARD_INPUT) if input_is_redirected() else [*EXAMPLES]
+
+
+def text_of_argument(argument: str) -> str:
+    """Bytes that the locale's encoding lacks come as lone surrogates: they are read as UTF-8, if they are that."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        with suppress(UnicodeError):
+            return os.fsencode(argument).decode()
+    return argument
+
+
+def input_is_redirected() -> bool:
+    """Whether standard input is a pipe or file. Under torchrun it is the launcher's, and nothing is read unasked."""
+    if launch.fleet_directory is not None:
+        return False
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def read_prompt_file(name: str) -> list[SourcePrompt]:
+    """Prompts in the file `name` ("-": standard input), UTF-8: see `parse_prompts`."""
+    what = "standard input" if name == STANDARD_INPUT else f"prompt file {name}"
+    try:
+        content = sys.stdin.buffer.read() if name == STANDARD_INPUT else Path(name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{what} cannot be read ({error.strerror}).") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{what} is not UTF-8 text (line {line}); save it as UTF-8.") from error
+    prompts = list(parse_prompts(text, what))
+    if not prompts:
+        raise ValueError(f"{what} holds no prompt: give one a line.")
+    return prompts
+
+
+def parse_prompts(text: str, what: str) -> Iterator[SourcePrompt]:
+    """One prompt a line; empty lines are skipped.
+
+    If the first line is a JSON object with a prompt, all lines are: {"prompt": "text"} or {"prompt_token_ids": [1, 2]};
+    other keys are ignored. That form holds prompts of several lines. ValueError names a line that is not of this form.
+    """
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    is_json = bool(lines) and _prompt_of(lines[0][1]) is not None
+    for number, line in lines:
+        prompt = _prompt_of(line) if is_json else line
+        if prompt is None:
+            raise ValueError(
+                f'{what}, line {number}: not a JSON object with "prompt" (text) or "prompt_token_ids" (a list of '
+                f"numbers), which line {lines[0][0]} is."
+            )
+        yield prompt
+
+
+def _prompt_of(line: str) -> SourcePrompt | None:
+    """The prompt in a line of JSON; None if it has none."""
+    try:
+        found: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    text, ids = found.get("prompt"), found.get("prompt_token_ids")
+    if isinstance(text, str):
+        return text
+    return ids if isinstance(ids, list) and all(type(token) is int for token in ids) else None

@@ -1,0 +1,58 @@
+"""A progress bar on a terminal's stderr; nothing where stderr is a file or a pipe."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hetis.frontend.console import is_terminal
+
+_drawing = threading.Lock()  # a terminal has room for one bar
+
+
+class ProgressBar:
+    """Steps of a known number. Any thread may call `advance`."""
+
+    def __init__(self, progress: Any = None, task: Any = None) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """`count` more steps are done. `note`: shown behind the bar from now on, like a speed; None: as before."""
+        if self._progress is not None:
+            fields = {} if note is None else {"note": note}
+            self._progress.update(self._task, advance=count, **fields)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[ProgressBar]:
+    """A bar for `total` steps while the block runs; it disappears at the end.
+
+    Invisible unless `show`, where stderr is no terminal, and while another one is visible.
+    """
+    if not (show and is_terminal(sys.stderr) and _drawing.acquire(blocking=False)):
+        yield ProgressBar()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
+            yield ProgressBar(progress, progress.add_task(title, total=total, note=""))
+    finally:
+        _drawing.release()

@@ -1,1 +1,0 @@
-"""Level 6: what users touch: `LLM`, the command line, and the starting of processes."""

@@ -1,0 +1,482 @@
+"""The driver from the first hello to the end, on sockets of the test's own: which messages go where, and when.
+
+Whenever the driver waits, the test's script goes on by one step, so nothing here depends on time.
+"""
+
+import io
+import os
+import subprocess
+from collections import defaultdict, deque
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from hetis.core import messages as m
+from hetis.core.config import DriverArgs, EngineConfig
+from hetis.core.device_info import DeviceInfo, RankStats
+from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
+from hetis.core.plan import resolve_plan
+from hetis.core.sampling_params import SamplingParams
+from hetis.driver import driver
+from hetis.driver.driver import Driver
+from hetis.driver.watch import GRACE_SECONDS, FleetFailedError, Watch, verdict_on
+from hetis.processes import children, supervision
+from tests.dispatcher.fleets import make_spec
+from tests.processes.look import DEADLINE
+
+SPEC = msgspec.structs.replace(make_spec(4, num_layers=4), intermediate_size=128, vocab_size=512, max_position=256)
+PARENT = 1000  # a descriptor that the driver only asks the fake poller about
+TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
+Script = Generator[list[tuple[object, int]] | None, None, None]
+FRONT, OTHER_FRONT = b"front", b"other"
+
+
+class Sockets:
+    """In place of a ControlServer and its poller: keeps what the driver sends, hands it what the script has put."""
+
+    def __init__(self) -> None:
+        self.poller = self
+        self.script: Script  # and the driver that it is for: set by `run`
+        self.driver: Driver
+        self.now = 0.0
+        self.is_hidden = False
+        self.sent: list[tuple[str, bytes, Any]] = []
+        self._inbox: dict[str, deque[tuple[bytes, m.Message]]] = defaultdict(deque)
+        self._decoder = msgspec.msgpack.Decoder(TO_RANK)
+
+    # --- the driver's side
+
+    def register(self, what: object, flags: int = 0) -> None: ...
+
+    def unregister(self, what: object) -> None: ...
+
+    def poll(self, milliseconds: int) -> list[tuple[object, int]]:
+        try:
+            return next(self.script) or []
+        except StopIteration:
+            raise AssertionError("the driver waits for what the script does not do") from None
+
+    def receive(self, client: str) -> tuple[bytes, m.Message] | None:
+        return self._inbox[client].popleft() if self._inbox[client] else None
+
+    def send(self, client: str, identity: bytes, message: m.Message | bytes) -> None:
+        self.sent.append((client, identity, self._decoder.decode(message) if isinstance(message, bytes) else message))
+
+    def hide(self) -> None:
+        self.is_hidden = True
+
+    # --- the script's side
+
+    def put(self, client: str, identity: bytes, *messages: m.Message) -> None:
+        self._inbox[client].extend((identity, message) for message in messages)
+
+    def take(self, client: str, identity: bytes) -> list[Any]:
+        """What one client has been sent since the last time."""
+        taken = [message for where, whom, message in self.sent if (where, whom) == (client, identity)]
+        self.sent = [each for each in self.sent if each[:2] != (client, identity)]
+        return taken
+
+    # --- what ranks do
+
+    def hello(self, rank: int, free_memory: int = 1 << 30) -> None:
+        info = DeviceInfo(
+            rank=rank, device="cpu", name="", host="elsewhere", address="", pid=1000 + rank, num_threads=1,
+            total_memory=1 << 30, free_memory=free_memory,
+        )  # fmt: skip
+        self.put("ranks", str(rank).encode(), m.Hello(info=info))
+
+    def ready(self, rank: int) -> None:
+        self.put("ranks", str(rank).encode(), m.Ready(rank=rank))
+
+    def come_up(self) -> Script:
+        """Both ranks join and load; for a fleet that is not measured."""
+        self.hello(0)
+        self.hello(1)
+        yield None
+        self.ready(0)
+        self.ready(1)
+        yield None
+        self.take("ranks", b"0")
+        self.take("ranks", b"1")
+
+    def answer_step(self) -> m.StepCommand:
+        """Takes the one command that both ranks must have been given; every row that samples draws token 7."""
+        (command,), (same,) = self.take("ranks", b"0"), self.take("ranks", b"1")
+        assert command == same
+        tokens = np.full(len(command.sampled) // 4, 7, dtype=np.int32).tobytes()
+        self.put("ranks", b"0", m.StepResult(step=command.step, tokens=tokens))
+        return command
+
+
+@pytest.fixture
+def sockets(monkeypatch: pytest.MonkeyPatch) -> Sockets:
+    found = Sockets()
+    monkeypatch.setattr(driver, "Watch", lambda plan, timeout: Watch(plan, timeout, clock=lambda: found.now))
+    monkeypatch.setattr(driver, "END_SECONDS", 0.0)
+    monkeypatch.setattr(driver, "FAIL_SECONDS", 0.0)
+    return found
+
+
+class Parent(io.RawIOBase):
+    """What rank 0 writes to the driver, whose poller sees it as `PARENT`."""
+
+    def __init__(self, line: bytes) -> None:
+        self._line = line
+
+    def fileno(self) -> int:
+        return PARENT
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return self._line
+
+
+def make_args(directory: Path | str = "", **options: Any) -> DriverArgs:
+    """Of a fleet of 1+1."""
+    config = EngineConfig(
+        plan="1+1", device="cpu", kv_cache_memory=1 << 20, max_model_len=64, profile_cache=False,
+        **({"dispatch": "even"} | options),
+    )  # fmt: skip
+    plan = resolve_plan(config.plan, SPEC, config.device, config.kv_cache_memory)
+    return DriverArgs(
+        config=config, spec=SPEC, plan=plan, eos_token_ids=[3], run_directory=str(directory), address=None,
+        announce=False, parent=1,
+    )  # fmt: skip
+
+
+def run(sockets: Sockets, script: Script, directory: Path | str = "", line: bytes = b"", **options: Any) -> None:
+    """Runs a driver to its end with the script, which must have come to its own. `line`: what rank 0 writes."""
+    args = make_args(directory, **options)
+    sockets.driver, sockets.script = Driver(args, sockets, Parent(line)), script  # type: ignore[arg-type]
+    sockets.driver.run()
+    assert next(script, "the end") == "the end", "the driver ended before the script"
+
+
+def request(name: str, **params: Any) -> m.AddRequest:
+    return m.AddRequest(id=name, token_ids=[1, 2, 5], params=SamplingParams(**({"max_tokens": 2} | params)))
+
+
+# --- joining ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_setup_goes_to_all_when_the_last_has_joined(sockets: Sockets) -> None:
+    def script() -> Script:
+        sockets.hello(1)
+        yield None
+        assert sockets.sent == []
+        sockets.hello(0)
+        yield None
+        (setup,), (same,) = sockets.take("ranks", b"0"), sockets.take("ranks", b"1")
+        assert setup == same
+        assert [info.rank for info in setup.fleet] == [0, 1]
+        assert setup.eos_token_ids == [3]
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script())
+    assert sockets.take("ranks", b"0") == sockets.take("ranks", b"1") == [m.Shutdown()]
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(sockets: Sockets) -> None:
+    def script() -> Script:
+        sockets.hello(0, free_memory=1 << 10)
+        sockets.hello(1)
+        yield None
+
+    with pytest.raises(ValueError, match=r"ranks 0, 1 on cpu: .* do not fit") as caught:
+        run(sockets, script())
+    assert verdict_on(caught.value, sockets.driver.is_up).refused
+    assert sockets.sent == [], "no rank has begun to load"
+
+
+def test_front_ends_get_ready_when_the_fleet_is_up_and_not_before(sockets: Sockets) -> None:
+    def script() -> Script:
+        sockets.put("front", FRONT, m.Attach())
+        yield from sockets.come_up()
+        (ready,) = sockets.take("front", FRONT)
+        assert (ready.max_model_len, ready.vocab_size, ready.eos_token_ids) == (64, 512, [3])
+        assert sockets.is_hidden, "no other process can connect"
+        sockets.put("front", OTHER_FRONT, m.Attach())
+        yield None
+        assert sockets.take("front", OTHER_FRONT) == [ready]
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script())
+
+
+def test_what_comes_before_the_fleet_is_up_is_refused_or_waits(sockets: Sockets) -> None:
+    def script() -> Script:
+        sockets.put("front", FRONT, m.Attach(), request("early"), m.AbortRequest(id="early"))
+        sockets.put("front", FRONT, m.FleetQuery(), m.FleetQuery())
+        sockets.put("front", OTHER_FRONT, m.ProfileQuery())
+        yield None
+        answers = sockets.take("front", FRONT)
+        assert [answer.outputs[0].finish_reason for answer in answers] == ["error", "error"]
+        assert "not up yet" in answers[0].outputs[0].error
+        sockets.hello(0)
+        sockets.hello(1)
+        yield None
+        for rank in (0, 1):
+            sockets.ready(rank)
+        yield None
+        for rank in (b"0", b"1"):
+            assert [type(message) for message in sockets.take("ranks", rank)] == [m.Setup, m.StatsQuery]
+            sockets.put("ranks", rank, m.Stats(stats=RankStats(rank=int(rank))))
+        yield None
+        assert [type(message) for message in sockets.take("front", FRONT)] == [m.EngineReady, m.FleetStats]
+        assert [type(message) for message in sockets.take("front", OTHER_FRONT)] == [m.ProfileReport]
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script())
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measured(rank: int, message: m.Measure | m.MeasureLink) -> m.Measured:
+    sizes = [2**k for k in range(4, 16)]
+    if isinstance(message, m.MeasureLink):
+        ways = [TransferSample(n, 10 + 1e-3 * n) for n in sizes] if rank == message.primary else []
+        return m.Measured(rank=rank, seconds=0.1, request=ways, reply=ways)
+    if message.part == "attention":
+        points = [(h, n) for h in (2, 8, 32) for n in (1000, 50_000, 1_000_000)]
+        times = [AttentionSample(h, n, 5 + 0.1 * h + 1e-4 * n) for h, n in points]
+        return m.Measured(rank=rank, seconds=0.1, read_bytes_per_us=100.0, attention=times)
+    dense = [DenseSample(n, max(10.0, 0.5 * n)) for n in sizes]
+    return m.Measured(rank=rank, seconds=0.1, dense=dense, prefill=[PrefillSample(n, 1.0 * n) for n in sizes])
+
+
+def start_measuring(sockets: Sockets) -> Script:
+    """Up to the first messages about it, which are not taken."""
+    sockets.put("front", FRONT, m.Attach())
+    sockets.hello(0)
+    sockets.hello(1)
+    yield None
+    for rank in (b"0", b"1"):
+        assert [type(message) for message in sockets.take("ranks", rank)] == [m.Setup]
+        sockets.ready(int(rank))
+    yield None
+
+
+def test_a_fleet_is_up_when_all_is_measured(sockets: Sockets) -> None:
+    def script() -> Script:
+        yield from start_measuring(sockets)
+        sockets.put("front", OTHER_FRONT, m.ProfileQuery())  # answered when there is a profile
+        num_measured = 0
+        while asked := [(rank, each) for rank in (0, 1) for each in sockets.take("ranks", str(rank).encode())]:
+            assert all(isinstance(message, m.Measuring) for message in sockets.take("front", FRONT))
+            assert sockets.take("front", OTHER_FRONT) == []
+            for rank, message in asked:
+                num_measured += 1
+                sockets.put("ranks", str(rank).encode(), measured(rank, message))
+            yield None
+        assert num_measured >= 4, "attention, dense, and a link at both ends"
+        assert [type(message) for message in sockets.take("front", FRONT)][-1] is m.EngineReady
+        sockets.put("front", FRONT, m.ProfileQuery())
+        yield None
+        (report,) = sockets.take("front", FRONT)
+        assert sockets.take("front", OTHER_FRONT) == [report]
+        assert sorted(report.profile.devices) == [0, 1]
+        assert [(link.primary, link.worker) for link in report.profile.links] == [(0, 1)]
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script(), dispatch="hetis")
+
+
+def test_a_fleet_that_is_shut_down_while_it_measures_ends_its_ranks(sockets: Sockets) -> None:
+    """They read messages when they have measured; what aborts them comes by another socket."""
+
+    def script() -> Script:
+        yield from start_measuring(sockets)
+        assert [type(message) for message in sockets.take("ranks", b"0")] == [m.Measure]
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script(), dispatch="hetis")
+    assert sockets.take("ranks", b"0") == sockets.take("ranks", b"1") == [m.Shutdown()]
+    assert [type(message) for message in sockets.take("health", b"1")] == [m.Abort]
+
+
+# --- serving ----------------------------------------------------------------------------------------------------------
+
+
+def test_steps_go_to_all_ranks_and_tokens_to_all_front_ends(sockets: Sockets) -> None:
+    def script() -> Script:
+        sockets.put("front", FRONT, m.Attach())
+        sockets.put("front", OTHER_FRONT, m.Attach())
+        yield from sockets.come_up()
+        sockets.put("front", FRONT, request("a"), request("b", max_tokens=1))
+        yield None
+        found: dict[str, list[int]] = defaultdict(list)
+        ends: dict[str, str | None] = {}
+        while len([end for end in ends.values() if end]) < 2:
+            sockets.answer_step()
+            yield None
+            outputs = [each for each in sockets.take("front", FRONT) if isinstance(each, m.Outputs)]
+            assert outputs == [each for each in sockets.take("front", OTHER_FRONT) if isinstance(each, m.Outputs)]
+            for output in (one for each in outputs for one in each.outputs):
+                found[output.id] += output.token_ids
+                ends[output.id] = output.finish_reason
+        assert found == {"a": [7, 7], "b": [7]}
+        assert ends == {"a": "length", "b": "length"}
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script())
+
+
+def test_one_that_can_never_run_is_refused_and_the_others_go_on(sockets: Sockets) -> None:
+    def script() -> Script:
+        sockets.put("front", FRONT, m.Attach())
+        yield from sockets.come_up()
+        sockets.take("front", FRONT)
+        endless = m.AddRequest(id="endless", token_ids=[1] * 100_000, params=SamplingParams())
+        sockets.put("front", FRONT, endless, request("good", max_tokens=1))
+        yield None
+        (refused,) = sockets.take("front", FRONT)[0].outputs
+        assert (refused.id, refused.finish_reason) == ("endless", "error")
+        sockets.answer_step()
+        yield None
+        assert [one.finish_reason for each in sockets.take("front", FRONT) for one in each.outputs] == ["length"]
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script())
+
+
+def test_a_request_that_is_aborted_gets_no_more_steps(sockets: Sockets) -> None:
+    def script() -> Script:
+        sockets.put("front", FRONT, m.Attach())
+        yield from sockets.come_up()
+        sockets.put("front", FRONT, request("a", max_tokens=50))
+        yield None
+        command = sockets.answer_step()
+        assert command.admitted
+        yield None
+        sockets.answer_step()
+        sockets.put("front", FRONT, m.AbortRequest(id="a"), m.AbortRequest(id="never was"))
+        yield None
+        sockets.take("ranks", b"0")
+        yield None
+        assert [message for message in sockets.take("ranks", b"0") if message.sampled] == []
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script())
+
+
+def test_one_question_to_the_ranks_answers_all_front_ends(sockets: Sockets) -> None:
+    def script() -> Script:
+        yield from sockets.come_up()
+        sockets.put("front", FRONT, m.FleetQuery())
+        sockets.put("front", OTHER_FRONT, m.FleetQuery())
+        yield None
+        assert sockets.take("ranks", b"0") == sockets.take("ranks", b"1") == [m.StatsQuery()]
+        sockets.put("ranks", b"1", m.Stats(stats=RankStats(rank=1, attention_seconds=2.0)))
+        yield None
+        assert sockets.sent == [], "rank 0 has not answered"
+        sockets.put("ranks", b"0", m.Stats(stats=RankStats(rank=0, attention_seconds=6.0)))
+        yield None
+        (one,), (other,) = sockets.take("front", FRONT), sockets.take("front", OTHER_FRONT)
+        assert one == other
+        assert [member.attention_share for member in one.members] == [0.75, 0.25]
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script())
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_rank_0_can_end_the_job_in_order(sockets: Sockets) -> None:
+    def script() -> Script:
+        yield from sockets.come_up()
+        yield [(PARENT, 1)]
+
+    run(sockets, script(), line=supervision.END)
+    assert [message for *_, message in sockets.sent if isinstance(message, m.Shutdown)] == [m.Shutdown()] * 2
+
+
+def test_rank_0_may_end_the_job_before_the_driver_reads_its_arguments(tmp_path: Path) -> None:
+    """Both lines are there at once, and the pipe stays open: reading the first one must leave the second."""
+    begin = msgspec.json.encode(make_args(tmp_path)) + b"\n" + supervision.END
+    reader, writer = os.pipe()
+    os.write(writer, begin)
+    with subprocess.Popen(children.command("hetis.driver.driver"), stdin=reader, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.wait(DEADLINE) == 0
+        finally:
+            process.kill()
+            os.close(reader)
+            os.close(writer)
+
+
+@pytest.mark.parametrize(("line", "words"), [(b"", "was killed by SIGKILL"), (supervision.TOLD, "told to end")])
+def test_the_end_of_rank_0_is_the_end_of_the_fleet(
+    line: bytes, words: str, sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "await_status", lambda pid, seconds: 9)
+
+    def script() -> Script:
+        yield from sockets.come_up()
+        yield [(PARENT, 1)]
+        sockets.now += GRACE_SECONDS + 1
+        yield None
+
+    with pytest.raises(FleetFailedError, match=words) as caught:
+        run(sockets, script(), line=line)
+    assert "rank 0" in str(caught.value)
+
+
+def test_heartbeats_are_answered(sockets: Sockets) -> None:
+    def script() -> Script:
+        yield from sockets.come_up()
+        sockets.put("health", b"1", m.Heartbeat(rank=1, step=3))
+        yield None
+        assert sockets.take("health", b"1") == [m.Pong()]
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script())
+
+
+def test_a_failure_is_sent_to_all_once(sockets: Sockets, tmp_path: Path) -> None:
+    def script() -> Script:
+        sockets.put("front", FRONT, m.Attach())
+        yield from sockets.come_up()
+        sockets.take("front", FRONT)
+        sockets.put("health", b"1", m.Failure(rank=1, reason="MemoryError: no more", traceback="Traceback …"))
+        yield None
+
+    with pytest.raises(FleetFailedError, match=r"rank 1 .* failed: MemoryError: no more") as caught:
+        run(sockets, script(), tmp_path)
+    sockets.driver.fail(caught.value)
+    assert sockets.take("front", FRONT) == [m.EngineDead(reason=str(caught.value))]
+    for rank in (b"0", b"1"):
+        aborts = sockets.take("health", rank)
+        assert m.Abort(reason=str(caught.value)) in aborts
+    found = supervision.read_verdict(tmp_path)
+    assert found == supervision.Verdict(str(caught.value), refused=False)
+
+
+def test_a_silent_rank_is_killed_by_others_of_its_host(sockets: Sockets, tmp_path: Path) -> None:
+    def script() -> Script:
+        yield from sockets.come_up()
+        sockets.now += 9.0
+        sockets.put("health", b"0", m.Heartbeat(rank=0, step=-1))
+        yield None
+        sockets.now += 2.0
+        yield None
+
+    with pytest.raises(FleetFailedError, match="rank 1") as caught:
+        run(sockets, script(), tmp_path, step_timeout=10.0)
+    assert caught.value.culprits == {"elsewhere": [1001]}
+    sockets.driver.fail(caught.value)
+    assert m.Abort(reason=str(caught.value), host="elsewhere", culprits=[1001]) in sockets.take("health", b"0")

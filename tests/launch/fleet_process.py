@@ -1,0 +1,187 @@
+"""A fleet in processes of its own, to be watched and hurt: who runs, what was said, what is left over."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import psutil
+
+from tests.processes.look import DEADLINE, Look, family, kill, look
+
+ROOT = Path(__file__).parent.parent.parent
+SHIM = Path(__file__).parent / "shim"
+END_SECONDS = 50.0
+
+# A front end: says where it is, waits for a word when idle or closing, streams for long when busy.
+SCRIPT = """
+import sys
+from hetis import LLM, SamplingParams
+
+plan, phase, options = sys.argv[1], sys.argv[2], dict(pair.split("=") for pair in sys.argv[3:])
+options = {name: float(value) if name == "step_timeout" else value for name, value in options.items()}
+llm = LLM(plan=plan, device="cpu", kv_cache_memory="64MiB", **options)
+print("ready", flush=True)
+if phase == "closing":
+    sys.stdin.readline()
+    llm.close()
+elif phase == "idle":
+    sys.stdin.readline()
+    llm.generate("It")
+else:
+    for _ in range(1000):
+        for piece in llm.stream(["It"] * 4, SamplingParams(max_tokens=900, ignore_eos=True)):
+            print("token", flush=True)
+"""
+
+
+class FleetProcess:
+    """A command that runs a fleet. A context manager; at its end nothing that it started is left."""
+
+    def __init__(self, command: Sequence[str], directory: Path, **variables: str) -> None:
+        """`directory`: for temporary files; it must be empty in the end, and its path short (it holds sockets)."""
+        self.directory = directory
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
+        environment |= {"TMPDIR": str(directory), "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
+        environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | variables
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C in these tests is not for pytest
+        )
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read, args=pair, daemon=True)
+            for pair in ((self.process.stdout, self.out), (self.process.stderr, self.err))
+        ]
+        for reader in self._readers:
+            reader.start()
+        self._root = psutil.Process(self.process.pid)
+        self._seen: dict[int, psutil.Process] = {}
+
+    @classmethod
+    def script(cls, directory: Path, plan: str, phase: str, *options: str, **variables: str) -> "FleetProcess":
+        """The front end above."""
+        return cls([sys.executable, "-c", SCRIPT, plan, phase, *options], directory, **variables)
+
+    @classmethod
+    def torchrun(cls, directory: Path, num_ranks: int, *arguments: str, **variables: str) -> "FleetProcess":
+        """`torchrun -m hetis …` on one host."""
+        return cls(
+            [*torchrun_command("--standalone", "--nproc-per-node", str(num_ranks)), *arguments], directory, **variables
+        )
+
+    @staticmethod
+    def _read(stream: IO[str], lines: list[str]) -> None:
+        for line in stream:
+            lines.append(line.rstrip("\n"))
+
+    # --- who runs -----------------------------------------------------------------------------------------------------
+
+    def members(self) -> dict[str, psutil.Process]:
+        """By role: "front", "launcher", "torchrun", "driver", "rank 0" … of those that live."""
+        found: dict[str, psutil.Process] = {}
+        for process in family(self._root):
+            self._seen[process.pid] = process
+            if (seen := look(process)) is not None and (role := role_of(seen)) is not None:
+                # a child looks like its parent until it has replaced itself, and comes after it
+                found.setdefault(role, process)
+        return found
+
+    def member(self, role: str) -> psutil.Process:
+        """The process in this role, as soon as it is there."""
+        return self.until(lambda: self.members().get(role), f"there is a {role}")
+
+    def wait_for(self, text: str) -> None:
+        """Until the front end has printed a line with `text`."""
+        self.until(lambda: any(text in line for line in self.out), f"{text!r} is printed")
+        self.members()
+
+    def until(self, find: Callable[[], Any], what: str) -> Any:
+        deadline = time.monotonic() + DEADLINE
+        while not (found := find()):
+            assert self.process.poll() is None, f"it ended before {what}:\n{self.text()}"
+            assert time.monotonic() < deadline, f"not within {DEADLINE:.0f} s: {what}:\n{self.text()}"
+            time.sleep(0.02)
+        return found
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def hurt(self, role: str, with_signal: signal.Signals) -> int:
+        """The pid of whom it hit."""
+        self.members()
+        victim = self.member(role)
+        victim.send_signal(with_signal)
+        return victim.pid
+
+    def say(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+
+    def wait(self) -> int:
+        """The exit code. All that it started must end as well, long before a step's default time limit would see to it.
+
+        That a fleet ends soon is no claim of these tests: on a machine with other work it takes what it takes.
+        """
+        deadline = time.monotonic() + END_SECONDS
+        try:
+            code = self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still there after {END_SECONDS} s: {self.members()}\n{self.text()}") from None
+        left = psutil.wait_procs(list(self._seen.values()), timeout=max(0.0, deadline - time.monotonic()))[1]
+        assert not left, f"orphans after {END_SECONDS} s: {left}\n{self.text()}"
+        for reader in self._readers:
+            reader.join(DEADLINE)
+        return code
+
+    def leftovers(self) -> list[str]:
+        """Files and sockets in the temporary directory; torchrun's own log directories are not ours."""
+        return [path.name for path in self.directory.iterdir() if not path.name.startswith("torchelastic_")]
+
+    def text(self) -> str:
+        return "\n".join([*self.out[-20:], "--- stderr", *self.err[-80:]])
+
+    def __enter__(self) -> "FleetProcess":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.members()
+        for process in self._seen.values():
+            kill(process)
+        self.process.kill()  # nothing if it has ended
+        self.process.wait()
+
+
+def torchrun_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *arguments, "-m", "hetis"]
+
+
+def role_of(seen: Look) -> str | None:
+    """What a process of a fleet is; None if it is none, or none yet."""
+    command, rank = seen.command, seen.variables.get("RANK")
+    if "hetis.driver.driver" in command:
+        return "driver"
+    if "hetis.launch.local_launcher" in command:
+        return "launcher" if not command.endswith(" rank") else None if rank is None else f"rank {rank}"
+    if "torch.distributed.run" in command:
+        return "torchrun"
+    if "-m hetis" in command and rank is not None:
+        return f"rank {rank}"
+    return "front" if re.search("-m hetis|import LLM", command) else None
