@@ -1,17 +1,17 @@
 """Sends a workload to a fleet at its times, and notes when the tokens come."""
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 
-from hetis.core.messages import AddRequest, Outputs
+from hetis.core.messages import AddRequest, TokenOutput
 from hetis.core.sampling_params import SamplingParams
 
 from .launch import EmulatedFleet
 from .workload import FIRST_TOKEN_ID, Request
-
-LONGEST_POLL_S = 0.2
 
 
 class Throttle(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,21 +36,27 @@ def run_workload(
 ) -> list[Timeline]:
     """Returns when all requests are finished. RuntimeError if one fails."""
     timelines = [Timeline(arrival_s=r.arrival_s, num_context=len(r.token_ids)) for r in requests]
-    to_send, to_slow = list(enumerate(requests)), sorted(throttles, key=lambda throttle: throttle.at_s)
+    inbox = fleet.client.open(map(str, range(len(requests))), [])
     num_running, begin = len(requests), time.monotonic()
+    threading.Thread(target=play, args=(fleet, requests, throttles, begin), daemon=True).start()
     while num_running:
-        now = time.monotonic() - begin
-        while to_slow and to_slow[0].at_s <= now:
-            throttle = to_slow.pop(0)
-            fleet.set_share(throttle.rank, throttle.share)
-        while to_send and to_send[0][1].arrival_s <= now:
-            index, request = to_send.pop(0)
-            fleet.client.send(add_request(index, request))
-        next_s = min([now + LONGEST_POLL_S, *(r.arrival_s for _, r in to_send[:1]), *(t.at_s for t in to_slow[:1])])
-        message = fleet.client.poll(max(0.001, next_s - now))
-        if isinstance(message, Outputs):
-            num_running -= take(message, timelines, time.monotonic() - begin)
+        outputs = inbox.get()
+        num_running -= take(outputs, timelines, time.monotonic() - begin)
+    for index in range(len(requests)):
+        fleet.client.forget(str(index))
     return timelines
+
+
+def play(fleet: EmulatedFleet, requests: Sequence[Request], throttles: Sequence[Throttle], begin: float) -> None:
+    """Sends each request and slows each rank at its time after `begin`."""
+    events: list[tuple[float, Callable[[], None]]] = [
+        (request.arrival_s, partial(fleet.client.send, [add_request(index, request)]))
+        for index, request in enumerate(requests)
+    ]
+    events += [(each.at_s, partial(fleet.set_share, each.rank, each.share)) for each in throttles]
+    for at_s, act in sorted(events, key=lambda event: event[0]):
+        time.sleep(max(0.0, begin + at_s - time.monotonic()))
+        act()
 
 
 def warm_up(fleet: EmulatedFleet, num_requests: int) -> None:
@@ -61,14 +67,14 @@ def warm_up(fleet: EmulatedFleet, num_requests: int) -> None:
 
 def add_request(index: int, request: Request) -> AddRequest:
     params = SamplingParams(max_tokens=request.num_generated, temperature=0, ignore_eos=True, detokenize=False)
-    return AddRequest(id=str(index), token_ids=request.token_ids, params=params)
+    return AddRequest(id=f"{index}/0", token_ids=request.token_ids, params=params)
 
 
-def take(message: Outputs, timelines: list[Timeline], now_s: float) -> int:
-    """How many requests finished with this message."""
+def take(outputs: Sequence[TokenOutput], timelines: list[Timeline], now_s: float) -> int:
+    """How many requests finished with these tokens, which came at `now_s`."""
     num_finished = 0
-    for new in message.outputs:
-        timeline = timelines[int(new.id)]
+    for new in outputs:
+        timeline = timelines[int(new.id.partition("/")[0])]
         timeline.token_s += [now_s] * len(new.token_ids)
         if new.error is not None:
             raise RuntimeError(f"request {new.id} ({timeline.num_context} tokens) failed: {new.error}")

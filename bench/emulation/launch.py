@@ -53,11 +53,7 @@ class EmulatedFleet:
         self.board.values[rank, Column.SHARE] = share
 
     def stats(self) -> FleetStats:
-        self.client.send(FleetQuery())
-        while True:
-            message = self.client.receive()
-            if isinstance(message, FleetStats):
-                return message
+        return self.client.ask(FleetQuery(), FleetStats)
 
     def measured(self) -> list["Measured"]:
         """What the emulation did so far, by rank."""
