@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, directory: Path) -> tuple[list[dict[str, An
     (directory / "config.json").write_text(json.dumps(SHAPE))
     trace = directory / "trace.json"
     os.environ["HETIS_RESTLESS"] = f"{REST},{MOVING},{options.lanes}"
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent / "restless")
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent / "random_migration")
     with LLM(
         directory,
         plan=options.plan,

@@ -6,13 +6,23 @@ if TYPE_CHECKING:
     from hetis.core.messages import FleetStats
     from hetis.core.outputs import CompletionOutput, RequestOutput
     from hetis.core.sampling_params import SamplingParams
+    from hetis.frontend.channel import EngineDeadError
     from hetis.frontend.llm import LLM
     from hetis.frontend.requests import Piece
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "FleetStats", "Piece", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "EngineDeadError",
+    "FleetStats",
+    "Piece",
+    "RequestOutput",
+    "SamplingParams",
+]
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "LLM": "hetis.frontend.llm",
     "SamplingParams": "hetis.core.sampling_params",
     "RequestOutput": "hetis.core.outputs",
@@ -20,13 +30,14 @@ _HOMES = {
     "Piece": "hetis.frontend.requests",
     "FleetStats": "hetis.core.messages",
     "EngineConfig": "hetis.core.config",
+    "EngineDeadError": "hetis.frontend.channel",
 }
 
 
 def __getattr__(name: str) -> object:
     """Imports a public name when it is first used: the driver and the ranks load only what they need."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'hetis' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

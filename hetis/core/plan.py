@@ -22,8 +22,8 @@ import msgspec
 
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan_file import FileMember, FilePrimary, FileStage, PlanFile, explain, read_plan_file
-from hetis.core.ranges import Span, complete, spans
 from hetis.core.sizes import parse_bytes
+from hetis.core.spans import Span, complete, spans
 
 Devices = str | Sequence[str] | Callable[[int], str]  # one name for all ranks, a name per rank, or rank -> name
 KvMemory = int | str | Mapping[int, int | str] | None  # of every rank, by rank, or None: decided from free memory

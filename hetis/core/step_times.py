@@ -5,7 +5,7 @@ from enum import IntEnum
 import msgspec
 
 
-class Span(IntEnum):
+class Activity(IntEnum):
     """What a rank does at a time. Exactly one of these at every moment of a step."""
 
     OTHER = 0  # planning, embedding, logits, sampling
@@ -29,7 +29,9 @@ class StageTimes(msgspec.Struct, frozen=True, kw_only=True):
     stage: int
     heads: int  # query heads of decode lanes
     kv_tokens: float  # that attention reads in a layer, over these lanes; averaged over the layers, for windows
-    span_us: list[float]  # by `Span`
+    activity_us: list[float]  # by `Activity`
     round_trip_us: dict[int, float] = {}  # worker -> of a layer's message, on average; only where the primary waited
     num_page_layers: int = 0  # pages that were on the move, times layers; sent and received
-    trace: bytes = b""  # float64 [n, 3] (span, begin, end) in seconds since the epoch; only where a trace is written
+    trace: bytes = (
+        b""  # float64 [n, 3] (activity, begin, end) in seconds since the epoch; only where a trace is written
+    )

@@ -13,9 +13,9 @@ from hetis.core.device_info import DeviceInfo
 from hetis.core.files import refuse_pipe, unwritable
 from hetis.core.messages import StepTimes
 from hetis.core.plan import Plan
-from hetis.core.step_times import Span
+from hetis.core.step_times import Activity
 
-FIELDS = 3  # span, begin, end
+FIELDS = 3  # activity, begin, end
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ class TraceFile:
             counts = {"decodes": times.num_decodes, "prompt_tokens": times.num_prompt_tokens}
             counts |= {"heads": stage.heads, "page_layers": stage.num_page_layers}
             self._bar(times.rank, stage.stage, f"step {times.step}", laps[0][1], laps[-1][2], counts)
-            for span, begin, end in laps:
-                self._bar(times.rank, stage.stage, Span(int(span)).label, begin, end)
+            for activity, begin, end in laps:
+                self._bar(times.rank, stage.stage, Activity(int(activity)).label, begin, end)
 
     def _bar(
         self, rank: int, stage: int, name: str, begin: float, end: float, counts: dict[str, int] | None = None

@@ -2,7 +2,7 @@
 
 from hetis.core.messages import StepTimes
 from hetis.core.plan import Plan
-from hetis.core.step_times import Span, StageTimes
+from hetis.core.step_times import Activity, StageTimes
 from hetis.cost.cost_model import CostModel
 
 HAUL_SHARE = 0.03  # of a layer's time, that pages of lanes on the move may take on a link; 0.05 shows at times
@@ -28,7 +28,7 @@ class Observer:
             return
         for stage in times.stages:
             num_layers = self._plan.stages[stage.stage].num_layers
-            self._follow_attention(times.rank, stage, stage.span_us[Span.ATTENTION] / num_layers)
+            self._follow_attention(times.rank, stage, stage.activity_us[Activity.ATTENTION] / num_layers)
             if times.rank not in self._workers and not times.num_prompt_tokens:
                 self._follow_layers(times.rank, stage, num_layers)
                 self._follow_links(times.rank, stage)
@@ -46,9 +46,9 @@ class Observer:
             self.cost.relax([rank])
 
     def _follow_layers(self, rank: int, stage: StageTimes, num_layers: int) -> None:
-        dense_us, other_us = stage.span_us[Span.DENSE], stage.span_us[Span.OTHER]
+        dense_us, other_us = stage.activity_us[Activity.DENSE], stage.activity_us[Activity.OTHER]
         self.cost.observe_dense(rank, dense_us / num_layers, other_us / num_layers)
-        layer_us = (sum(stage.span_us) - other_us - stage.span_us[Span.STAGE]) / num_layers
+        layer_us = (sum(stage.activity_us) - other_us - stage.activity_us[Activity.STAGE]) / num_layers
         self._layer_us += LAYER_WEIGHT * (layer_us - self._layer_us)
 
     def _follow_links(self, home: int, stage: StageTimes) -> None:

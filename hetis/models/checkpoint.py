@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hetis.core.model_spec import ModelSpec
-from hetis.core.ranges import Span
+from hetis.core.spans import Span
 from hetis.models.tensor_names import Shapes
 from hetis.models.weight_files import damaged, find_tensors
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hetis.core.messages import StepCommand
-from hetis.core.ranges import Span
+from hetis.core.spans import Span
 from hetis.ranks.pool import PagePool
 from hetis_kernels import page_gather, page_scatter
 

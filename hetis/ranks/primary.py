@@ -13,7 +13,7 @@ from hetis.comm.collectives import Pipeline, TensorParallel
 from hetis.comm.links.base import Link
 from hetis.core.device_info import RankStats
 from hetis.core.messages import Setup, StepCommand, StepResult, StepTimes
-from hetis.core.step_times import Span
+from hetis.core.step_times import Activity
 from hetis.core.token_logprobs import SCORED_ROWS, TokenLogprobs
 from hetis.models.decoder import Decoder
 from hetis.ranks.build import TORCH_DTYPES, decode_scratch, make_pool, wire_format
@@ -97,30 +97,30 @@ class PrimaryRank:
     def _compute(self, command: StepCommand, step: PrimaryInput) -> StepResult | None:
         if self._is_first:
             hidden_TH = self._decoder.embed(step.token_T, step.position_T)
-            self._timer.lap(Span.OTHER)
+            self._timer.lap(Activity.OTHER)
         else:
-            self._timer.lap(Span.OTHER)
+            self._timer.lap(Activity.OTHER)
             hidden_TH = self._pipeline.recv(step.num_tokens)
-            self._timer.lap(Span.STAGE)
+            self._timer.lap(Activity.STAGE)
         hidden_TH = self._decoder.forward(hidden_TH, step.position_T, self._attention)
-        self._timer.lap(Span.DENSE)
+        self._timer.lap(Activity.DENSE)
         self._attention.finish()
         if self._is_last:
             return self._finish(command, step, hidden_TH)
-        self._timer.lap(Span.OTHER)
+        self._timer.lap(Activity.OTHER)
         self._pipeline.send(hidden_TH)
-        self._timer.lap(Span.STAGE)
+        self._timer.lap(Activity.STAGE)
         return None
 
     def _carry(self, command: StepCommand) -> StepResult | None:
         """A step without tokens brings lanes on the move further while all others wait for their pages."""
-        self._timer.lap(Span.OTHER)
+        self._timer.lap(Activity.OTHER)
         self._attention.carry(*self._decoder.attention_buffers())
         self._attention.finish()
         return StepResult(step=command.step, tokens=b"") if self._sampler else None
 
     def _note_times(self, command: StepCommand, step: PrimaryInput) -> None:
-        self._timer.lap(Span.OTHER)
+        self._timer.lap(Activity.OTHER)
         pages = sum(route.haul.num_in + route.haul.num_out for route in step.routes)
         num_layers = self._setup.plan.stages[self._stage_index].num_layers
         times = self._timer.report([step.local], pages * num_layers)

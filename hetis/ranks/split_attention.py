@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hetis.comm.links.base import Link
-from hetis.core.step_times import Span
+from hetis.core.step_times import Activity
 from hetis.ranks.pool import PagePool
 from hetis.ranks.step_input import PrimaryInput
 from hetis.ranks.timer import StageTimer
@@ -44,7 +44,7 @@ class SplitAttention:
 
     def attend(self, layer: int, qkv_TGHD: Tensor, out_TGMD: Tensor) -> None:
         """Writes the attention of every new token and local head group into `out_TGMD`."""
-        self._timer.lap(Span.DENSE)
+        self._timer.lap(Activity.DENSE)
         T, G, H, D = qkv_TGHD.shape
         qkv_NHD = qkv_TGHD.view(T * G, H, D)
         out_NMD = out_TGMD.view(T * G, H - 2, D)
@@ -61,7 +61,7 @@ class SplitAttention:
                 message = link.send_buffer(wire.request_bytes(0, 0, num_pages))
                 route.haul.write(last, wire.request_views(message, 0, 0, num_pages)[2])
                 link.send()
-                self._timer.lap(Span.MIGRATION)
+                self._timer.lap(Activity.MIGRATION)
 
     def carry(self, qkv_TGHD: Tensor, out_TGMD: Tensor) -> None:
         """A step without tokens, in which only pages travel."""
@@ -86,9 +86,9 @@ class SplitAttention:
             if num_prefill:
                 lane_pack(rows_NF[:, wire.out_width :], route.prefill_row_A, kv_AF)
             if num_pages:
-                self._timer.lap(Span.SEND)
+                self._timer.lap(Activity.SEND)
                 route.haul.write(layer - 1, pages_N12SD)
-                self._timer.lap(Span.MIGRATION)
+                self._timer.lap(Activity.MIGRATION)
             link.send()
             self._timer.on_sent(route.peer)
 
@@ -98,7 +98,7 @@ class SplitAttention:
         table_BW, lse2_NM = self._pool.table_BW, self._lse2_NM
         if len(step.append):
             kv_append(qkv_NHD[:, M], qkv_NHD[:, M + 1], pages_2PSD, step.append.row_A, step.append.slot_A)
-            self._timer.lap(Span.APPEND)
+            self._timer.lap(Activity.APPEND)
         if len(step.local):
             lanes = step.local
             paged_decode(
@@ -106,7 +106,7 @@ class SplitAttention:
                 self._scale, window, out_NMD, lse2_NM[: len(out_NMD)],
                 max_length=lanes.max_length, scratch=self._scratch,
             )  # fmt: skip
-            self._timer.lap(Span.ATTENTION)
+            self._timer.lap(Activity.ATTENTION)
         if (chunks := step.prefill) is not None:
             tokens = slice(chunks.first_token, chunks.stop_token)
             out = out_TGMD[tokens]
@@ -114,13 +114,13 @@ class SplitAttention:
                 qkv_TGHD[tokens, :, :M], pages_2PSD, table_BW, chunks.query_start_C1, chunks.lane_CG, chunks.context_C,
                 self._scale, window, out, lse2_NM[: out[..., 0, 0].numel()].view(*out.shape[:3]),
             )  # fmt: skip
-            self._timer.lap(Span.PROMPT)
+            self._timer.lap(Activity.PROMPT)
         if (prompts := step.whole_prompts) is not None:
             first = prompts.first_token
             flash_prefill(
                 qkv_TGHD[first:], prompts.query_start_C1, prompts.max_tokens, self._scale, window, out_TGMD[first:]
             )
-            self._timer.lap(Span.PROMPT)
+            self._timer.lap(Activity.PROMPT)
 
     def _collect(self, layer: int, out_NMD: Tensor) -> None:
         wire = self._wire
@@ -134,12 +134,12 @@ class SplitAttention:
             if num_decode and not num_pages:
                 self._timer.on_received(route.peer)
             else:
-                self._timer.lap(Span.WAIT)
+                self._timer.lap(Activity.WAIT)
             out_UMD, _, pages_N12SD = wire.reply_views(reply, num_decode, num_pages)
             if num_decode:
                 lane_unpack(out_UMD.view(num_decode, wire.out_width), route.decode_row_U, out_NF)
-                self._timer.lap(Span.SEND)
+                self._timer.lap(Activity.SEND)
             if num_pages:
                 route.haul.read(layer, pages_N12SD)
-                self._timer.lap(Span.MIGRATION)
+                self._timer.lap(Activity.MIGRATION)
             link.release()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hetis.core.messages import StepCommand
-from hetis.core.ranges import Span
+from hetis.core.spans import Span
 from hetis.ranks.page_transfer import LinkHaul, hauls_of, no_haul, primary_hauls, worker_haul
 from hetis.ranks.pool import PagePool
 from hetis.ranks.step_arrays import step_arrays

@@ -10,17 +10,17 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hetis.core.step_times import Span
+from hetis.core.step_times import Activity
 
-Trace = list[tuple[int, float, float]]  # (span, begin, end), seconds since the epoch
+Trace = list[tuple[int, float, float]]  # (activity, begin, end), seconds since the epoch
 
 
 class Stopwatch(Protocol):
     def begin(self) -> None:
         """A step begins: forget the last one."""
 
-    def lap(self, span: Span) -> int:
-        """All since the last lap (or the beginning) was `span`. The lap's index in `read`."""
+    def lap(self, activity: Activity) -> int:
+        """All since the last lap (or the beginning) was `activity`. The lap's index in `read`."""
 
     def read(self) -> Trace:
         """The laps since the beginning."""
@@ -35,22 +35,22 @@ class HostStopwatch:
 
     def __init__(self) -> None:
         self._epoch = time.time() - time.perf_counter()
-        self._spans: list[int] = []
+        self._activities: list[int] = []
         self._times: list[float] = []
 
     def begin(self) -> None:
-        self._spans.clear()
+        self._activities.clear()
         self._times.clear()
         self._times.append(time.perf_counter())
 
-    def lap(self, span: Span) -> int:
-        self._spans.append(span)
+    def lap(self, activity: Activity) -> int:
+        self._activities.append(activity)
         self._times.append(time.perf_counter())
-        return len(self._spans) - 1
+        return len(self._activities) - 1
 
     def read(self) -> Trace:
         times = [self._epoch + moment for moment in self._times]
-        return list(zip(self._spans, times, times[1:], strict=False))
+        return list(zip(self._activities, times, times[1:], strict=False))
 
 
 class CudaStopwatch:
@@ -58,19 +58,19 @@ class CudaStopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._spans: list[int] = []
+        self._activities: list[int] = []
         self._events: list[torch.cuda.Event] = []
         self._began = 0.0
 
     def begin(self) -> None:
-        self._spans.clear()
+        self._activities.clear()
         self._began = time.time()
         self._record(0)
 
-    def lap(self, span: Span) -> int:
-        self._spans.append(span)
-        self._record(len(self._spans))
-        return len(self._spans) - 1
+    def lap(self, activity: Activity) -> int:
+        self._activities.append(activity)
+        self._record(len(self._activities))
+        return len(self._activities) - 1
 
     def _record(self, index: int) -> None:
         if index == len(self._events):
@@ -79,17 +79,17 @@ class CudaStopwatch:
 
     def read(self) -> Trace:
         """Waits for the device to have done what was launched."""
-        self._events[len(self._spans)].synchronize()
+        self._events[len(self._activities)].synchronize()
         first = self._events[0]
-        times = [self._began + first.elapsed_time(event) / 1e3 for event in self._events[: len(self._spans) + 1]]
-        return list(zip(self._spans, times, times[1:], strict=False))
+        times = [self._began + first.elapsed_time(event) / 1e3 for event in self._events[: len(self._activities) + 1]]
+        return list(zip(self._activities, times, times[1:], strict=False))
 
 
 def totals_us(trace: Trace) -> list[float]:
-    """Microseconds by `Span`."""
-    totals = [0.0] * len(Span)
-    for span, begin, end in trace:
-        totals[span] += 1e6 * (end - begin)
+    """Microseconds by `Activity`."""
+    totals = [0.0] * len(Activity)
+    for activity, begin, end in trace:
+        totals[activity] += 1e6 * (end - begin)
     return totals
 
 

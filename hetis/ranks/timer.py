@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from hetis.core.messages import StepCommand, StepTimes
-from hetis.core.step_times import Span, StageTimes
+from hetis.core.step_times import Activity, StageTimes
 from hetis.ranks.step_input import DecodeLanes, StepRows
 from hetis.ranks.stopwatch import Trace, make_stopwatch, pack_trace, totals_us
 
@@ -28,11 +28,11 @@ class StageTimer:
 
     def on_sent(self, peer: int) -> None:
         """A message has gone: a lap of `SEND`."""
-        self._sent[peer] = self.lap(Span.SEND)
+        self._sent[peer] = self.lap(Activity.SEND)
 
     def on_received(self, peer: int) -> None:
         """Its reply is here: a lap of `WAIT`."""
-        self._replies.append((peer, self._sent[peer], self.lap(Span.WAIT)))
+        self._replies.append((peer, self._sent[peer], self.lap(Activity.WAIT)))
 
     def report(self, lanes: Sequence[DecodeLanes], num_page_layers: int) -> StageTimes:
         """`lanes`: those whose attention was computed here."""
@@ -41,7 +41,7 @@ class StageTimer:
             stage=self._stage,
             heads=self._num_queries * sum(map(len, lanes)),
             kv_tokens=sum(each.kv_tokens for each in lanes),
-            span_us=totals_us(trace),
+            activity_us=totals_us(trace),
             round_trip_us=self._round_trips_us(trace),
             num_page_layers=num_page_layers,
             trace=pack_trace(trace) if self._traced else b"",
@@ -70,4 +70,6 @@ def step_times(rank: int, command: StepCommand, stages: list[StageTimes]) -> Ste
 
 def attention_seconds(times: StageTimes) -> float:
     """All that attention took, appending included."""
-    return 1e-6 * sum(times.span_us[span] for span in (Span.APPEND, Span.ATTENTION, Span.PROMPT))
+    return 1e-6 * sum(
+        times.activity_us[activity] for activity in (Activity.APPEND, Activity.ATTENTION, Activity.PROMPT)
+    )

@@ -16,7 +16,7 @@ from hetis.comm.streams import own_stream
 from hetis.core.device_info import RankStats
 from hetis.core.messages import Setup, StepCommand, StepTimes
 from hetis.core.plan import Stage
-from hetis.core.step_times import Span, StageTimes
+from hetis.core.step_times import Activity, StageTimes
 from hetis.ranks.build import decode_scratch, make_pool, wire_format
 from hetis.ranks.measuring.devices import Measurer
 from hetis.ranks.step_input import StepPlanner, WorkerInput
@@ -60,7 +60,7 @@ class StageServer:
             if not step.is_empty:
                 served.append((link, step))
         self._planner.upload()
-        self._timer.lap(Span.OTHER)
+        self._timer.lap(Activity.OTHER)
         for layer in range(len(self._windows)) if served else ():
             for link, step in served:
                 self._serve(layer, link, step)
@@ -79,7 +79,7 @@ class StageServer:
         num_in, num_out = step.haul.num_in if layer else 0, step.haul.num_out
         if num_bytes := wire.request_bytes(num_decode, num_prefill, num_in):
             message = link.recv(num_bytes)
-            lap(Span.WAIT)
+            lap(Activity.WAIT)
             qkv_UF, kv_AF, in_N12SD = wire.request_views(message, num_decode, num_prefill, num_in)
             qkv_UHD = qkv_UF.view(num_decode, M + 2, D)
         if num_prefill:
@@ -88,27 +88,27 @@ class StageServer:
             kv_append(kv_A2D[:, 0], kv_A2D[:, 1], pages_2PSD, prompt.row_A, prompt.slot_A)
         if num_decode:
             kv_append(qkv_UHD[:, M], qkv_UHD[:, M + 1], pages_2PSD, step.append.row_A, step.append.slot_A)
-        lap(Span.APPEND)
+        lap(Activity.APPEND)
         if num_decode or num_out:
             reply = link.send_buffer(wire.reply_bytes(num_decode, num_out))
             out_UMD, lse2_UM, out_N12SD = wire.reply_views(reply, num_decode, num_out)
-            lap(Span.SEND)
+            lap(Activity.SEND)
         if num_decode:
             lanes = step.lanes
             paged_decode(
                 qkv_UHD[:, :M], pages_2PSD, self.pool.table_BW, lanes.lane_U, lanes.row_U, lanes.length_U,
                 self._scale, self._windows[layer], out_UMD, lse2_UM, max_length=lanes.max_length, scratch=self._scratch,
             )  # fmt: skip
-            lap(Span.ATTENTION)
+            lap(Activity.ATTENTION)
         if num_out:
             step.haul.write(layer, out_N12SD)
-            lap(Span.MIGRATION)
+            lap(Activity.MIGRATION)
         if num_decode or num_out:
             link.send()
-            lap(Span.SEND)
+            lap(Activity.SEND)
         if num_in:
             step.haul.read(layer - 1, in_N12SD)
-            lap(Span.MIGRATION)
+            lap(Activity.MIGRATION)
         if num_bytes:
             link.release()
 
@@ -117,10 +117,10 @@ class StageServer:
         wire, num_in = self._wire, step.haul.num_in
         if num_in:
             message = link.recv(wire.request_bytes(0, 0, num_in))
-            self._timer.lap(Span.WAIT)
+            self._timer.lap(Activity.WAIT)
             step.haul.read(len(self._windows) - 1, wire.request_views(message, 0, 0, num_in)[2])
             link.release()
-            self._timer.lap(Span.MIGRATION)
+            self._timer.lap(Activity.MIGRATION)
 
 
 class AttentionRank:

@@ -4,9 +4,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.engine.test_profile_files import DEVICE, LAYER, LINK
 
 from hetis.core.profile import FleetProfile
+from tests.driver.test_profile_files import DEVICE, LAYER, LINK
 
 FLEET = FleetProfile(devices={0: DEVICE}, links=(LINK,))
 

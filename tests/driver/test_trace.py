@@ -58,11 +58,11 @@ def test_laps_fill_a_step(directory: Path, tmp_path: Path):
     _, times = run(directory, "1+2")
     for each in times:
         for stage in each.stages:
-            assert sum(stage.span_us) > 0
+            assert sum(stage.activity_us) > 0
             laps = _laps(stage.trace)
             assert all(begin <= end for _, begin, end in laps)
             assert all(first[2] == second[1] for first, second in pairwise(laps)), "a gap or an overlap"
-            assert sum(end - begin for _, begin, end in laps) * 1e6 == pytest.approx(sum(stage.span_us), rel=1e-6)
+            assert sum(end - begin for _, begin, end in laps) * 1e6 == pytest.approx(sum(stage.activity_us), rel=1e-6)
 
 
 def test_a_file_that_cannot_be_written_is_named(directory: Path, tmp_path: Path):

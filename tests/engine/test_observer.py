@@ -3,7 +3,7 @@
 import pytest
 
 from hetis.core.messages import StepTimes
-from hetis.core.step_times import Span, StageTimes
+from hetis.core.step_times import Activity, StageTimes
 from hetis.cost.cost_model import CostModel
 from hetis.engine.observer import Observer
 from tests.dispatcher.fleets import device, link, make_cost
@@ -19,18 +19,18 @@ def observed() -> tuple[Observer, CostModel]:
 
 
 def times(
-    rank: int, stage: int, /, heads: int = HEADS, prompt: int = 0, decodes: int = 1, to: int = 2, **spans: float
+    rank: int, stage: int, /, heads: int = HEADS, prompt: int = 0, decodes: int = 1, to: int = 2, **activities: float
 ) -> StepTimes:
-    span_us = [0.0] * len(Span)
-    for name, value in spans.items():
+    activity_us = [0.0] * len(Activity)
+    for name, value in activities.items():
         if name != "round_trip":
-            span_us[Span[name.upper()]] = value
-    round_trip_us = {to: spans["round_trip"]} if "round_trip" in spans else {}
+            activity_us[Activity[name.upper()]] = value
+    round_trip_us = {to: activities["round_trip"]} if "round_trip" in activities else {}
     report = StageTimes(
         stage=stage,
         heads=heads,
         kv_tokens=TOKENS if heads else 0.0,
-        span_us=span_us,
+        activity_us=activity_us,
         round_trip_us=round_trip_us,
     )
     return StepTimes(rank=rank, step=0, num_decodes=decodes, num_prompt_tokens=prompt, stages=[report])

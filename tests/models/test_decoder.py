@@ -9,7 +9,7 @@ import torch
 
 from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, split_evenly
-from hetis.core.ranges import spans
+from hetis.core.spans import spans
 from hetis.models.families import read_model_spec
 from tests.checkpoints import FAMILIES, load_reference, make_checkpoint, reference_logits
 from tests.models.reference import decode_all

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hetis.core.step_times import Span
+from hetis.core.step_times import Activity
 from hetis.ranks.stopwatch import CudaStopwatch, totals_us
 
 CYCLES = 50_000_000  # some 25 ms at 2 GHz
@@ -20,15 +20,15 @@ def test_laps_on_a_gpu_hold_what_was_launched_in_them() -> None:
         torch.cuda.synchronize()
         begin = time.perf_counter()
         watch.begin()
-        watch.lap(Span.OTHER)
+        watch.lap(Activity.OTHER)
         torch.cuda._sleep(CYCLES)
-        watch.lap(Span.ATTENTION)
+        watch.lap(Activity.ATTENTION)
         torch.cuda._sleep(3 * CYCLES)
-        watch.lap(Span.DENSE)
+        watch.lap(Activity.DENSE)
         trace = watch.read()
         elapsed_us = (time.perf_counter() - begin) * 1e6
-        assert [span for span, *_ in trace] == [Span.OTHER, Span.ATTENTION, Span.DENSE]
+        assert [activity for activity, *_ in trace] == [Activity.OTHER, Activity.ATTENTION, Activity.DENSE]
         assert all(first[2] == second[1] for first, second in pairwise(trace))
         totals = totals_us(trace)
-        assert totals[Span.DENSE] > totals[Span.ATTENTION] > totals[Span.OTHER]
+        assert totals[Activity.DENSE] > totals[Activity.ATTENTION] > totals[Activity.OTHER]
         assert sum(totals) <= elapsed_us

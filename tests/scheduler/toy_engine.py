@@ -19,9 +19,9 @@ from hetis.core.batch import Batch, Row
 from hetis.core.messages import PageDelta
 from hetis.core.placement import Dispatcher, Move, PoolId, Relief, pages_for
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
-from hetis.core.ranges import spans
 from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
+from hetis.core.spans import spans
 from hetis.cost.memory import largest_context
 from hetis.dispatcher.proportional import ProportionalDispatcher
 from hetis.scheduler.scheduler import Scheduler
