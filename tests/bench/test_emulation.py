@@ -18,7 +18,7 @@ WORKLOAD = Workload(num_requests=400, rate_per_s=8.0, context=LENGTHS, generated
 
 
 class Clock:
-    """Seconds that pass when somebody sleeps, or says so."""
+    """Seconds, which pass only in `sleep_until` or where a test advances them."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -103,7 +103,7 @@ def test_a_slow_link_delays_and_keeps_the_line_busy() -> None:
     assert (primary.bytes_sent, primary.bytes_received) == (2000, 7)
 
 
-def test_who_comes_late_does_not_wait() -> None:
+def test_a_late_receiver_does_not_wait() -> None:
     clock = Clock()
     primary, worker = (
         SlowLink(end, Link(latency_ms=5.0), now_ns=clock.ns, sleep_until=clock.sleep_until)
