@@ -26,11 +26,10 @@ from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan, resolve_plan
 from hetis.core.profile import FleetProfile
 from hetis.launch import torchrun
-from hetis.models.end_tokens import read_eos_token_ids
+from hetis.models.end_tokens import read_eos_token_ids, read_tokenizer_eos
 from hetis.models.families import read_model_spec
 from hetis.models.hub import expanded, resolve_model
 from hetis.models.json_files import read_object
-from hetis.models.tokenizer_eos import read_tokenizer_eos
 from hetis.models.weight_files import find_tensors, with_own_head
 from hetis.processes import children, supervision
 

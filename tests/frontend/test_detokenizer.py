@@ -3,10 +3,11 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from hetis.core.sampling_params import SamplingParams
 from hetis.frontend.detokenizer import Detokenizer, StopChecker
+from tests.byte_level import train_byte_level
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Every good boy deserves fudge, said the fox.",
@@ -25,15 +26,8 @@ TEXT = st.text(
 
 def byte_level(use_regex: bool) -> Tokenizer:
     """GPT-2's kind; without the regex, tokens join the end of one character with the begin of the next."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    return train_byte_level(CORPUS, 500, SPECIAL, words)
 
 
 def byte_fallback() -> Tokenizer:

@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from hetis.frontend import tokenizer as tokenizer_module
 from hetis.frontend.tokenizer import encode, load_tokenizer
+from tests.byte_level import train_byte_level
 
 CORPUS = ["hello world, in 2024 there were 12345 of them", "It's naïve — 日本語"] * 20
 TEXTS = [
@@ -41,18 +42,9 @@ def sentencepiece_like(prefix: bool) -> Tokenizer:
 
 def byte_level(pattern: str, prefix: bool) -> Tokenizer:
     """GPT-2's kind, cut by its own or another regular expression."""
-    tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, show_progress=False, special_tokens=SPECIAL, initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+    return train_byte_level(CORPUS, 420, SPECIAL, pre_tokenizers.Sequence([split, to_bytes]))
 
 
 def with_limits() -> Tokenizer:
