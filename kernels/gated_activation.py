@@ -1,4 +1,4 @@
-"""The gate of a gated MLP: activation(gate) * up.
+"""Gate of a gated MLP: activation(gate) * up.
 
 T tokens, F MLP columns.
 """

@@ -1,4 +1,4 @@
-"""Root-mean-square norm, alone or after adding to the residual stream.
+"""Root-mean-square norm, optionally after an addition to the residual stream.
 
 T tokens, H hidden size.
 """
