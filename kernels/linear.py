@@ -2,7 +2,7 @@
 
 On the CPU a kernel of this package reads the weight as the checkpoint holds it (row-major, not packed, not copied):
 once per call at memory bandwidth when tokens are few, at the speed of oneDNN's packed weights when they are many. Its
-result for a token does not depend on the other tokens, so decode and prefill are bit-identical. Elsewhere torch computes.
+result for a token does not depend on other tokens, so decode and prefill are bit-identical. Elsewhere torch computes.
 
 T tokens, N outputs, K inputs.
 """

@@ -1,4 +1,4 @@
-"""Log-probabilities of drawn tokens and of prompts against torch's softmax and a sort."""
+"""Log-probabilities of drawn tokens and of prompts against softmax of torch and a sort."""
 
 from math import log
 
@@ -60,7 +60,7 @@ def test_prompt_logprobs_in_blocks_of_rows(count: int, monkeypatch: pytest.Monke
         assert_logprobs(one, logits[position], int(following[position]), size if count == -1 else count)
 
 
-def test_cumulated_logprob_of_greedy_tokens_is_that_of_a_softmax() -> None:
+def test_sum_of_logprobs_of_greedy_tokens_equals_that_of_a_softmax() -> None:
     logits = random_logits(8, 100)
     sampler = sampler_for([SamplingParams(temperature=0, logprobs=0)] * 8, 100)
     sampled = sample(sampler, logits, list(range(8)), [4] * 8)
