@@ -1,7 +1,7 @@
-// Copies between the cache, messages and buffers, and the exact merge of two partial attentions.
+// Copies between the KV cache, messages and buffers, and the exact merge of two partial attentions.
 //
-// A appended rows, N rows, U rows of a message, F values per row, L layers, P pages, S tokens per page, M query heads
-// per group, D head_dim.
+// A appended (token, head group) pairs, N vectors of such pairs, U vectors of a message, F values per vector, L layers,
+// P pages, S tokens per page, M query heads per group, D head_dim.
 
 #include <algorithm>
 #include <cmath>
@@ -15,7 +15,7 @@
 namespace hetis {
 namespace {
 
-// One thread copies so many bytes before another is worth waking.
+// Bytes that one thread copies before waking another one pays.
 constexpr int64_t kGrainBytes = 128 * 1024;
 
 // Copies `count` pieces of `bytes`; address(i) gives destination and source of piece i.

@@ -1,4 +1,4 @@
-// The operations that registration.cpp registers; their contracts are the docstrings of the launchers in kernels/.
+// Operations registered by registration.cpp. Their contracts are the docstrings of the launchers in kernels/.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -21,8 +21,8 @@ void page_scatter(const at::Tensor& source_NL2SD, const at::Tensor& page_N, cons
 void merge_states(const at::Tensor& out_a_NMD, const at::Tensor& lse2_a_NM, const at::Tensor& out_b_NMD,
                   const at::Tensor& lse2_b_NM, const at::Tensor& out_NMD, const at::Tensor& lse2_NM);
 
-// Reads all of a contiguous tensor with torch's threads and returns the sum of its 64-bit words: how fast memory can be
-// read, the yardstick of benchmarks.
+// Reads a contiguous tensor with torch's threads and returns the sum of its 64-bit words. Used to measure memory
+// bandwidth.
 int64_t stream_read(const at::Tensor& tensor);
 
 }  // namespace hetis

@@ -1,8 +1,8 @@
-// Names and signatures of the attention and cache operations in torch.ops.hetis. Other files add theirs with
-// TORCH_LIBRARY_FRAGMENT.
+// Names and signatures of the attention and cache operations in torch.ops.hetis. Other files register their operations
+// with TORCH_LIBRARY_FRAGMENT.
 //
-// They are registered without a dispatch key: a call goes straight to the function, which checks that its tensors are
-// on the CPU.
+// Operations here have no dispatch key: a call goes straight to the function, which checks that its tensors are on the
+// CPU.
 
 #include <torch/library.h>
 #include <torch/version.h>
