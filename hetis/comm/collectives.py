@@ -64,8 +64,8 @@ class GroupTensorParallel(TensorParallel):
         self._others = "ranks " + ", ".join(str(rank) for i, rank in enumerate(ranks) if i != self.index)
 
     def all_reduce(self, x: Tensor) -> None:
-        """For two ranks NCCL adds: that sum has one order and is rounded once. For more it would add in the dtype and
-        in ring order, so the parts are gathered and added here."""
+        """Sums by NCCL for two ranks, with one possible order and one rounding. For more ranks NCCL would add in the
+        dtype and in ring order, so the parts are gathered and summed here."""
         if x.numel() == 0:
             return
         with lost_peer(self._others):
@@ -94,15 +94,15 @@ class GroupTensorParallel(TensorParallel):
         if len(x_NV) == 0:
             return x_NV.new_empty(0, sum(widths)) if self.index == 0 else None
         mine_B = _bytes(x_NV.contiguous())
-        to = [len(mine_B), *[0] * (self.size - 1)]
-        row_bytes = len(x_NV) * x_NV.element_size()
-        of = [row_bytes * width for width in widths] if self.index == 0 else [0] * self.size
-        whole_B = mine_B.new_empty(sum(of))
+        send_sizes = [len(mine_B), *[0] * (self.size - 1)]
+        column_bytes = len(x_NV) * x_NV.element_size()
+        recv_sizes = [column_bytes * width for width in widths] if self.index == 0 else [0] * self.size
+        whole_B = mine_B.new_empty(sum(recv_sizes))
         with lost_peer(self._others):
-            self._group.alltoall_base(whole_B, mine_B, of, to).wait()
+            self._group.alltoall_base(whole_B, mine_B, recv_sizes, send_sizes).wait()
         if self.index > 0:
             return None
-        parts = [part.view(x_NV.dtype).view(len(x_NV), -1) for part in torch.split(whole_B, of) if len(part)]
+        parts = [part.view(x_NV.dtype).view(len(x_NV), -1) for part in torch.split(whole_B, recv_sizes) if len(part)]
         return torch.cat(parts, dim=1)
 
     def connect(self, device: torch.device) -> None:
@@ -188,5 +188,5 @@ def sum_in_order(parts: Sequence[Tensor], out: Tensor) -> None:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """Flat view of `x` as bytes, which gloo and NCCL transfer whatever its dtype."""
+    """Flat view of `x` as bytes, which gloo and NCCL transfer for every dtype."""
     return x.view(-1).view(torch.uint8)

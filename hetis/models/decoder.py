@@ -35,7 +35,7 @@ class Workspace:
 
     hidden_TH: Tensor
     normed_TH: Tensor
-    delta_TH: Tensor  # what attention or the MLP adds to the residual stream
+    delta_TH: Tensor  # output of attention or of the MLP, added to the residual stream
     qkv_TGHD: Tensor
     attended_TGMD: Tensor
     gate_up_TF: Tensor

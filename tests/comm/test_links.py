@@ -199,15 +199,15 @@ def test_opening_without_a_peer_names_the_key_and_unknown_kinds_are_refused() ->
         open_end("carrier pigeon", LocalRendezvous(), 0, 1, 1)
 
 
-def stranger_of(endpoint: str, password: bytes | None) -> zmq.Socket[bytes]:
+def unauthorised_peer(endpoint: str, password: bytes | None) -> zmq.Socket[bytes]:
     """Socket that connects like a worker, with any password or none, and sends a message to the primary."""
-    stranger = zmq.Context().socket(zmq.PAIR)
-    stranger.linger, stranger.rcvtimeo = 0, 50
+    peer = zmq.Context().socket(zmq.PAIR)
+    peer.linger, peer.rcvtimeo = 0, 50
     if password is not None:
-        stranger.plain_username, stranger.plain_password = b"hetis", password
-    stranger.connect(endpoint)
-    stranger.send(b"ten bytes!")
-    return stranger
+        peer.plain_username, peer.plain_password = b"hetis", password
+    peer.connect(endpoint)
+    peer.send(b"ten bytes!")
+    return peer
 
 
 def test_tcp_refuses_peers_without_the_token_and_second_peers() -> None:
@@ -215,26 +215,26 @@ def test_tcp_refuses_peers_without_the_token_and_second_peers() -> None:
     rendezvous = LocalRendezvous()
     offer = partial(rendezvous.get, "link/0-1/tcp")
     silent = socket.socket()
-    strangers: list[zmq.Socket[bytes]] = []
+    peers: list[zmq.Socket[bytes]] = []
 
-    def join_after_strangers() -> object:
+    def join_after_peers() -> object:
         endpoint = msgspec.msgpack.decode(offer(), type=Offer).endpoint
         host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
         silent.connect((host, int(port)))
-        strangers.extend(stranger_of(endpoint, password) for password in (None, b"guess", b"0" * 32))
+        peers.extend(unauthorised_peer(endpoint, password) for password in (None, b"guess", b"0" * 32))
         return open_end("tcp", rendezvous, 1, 10, 10)
 
-    primary, worker = together(lambda: open_end("tcp", rendezvous, 0, 10, 10), join_after_strangers)
+    primary, worker = together(lambda: open_end("tcp", rendezvous, 0, 10, 10), join_after_peers)
     late = msgspec.msgpack.decode(offer(), type=Offer)
-    strangers.append(stranger_of(late.endpoint, late.token))
+    peers.append(unauthorised_peer(late.endpoint, late.token))
     for message in (random_bytes(10, seed) for seed in range(3)):
         for sender, receiver in ((primary, worker), (worker, primary)):
             transmit(sender, message)
             assert torch.equal(receive(receiver, 10), message)
-        for stranger in strangers:
+        for peer in peers:
             with pytest.raises(zmq.Again):
-                stranger.recv()
-        strangers.pop().close()  # which does not affect the link
+                peer.recv()
+        peers.pop().close()  # which does not affect the link
     worker.close()
     with pytest.raises(ConnectionError, match="rank 1"):
         primary.recv(10)

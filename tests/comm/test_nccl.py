@@ -102,7 +102,7 @@ def test_a_receive_does_not_wait_for_the_work_of_the_current_stream(log: list[st
 
 @pytest.mark.parametrize("is_primary", [True, False])
 def test_links_make_communicators_in_one_order_at_both_ends(log: list[str], is_primary: bool) -> None:
-    """To the worker first: each end waits for the other inside the first operation of a group."""
+    """The direction to the worker is first: each end waits for the other in the first operation of a group."""
     link = TorchDistLink(Recorder(log, "out"), Recorder(log, "in"), 1, (8, 0), CPU)
     link.connect(is_primary, LIMIT)
     send = ["out.send 1", "wait for out.send 1 at most 20 s"]

@@ -56,7 +56,7 @@ class Link(ABC):
 
 @dataclass(frozen=True, slots=True)
 class LinkEnd:
-    """What every kind of link needs to open one end."""
+    """Arguments that every kind of link needs to open one end."""
 
     rendezvous: Rendezvous
     ranks: tuple[int, int]  # (primary, worker)

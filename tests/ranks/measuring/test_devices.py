@@ -118,7 +118,7 @@ def test_a_primary_without_head_groups_measures_layers_and_no_prompts(directory:
 
 
 def test_a_worker_of_two_stages_answers_on_both_links(directory: Path) -> None:
-    """In steps a thread serves each link; measurements come before and use another thread."""
+    """Each link has a thread in steps; measurements come before these and use another thread."""
     plan = directory / "plan.json"
     plan.write_text('{"stages": [{"layers": 1, "primaries": [{}]}, {"primaries": [{}]}], "attention": [{}]}')
     _, members = build(directory, str(plan))

@@ -1,4 +1,4 @@
-"""Which calls are timed, how often, and which times count, with simulated timers."""
+"""Choice of timed calls, their number, and the times that count, with simulated timers."""
 
 import pytest
 
