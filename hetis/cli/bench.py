@@ -32,6 +32,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the two kinds of benchmark with their options."""
     parser.set_defaults(run=lambda _: parser.print_help())
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", title="kinds")
     text = "measure throughput: requests and tokens per second with many requests at once"
@@ -58,6 +59,7 @@ def _add_lengths(parser: argparse.ArgumentParser, add: Any) -> None:
 
 
 def run_throughput(options: argparse.Namespace) -> None:
+    """Runs `hetis bench throughput`."""
     _check(options)
     result = _measure_throughput(options)
     rows = [
@@ -73,6 +75,7 @@ def run_throughput(options: argparse.Namespace) -> None:
 
 
 def _measure_throughput(options: argparse.Namespace) -> dict[str, float]:
+    """Figures under vLLM's key names; times in seconds."""
     from hetis.frontend.llm import LLM
 
     begin = time.perf_counter()
@@ -102,6 +105,7 @@ def _measure_throughput(options: argparse.Namespace) -> dict[str, float]:
 
 
 def run_latency(options: argparse.Namespace) -> None:
+    """Runs `hetis bench latency`."""
     _check(options)
     latencies = _measure_latencies(options)
     percentiles = percentiles_of(latencies)

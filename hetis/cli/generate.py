@@ -32,6 +32,7 @@ _log = logging.getLogger("hetis")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `hetis generate`."""
     group = parser.add_argument_group("prompts and texts")
     sources = group.add_mutually_exclusive_group()
     prompt = "text of a prompt; may be repeated; default: standard input if it is a pipe or file, else examples"

@@ -31,6 +31,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `hetis profile`."""
     group = parser.add_argument_group("result")
     group.add_argument(OUTPUT, type=Path, metavar="FILE", help="write the profile to FILE, for --profile")
     add_engine_arguments(parser)
@@ -88,6 +89,7 @@ def tables(
 
 
 def devices_table(profile: FleetProfile, report: ProfileReport, plan: Plan) -> "Table":
+    """Device, memory and source of the figures of every rank."""
     table = new_table(("rank", "role", "device", "name"), ("memory", "usable"))
     table.add_column("from", no_wrap=True)
     for member in plan.members():
@@ -100,6 +102,7 @@ def devices_table(profile: FleetProfile, report: ProfileReport, plan: Plan) -> "
 
 
 def attention_table(profile: FleetProfile) -> "Table":
+    """Fitted terms of decode attention of every rank."""
     table = new_table(("rank",), ("per head", "per MiB", "fixed", "least", "accuracy"))
     for rank, device in profile.devices.items():
         found = device.attention

@@ -148,10 +148,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def is_greedy(self) -> bool:
+        """Whether the token of the highest logit is chosen."""
         return self.temperature < GREEDY_BELOW
 
     @property
     def has_penalties(self) -> bool:
+        """Whether logits depend on the tokens before."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     def for_completion(self, index: int) -> "SamplingParams":

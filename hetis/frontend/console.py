@@ -56,6 +56,7 @@ def drop_output() -> None:
 
 
 def is_terminal(stream: object) -> bool:
+    """Whether `stream` is a terminal; False for None, a process's missing stream."""
     return bool(getattr(stream, "isatty", bool)())
 
 

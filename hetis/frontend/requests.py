@@ -135,6 +135,7 @@ class Request:
         return piece, abort
 
     def output(self) -> RequestOutput:
+        """The outputs so far, in vLLM's form."""
         return RequestOutput(
             request_id=self.id,
             prompt=self._prompt,

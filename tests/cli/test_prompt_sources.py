@@ -66,7 +66,7 @@ def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["Grüße 世界", "plain", ""])
 def test_arguments_are_utf8_whatever_the_locale(text: str) -> None:
-    """In an ASCII locale Python decodes other bytes as lone surrogates."""
+    """Python decodes other bytes as lone surrogates in an ASCII locale."""
     argument = text.encode().decode("ascii", "surrogateescape")
     assert prompts_of(argparse.Namespace(prompt=[argument])) == [text]
 

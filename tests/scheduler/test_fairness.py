@@ -32,7 +32,7 @@ PAGE_SIZE = 4
 
 @dataclass
 class Wait:
-    """What has happened since the last token of a sequence X."""
+    """Events since the last token of a sequence X."""
 
     num_batches: int = 0  # that X was in
     num_preemptions: int = 0
@@ -137,7 +137,7 @@ def test_later_sequences_get_no_more_tokens_than_the_bound(
 
 
 def test_a_sequence_that_fills_a_worker_alone_is_placed_elsewhere_at_once() -> None:
-    """It then needs the pages of its whole prompt on its home, and later sequences hold them."""
+    """A new placement needs the pages of its whole prompt on its home, which later sequences hold."""
     engine = FairEngine(make_plan([[4]], 1), {0: 4 * 64, 1: 2 * 14}, dispatcher=EvenDispatcher())
     sequences = [make_sequence(arrival, 10, 200) for arrival in range(5)]
     for sequence in sequences:
@@ -150,7 +150,7 @@ def test_a_sequence_that_fills_a_worker_alone_is_placed_elsewhere_at_once() -> N
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_the_latest_arrivals_are_preempted_also_those_in_flight(stages: int) -> None:
-    """With one pool per stage, every preempted sequence is later than all running ones."""
+    """Every preempted sequence is later than all running ones, since there is one pool per stage."""
     random = Random(stages)
     engine = FairEngine(make_plan([[2]] * stages), dict.fromkeys(range(stages), 60), random=random)
     sequences = [make_sequence(arrival, random.randint(1, 20), random.randint(20, 80)) for arrival in range(8)]

@@ -45,7 +45,7 @@ def random_sequence(random: Random, arrival: int, context: int) -> Sequence:
 def test_random_requests_complete_as_if_alone(
     groups: list[list[int]], num_workers: int, seed: int, moves_per_step: float
 ) -> None:
-    """Also while lanes migrate at random, and sequences finish, are aborted or preempted during it."""
+    """Lanes migrate at random, and sequences finish, are aborted or are preempted during their migration."""
     random = Random(f"{groups} {num_workers} {seed}")
     engine = random_engine(random, groups, num_workers, moves_per_step)
     context = engine.max_model_len
