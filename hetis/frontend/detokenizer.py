@@ -259,7 +259,7 @@ class _TokenDecoder:
         self._shown = len(self._whole(self._window, self._decode(self._window)))
 
     def _whole(self, ids: list[int], text: str) -> str:
-        """The text of `ids`, decoded as `text`, without an incomplete character at its end. (U+FFFD may be real output.)"""
+        """`text`, decoded from `ids`, without an incomplete character at its end. (U+FFFD may be real output.)"""
         left = self._bytes.unfinished(ids) if text.endswith(_UNFINISHED) else 0
         if not left:
             return text
