@@ -18,7 +18,7 @@ WORKLOAD = Workload(num_requests=400, rate_per_s=8.0, context=LENGTHS, generated
 
 
 class Clock:
-    """A clock in seconds that only `sleep_until` and the test advance."""
+    """Seconds, which pass only in `sleep_until` or where a test advances them."""
 
     def __init__(self) -> None:
         self.now = 100.0

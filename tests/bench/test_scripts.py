@@ -1,4 +1,4 @@
-"""Scripts of bench/ start, report missing packages, and are named correctly in the documentation."""
+"""Scripts of bench/ start, say what they lack, and are named as they are called."""
 
 import re
 import subprocess
@@ -14,14 +14,14 @@ TEXTS = ["README.md", "bench/LOG.md", *(str(path.relative_to(ROOT)) for path in 
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_has_help(script: str, tmp_path: Path) -> None:
+def test_every_script_explains_itself(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "bench" / script), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage: " in done.stdout
 
 
-def test_missing_packages_are_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/bench_some.py"])
     extras.need("json", "re")
     with pytest.raises(SystemExit) as ended:
@@ -30,7 +30,7 @@ def test_missing_packages_are_reported_in_one_sentence(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_targets_and_scripts_named_in_texts_exist(text: str) -> None:
+def test_targets_and_scripts_that_are_named_exist(text: str) -> None:
     words = (ROOT / text).read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:`|^)make ([a-z-]+)", words, re.MULTILINE))
@@ -39,5 +39,5 @@ def test_targets_and_scripts_named_in_texts_exist(text: str) -> None:
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
 
 
-def test_the_readme_names_targets() -> None:
+def test_the_readme_names_targets_at_all() -> None:
     assert len(re.findall(r"(?:`|^)make [a-z-]+", (ROOT / "README.md").read_text(), re.MULTILINE)) >= 4
