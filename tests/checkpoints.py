@@ -1,7 +1,7 @@
-"""Tiny random Hugging Face checkpoints for tests, and their outputs computed by transformers.
+"""Tiny random Hugging Face checkpoints for tests, and what transformers computes with them.
 
-Matrices are six times as large as by default initialisation, so that an early token changes the last logits by about 1:
-with default weights attention has so little effect that its bugs stay hidden. Norm weights and biases are random too.
+Matrices are six times as large as default initialisation makes them, so that an early token moves the last logits by
+about 1: with default weights attention hardly matters and its bugs stay hidden. Norm weights and biases are random too.
 """
 
 from functools import cache
@@ -19,7 +19,7 @@ _LLAMA3_ROPE = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,  # so that short prompts cover all three ranges of wavelengths
+    "original_max_position_embeddings": 32,  # so that short prompts meet all three ranges of wavelengths
 }
 _YARN = {  # positions of short prompts lie beyond the original length; 2048 in all
     "rope_type": "yarn",
@@ -28,7 +28,7 @@ _YARN = {  # positions of short prompts lie beyond the original length; 2048 in 
     "original_max_position_embeddings": 32,
 }
 
-# name -> (configuration class, differences from `_SMALL`)
+# name -> (configuration class, what differs from `_SMALL`)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("LlamaConfig", {"num_attention_heads": 4, "num_key_value_heads": 4}),
     "llama3": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True}),
@@ -65,7 +65,7 @@ _SMALL: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 256,
     "initializer_range": 0.12,
-    "init_std": 0.12,  # OPT's name for it
+    "init_std": 0.12,  # the same, in OPT's words
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": None,
@@ -82,7 +82,7 @@ _TEXT = (
 def make_checkpoint(
     directory: Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> Path:
-    """Writes a checkpoint (config, safetensors, tokenizer) of an entry of `FAMILIES`; `overrides`: of its config."""
+    """Write a checkpoint (config, safetensors, tokenizer) of a row of `FAMILIES`; `overrides` go to its config."""
     kind, differences = FAMILIES[family]
     values = _SMALL | differences | overrides
     if kind == "OPTConfig":
@@ -106,7 +106,7 @@ def make_checkpoint(
 
 @cache
 def make_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens that encodes any text; ids 0 and 1 are <s> and </s>."""
+    """A byte-level BPE with at most `vocab_size` tokens, ids 0 and 1 being <s> and </s>; any text is tokenised."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -122,7 +122,7 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model in transformers, with eager attention."""
+    """The model as transformers runs it, with plain attention."""
     return transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation="eager", local_files_only=True
     ).eval()
@@ -137,7 +137,7 @@ def reference_logits(model: Any, token_ids: list[int]) -> Tensor:
 
 @torch.inference_mode()
 def greedy_reference(model: Any, prompt_ids: list[int], num_tokens: int) -> list[int]:
-    """`num_tokens` greedy tokens after the prompt; end-of-sequence is ignored."""
+    """`num_tokens` greedy tokens after the prompt; end-of-sequence does not stop it."""
     out: list[int] = []
     new, past = torch.tensor([prompt_ids]), None
     for _ in range(num_tokens):
