@@ -65,10 +65,7 @@ def _add_sizes(group: Group, default: EngineConfig) -> None:
         number = field_of(EngineConfig, field, int)
         group.add_argument(name, type=number, metavar="N", default=getattr(default, field), help=text)
 
-    add(
-        "--max-model-len",
-        "most tokens of a prompt and its output together; default: what the model and the memory allow",
-    )
+    add("--max-model-len", "most tokens of a prompt and its output; default: what the model and the memory allow")
     add("--max-num-seqs", "most sequences that run at once; others wait")
     add("--max-num-batched-tokens", "most tokens computed at once, in all pipeline stages together")
     add("--block-size", "tokens in a page of the KV cache")
@@ -98,9 +95,7 @@ def _add_placement(group: Group, default: EngineConfig) -> None:
 def _add_messages(group: Group) -> None:
     level = "lowest level of messages on stderr"
     group.add_argument("--log-level", default=level_of_environment() or "info", choices=LEVELS, help=level)
-    group.add_argument(
-        "--no-progress", dest="progress", action="store_false", help="show no progress bars on terminals"
-    )
+    group.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars on terminals")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
@@ -112,29 +107,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int, tem
         group.add_argument(name, type=number, metavar="N" if kind is int else "X", default=value, help=text)
 
     add("--max-tokens", "most tokens of each output", int, max_tokens)
-    add(
-        "--temperature",
-        "divides logits: higher is more random; 0: greedy, always the most likely token",
-        float,
-        temperature,
-    )
+    add("--temperature", "divides logits; 0: greedy, always the most likely token", float, temperature)
     add("--top-p", "sample from the fewest tokens whose probabilities add up to this; 1: all", float, default.top_p)
     add("--top-k", "sample from this many most likely tokens; 0: all", int, default.top_k)
-    add(
-        "--min-p",
-        "sample from tokens of at least this fraction of the best token's probability; 0: all",
-        float,
-        default.min_p,
-    )
+    add("--min-p", "sample from tokens of at least this fraction of the best probability; 0: all", float, default.min_p)
     penalty = "above 1: makes tokens of the prompt and the output less likely; 1: off"
     add("--repetition-penalty", penalty, float, default.repetition_penalty)
-    add(
-        "--sampling-seed",
-        "random seed of every prompt; default: a different one for each, from --seed",
-        int,
-        None,
-        "seed",
-    )
+    add("--sampling-seed", "random seed of every prompt; default: different ones, from --seed", int, None, "seed")
     go_on = "continue after the model's end-of-sequence token"
     group.add_argument("--ignore-eos", action="store_true", help=go_on)
 

@@ -107,12 +107,10 @@ def summary(stats: FleetStats, block_size: int) -> str:
 
 
 def counts(stats: FleetStats) -> str:
-    """Counts of placed, migrated and preempted, in one sentence."""
+    """Numbers of placements, migrations and preemptions, in one sentence."""
     text = f"{plural(stats.num_dispatches, 'sequence')} placed on devices"
     if stats.num_migrations:
-        text += (
-            f", {plural(stats.num_migrations, 'KV head')} migrated between them ({format_bytes(stats.migrated_bytes)})"
-        )
+        text += f", {plural(stats.num_migrations, 'KV head')} migrated ({format_bytes(stats.migrated_bytes)})"
     if stats.num_preemptions:
         text += f", {plural(stats.num_preemptions, 'preemption')} for lack of KV pages"
     return text + "."

@@ -10,7 +10,7 @@ USAGE_ERROR = 2  # exit code
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Appends defaults to help texts, but None and booleans, which the texts explain. Examples keep their lines."""
+    """Appends defaults to help texts, except None and booleans, which the texts explain. Examples keep their lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or isinstance(action.default, bool)

@@ -56,7 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"seed is {self.seed}: it must be a 64-bit integer.")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ValueError(f"max_model_len is {self.max_model_len}: it must be at least 1, or left out.")
-        if not 1 <= self.step_timeout <= LONGEST_TIMEOUT:  # four heartbeats a second; NaN is refused too
+        if not 1 <= self.step_timeout <= LONGEST_TIMEOUT:  # four heartbeats a second; NaN fails too
             raise ValueError(
                 f"step_timeout is {self.step_timeout}: it must be a number of seconds from 1 to {LONGEST_TIMEOUT}."
             )

@@ -189,9 +189,7 @@ def _number(field: str, value: Any, limit: _Limit) -> float | None:
         return None
     kind = Real if limit.real else Integral
     is_number = isinstance(value, kind) and not isinstance(value, bool)
-    if (
-        not is_number or not limit.low <= value <= limit.high or (limit.is_open and value == limit.low)
-    ):  # NaN is refused too
+    if not is_number or not limit.low <= value <= limit.high or (limit.is_open and value == limit.low):  # NaN fails too
         raise ValueError(_refusal(field, value, limit.allowed))
     return float(value) if limit.real else int(value)
 

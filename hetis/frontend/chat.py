@@ -36,9 +36,7 @@ def render(
     if chat_template is None and tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; give chat_template, or use generate.")
     if add_generation_prompt and continue_final_message:
-        raise ValueError(
-            "continue_final_message needs add_generation_prompt=False: either a message continues or a new one begins."
-        )
+        raise ValueError("continue_final_message needs add_generation_prompt=False, as no new message begins.")
     messages = _plain_messages(index, conversation)
     try:
         text: str = tokenizer.apply_chat_template(

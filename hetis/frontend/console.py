@@ -37,9 +37,7 @@ def write(text: str) -> None:
         raise
     except OSError as error:
         drop_output()
-        raise ValueError(
-            f"standard output cannot be written ({error.strerror}); redirect it to another place."
-        ) from error
+        raise ValueError(f"standard output cannot be written ({error.strerror}); redirect it elsewhere.") from error
 
 
 def write_message(text: str) -> None:

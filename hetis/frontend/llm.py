@@ -270,9 +270,7 @@ class LLM:
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
         if params.stop and self.tokenizer is None:
-            raise ValueError(
-                f"prompt {index}: stop needs a tokenizer; give stop_token_ids, or a tokenizer (tokenizer=)."
-            )
+            raise ValueError(f"prompt {index}: stop needs a tokenizer; give stop_token_ids, or a tokenizer.")
         ids = prompt.token_ids
         if ids is None:
             assert prompt.text is not None

@@ -66,9 +66,7 @@ def check_text(name: str, text: str) -> str:
     """Returns `text`. Raises ValueError for lone surrogates, which no tokenizer can encode."""
     if not is_unicode(text):
         position = next(index for index, character in enumerate(text) if 0xD800 <= ord(character) < 0xE000)
-        raise ValueError(
-            f"{name} is not valid Unicode (lone surrogate at position {position}); give text that UTF-8 can encode."
-        )
+        raise ValueError(f"{name} is not valid Unicode (lone surrogate at position {position}); remove it.")
     return text
 
 

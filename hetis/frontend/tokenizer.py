@@ -24,9 +24,7 @@ def load_tokenizer(source: str | Path | None, revision: str | None, what: str = 
     found = [name for name in _FILES if (directory / name).exists()]
     if not found:
         if what == "tokenizer":
-            raise ValueError(
-                f"tokenizer {str(source)!r} has none of {', '.join(_FILES)}; give the directory of a tokenizer."
-            )
+            raise ValueError(f"tokenizer {str(source)!r} has none of {', '.join(_FILES)}; give a directory with one.")
         return None
     if found == ["tokenizer.model"] and find_spec("sentencepiece") is None:
         raise ValueError(

@@ -124,7 +124,7 @@ def test_a_full_disk_is_an_error_in_one_sentence(
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert hetis("--prompt", "abc") == 1
-        error = "hetis: standard output cannot be written (No space left on device); redirect it to another place.\n"
+        error = "hetis: standard output cannot be written (No space left on device); redirect it elsewhere.\n"
         assert capsys.readouterr().err == error
 
 
@@ -188,8 +188,7 @@ def test_every_column_is_explained() -> None:
         ({"num_dispatches": 3}, "3 sequences placed on devices."),
         (
             {"num_dispatches": 3, "num_migrations": 1, "num_preemptions": 1},
-            "3 sequences placed on devices, 1 KV head migrated between them (7.00 GiB), 1 preemption for lack of KV "
-            "pages.",
+            "3 sequences placed on devices, 1 KV head migrated (7.00 GiB), 1 preemption for lack of KV pages.",
         ),
     ],
 )

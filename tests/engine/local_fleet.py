@@ -151,7 +151,7 @@ class LocalFleet:
         return list(found.values())
 
     def turn(self, *, check: bool = False) -> None:
-        """Sends every step that can start, then waits for one result."""
+        """Sends every step that can start, then takes one result."""
         while (command := self.engine.step()) is not None:
             for commands in self._commands:
                 commands.put(command)
