@@ -5,7 +5,7 @@ import sys
 
 
 def leave_working_directory() -> None:
-    """Removes the working directory from `sys.path`, where `python -m` puts it first: its files may shadow libraries."""
+    """Removes the working directory from `sys.path`, where `python -m` puts it: its files may shadow libraries."""
     try:
         here = os.getcwd()
     except OSError:  # deleted, hence not on the path
