@@ -1,4 +1,4 @@
-"""The memory ledger: pages, contexts and refusals, against a search that places lanes one by one."""
+"""The memory ledger: pages, largest contexts and refusals, compared with a search that places lanes one by one."""
 
 import random
 
@@ -63,7 +63,7 @@ def test_a_worker_splits_its_memory_over_the_stages() -> None:
     assert page_bytes_of(SPEC, plan, plan.workers[0], PAGE, "float32") == 7 * 2 * PAGE * 32 * 4
 
 
-def test_memory_without_a_size_is_shared_by_the_ranks_of_a_device() -> None:
+def test_ranks_of_a_device_share_its_memory_if_no_size_is_given() -> None:
     long = {"max_model_len": 512, "max_num_seqs": 10**6}
     plan = split_evenly("1+2", SPEC, "cpu")
     infos = fleet(plan, free=64 * 2**20)
@@ -75,14 +75,14 @@ def test_memory_without_a_size_is_shared_by_the_ranks_of_a_device() -> None:
         ledger_of(plan, infos, **long)
 
 
-def test_no_more_memory_is_taken_than_sequences_can_use() -> None:
+def test_no_more_memory_is_allocated_than_sequences_can_use() -> None:
     plan = split_evenly("1+1", SPEC, "cpu")
     ledger = ledger_of(plan, fleet(plan, free=100 * GIB), max_num_seqs=3, max_model_len=100)
     assert ledger.num_pages == {0: 3 * 8 * 7, 1: 3 * 8 * 7}  # sequences x groups x pages of 100 tokens
 
 
 def test_primaries_without_head_groups_need_no_pages() -> None:
-    """Their device's memory goes to those that hold KV, and what was meant for every rank is not taken there."""
+    """Their device's memory is left to ranks that hold KV; a size given for every rank does not apply to them."""
     mqa = msgspec.structs.replace(SPEC, num_query_heads=2, num_head_groups=1)
     plan = split_evenly("3+1", mqa, "cpu", "1MiB")
     ledger = ledger_of(plan, fleet(plan), mqa)
@@ -107,7 +107,7 @@ def test_primaries_without_head_groups_need_no_pages() -> None:
         ledger_of(apart, infos, mqa)
 
 
-def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+def test_plans_that_do_not_fit_are_refused_with_the_numbers() -> None:
     plan = split_evenly("2+1", SPEC, "cpu", "1GiB")
     match = r"ranks 0, 1, 2 on cpu 3.00 GiB together.*more than the 1.98 GiB that are left"
     with pytest.raises(ValueError, match=match) as refusal:
@@ -130,7 +130,7 @@ def test_less_than_one_page_per_lane_is_refused() -> None:
         ledger_of(idle_worker, fleet(idle_worker))
 
 
-def test_a_context_that_cannot_be_held_is_refused() -> None:
+def test_a_context_that_does_not_fit_is_refused() -> None:
     plan = split_evenly("2+1", SPEC, "cpu", {0: "1GiB", 1: "1MiB", 2: "1GiB"})
     match = (
         r"max_model_len is 400.*largest context is 288.*rank 1 has 1022\.00 KiB.*as given.*4 head.*give it 1\.37 MiB"
@@ -144,7 +144,7 @@ def test_a_context_that_cannot_be_held_is_refused() -> None:
     assert ledger_of(plan, fleet(plan), max_model_len=288).largest_context == 288
 
 
-def test_a_refused_context_fits_with_the_memory_that_the_refusal_names() -> None:
+def test_a_refused_context_fits_into_the_memory_that_the_error_names() -> None:
     plan = split_evenly("1+0", SPEC, "cpu")
     row = ledger_of(plan, fleet(plan), max_model_len=512).rows[0]
     infos = fleet(plan, 2 * (row.weights + row.activations + row.buffers + 2**20))
@@ -168,12 +168,12 @@ def test_the_table_names_every_rank_and_the_contexts() -> None:
 
 
 def fits(plan: Plan, pages: dict[int, int], num_pages_of_lane: int) -> bool:
-    """Whether some placement holds a lane of `num_pages_of_lane` for every group, staging at home included."""
+    """Whether a placement exists for a lane of `num_pages_of_lane` of every group, staging on its home included."""
     for stage in plan.stages:
         left = pages | {}
         for primary in stage.primaries:
             for _ in range(primary.num_groups):
-                left[primary.rank] -= num_pages_of_lane  # at home, as owner or for staging
+                left[primary.rank] -= num_pages_of_lane  # on the home, as owner or for staging
         if min(left.values()) < 0:
             return False
     return True

@@ -1,6 +1,6 @@
-"""A whole fleet in one process: the driver's engine and every rank, a thread each, joined by in-process links.
+"""A fleet in one process: the engine, and a thread per rank, connected by in-process links.
 
-The same objects as in production; only processes and sockets are missing, so a test takes milliseconds to start.
+The objects are those of production without processes and sockets, so that a test starts within milliseconds.
 """
 
 import os
@@ -47,11 +47,11 @@ from hetis.ranks.rank import build_member
 from tests.processes.look import DEADLINE
 
 GIB = 1 << 30
-default_device = "cpu"  # of fleets whose test does not say; the fixture `device` sets it
+default_device = "cpu"  # of fleets for which the test names none; set by the fixture `device`
 
 
 class Generated:
-    """What came out for one prompt."""
+    """Outputs for one prompt."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -61,12 +61,12 @@ class Generated:
         self.error: str | None = None
 
     def logits(self, vocab_size: int) -> torch.Tensor:
-        """float32 [tokens, V], when all of the vocabulary was asked for."""
+        """float32 [tokens, V], if log-probabilities of the whole vocabulary were requested."""
         return torch.stack([full_row(row, vocab_size) for row in self.rows if row is not None])
 
 
 def full_row(row: TokenLogprobs, vocab_size: int) -> torch.Tensor:
-    """The values of the whole vocabulary in order of token id."""
+    """float32 [V]: the values of the whole vocabulary in order of token id."""
     values = torch.empty(vocab_size)
     ids = np.frombuffer(row.token_ids, dtype=np.int32)[1:].astype(np.int64)
     values[torch.from_numpy(ids)] = torch.from_numpy(np.frombuffer(row.values, dtype=np.float32)[1:].copy())
@@ -74,7 +74,7 @@ def full_row(row: TokenLogprobs, vocab_size: int) -> torch.Tensor:
 
 
 class LocalFleet:
-    """Builds all ranks of `plan` for the checkpoint in `directory`; a context manager."""
+    """A fleet of all ranks of `plan` for the checkpoint in `directory`; a context manager."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class LocalFleet:
     def generate(
         self, prompts: Sequence[list[int]], params: SamplingParams | Sequence[SamplingParams], *, check: bool = False
     ) -> list[Generated]:
-        """Runs all prompts together to their end. `check`: the integrity of the cache after every step."""
+        """Runs all prompts together to their end. `check`: check the integrity of the cache after every step."""
         many = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         found: dict[str, Generated] = {}
         for prompt, each in zip(prompts, many, strict=True):
@@ -175,23 +175,23 @@ class LocalFleet:
         for commands in self._commands:
             commands.put(None)
         if error is not None:
-            return  # a rank has failed, and others may wait for it
+            return  # a rank has failed, and others may wait for its messages
         for thread in self._threads:
             thread.join(DEADLINE)
 
 
 class RandomDispatcher:
-    """Any placement at all, from a seed: for the placement law."""
+    """Random placements from a seed, for the placement law."""
 
     def __init__(self, seed: int | None) -> None:
-        """None: every lane at home."""
+        """`seed`: None places every lane on its home."""
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def assign(self, sequences: list[EngineSequence], view: FleetView) -> list[Placement | None]:
         return [self._place(view) for _ in sequences]
 
     def why_not(self, sequence: EngineSequence, view: FleetView) -> str:
-        raise AssertionError("there is a place for every sequence")
+        raise AssertionError("every sequence is placed")
 
     def _place(self, view: FleetView) -> Placement:
         workers = [worker.rank for worker in view.plan.workers]
@@ -207,7 +207,7 @@ class RandomDispatcher:
 
 
 def flat_profile(setup: Setup) -> FleetProfile:
-    """All devices and links alike."""
+    """A profile in which all devices and all links are alike."""
     way = TransferProfile(alpha_us=5.0, beta_us_per_byte=1e-4)
     primaries = [primary.rank for stage in setup.plan.stages for primary in stage.primaries]
     devices = {

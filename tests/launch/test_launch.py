@@ -45,7 +45,7 @@ def test_files_of_no_use_are_refused_before_anything_starts(option: str, tmp_pat
     wrong = {
         "pipe": "is a pipe or socket",
         "nowhere/file": r"\(No such file or directory\)",
-        "plan.json": "is the file of another option, too" if option == "trace" else "is not a FleetProfile",
+        "plan.json": "is also the file of another option" if option == "trace" else "is not a FleetProfile",
     }
     for name, words in wrong.items():
         config = EngineConfig(plan=str(tmp_path / "plan.json"), device="cpu", **{option: str(tmp_path / name)})

@@ -313,7 +313,7 @@ class ToyEngine:
         assert {sequence.id for sequence in admitted} <= ids, "admitted but not computed"
         self.slots_in_use.update(sequence.slot for sequence in admitted)
         assert {row.sequence.slot for row in batch.rows} <= self.slots_in_use
-        assert self.scheduler.num_running <= self.max_num_seqs
+        assert len(self.scheduler.running) <= self.max_num_seqs
 
     def check_idle(self) -> None:
         """Nothing runs, and every page is free."""
