@@ -39,8 +39,7 @@ class CacheManager:
     ) -> None:
         """`num_pages`: of each pool of a rank. `page_size`: tokens per page."""
         self._plan, self._num_groups, self._page_size, self._max_num_seqs = plan, num_groups, page_size, max_num_seqs
-        self._homes = [[stage.home(group).rank for group in range(num_groups)] for stage in plan.stages]
-        self._workers = {worker.rank for worker in plan.workers}
+        self._homes = plan.home_ranks
         self._pools = {pool: PageAllocator(num_pages[pool.rank]) for pool in pools_of(plan)}
         self._sequences: dict[int, SequenceLanes] = {}  # by slot
         self._num_lanes = dict.fromkeys(self._pools, 0)  # that live there
@@ -93,7 +92,7 @@ class CacheManager:
         lanes, row = self._sequences[move.slot], self._row(move)
         assert not lanes.staging, f"slot {move.slot} is in prefill: its lanes stay"
         assert lanes.owner_of(row, move.stage).pool.rank == move.source, f"{move} starts from where the lane is not"
-        assert move.target in (self._homes[move.stage][move.group], *self._workers), f"{move} leads nowhere"
+        assert move.target in (self._homes[move.stage][move.group], *self._plan.worker_ranks), f"{move} leads nowhere"
         part = PoolLanes(PoolId(move.target, move.stage), [row])
         lacking = lanes.num_pages - self._pools[part.pool].num_free
         if lacking > 0:
@@ -186,7 +185,7 @@ class CacheManager:
                 row = slot * self._num_groups + group
                 owned[PoolId(owner, stage)].append(row)
                 if owner != home:
-                    assert owner in self._workers, f"group {group} of stage {stage} cannot live on rank {owner}"
+                    assert self._plan.is_worker(owner), f"group {group} of stage {stage} cannot live on rank {owner}"
                     staging[PoolId(home, stage)].append(row)
         return SequenceLanes(*([PoolLanes(pool, rows) for pool, rows in part.items()] for part in (owned, staging)))
 
@@ -271,7 +270,7 @@ class CacheManager:
 
     def usage(self) -> dict[int, RankUsage]:
         """By rank."""
-        return {member.rank: self._usage(member.rank) for member in self._plan.members()}
+        return {rank: self._usage(rank) for rank in self._plan.ranks}
 
     def _usage(self, rank: int) -> RankUsage:
         own = [pool for pool in self._pools if pool.rank == rank]
@@ -294,8 +293,8 @@ class CacheManager:
 
 def pools_of(plan: Plan) -> list[PoolId]:
     """One pool per home, and one per worker and stage."""
-    homes = [PoolId(home.rank, s) for s, stage in enumerate(plan.stages) for home in stage.homes]
-    return homes + [PoolId(worker.rank, stage) for worker in plan.workers for stage in range(len(plan.stages))]
+    homes = [PoolId(home.rank, stage) for stage, home in plan.homes]
+    return homes + [PoolId(rank, stage) for rank in plan.worker_ranks for stage in range(len(plan.stages))]
 
 
 def _without(entry: tuple[PoolLanes, Int32, int, Int32], row: int) -> tuple[PoolLanes, Int32, int, Int32]:

@@ -54,7 +54,7 @@ class Hauler:
     ) -> None:
         """`token_bytes`: of one lane in one layer. `pages_per_haul`: most that a link carries each way in one step."""
         self._cache, self._num_groups, self._page_size = cache, num_groups, page_size
-        self._homes = [[stage.home(group).rank for group in range(num_groups)] for stage in plan.stages]
+        self._homes = plan.home_ranks
         self._pages_per_haul = pages_per_haul
         self._layer_bytes = page_size * token_bytes  # of a page
         self._num_layers = [stage.num_layers for stage in plan.stages]

@@ -100,12 +100,12 @@ def _links(spec: ModelSpec, plan: Plan, member: Primary | AttentionWorker, limit
         return _NUM_SLOTS * sum(message_bytes(spec, num_groups, limits))
 
     if not isinstance(member, Primary):
-        homes = [home for home, worker in plan.links() if worker.rank == member.rank]
+        homes = [home for home, worker in plan.links if worker.rank == member.rank]
         return [_Link(home.rank, to_workers(home.num_groups), False) for home in homes]
     hidden = _NUM_SLOTS * limits.max_num_batched_tokens * spec.hidden_size * DTYPE_BYTES[limits.dtype]
-    links = [_Link(receiver, hidden, True) for sender, receiver in plan.handovers() if sender == member.rank]
-    links += [_Link(sender, hidden, False) for sender, receiver in plan.handovers() if receiver == member.rank]
-    workers = [worker for home, worker in plan.links() if home.rank == member.rank]
+    links = [_Link(receiver, hidden, True) for sender, receiver in plan.handovers if sender == member.rank]
+    links += [_Link(sender, hidden, False) for sender, receiver in plan.handovers if receiver == member.rank]
+    workers = [worker for home, worker in plan.links if home.rank == member.rank]
     return links + [_Link(worker.rank, to_workers(member.num_groups), True) for worker in workers]
 
 
@@ -120,8 +120,8 @@ def _num_communicators(
     links = sum(joined_by_nccl((infos[member.rank], infos[peer])) for peer in peers)
     is_split = False
     if isinstance(member, Primary):
-        stage = plan.stages[plan.position_of(member.rank)[0]]
-        is_split = len(stage.primaries) > 1 and joined_by_nccl([infos[primary.rank] for primary in stage.primaries])
+        ranks = plan.stage_of(member).ranks
+        is_split = len(ranks) > 1 and joined_by_nccl([infos[rank] for rank in ranks])
     return _NUM_GROUPS * links + is_split
 
 

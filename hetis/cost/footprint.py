@@ -13,11 +13,10 @@ WEIGHT_COPIES = 2  # of the int64 weights that it draws by: themselves and cumul
 WEIGHTS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}  # as in workers/draw.py
 
 
-def weight_bytes(spec: ModelSpec, plan: Plan, stage_index: int, tp_index: int, dtype: str) -> int:
+def weight_bytes(spec: ModelSpec, plan: Plan, primary: Primary, dtype: str) -> int:
     """What one primary's weights take: exactly the tensors that `models.loader.load_weights` keeps."""
-    stage = plan.stages[stage_index]
-    primary = stage.primaries[tp_index]
-    values = stage.num_layers * layer_weights(spec, primary, tp_index)
+    stage_index, tp_index = plan.position_of(primary.rank)
+    values = plan.stages[stage_index].num_layers * layer_weights(spec, plan, primary)
     table = primary.num_vocab_rows * spec.hidden_size
     is_first, is_last = plan.is_first(stage_index), plan.is_last(stage_index)
     if is_first:
@@ -30,7 +29,7 @@ def weight_bytes(spec: ModelSpec, plan: Plan, stage_index: int, tp_index: int, d
     return values * DTYPE_BYTES[dtype]
 
 
-def layer_weights(spec: ModelSpec, primary: Primary, tp_index: int) -> int:
+def layer_weights(spec: ModelSpec, plan: Plan, primary: Primary) -> int:
     """Values in one layer of one primary. One token takes two operations with each of them."""
     hidden, head_dim = spec.hidden_size, spec.head_dim
     qkv_rows = primary.num_groups * spec.rows_per_group * head_dim
@@ -40,7 +39,7 @@ def layer_weights(spec: ModelSpec, primary: Primary, tp_index: int) -> int:
     vectors = 2 * hidden * _norm_vectors(spec) + (2 * head_dim if spec.qk_norm else 0)
     vectors += qkv_rows if spec.qkv_bias else 0
     vectors += mlp_rows if spec.mlp_bias else 0
-    if tp_index == 0:
+    if plan.position_of(primary.rank)[1] == 0:
         vectors += hidden * (spec.output_bias + spec.mlp_bias)
     return matrices + vectors
 
@@ -48,8 +47,7 @@ def layer_weights(spec: ModelSpec, primary: Primary, tp_index: int) -> int:
 def activation_bytes(
     spec: ModelSpec,
     plan: Plan,
-    stage_index: int,
-    tp_index: int,
+    primary: Primary,
     dtype: str,
     max_num_batched_tokens: int,
     max_num_seqs: int,
@@ -59,7 +57,7 @@ def activation_bytes(
 
     Workspace per token: 3 H + G (M + 2) D + G M D + F, another F (or 2 F) before the activation, and G M lse2.
     """
-    primary = plan.stages[stage_index].primaries[tp_index]
+    stage_index, tp_index = plan.position_of(primary.rank)
     heads = primary.num_groups * (spec.rows_per_group + spec.queries_per_group)
     columns = primary.num_mlp_columns * (3 if spec.gated else 1)
     total = max_num_batched_tokens * (3 * spec.hidden_size + heads * spec.head_dim + columns) * DTYPE_BYTES[dtype]
@@ -84,7 +82,7 @@ def page_bytes(spec: ModelSpec, num_layers: int, block_size: int, dtype: str) ->
 def page_bytes_of(spec: ModelSpec, plan: Plan, member: Primary | AttentionWorker, block_size: int, dtype: str) -> int:
     """One page in every pool of a rank: its stage's for a primary, all stages' for a worker."""
     if isinstance(member, Primary):
-        return page_bytes(spec, plan.stages[plan.position_of(member.rank)[0]].num_layers, block_size, dtype)
+        return page_bytes(spec, plan.stage_of(member).num_layers, block_size, dtype)
     return sum(page_bytes(spec, stage.num_layers, block_size, dtype) for stage in plan.stages)
 
 
@@ -100,10 +98,9 @@ def fixed_bytes(
     """(weights, activations) of a rank. A worker has neither: it computes inside its messages."""
     if not isinstance(member, Primary):
         return 0, 0
-    where = plan.position_of(member.rank)
     positions = min(max_model_len or spec.max_position, spec.max_position)
-    return weight_bytes(spec, plan, *where, dtype), activation_bytes(
-        spec, plan, *where, dtype, max_num_batched_tokens, max_num_seqs, positions
+    return weight_bytes(spec, plan, member, dtype), activation_bytes(
+        spec, plan, member, dtype, max_num_batched_tokens, max_num_seqs, positions
     )
 
 

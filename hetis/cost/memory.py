@@ -85,9 +85,9 @@ def plan_memory(
     infos = {info.rank: info for info in fleet}
     fixed = {
         member.rank: fixed_bytes(spec, plan, member, dtype, max_num_batched_tokens, max_num_seqs, max_model_len)
-        for member in plan.members()
+        for member in plan.members
     }
-    page = {member.rank: page_bytes_of(spec, plan, member, block_size, dtype) for member in plan.members()}
+    page = {member.rank: page_bytes_of(spec, plan, member, block_size, dtype) for member in plan.members}
     longest = min(max_model_len or spec.max_position, spec.max_position)
     limits = Limits(
         dtype=dtype,
@@ -96,9 +96,9 @@ def plan_memory(
         max_num_seqs=max_num_seqs,
         max_model_len=longest,
     )
-    buffers = {member.rank: buffer_bytes(spec, plan, infos, member, limits) for member in plan.members()}
+    buffers = {member.rank: buffer_bytes(spec, plan, infos, member, limits) for member in plan.members}
     most_pages = max_num_seqs * pages_for(longest, block_size)  # for one lane of each sequence
-    useful = {member.rank: page[member.rank] * most_pages * _num_lanes(spec, member) for member in plan.members()}
+    useful = {member.rank: page[member.rank] * most_pages * _num_lanes(spec, member) for member in plan.members}
     kv, refusals = _divide(plan, infos, {rank: sum(fixed[rank]) + buffers[rank] for rank in fixed}, useful)
     if refusals:  # a table of what does not exist would not explain it
         raise ValueError(refusals[0])
@@ -142,7 +142,7 @@ def _rows(
             pages=num_pages[member.rank],
             tokens=num_pages[member.rank] // max(1, _num_lanes(spec, member)) * block_size,
         )
-        for member in plan.members()
+        for member in plan.members
     )
 
 
@@ -158,12 +158,12 @@ def largest_context(plan: Plan, num_pages: Mapping[int, int], block_size: int) -
     preemption for the output as well), also where the lanes live elsewhere: staging. So groups * pages(n) <= its pages.
     Then the lanes may live there too, on those same pages. Attention workers let more sequences run, not longer ones.
     """
-    return min(num_pages[home.rank] // home.num_groups * block_size for stage in plan.stages for home in stage.homes)
+    return min(num_pages[home.rank] // home.num_groups * block_size for _, home in plan.homes)
 
 
 def total_tokens(spec: ModelSpec, plan: Plan, num_pages: Mapping[int, int], block_size: int) -> int:
     """Tokens of all sequences together that the fleet holds: the least over the stages, pages being free to place."""
-    on_workers = sum(num_pages[worker.rank] for worker in plan.workers)
+    on_workers = sum(num_pages[rank] for rank in plan.worker_ranks)
     return min(
         (sum(num_pages[home.rank] for home in stage.homes) + on_workers) // spec.num_head_groups * block_size
         for stage in plan.stages
@@ -183,7 +183,7 @@ def _divide(
     A rank for which none is `useful` gets none.
     """
     shared: dict[tuple[str, str], list[Primary | AttentionWorker]] = defaultdict(list)
-    for member in plan.members():
+    for member in plan.members:
         shared[infos[member.rank].place].append(member)
     kv: dict[int, int] = dict.fromkeys(infos, 0)
     refusals: list[str] = []
@@ -230,7 +230,7 @@ def _too_few_pages(
 ) -> list[str]:
     """What is said of ranks without one page for every lane that they are home of, or, on a worker, one page at all."""
     refusals = []
-    for member in plan.members():
+    for member in plan.members:
         rank = member.rank
         least = member.num_groups if isinstance(member, Primary) else 1
         if num_pages[rank] < least:
@@ -254,7 +254,7 @@ def _too_long(
     if wanted > spec.max_position:
         return f"max_model_len is {wanted}, but the model has {spec.max_position} positions; lower max_model_len."
     tightest = min(
-        (home for stage in plan.stages for home in stage.homes),
+        (home for _, home in plan.homes),
         key=lambda home: num_pages[home.rank] // home.num_groups,
     )
     least = pages_for(wanted, block_size) * tightest.num_groups * page[tightest.rank]

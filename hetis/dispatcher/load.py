@@ -42,15 +42,10 @@ def stage_devices(plan: Plan) -> list[StageDevices]:
     return [
         StageDevices(
             stage=index,
-            pools=tuple(
-                PoolId(rank, index) for rank in [*(h.rank for h in stage.homes), *(w.rank for w in plan.workers)]
-            ),
+            pools=tuple(PoolId(rank, index) for rank in (*(home.rank for home in stage.homes), *plan.worker_ranks)),
             num_homes=len(stage.homes),
-            most_lanes=(
-                *(home.num_groups for home in stage.homes),
-                *(sum(home.num_groups for home in stage.homes) for _ in plan.workers),
-            ),
-            num_lanes=sum(home.num_groups for home in stage.homes),
+            most_lanes=(*(home.num_groups for home in stage.homes), *[stage.num_groups] * len(plan.workers)),
+            num_lanes=stage.num_groups,
         )
         for index, stage in enumerate(plan.stages)
     ]
@@ -62,9 +57,8 @@ class FleetLoad:
     def __init__(self, plan: Plan, cost: CostModel) -> None:
         self._cost = cost
         self._layers = [stage.num_layers for stage in plan.stages]
-        self._primaries = [[primary.rank for primary in stage.primaries] for stage in plan.stages]
-        workers = {worker.rank for worker in plan.workers}
-        self._is_worker = {member.rank: member.rank in workers for member in plan.members()}
+        self._primaries = [stage.ranks for stage in plan.stages]
+        self._is_worker = {rank: plan.is_worker(rank) for rank in plan.ranks}
         self._rates = {rank: cost.rates(rank, is_worker=works) for rank, works in self._is_worker.items()}
         self._heads: dict[PoolId, float] = {}
         self._kv_bytes: dict[PoolId, float] = {}

@@ -46,7 +46,7 @@ def member_stats(
     queries = setup.spec.queries_per_group
     total = sum(counted.attention_seconds for counted in stats.values()) or 1.0
     members = []
-    for member, usage in zip(setup.plan.members(), cache.usage().values(), strict=True):
+    for member, usage in zip(setup.plan.members, cache.usage().values(), strict=True):
         rank = member.rank
         predicted_us, measured_us = observer.mean_us(rank) if observer else (0.0, 0.0)
         members.append(

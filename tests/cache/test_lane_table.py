@@ -18,7 +18,7 @@ PAGE_SIZE = 3
 
 
 def manager(plan: Plan, num_pages: dict[int, int], max_num_seqs: int = 4) -> CacheManager:
-    return CacheManager(plan, plan.stages[0].primaries[-1].groups[1], num_pages, PAGE_SIZE, max_num_seqs)
+    return CacheManager(plan, plan.num_groups, num_pages, PAGE_SIZE, max_num_seqs)
 
 
 def entries_of(deltas: list[PageDelta]) -> dict[tuple[int, int], list[list[int]]]:
@@ -156,7 +156,7 @@ class NaiveCache:
         copies = []
         for stage, owners in enumerate(placement.owners):
             for group, owner in enumerate(owners):
-                row, home = slot * len(owners) + group, self.plan.stages[stage].home(group).rank
+                row, home = slot * len(owners) + group, self.plan.home_ranks[stage][group]
                 copies.append((PoolId(owner, stage), row, False))
                 if owner != home:
                     copies.append((PoolId(home, stage), row, True))
@@ -188,7 +188,7 @@ class NaiveCache:
 def test_random_operations_against_the_naive_cache(seed: int, groups: list[list[int]], workers: int) -> None:
     random = Random(seed)
     plan = make_plan(groups, workers)
-    num_pages = {member.rank: random.randint(0, 30) for member in plan.members()}
+    num_pages = {rank: random.randint(0, 30) for rank in plan.ranks}
     cache, naive = manager(plan, num_pages), NaiveCache(plan, num_pages)
     tables: dict[PoolId, dict[tuple[int, int], int]] = {}
     for _ in range(40):
@@ -223,11 +223,8 @@ def test_random_operations_against_the_naive_cache(seed: int, groups: list[list[
 
 
 def random_placement(random: Random, plan: Plan) -> Placement:
-    workers = [worker.rank for worker in plan.workers]
     return Placement(
-        owners=tuple(
-            tuple(random.choice([stage.home(group).rank, *workers]) for group in range(3)) for stage in plan.stages
-        )
+        owners=tuple(tuple(random.choice([home, *plan.worker_ranks]) for home in homes) for homes in plan.home_ranks)
     )
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from hetis.core.device_info import DeviceInfo
 from hetis.core.model_spec import ModelSpec
-from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, split_evenly
+from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
+from hetis.core.plan_sources import split_evenly
 from hetis.cost.footprint import fixed_bytes, page_bytes, page_bytes_of
 from hetis.cost.memory import MemoryLedger, largest_context, plan_memory, total_tokens
 from tests.core.test_plan import SPEC
@@ -29,7 +30,7 @@ def fleet(plan: Plan, free: int = 4 * GIB, host: str = "here") -> list[DeviceInf
             total_memory=free,
             free_memory=free,
         )
-        for member in plan.members()
+        for member in plan.members
     ]
 
 
@@ -202,7 +203,7 @@ def test_largest_context_is_the_longest_for_which_a_placement_exists() -> None:
 
 def test_activations_grow_with_the_batch_and_weights_do_not() -> None:
     plan = split_evenly("2+1", SPEC, "cpu")
-    for member in plan.members()[:2]:
+    for member in plan.members[:2]:
         small, large = (fixed_bytes(SPEC, plan, member, "float16", tokens, 8) for tokens in (32, 64))
         assert small[0] == large[0]
         per_token = 2 * (3 * 64 + 4 * (2 + 2 + 2) * 32 + 3 * (member.mlp_columns[1] - member.mlp_columns[0]))  # type: ignore[union-attr]

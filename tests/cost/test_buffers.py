@@ -9,7 +9,8 @@ import torch
 
 from hetis.core.device_info import DeviceInfo
 from hetis.core.placement import PoolId
-from hetis.core.plan import AttentionWorker, Plan, Stage, split_evenly
+from hetis.core.plan import AttentionWorker, Plan, Stage
+from hetis.core.plan_sources import split_evenly
 from hetis.cost import footprint
 from hetis.cost.buffers import (
     COMMUNICATOR_BYTES,
@@ -86,7 +87,7 @@ def libraries(plan: Plan, infos: list[DeviceInfo]) -> list[int]:
     # on hosts of their own CPUs do not share memory either
     apart = {info.rank: msgspec.structs.replace(info, device="cpu", gpu="", host=str(info.rank)) for info in infos}
     found = []
-    for member in plan.members():
+    for member in plan.members:
         scratch = scratch_bytes(SPEC, getattr(member, "num_groups", 4), limits)
         scratch *= 1 if hasattr(member, "num_groups") else len(plan.stages)
         gpu, cpu = (buffer_bytes(SPEC, plan, each, member, limits) for each in (by_rank, apart))

@@ -35,8 +35,7 @@ class RestlessFleet(LocalFleet):
                 continue
             for stage, owners in enumerate(engine.cache.owners(sequence.slot)):
                 for group, source in enumerate(owners):
-                    home = plan.stages[stage].home(group).rank
-                    target = self._random.choice([home, *(worker.rank for worker in plan.workers)])
+                    target = self._random.choice([plan.home_ranks[stage][group], *plan.worker_ranks])
                     if target != source and self._random.random() < 0.4:
                         move = Move(slot=sequence.slot, stage=stage, group=group, source=source, target=target)
                         self.started += engine.hauler.start([move])
