@@ -32,7 +32,7 @@ def made_up_cost(spec: ModelSpec, plan: Plan) -> CostModel:
     devices = {}
     for rank in plan.ranks:
         speed = PRIMARY_SPEED if rank == 0 else 1.0
-        line = AttentionProfile(a_us_per_head=0.1 / speed, b_us_per_byte=1e-5 / speed, c_us=10.0)
+        line = AttentionProfile(us_per_head=0.1 / speed, us_per_byte=1e-5 / speed, constant_us=10.0)
         devices[rank] = DeviceProfile(key=KEY, attention=line, read_bytes_per_us=1e5, usable_bytes=0)
     links = [LinkProfile(primary=0, worker=worker, request=way, reply=way) for worker in plan.worker_ranks]
     cost = CostModel(FleetProfile(devices=devices, links=tuple(links)), spec, "bfloat16")

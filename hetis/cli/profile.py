@@ -102,7 +102,7 @@ def attention_table(profile: FleetProfile) -> "Table":
     table = new_table(("rank",), ("per head", "per MiB", "fixed", "least", "accuracy"))
     for rank, device in profile.devices.items():
         found = device.attention
-        terms = (found.a_us_per_head, found.b_us_per_byte * MEBI, found.c_us, found.floor_us)
+        terms = (found.us_per_head, found.us_per_byte * MEBI, found.constant_us, found.floor_us)
         table.add_row(str(rank), *(_microseconds(term) for term in terms), f"{found.accuracy:.1%}")
     return table
 

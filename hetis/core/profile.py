@@ -12,12 +12,16 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from hetis.core.attention_rates import AttentionRates
+
 Amount = Annotated[float, Meta(ge=0, le=1e12)]
 Accuracy = Annotated[float, Meta(le=1)]
 Rank = Annotated[int, Meta(ge=0, le=1 << 31)]
 Count = Annotated[int, Meta(ge=1, le=1 << 62)]
 
 LEAST_US = 1e-12  # of all terms of a prediction together: where nothing takes time nothing can be compared or followed
+
+_NAMES_IN_FILES = {"us_per_head": "a_us_per_head", "us_per_byte": "b_us_per_byte", "constant_us": "c_us"}  # the paper's
 
 
 class ProfileKey(msgspec.Struct, frozen=True, kw_only=True, order=True, forbid_unknown_fields=True):
@@ -41,27 +45,18 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True, order=True, forbid_u
         return f"{words}-{digest}.json"
 
 
-class AttentionProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Decode attention: max(floor_us, a_us_per_head * heads + b_us_per_byte * kv_bytes + c_us); 0 without heads.
+class AttentionProfile(AttentionRates, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=_NAMES_IN_FILES):
+    """Decode attention of a device as measured. A fit leaves the floor at 0 where it is not needed."""
 
-    The straight line is equation (3) of the paper. The floor is the one term more: as long as lanes are too few or too
-    short to keep a GPU busy they run side by side, below full bandwidth, and the call takes as long as one of them. A
-    fit leaves it at 0 where it is not needed, as on CPUs.
-    """
-
-    a_us_per_head: Amount
-    b_us_per_byte: Amount
-    c_us: Amount
+    us_per_head: Amount
+    us_per_byte: Amount
+    constant_us: Amount
     floor_us: Amount = 0.0
     accuracy: Accuracy = 0.0
 
     def __post_init__(self) -> None:
-        if self.a_us_per_head + self.b_us_per_byte + self.c_us + self.floor_us < LEAST_US:
+        if self.us_per_head + self.us_per_byte + self.constant_us + self.floor_us < LEAST_US:
             raise ValueError("attention that takes no time was not measured; a, b, c or the floor must be above 0")
-
-    def time_us(self, heads: float, kv_bytes: float) -> float:
-        line_us = self.a_us_per_head * heads + self.b_us_per_byte * kv_bytes + self.c_us
-        return max(self.floor_us, line_us) if heads else 0.0
 
 
 class DenseProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

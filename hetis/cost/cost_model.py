@@ -5,8 +5,7 @@ Times are microseconds for one layer. Heads are query heads, bytes of KV those o
 
 from collections.abc import Iterable, Sequence
 
-import msgspec
-
+from hetis.core.attention_rates import AttentionRates
 from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
 from hetis.core.profile import LEAST_US, AttentionProfile, DeviceProfile, FleetProfile, LinkProfile
 
@@ -20,22 +19,6 @@ LARGEST_STEP = 1.0  # a measurement counts for no more than this, relative to th
 SMALLEST_FACTOR, LARGEST_FACTOR = 1 / 16, 64.0
 RELAXING = 0.01  # of the way back to the profile, per step without work
 DENSE_WEIGHT = 0.1  # of one measurement of the dense part in its moving average
-
-
-class Rates(msgspec.Struct, frozen=True, kw_only=True):
-    """The time of a device in a stage: max(floor_us, constant_us + us_per_head * heads + us_per_byte * kv_bytes).
-
-    For an attention worker its link is in it. Nothing without heads.
-    """
-
-    us_per_head: float
-    us_per_byte: float
-    constant_us: float
-    floor_us: float
-
-    def time_us(self, heads: float, kv_bytes: float) -> float:
-        line_us = self.constant_us + self.us_per_head * heads + self.us_per_byte * kv_bytes
-        return max(self.floor_us, line_us) if heads else 0.0
 
 
 class Follower:
@@ -118,7 +101,7 @@ class CostModel:
 
     def attention_us(self, rank: int, heads: float, kv_bytes: float) -> float:
         """Decode attention alone, as the rank measures it. 0 without heads."""
-        return _attention_rates(self._profile(rank), self._attention[rank].factors).time_us(heads, kv_bytes)
+        return self.rates(rank, is_worker=False).time_us(heads, kv_bytes)
 
     def link_us(self, worker: int, heads: float) -> float:
         """Both ways between a worker and its primaries, as if all heads went over the slowest of its links."""
@@ -128,18 +111,13 @@ class CostModel:
             f * term for f, term in zip(self._link[worker].factors, self._link_terms(worker, heads), strict=True)
         )
 
-    def rates(self, rank: int, *, is_worker: bool) -> Rates:
-        """What the dispatcher solves with: attention, and for a worker its link."""
-        rates = _attention_rates(self._profile(rank), self._attention[rank].factors)
+    def rates(self, rank: int, *, is_worker: bool) -> AttentionRates:
+        """Attention, and for a worker its link. ValueError for a rank without a profile."""
+        rates = self._profile(rank).scaled(self._attention[rank].factors)
         if not is_worker:
             return rates
         alpha_us, beta_us = (f * t for f, t in zip(self._link[rank].factors, self._link_terms(rank, 1), strict=True))
-        return Rates(
-            us_per_head=rates.us_per_head + beta_us,
-            us_per_byte=rates.us_per_byte,
-            constant_us=rates.constant_us + alpha_us,
-            floor_us=rates.floor_us + alpha_us,
-        )
+        return rates.over_link(beta_us, alpha_us)
 
     def prompt_us_per_byte(self, worker: int) -> float:
         """Sending one byte of a prompt's KV to a worker; such messages are large."""
@@ -167,10 +145,7 @@ class CostModel:
         """A rank measured the decode attention of a layer, on average over a step. Without heads it says nothing."""
         if not heads or rank not in self._devices:
             return
-        profile = self._devices[rank]
-        terms = [profile.a_us_per_head * heads, profile.b_us_per_byte * kv_bytes, profile.c_us]
-        if sum(terms) < profile.floor_us:  # by the profile: what is learned must not decide what is learned from
-            terms = [0.0, 0.0, profile.floor_us]
+        terms = self._devices[rank].terms_us(heads, kv_bytes)  # of the profile: the estimate must not choose its input
         if sum(terms) > LEAST_US:
             self._attention[rank].observe(terms, measured_us)
 
@@ -215,15 +190,6 @@ class CostModel:
         """Of one head, both ways."""
         request_us = link.request.beta_us_per_byte * self.request_bytes_per_head
         return request_us + link.reply.beta_us_per_byte * self.reply_bytes_per_head
-
-
-def _attention_rates(profile: AttentionProfile, factors: Sequence[float]) -> Rates:
-    return Rates(
-        us_per_head=profile.a_us_per_head * factors[0],
-        us_per_byte=profile.b_us_per_byte * factors[1],
-        constant_us=profile.c_us * factors[2],
-        floor_us=profile.floor_us * factors[2],
-    )
 
 
 def _dot(factors: Sequence[float], terms: Sequence[float]) -> float:

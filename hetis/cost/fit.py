@@ -31,7 +31,7 @@ class _LayerSample(NamedTuple):
 
 
 def fit_attention(samples: Sequence[AttentionSample]) -> AttentionProfile:
-    """a, b, c, and a floor where one is clearly there. The grid must vary heads and bytes independently."""
+    """The line, and a floor where there clearly is one. The samples must vary heads and bytes independently."""
     return _fitted(samples, _fit_attention, lambda fitted, p: fitted.time_us(p.heads, p.kv_bytes))
 
 
@@ -132,8 +132,8 @@ def _fit_attention(samples: Sequence[AttentionSample]) -> AttentionProfile:
         error = _squared_error(np.maximum(level, features @ above), times)
         if error < best_error:
             line, floor, best_error = above, level, error
-    a, b, c = line
-    return AttentionProfile(a_us_per_head=a, b_us_per_byte=b, c_us=c, floor_us=floor)
+    per_head, per_byte, constant = line
+    return AttentionProfile(us_per_head=per_head, us_per_byte=per_byte, constant_us=constant, floor_us=floor)
 
 
 def non_negative(features_NK: Floats, times_N: Floats) -> list[float]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import msgspec
+
 from hetis.cache.lane_table import CacheManager
 from hetis.core.device_info import RankStats
 from hetis.core.messages import DeviceModel, MemberStats, Setup
@@ -73,12 +75,8 @@ def member_stats(
 
 def _model(observer: Observer, rank: int) -> DeviceModel:
     cost = observer.cost
-    attention = cost.rates(rank, is_worker=False)
     return DeviceModel(
-        us_per_head=attention.us_per_head,
-        us_per_byte=attention.us_per_byte,
-        constant_us=attention.constant_us,
-        floor_us=attention.floor_us,
+        **msgspec.structs.asdict(cost.rates(rank, is_worker=False)),
         factors=cost.factors(rank),
         link_constant_us=cost.link_us(rank, 1) - (cost.link_us(rank, 2) - cost.link_us(rank, 1)),
         link_us_per_head=cost.link_us(rank, 2) - cost.link_us(rank, 1),

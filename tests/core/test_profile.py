@@ -23,6 +23,13 @@ def test_predictions_are_the_formulas() -> None:
     assert LINK.request.time_us(10_000) == pytest.approx(6.8)
 
 
+def test_the_terms_of_attention_add_up_to_its_time() -> None:
+    attention = DEVICE.attention
+    for heads, kv_bytes in ((8, 0), (64, 100_000_000)):
+        assert sum(attention.terms_us(heads, kv_bytes)) == pytest.approx(attention.time_us(heads, kv_bytes))
+    assert attention.terms_us(8, 0) == [0, 0, 11.5], "where the floor decides"
+
+
 # --- what a file may say ----------------------------------------------------------------------------------------------
 
 

@@ -24,9 +24,9 @@ FAST = LinkProfile(primary=0, worker=2, request=way(1.0, 1e-4), reply=way(1.0, 1
 def model(windows: tuple[int, ...] = ()) -> CostModel:
     """Rank 2 is a worker of primaries 0 and 1. M = 2, D = 64, float32."""
     devices = {
-        0: profile(a_us_per_head=0.1, b_us_per_byte=1e-5, c_us=3.0),
-        1: profile(a_us_per_head=0.1, b_us_per_byte=1e-5, c_us=3.0, floor_us=20.0),
-        2: profile(a_us_per_head=0.5, b_us_per_byte=4e-5, c_us=2.0),
+        0: profile(us_per_head=0.1, us_per_byte=1e-5, constant_us=3.0),
+        1: profile(us_per_head=0.1, us_per_byte=1e-5, constant_us=3.0, floor_us=20.0),
+        2: profile(us_per_head=0.5, us_per_byte=4e-5, constant_us=2.0),
     }
     spec = make_spec(4, num_layers=max(1, len(windows)), windows=windows)
     return CostModel(FleetProfile(devices=devices, links=(FAST, SLOW)), spec, "float32")
@@ -61,7 +61,7 @@ def test_prompts_go_in_large_messages() -> None:
     cost = model()
     cost.add(
         2,
-        profile(a_us_per_head=1.0, b_us_per_byte=0.0, c_us=0.0),
+        profile(us_per_head=1.0, us_per_byte=0.0, constant_us=0.0),
         [LinkProfile(primary=0, worker=2, request=large, reply=way(1.0, 0.0))],
     )
     assert cost.prompt_us_per_byte(2) == pytest.approx(3e-4)
@@ -147,5 +147,5 @@ def test_ranks_come_and_go() -> None:
     assert cost.ranks == [0, 2]
     with pytest.raises(ValueError, match=r"rank 1 has no profile; the profile has ranks \[0, 2\]"):
         cost.attention_us(1, 1, 1)
-    cost.add(1, profile(a_us_per_head=1.0, b_us_per_byte=0.0, c_us=0.0))
+    cost.add(1, profile(us_per_head=1.0, us_per_byte=0.0, constant_us=0.0))
     assert cost.attention_us(1, 3, 10**9) == 3.0

@@ -45,7 +45,7 @@ def make_spec(num_groups: int, num_layers: int = 1, windows: tuple[int, ...] = (
 def device(speed: float = 1.0, constant_us: float = 0.0, floor_us: float = 0.0) -> DeviceProfile:
     """At speed 1 a head takes half a microsecond, so a lane of 2 heads 1, and 512 bytes (a token) a hundredth."""
     attention = AttentionProfile(
-        a_us_per_head=0.5 / speed, b_us_per_byte=0.01 / 512 / speed, c_us=constant_us, floor_us=floor_us
+        us_per_head=0.5 / speed, us_per_byte=0.01 / 512 / speed, constant_us=constant_us, floor_us=floor_us
     )
     return DeviceProfile(key=KEY, attention=attention, read_bytes_per_us=1.0, usable_bytes=0)
 

@@ -195,7 +195,9 @@ def test_who_waits_behind_does_not_change_what_a_step_will_take() -> None:
     """
     plan = make_plan([[4]], 2)
     slow_with_bytes, slow_with_heads = (
-        msgspec.structs.replace(device(), attention=AttentionProfile(a_us_per_head=a, b_us_per_byte=b / 512, c_us=0.0))
+        msgspec.structs.replace(
+            device(), attention=AttentionProfile(us_per_head=a, us_per_byte=b / 512, constant_us=0.0)
+        )
         for a, b in ((0.5, 0.05), (10.0, 0.01))
     )
     cost = make_cost(plan, [device(), slow_with_bytes, slow_with_heads])

@@ -209,7 +209,7 @@ def flat_profile(setup: Setup) -> FleetProfile:
     devices = {
         info.rank: DeviceProfile(
             key=profile_key(info, setup),
-            attention=AttentionProfile(a_us_per_head=0.5, b_us_per_byte=1e-4, c_us=5.0),
+            attention=AttentionProfile(us_per_head=0.5, us_per_byte=1e-4, constant_us=5.0),
             read_bytes_per_us=1e4,
             usable_bytes=info.free_memory,
             layer=None if setup.plan.is_worker(info.rank) else _layer(layer_share(setup, info.rank)),
