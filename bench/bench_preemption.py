@@ -12,7 +12,7 @@ from collections import deque
 from random import Random
 from typing import NamedTuple
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.core.batch import Batch
 from hetis.core.placement import Dispatcher
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.cache.lanes import Transit
 from hetis.core.placement import Move, PoolId, pages_for
 from hetis.core.plan import Plan
@@ -73,7 +73,7 @@ class Hauler:
         """Lanes that live at their targets from the next command on, whatever else it says."""
         arrived = [transit for transit, _ in self._cache.transits() if transit.is_complete]
         for transit in arrived:
-            self._cache.land(transit)
+            self._cache.commit(transit)
         self.num_landed += len(arrived)
         return [transit.move for transit in arrived]
 

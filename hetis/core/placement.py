@@ -32,6 +32,12 @@ class PoolId(msgspec.Struct, frozen=True, order=True):
     stage: int
 
 
+def pools_of(plan: Plan) -> list[PoolId]:
+    """Pools of all homes, stage by stage, then those of each worker."""
+    homes = [PoolId(home.rank, stage) for stage, home in plan.homes]
+    return homes + [PoolId(rank, stage) for rank in plan.worker_ranks for stage in range(len(plan.stages))]
+
+
 class Shortage(msgspec.Struct, frozen=True):
     """Pages that are missing, per pool."""
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.core.device_info import RankStats
 from hetis.core.messages import DeviceModel, MemberStats, Setup
 from hetis.engine.observer import Observer

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from hetis.cache.lane_table import pools_of
 from hetis.core.model_spec import ModelSpec
-from hetis.core.placement import FleetView, Placement, PoolId
+from hetis.core.placement import FleetView, Placement, PoolId, pools_of
 from hetis.core.plan import Plan
 from hetis.core.profile import (
     AttentionProfile,

@@ -5,8 +5,7 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.cache.lane_table import pools_of
-from hetis.core.placement import FleetView, Placement, PoolId
+from hetis.core.placement import FleetView, Placement, PoolId, pools_of
 from hetis.core.plan import Plan
 from hetis.core.request import Sequence
 from hetis.cost.memory import largest_context

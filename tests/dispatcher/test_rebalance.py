@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.cache.lane_table import pools_of
-from hetis.core.placement import FleetView, Move, PoolId, pages_for
+from hetis.core.placement import FleetView, Move, PoolId, pages_for, pools_of
 from hetis.core.plan import Plan
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.rebalance import THETA, MigrationBudget, Outcome, Rebalancer, Relieved

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.cache.lane_table import pools_of
-from hetis.core.placement import Dispatcher, FleetView, Placement, PoolId
+from hetis.core.placement import Dispatcher, FleetView, Placement, PoolId, pools_of
 from hetis.core.plan import Plan
 from hetis.core.profile import AttentionProfile
 from hetis.core.request import Sequence

@@ -13,7 +13,7 @@ from random import Random
 import msgspec
 import numpy as np
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.cache.migration import Haul, Hauler
 from hetis.core.batch import Batch, Row
 from hetis.core.messages import PageDelta
