@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from hetis.core.attention_rates import AttentionRates
 from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
 from hetis.core.profile import LEAST_US, AttentionProfile, DeviceProfile, FleetProfile, LinkProfile
-
-LSE_BYTES = 4  # of the log-sum-exp that comes back with each head: float32
+from hetis.cost.links import LSE_BYTES
 
 PRIOR_SPREAD = 1.0  # how far off a profile may be, as a factor's standard deviation
 PRIOR_TOGETHER = 0.98  # how much of that all terms of a device share: it is throttled as a whole

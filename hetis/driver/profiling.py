@@ -27,7 +27,7 @@ from hetis.core.profile import (
 from hetis.core.sizes import plural
 from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer
 from hetis.cost.footprint import layer_weights
-from hetis.cost.memory import usable_share
+from hetis.cost.needs import usable_share
 
 # What a part may take. Devices that are not slow need half of it; an eighth of them still gives a usable fit.
 ATTENTION_SECONDS = 2.0

@@ -6,7 +6,7 @@ from hetis.core.config import DriverArgs
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import Setup
 from hetis.core.model_spec import resolve_dtype
-from hetis.cost.buffers import pages_per_haul
+from hetis.cost.links import max_transfer_pages
 from hetis.cost.memory import plan_memory
 
 
@@ -38,7 +38,7 @@ def make_setup(args: DriverArgs, fleet: Sequence[DeviceInfo]) -> tuple[Setup, st
         dtype=dtype,
         block_size=config.block_size,
         num_pages=ledger.num_pages,
-        pages_per_haul=pages_per_haul(spec, config.block_size, dtype),
+        pages_per_haul=max_transfer_pages(spec, config.block_size, dtype),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len or ledger.largest_context,

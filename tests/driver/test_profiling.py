@@ -7,7 +7,7 @@ import pytest
 
 from hetis.core.messages import MeasureLink
 from hetis.core.profile import FleetProfile, LayerShare
-from hetis.cost.memory import usable_share
+from hetis.cost.needs import usable_share
 from hetis.driver.profiling import Profiling, layer_share, report_of
 from tests.engine.measured_fleet import SPEC, Fleet, answer, make_plan
 
