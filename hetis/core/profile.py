@@ -1,8 +1,8 @@
-"""What was measured of devices and links.
+"""Measured speeds of devices and links, as coefficients of the formulas that predict times.
 
 Times are microseconds (`_us`) for one layer. Heads are query heads. Bytes of KV are those of one layer, over all lanes.
-Coefficients say how the prediction is made; `accuracy` how good it was on points left out of the fit (1 is perfect).
-Bounds are checked where a profile is read: they leave room for any device, and none for what would end in infinity.
+`accuracy` is that of predictions for points left out of the fit (1 is perfect). Bounds are checked where a profile is
+decoded: they leave room for any device, and keep sums and products finite.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ Accuracy = Annotated[float, Meta(le=1)]
 Rank = Annotated[int, Meta(ge=0, le=1 << 31)]
 Count = Annotated[int, Meta(ge=1, le=1 << 62)]
 
-LEAST_US = 1e-12  # of all terms of a prediction together: where nothing takes time nothing can be compared or followed
+LEAST_US = 1e-12  # of all terms of a prediction together: times of 0 cannot be compared, nor corrected by a factor
 
 _NAMES_IN_FILES = {"us_per_head": "a_us_per_head", "us_per_byte": "b_us_per_byte", "constant_us": "c_us"}  # the paper's
 
 
 class ProfileKey(msgspec.Struct, frozen=True, kw_only=True, order=True, forbid_unknown_fields=True):
-    """What a device's measurements hold for."""
+    """All that measurements of a device depend on."""
 
     device: str  # "NVIDIA A100-SXM4-80GB", "AMD EPYC 9555, 16 threads"
     driver: str  # driver and library versions that matter
@@ -39,7 +39,7 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True, order=True, forbid_u
 
     @property
     def file_name(self) -> str:
-        """Readable, and different for every key."""
+        """A readable name that is different for every key."""
         digest = sha256(msgspec.json.encode(self)).hexdigest()[:12]
         words = "".join(c if c.isalnum() else "-" for c in f"{self.device}-{self.dtype}-{self.backend}".lower())
         return f"{words}-{digest}.json"
@@ -60,9 +60,9 @@ class AttentionProfile(AttentionRates, frozen=True, kw_only=True, forbid_unknown
 
 
 class DenseProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything in a layer but attention: fixed_us + max(time to read the weights, time to compute the tokens).
+    """Non-attention time of a layer: fixed_us + max(time to read the weights, time to compute the tokens).
 
-    Where primaries split a layer, their sums are in it: they cannot be measured one by one.
+    Where primaries split a layer, the sums over them are included: a primary cannot be measured without the others.
     """
 
     fixed_us: Amount
@@ -71,7 +71,7 @@ class DenseProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     accuracy: Accuracy = 0.0
 
     def time_us(self, weight_bytes: float, flops: float) -> float:
-        """`flops`: of all tokens together, 2 per weight and token."""
+        """`flops`: 2 per weight and token, of all tokens."""
         return self.fixed_us + max(self.us_per_weight_byte * weight_bytes, self.us_per_flop * flops)
 
 
@@ -87,7 +87,7 @@ class PrefillProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class LayerShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a primary has of a layer."""
+    """The part of a layer that a primary holds."""
 
     num_ranks: Count  # that split the layer
     num_groups: Annotated[int, Meta(ge=0, le=1 << 62)]  # head groups, of this rank
@@ -95,7 +95,7 @@ class LayerShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class LayerProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that a primary does in a layer beside decode attention. Holds for one share of one model's layers."""
+    """Times of a primary in a layer, except decode attention. Valid for one share of the layers of one model."""
 
     share: LayerShare
     dense: DenseProfile
@@ -108,7 +108,7 @@ class LayerProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class KindProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that was measured of devices of one kind: what the cache keeps."""
+    """All measurements of devices of one kind, as the profile cache keeps them."""
 
     key: ProfileKey
     attention: AttentionProfile
@@ -117,7 +117,7 @@ class KindProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One rank of a fleet."""
+    """Measurements of one rank of a fleet."""
 
     key: ProfileKey
     attention: AttentionProfile
@@ -129,9 +129,9 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class TransferProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One direction of a link: alpha_us + beta_us_per_byte * bytes, equation (4) of the paper, and one term more.
 
-    Large messages do not stay in the processors' caches between sender and receiver: each of their bytes takes
-    `more_us_per_byte` longer, wholly from twice `large_bytes` on and in part from there. A fit leaves both at 0 where a
-    straight line is enough. Only the messages of prompts are so large.
+    Large messages do not stay in the processors' caches between sender and receiver: from `large_bytes` on their bytes
+    take longer, by up to `more_us_per_byte` at twice that size and beyond. A fit leaves both at 0 where a straight line
+    is enough. Only the messages of prompts are so large.
     """
 
     alpha_us: Amount
@@ -155,7 +155,7 @@ class LinkProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class FleetProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that the cost model starts from: what `--profile FILE` reads and writes."""
+    """All that the cost model starts from. `--profile FILE` reads it, `hetis profile --output FILE` writes it."""
 
     devices: Mapping[Rank, DeviceProfile]
     links: tuple[LinkProfile, ...] = ()

@@ -1,4 +1,4 @@
-"""Plans: shares of any size add up to the model, and a plan that does not fit is refused with the numbers."""
+"""Plans: shares of any size add up to the model; what follows from them; refusals with the numbers."""
 
 import json
 from itertools import pairwise
@@ -265,7 +265,7 @@ def test_numbers_and_names_without_end_are_refused(plan: str) -> None:
         resolve_plan(plan, SPEC)
 
 
-def test_a_dict_is_what_stands_in_a_file(tmp_path: Path) -> None:
+def test_a_dictionary_is_read_like_a_file(tmp_path: Path) -> None:
     plan = {"stages": [{"layers": 2, "primaries": [{"head_groups": 5}, {}]}, {"primaries": [{}]}], "attention": [{}]}
     assert resolve_plan(plan, SPEC, "cpu") == load_plan(write(tmp_path / "plan.json", plan), SPEC, "cpu")
 

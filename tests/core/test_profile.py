@@ -1,4 +1,4 @@
-"""The formulas of profiles, and which numbers are believed."""
+"""The formulas of profiles, and which numbers a file may have."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def numbers(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def changed(path: tuple[Any, ...], value: object) -> bytes:
-    """FLEET as JSON, but for one value."""
+    """FLEET as JSON with one value changed."""
     tree = msgspec.json.decode(msgspec.json.encode(FLEET))
     inner = tree
     for key in path[:-1]:

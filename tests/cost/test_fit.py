@@ -1,4 +1,4 @@
-"""Fits against planted truths, with noise, outliers and too little data."""
+"""Fits to samples of known coefficients, with and without noise, and too few samples."""
 
 from random import Random
 
@@ -32,7 +32,7 @@ def test_a_straight_line_is_found_exactly() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_costs_accuracy_but_no_floor_is_invented(seed: int) -> None:
+def test_noise_lowers_the_accuracy_but_makes_no_floor(seed: int) -> None:
     truth = AttentionProfile(us_per_head=0.05, us_per_byte=2.5e-5, constant_us=4.0)
     found = fit_attention(grid(truth, Random(seed), 0.08))
     assert found.floor_us == 0
@@ -42,7 +42,7 @@ def test_noise_costs_accuracy_but_no_floor_is_invented(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_floor_is_found_where_a_line_alone_is_not_enough(seed: int) -> None:
-    """As on a GPU: up to some load the time stays the same."""
+    """As on a GPU: up to some load the time is constant."""
     truth = AttentionProfile(us_per_head=0.012, us_per_byte=7e-7, constant_us=3.0, floor_us=14.0)
     samples = grid(truth, Random(seed), 0.03)
     found = fit_attention(samples)
@@ -101,7 +101,7 @@ def test_prefill() -> None:
 @given(st.integers(0, 1 << 30))
 @settings(max_examples=60)
 def test_no_coefficient_is_negative_and_none_could_be_better(seed: int) -> None:
-    """Against a fine search around what was found."""
+    """Compared with random points near the result."""
     rng = np.random.default_rng(seed)
     features, times = rng.uniform(0.1, 10, (12, 3)), rng.uniform(1, 20, 12)
     found = np.array(non_negative(features, times))
