@@ -176,7 +176,7 @@ class CacheManager:
         self._num_lanes[part.pool] += part.num_lanes
         self._lanes_peak[part.pool] = max(self._lanes_peak[part.pool], self._num_lanes[part.pool])
 
-    # --- what the ranks are told --------------------------------------------------------------------------------------
+    # --- announcements to the ranks -----------------------------------------------------------------------------------
 
     def take_deltas(self) -> list[PageDelta]:
         """Entries of page tables that are new since the last call, less those freed meanwhile."""

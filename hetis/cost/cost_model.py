@@ -33,7 +33,7 @@ class Follower:
             [PRIOR_SPREAD**2 * (1.0 if i == k else PRIOR_CORRELATION) for k in range(num_terms)]
             for i in range(num_terms)
         ]
-        self._covariance = [list(row) for row in self._prior]
+        self._covariance = [list(line) for line in self._prior]
         self.factors = [1.0] * num_terms
 
     def observe(self, terms: Sequence[float], measured: float) -> None:
@@ -41,12 +41,12 @@ class Follower:
         predicted = _dot(self.factors, terms)
         shares = [term / predicted for term in terms]
         error = min(max(measured / predicted - 1, -LARGEST_STEP), LARGEST_STEP)
-        for row, prior in zip(self._covariance, self._prior, strict=True):
-            row[:] = [value + FORGETTING * (limit - value) for value, limit in zip(row, prior, strict=True)]
-        spread = [_dot(row, shares) for row in self._covariance]
+        for line, prior in zip(self._covariance, self._prior, strict=True):
+            line[:] = [value + FORGETTING * (limit - value) for value, limit in zip(line, prior, strict=True)]
+        spread = [_dot(line, shares) for line in self._covariance]
         total = NOISE**2 + _dot(shares, spread)
-        for k, row in enumerate(self._covariance):
-            row[:] = [value - spread[k] * other / total for value, other in zip(row, spread, strict=True)]
+        for k, line in enumerate(self._covariance):
+            line[:] = [value - spread[k] * other / total for value, other in zip(line, spread, strict=True)]
             moved = self.factors[k] + spread[k] / total * error
             self.factors[k] = min(max(moved, SMALLEST_FACTOR), LARGEST_FACTOR)
 

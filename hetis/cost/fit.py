@@ -108,11 +108,11 @@ def _fit_dense(samples: Sequence[_LayerSample]) -> DenseProfile:
     intensity = [p.flops / p.weight_bytes for p in samples]
     best, best_error = DenseProfile(fixed_us=0.0, us_per_weight_byte=0.0, us_per_flop=0.0), float("inf")
     for border in sorted(set(intensity)):
-        rows = [
+        features = [
             [1.0, p.weight_bytes, 0.0] if at <= border else [1.0, 0.0, p.flops]
             for p, at in zip(samples, intensity, strict=True)
         ]
-        fixed, weight, flop = non_negative(np.array(rows), times)
+        fixed, weight, flop = non_negative(np.array(features), times)
         fitted = DenseProfile(fixed_us=fixed, us_per_weight_byte=weight, us_per_flop=flop)
         error = _squared_error(np.array([fitted.time_us(p.weight_bytes, p.flops) for p in samples]), times)
         if error < best_error:

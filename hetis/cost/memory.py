@@ -19,8 +19,8 @@ from hetis.cost.limits import Limits
 from hetis.cost.needs import Needs, does_not_fit, too_few_pages, too_long, usable_share
 
 
-class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank. A worker has one pool per stage, each of `pages` pages; a primary has one if it has head groups."""
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """How one rank uses memory. A worker has a pool per stage, a primary has one if it has head groups."""
 
     rank: int
     role: str
@@ -31,37 +31,37 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
     buffers: int  # page tables, links, sums, scratch memory and libraries: `cost/buffers.py`
     kv: int
     page_bytes: int  # of one page in every pool of the rank
-    pages: int
+    pages: int  # of each pool
     tokens: int  # whole sequences' tokens whose lanes of this rank fit: all groups on a worker, its own on a primary
 
 
 class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
     """How memory is used, rank by rank. `str()` gives the table."""
 
-    rows: tuple[LedgerRow, ...]  # in rank order
+    ranks: tuple[RankMemory, ...]  # in rank order
     largest_context: int  # tokens of the longest sequence that can run alone
     total_tokens: int  # of many sequences together, over the whole fleet
 
     @property
     def num_pages(self) -> dict[int, int]:
         """Rank -> pages of each of its pools."""
-        return {row.rank: row.pages for row in self.rows}
+        return {rank.rank: rank.pages for rank in self.ranks}
 
     def __str__(self) -> str:
-        cells = [["rank", "role", "device", "free", "weights", "activations", "buffers", "KV", "pages", "tokens"]]
-        for row in self.rows:
-            sizes = [format_bytes(size) for size in (row.free, row.weights, row.activations, row.buffers, row.kv)]
-            cells.append([str(row.rank), row.role, row.device, *sizes, str(row.pages), str(row.tokens)])
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column < 3 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in cells
-        ]
-        lines.append(f"largest context {self.largest_context} tokens; room for {self.total_tokens} tokens in all")
-        return "\n".join(lines)
+        lines = [["rank", "role", "device", "free", "weights", "activations", "buffers", "KV", "pages", "tokens"]]
+        for rank in self.ranks:
+            sizes = [format_bytes(size) for size in (rank.free, rank.weights, rank.activations, rank.buffers, rank.kv)]
+            lines.append([str(rank.rank), rank.role, rank.device, *sizes, str(rank.pages), str(rank.tokens)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join(_padded(line, widths)) for line in lines]
+        text.append(f"largest context {self.largest_context} tokens; room for {self.total_tokens} tokens in all")
+        return "\n".join(text)
+
+
+def _padded(line: Iterable[str], widths: Iterable[int]) -> list[str]:
+    """Rank, role and device to the left, numbers to the right."""
+    columns = enumerate(zip(line, widths, strict=True))
+    return [text.ljust(width) if column < 3 else text.rjust(width) for column, (text, width) in columns]
 
 
 def plan_memory(
@@ -93,7 +93,7 @@ def plan_memory(
     num_pages = {need.rank: kv[need.rank] // need.page_bytes for need in needs}
     context = min(largest_context(plan, num_pages, block_size), spec.max_position)
     ledger = MemoryLedger(
-        rows=tuple(_row(plan, need, num_pages[need.rank], block_size) for need in needs),
+        ranks=tuple(_entry(plan, need, num_pages[need.rank], block_size) for need in needs),
         largest_context=context,
         total_tokens=total_tokens(spec, plan, num_pages, block_size),
     )
@@ -126,8 +126,8 @@ def _needs_of(spec: ModelSpec, plan: Plan, infos: Mapping[int, DeviceInfo], memb
     )
 
 
-def _row(plan: Plan, need: Needs, num_pages: int, block_size: int) -> LedgerRow:
-    return LedgerRow(
+def _entry(plan: Plan, need: Needs, num_pages: int, block_size: int) -> RankMemory:
+    return RankMemory(
         rank=need.rank,
         role=plan.role_of(need.rank),
         device=need.info.device,

@@ -20,7 +20,7 @@ from hetis.core.plan_sources import resolve_plan
 from hetis.cost.buffers import buffers_of
 from hetis.cost.footprint import page_bytes_of, weight_bytes, workspace_bytes
 from hetis.cost.limits import Limits
-from hetis.cost.memory import LedgerRow, plan_memory
+from hetis.cost.memory import RankMemory, plan_memory
 from hetis.engine.setup import make_setup
 from hetis.models.families import read_model_spec
 from hetis.ranks.rank import build_member
@@ -72,7 +72,7 @@ def memory_of(root: object) -> dict[tuple[str, int], int]:
     return found
 
 
-def build(directory: Path, *, apart: bool) -> tuple[Setup, list[Any], tuple[LedgerRow, ...]]:
+def build(directory: Path, *, apart: bool) -> tuple[Setup, list[Any], tuple[RankMemory, ...]]:
     """All ranks as threads of this process, with their ledger. `apart`: each as if on a host of its own."""
     config = EngineConfig(model=str(directory), plan=PLAN, device="cpu", kv_cache_memory=1 << 20, **BOUNDS)
     spec = read_model_spec(directory)
@@ -86,16 +86,16 @@ def build(directory: Path, *, apart: bool) -> tuple[Setup, list[Any], tuple[Ledg
     setup, _ = make_setup(arguments, fleet)
     rendezvous = LocalRendezvous()
     members = together(*[partial(build_member, setup, rank, CPU, rendezvous, print) for rank in plan.ranks])
-    return setup, members, plan_memory(spec, plan, fleet, dtype=setup.dtype, **BOUNDS).rows
+    return setup, members, plan_memory(spec, plan, fleet, dtype=setup.dtype, **BOUNDS).ranks
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one host", "hosts of their own"])
 def test_ranks_hold_what_the_ledger_counts(tmp_path: Path, apart: bool) -> None:
-    setup, members, rows = build(make_checkpoint(tmp_path, "five_groups"), apart=apart)
+    setup, members, ledger = build(make_checkpoint(tmp_path, "five_groups"), apart=apart)
     limits = Limits(dtype=setup.dtype, **BOUNDS)
     spec, plan, infos = setup.spec, setup.plan, {info.rank: info for info in setup.fleet}
     seen: set[tuple[str, int]] = set()  # shared memory counts at its creator, the first that has it
-    for member, built, row in zip(plan.members, members, rows, strict=True):
+    for member, built, planned in zip(plan.members, members, ledger, strict=True):
         buffers = buffers_of(spec, plan, infos, member, limits)
         expected = setup.num_pages[member.rank] * page_bytes_of(spec, plan, member, setup.block_size, setup.dtype)
         expected += buffers.page_tables + buffers.links
@@ -106,6 +106,6 @@ def test_ranks_hold_what_the_ledger_counts(tmp_path: Path, apart: bool) -> None:
         held = sum(size for key, size in memory.items() if key not in seen)
         seen |= memory.keys()
         assert 0 <= held - expected < LEAST_BYTES, f"rank {member.rank}"
-        assert held - LEAST_BYTES < row.weights + row.activations + row.buffers + row.kv
+        assert held - LEAST_BYTES < planned.weights + planned.activations + planned.buffers + planned.kv
     for built in members:
         built.close()
