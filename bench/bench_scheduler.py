@@ -10,7 +10,7 @@ import argparse
 import time
 from statistics import median
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
 from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
@@ -28,7 +28,7 @@ def one_primary(num_groups: int, num_workers: int) -> Plan:
 
 def running_decodes(num_sequences: int, plan: Plan, num_groups: int, page_size: int) -> tuple[Scheduler, CacheManager]:
     """A scheduler with that many sequences, all past their prompts and of the same length."""
-    num_pages = {member.rank: num_sequences * num_groups * 64 for member in plan.members()}
+    num_pages = dict.fromkeys(plan.ranks, num_sequences * num_groups * 64)
     cache = CacheManager(plan, num_groups, num_pages, page_size, num_sequences)
     scheduler = Scheduler(
         cache,

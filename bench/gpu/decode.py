@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hetis.core.messages import AddRequest
-from hetis.core.plan import resolve_plan
+from hetis.core.plan_sources import resolve_plan
 from hetis.core.sampling_params import SamplingParams
 from hetis.models.decoder import Decoder
 from hetis.models.families import read_model_spec

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.cache.lanes import Transit
 from hetis.core.placement import Move, PoolId, pages_for
 from hetis.core.plan import Plan
@@ -54,7 +54,7 @@ class Hauler:
     ) -> None:
         """`token_bytes`: of one lane in one layer. `pages_per_haul`: most that a link carries each way in one step."""
         self._cache, self._num_groups, self._page_size = cache, num_groups, page_size
-        self._homes = [[stage.home(group).rank for group in range(num_groups)] for stage in plan.stages]
+        self._homes = plan.home_ranks
         self._pages_per_haul = pages_per_haul
         self._layer_bytes = page_size * token_bytes  # of a page
         self._num_layers = [stage.num_layers for stage in plan.stages]
@@ -73,7 +73,7 @@ class Hauler:
         """Lanes that live at their targets from the next command on, whatever else it says."""
         arrived = [transit for transit, _ in self._cache.transits() if transit.is_complete]
         for transit in arrived:
-            self._cache.land(transit)
+            self._cache.commit(transit)
         self.num_landed += len(arrived)
         return [transit.move for transit in arrived]
 

@@ -92,7 +92,7 @@ def devices_table(profile: FleetProfile, report: ProfileReport, plan: Plan) -> "
     """Device, memory and source of the figures of every rank."""
     table = new_table(("rank", "role", "device", "name"), ("memory", "usable"))
     table.add_column("from", no_wrap=True)
-    for member in plan.members():
+    for member in plan.members:
         device = profile.devices[member.rank]
         name = device.key.device if len(device.key.device) <= NAME_WIDTH else device.key.device[: NAME_WIDTH - 1] + "…"
         reads, usable = _gigabytes(device.read_bytes_per_us), format_bytes(device.usable_bytes)
@@ -106,7 +106,7 @@ def attention_table(profile: FleetProfile) -> "Table":
     table = new_table(("rank",), ("per head", "per MiB", "fixed", "least", "accuracy"))
     for rank, device in profile.devices.items():
         found = device.attention
-        terms = (found.a_us_per_head, found.b_us_per_byte * MEBI, found.c_us, found.floor_us)
+        terms = (found.us_per_head, found.us_per_byte * MEBI, found.constant_us, found.floor_us)
         table.add_row(str(rank), *(_microseconds(term) for term in terms), f"{found.accuracy:.1%}")
     return table
 
@@ -115,22 +115,17 @@ def layers_table(profile: FleetProfile, spec: ModelSpec, plan: Plan, dtype: str)
     """Non-attention time and prefill of the primaries."""
     titles = [f"{tokens} token{'s' if tokens > 1 else ''}" for tokens in TOKENS]
     table = new_table(("rank",), (*titles, "accuracy", "prompts", "accuracy"))
-    for stage in plan.stages:
-        for index, primary in enumerate(stage.primaries):
-            layer, weights = profile.devices[primary.rank].layer, layer_weights(spec, primary, index)
-            assert layer is not None, f"rank {primary.rank} is a primary without a profile of its layers"
-            times = [layer.dense.time_us(weights * DTYPE_BYTES[dtype], 2 * weights * tokens) for tokens in TOKENS]
-            prompts = layer.prefill
-            table.add_row(
-                str(primary.rank),
-                *(f"{time_us:.0f} us" for time_us in times),
-                f"{layer.dense.accuracy:.1%}",
-                *(
-                    ("-", "-")
-                    if prompts is None
-                    else (f"{1e3 * prompts.us_per_pair:.3g} ns", f"{prompts.accuracy:.1%}")
-                ),
-            )
+    for primary in plan.primaries:
+        layer, weights = profile.devices[primary.rank].layer, layer_weights(spec, plan, primary)
+        assert layer is not None, f"rank {primary.rank} is a primary without a profile of its layers"
+        times = [layer.dense.time_us(weights * DTYPE_BYTES[dtype], 2 * weights * tokens) for tokens in TOKENS]
+        prompts = layer.prefill
+        table.add_row(
+            str(primary.rank),
+            *(f"{time_us:.0f} us" for time_us in times),
+            f"{layer.dense.accuracy:.1%}",
+            *(("-", "-") if prompts is None else (f"{1e3 * prompts.us_per_pair:.3g} ns", f"{prompts.accuracy:.1%}")),
+        )
     return table
 
 

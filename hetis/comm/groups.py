@@ -48,7 +48,7 @@ def init_groups(
     """
     infos = {info.rank: info for info in fleet}
     stage, index = plan.position_of(rank)
-    members = [infos[primary.rank] for primary in plan.stages[stage].primaries]
+    members = [infos[rank] for rank in plan.stages[stage].ranks]
     tensor_parallel = _join_stage(f"stage/{stage}", members, index, rendezvous, device, timeout)
 
     def open_between(sender: int, receiver: int) -> Link:
@@ -67,7 +67,7 @@ def init_groups(
         )
 
     previous, following = None, []
-    for sender, receiver in plan.handovers():  # one global order, so that no two ranks wait for each other
+    for sender, receiver in plan.handovers:  # one global order, so that no two ranks wait for each other
         if rank == receiver:
             previous = open_between(sender, receiver)
         elif rank == sender:

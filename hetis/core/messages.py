@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from hetis.core.attention_rates import AttentionRates
 from hetis.core.device_info import DeviceInfo, RankStats
 from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.model_spec import ModelSpec
@@ -258,16 +259,12 @@ class Outputs(Message):
     outputs: list[TokenOutput]
 
 
-class DeviceModel(msgspec.Struct, kw_only=True):
-    """How a rank's decode attention is predicted now: max(floor, constant + per head + per byte), of a layer.
+class DeviceModel(AttentionRates, kw_only=True):
+    """How a rank's decode attention is predicted now.
 
-    `docs/dispatch.md` has the formula. `factors`: how much longer than in its profile per head, per byte, and constant.
+    `factors`: how much longer than in its profile it takes per head, per byte, and without either.
     """
 
-    us_per_head: float
-    us_per_byte: float
-    constant_us: float
-    floor_us: float
     factors: list[float]
     link_constant_us: float  # 0 for primaries
     link_us_per_head: float

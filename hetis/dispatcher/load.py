@@ -10,9 +10,10 @@ from copy import copy
 
 import msgspec
 
+from hetis.core.attention_rates import AttentionRates
 from hetis.core.placement import FleetView, PoolId
 from hetis.core.plan import Plan
-from hetis.cost.cost_model import CostModel, Rates
+from hetis.cost.cost_model import CostModel
 
 WEAK = 0.06  # devices that can make attention faster by no more than this together are left out
 ALIKE = 1.5  # speeds that differ by no more than this factor
@@ -42,15 +43,10 @@ def stage_devices(plan: Plan) -> list[StageDevices]:
     return [
         StageDevices(
             stage=index,
-            pools=tuple(
-                PoolId(rank, index) for rank in [*(h.rank for h in stage.homes), *(w.rank for w in plan.workers)]
-            ),
+            pools=tuple(PoolId(rank, index) for rank in (*(home.rank for home in stage.homes), *plan.worker_ranks)),
             num_homes=len(stage.homes),
-            most_lanes=(
-                *(home.num_groups for home in stage.homes),
-                *(sum(home.num_groups for home in stage.homes) for _ in plan.workers),
-            ),
-            num_lanes=sum(home.num_groups for home in stage.homes),
+            most_lanes=(*(home.num_groups for home in stage.homes), *[stage.num_groups] * len(plan.workers)),
+            num_lanes=stage.num_groups,
         )
         for index, stage in enumerate(plan.stages)
     ]
@@ -61,10 +57,13 @@ class FleetLoad:
 
     def __init__(self, plan: Plan, cost: CostModel) -> None:
         self._cost = cost
-        self._layers = [stage.num_layers for stage in plan.stages]
-        self._primaries = [[primary.rank for primary in stage.primaries] for stage in plan.stages]
-        workers = {worker.rank for worker in plan.workers}
-        self._is_worker = {member.rank: member.rank in workers for member in plan.members()}
+        # by stage: the other ones, with the layers that they compute while it computes one
+        self._other_stages = [
+            [(i, other.num_layers / stage.num_layers) for i, other in enumerate(plan.stages) if i != index]
+            for index, stage in enumerate(plan.stages)
+        ]
+        self._primaries = [stage.ranks for stage in plan.stages]
+        self._is_worker = {rank: plan.is_worker(rank) for rank in plan.ranks}
         self._rates = {rank: cost.rates(rank, is_worker=works) for rank, works in self._is_worker.items()}
         self._heads: dict[PoolId, float] = {}
         self._kv_bytes: dict[PoolId, float] = {}
@@ -98,7 +97,7 @@ class FleetLoad:
         """A layer's dense part in a decode step, of all primaries: those without head groups have a share of it."""
         return self._cost.dense_us(self._primaries[stage.stage])
 
-    def rates(self, rank: int) -> Rates:
+    def rates(self, rank: int) -> AttentionRates:
         return self._rates[rank]
 
     def is_worker(self, rank: int) -> bool:
@@ -106,18 +105,20 @@ class FleetLoad:
 
     def start_us(self, pool: PoolId) -> float:
         """A device's time as soon as it has work in this stage, without any new lane: floor aside."""
-        rates = self._rates[pool.rank]
-        stages = range(len(self._layers)) if self._is_worker[pool.rank] else [pool.stage]
-        total = rates.constant_us
-        for stage in stages:
-            held = PoolId(pool.rank, stage)
-            work_us = rates.us_per_head * self._heads.get(held, 0) + rates.us_per_byte * self._kv_bytes.get(held, 0.0)
-            total += work_us * self._layers[stage] / self._layers[pool.stage]
-        return total
+        return self._rates[pool.rank].line_us(*self._work(pool))
 
     def time_us(self, pool: PoolId) -> float:
         """0 for a device without lanes of the stage."""
-        return max(self._rates[pool.rank].floor_us, self.start_us(pool)) if self._heads.get(pool, 0) else 0.0
+        return self._rates[pool.rank].time_us(*self._work(pool)) if self._heads.get(pool, 0) else 0.0
+
+    def _work(self, pool: PoolId) -> tuple[float, float]:
+        """(query heads, KV bytes) for each layer of the pool's stage, with a worker's share of other stages' layers."""
+        heads, kv_bytes = self._heads.get(pool, 0), self._kv_bytes.get(pool, 0.0)
+        for stage, layers in self._other_stages[pool.stage] if self._is_worker[pool.rank] else ():
+            other = PoolId(pool.rank, stage)
+            heads += self._heads.get(other, 0) * layers
+            kv_bytes += self._kv_bytes.get(other, 0.0) * layers
+        return heads, kv_bytes
 
     def peak_us(self, pools: Iterable[PoolId]) -> float:
         return max(map(self.time_us, pools), default=0.0)

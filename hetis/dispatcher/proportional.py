@@ -46,7 +46,7 @@ def _place_stage(plan: Plan, stage: int, now: int, later: int, left: dict[PoolId
     """The owner of each head group in one stage, taken out of `left`; empty when they do not fit."""
     owners: list[int] = []
     for primary in plan.stages[stage].homes:
-        pools = [PoolId(rank, stage) for rank in (primary.rank, *(worker.rank for worker in plan.workers))]
+        pools = [PoolId(rank, stage) for rank in (primary.rank, *plan.worker_ranks)]
         home, prompt, growth = pools[0], primary.num_groups * now, later - now
         spare = left[home] - prompt
         if spare < 0:

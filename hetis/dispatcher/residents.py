@@ -39,10 +39,7 @@ class Residents:
         self.moved: set[tuple[int, int]] = set()  # (slot, stage)
         self._residents = {resident.slot: resident for resident in residents}
         self._owners = {resident.slot: [list(owners) for owners in resident.owners] for resident in residents}
-        self._homes = [
-            [home for home, groups in enumerate(stage.most_lanes[: stage.num_homes]) for _ in range(groups)]
-            for stage in self.stages
-        ]
+        self._home_ranks = view.plan.home_ranks
         self._free = dict(view.free_pages)
         self._ranks = [{pool.rank for pool in stage.pools} for stage in self.stages]
         self._kv_bytes = {resident.slot: cost.kv_bytes(resident.num_tokens) for resident in residents}  # of one lane
@@ -147,8 +144,9 @@ class Residents:
         load = self.load.copy()
         if source.rank in self._ranks[source.stage]:
             load.add(source, -len(groups), kv_bytes)
-        at_home = [[g for g in groups if self._homes[stage.stage][g] == home] for home in range(stage.num_homes)]
-        most = [len(own) for own in at_home] + [len(groups)] * (len(stage.pools) - stage.num_homes)
+        homes = [self._home_ranks[stage.stage][group] for group in groups]
+        most = [homes.count(pool.rank) for pool in stage.pools[: stage.num_homes]]
+        most += [len(groups)] * (len(stage.pools) - stage.num_homes)
         free = [max(0, self._free[pool]) for pool in stage.pools]
         for device, pool in enumerate(stage.pools):
             if pool == source:
@@ -187,6 +185,7 @@ class Residents:
     ) -> dict[int, PoolId]:
         """A pool for each group: homes get their own, the source keeps the first of the others."""
         targets: dict[int, PoolId] = {}
+        homes = self._home_ranks[stage.stage]
         devices = sorted(
             range(len(counts)), key=lambda device: (device >= stage.num_homes, stage.pools[device] != source)
         )
@@ -194,7 +193,7 @@ class Residents:
             fitting = [
                 group
                 for group in groups
-                if group not in targets and (device >= stage.num_homes or self._homes[stage.stage][group] == device)
+                if group not in targets and (device >= stage.num_homes or homes[group] == stage.pools[device].rank)
             ]
             targets |= dict.fromkeys(fitting[: counts[device]], stage.pools[device])
         return targets

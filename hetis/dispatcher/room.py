@@ -118,10 +118,6 @@ def shortage_when_empty(num_tokens: int, plan: Plan, num_pages: Mapping[int, int
     `cost.memory.largest_context`).
     """
     pages = pages_for(num_tokens, page_size)
-    missing = {
-        PoolId(home.rank, stage): home.num_groups * pages - num_pages[home.rank]
-        for stage in range(len(plan.stages))
-        for home in plan.stages[stage].homes
-    }
+    missing = {PoolId(home.rank, stage): home.num_groups * pages - num_pages[home.rank] for stage, home in plan.homes}
     missing = {pool: count for pool, count in missing.items() if count > 0}
     return Shortage(missing) if missing else None

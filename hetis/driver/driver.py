@@ -43,7 +43,7 @@ class Driver:
     def __init__(self, args: DriverArgs, server: ControlServer, parent: RawIOBase) -> None:
         """`parent`: what rank 0 writes; unbuffered, since the poller does not see what has been read ahead."""
         self._args, self._server, self._parent = args, server, parent
-        self._ranks = [member.rank for member in args.plan.members()]
+        self._ranks = args.plan.ranks
         self._watch = Watch(args.plan, args.config.step_timeout)
         self._fronts: set[bytes] = set()
         self._postponed: list[tuple[bytes, m.Message]] = []  # questions of front ends, until the fleet is up
@@ -276,7 +276,7 @@ def main() -> NoReturn:
     args = msgspec.json.decode(line, type=DriverArgs)
     set_up_logging("driver")
     server = ControlServer(args.run_directory, args.address)
-    joining = Joining(endpoints=server.endpoints, devices=[member.device for member in args.plan.members()])
+    joining = Joining(endpoints=server.endpoints, devices=[member.device for member in args.plan.members])
     with suppress(BrokenPipeError):  # its end is noticed in the loop
         os.write(sys.stdout.fileno(), msgspec.json.encode(joining) + b"\n")
     driver = Driver(args, server, parent)

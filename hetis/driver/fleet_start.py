@@ -23,7 +23,7 @@ class FleetStart:
 
     def __init__(self, args: DriverArgs) -> None:
         self._args = args
-        self._ranks = [member.rank for member in args.plan.members()]
+        self._ranks = args.plan.ranks
         self._hellos: dict[int, DeviceInfo] = {}
         self._num_loaded = 0
         self._setup: m.Setup | None = None

@@ -27,7 +27,7 @@ from hetis.core.profile import (
 from hetis.core.sizes import plural
 from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer
 from hetis.cost.footprint import layer_weights
-from hetis.cost.memory import usable_share
+from hetis.cost.needs import usable_share
 
 # What a part may take. Devices that are not slow need half of it; an eighth of them still gives a usable fit.
 ATTENTION_SECONDS = 2.0
@@ -96,14 +96,13 @@ class Profiling:
         jobs, met = [], set(self._layers)
         message = Measure(part="dense", seconds=DENSE_SECONDS)
         for stage in self._plan.stages:
-            ranks = tuple(primary.rank for primary in stage.primaries)
             wanted = []
-            for rank in ranks:
+            for rank in stage.ranks:
                 if (what := (self._kind(rank), layer_share(self._setup, rank))) not in met:
                     met.add(what)
                     wanted.append(rank)
             if wanted:
-                jobs.append(_Job(ranks, frozenset(wanted), message, self._claims(ranks)))
+                jobs.append(_Job(stage.ranks, frozenset(wanted), message, self._claims(stage.ranks)))
         return jobs
 
     def _link_jobs(self) -> list[_Job]:
@@ -114,7 +113,7 @@ class Profiling:
                 MeasureLink(primary=home.rank, worker=worker.rank, seconds=LINK_SECONDS),
                 frozenset((self._infos[rank].host, "") for rank in (home.rank, worker.rank)),
             )
-            for home, worker in self._plan.links()
+            for home, worker in self._plan.links
         ]
 
     def _claims(self, ranks: tuple[int, ...]) -> frozenset[Claim]:
@@ -201,7 +200,7 @@ class Profiling:
 
     def _device(self, rank: int) -> DeviceProfile:
         info, kind = self._infos[rank], self._kind(rank)
-        found, is_primary = self._devices[kind], self._plan.role_of(rank) == "primary"
+        found, is_primary = self._devices[kind], not self._plan.is_worker(rank)
         return DeviceProfile(
             key=found.key,
             attention=found.attention,
@@ -212,7 +211,7 @@ class Profiling:
 
     def _source(self, rank: int) -> str:
         needed: list[What] = [(self._kind(rank), None)]
-        if self._plan.role_of(rank) == "primary":
+        if not self._plan.is_worker(rank):
             needed.append((self._kind(rank), layer_share(self._setup, rank)))
         parts = [self._parts[what] for what in needed if what in self._parts]
         own = [part.seconds for part in parts if part.rank == rank]
@@ -238,12 +237,11 @@ def profile_key(info: DeviceInfo, setup: Setup) -> ProfileKey:
 
 def layer_share(setup: Setup, rank: int) -> LayerShare:
     """What a primary has of a layer."""
-    stage, index = setup.plan.position_of(rank)
-    primaries = setup.plan.stages[stage].primaries
+    primary = setup.plan.primary(rank)
     return LayerShare(
-        num_ranks=len(primaries),
-        num_groups=primaries[index].num_groups,
-        num_weights=layer_weights(setup.spec, primaries[index], index),
+        num_ranks=len(setup.plan.stage_of(primary).primaries),
+        num_groups=primary.num_groups,
+        num_weights=layer_weights(setup.spec, setup.plan, primary),
     )
 
 
@@ -273,10 +271,10 @@ def report_of(profile: FleetProfile, setup: Setup, name: str) -> ProfileReport:
 
 def _lacking(profile: FleetProfile, plan: Plan) -> list[str]:
     devices, found = profile.devices, {(link.primary, link.worker) for link in profile.links}
-    primaries = [primary.rank for stage in plan.stages for primary in stage.primaries]
-    links = [(home.rank, worker.rank) for home, worker in plan.links()]
+    primaries = [primary.rank for primary in plan.primaries]
+    links = [(home.rank, worker.rank) for home, worker in plan.links]
     return [
-        *(f"rank {member.rank}" for member in plan.members() if member.rank not in devices),
+        *(f"rank {rank}" for rank in plan.ranks if rank not in devices),
         *(f"layers of rank {rank}" for rank in primaries if rank in devices and devices[rank].layer is None),
         *(f"link {home}->{worker}" for home, worker in links if (home, worker) not in found),
     ]
@@ -285,7 +283,7 @@ def _lacking(profile: FleetProfile, plan: Plan) -> list[str]:
 def _differences(device: DeviceProfile, info: DeviceInfo, setup: Setup) -> list[str]:
     """Between what a profile was made for and a rank, in words."""
     pairs: list[tuple[msgspec.Struct, msgspec.Struct]] = [(device.key, profile_key(info, setup))]
-    if device.layer is not None and setup.plan.role_of(info.rank) == "primary":
+    if device.layer is not None and not setup.plan.is_worker(info.rank):
         pairs.append((device.layer.share, layer_share(setup, info.rank)))
     return [
         f"its {field} is {getattr(there, field)} in the file and {getattr(here, field)} here"

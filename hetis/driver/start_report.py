@@ -46,7 +46,7 @@ def start_lines(config: EngineConfig, setup: Setup) -> list[str]:
 def _members(setup: Setup) -> Iterable[str]:
     """One line for consecutive ranks that are alike."""
     alike: list[tuple[_Member, int]] = []
-    for info, member in zip(setup.fleet, setup.plan.members(), strict=True):
+    for info, member in zip(setup.fleet, setup.plan.members, strict=True):
         page = page_bytes_of(setup.spec, setup.plan, member, setup.block_size, setup.dtype)
         kind = info.device.partition(":")[0]
         name = f"{info.name}, {plural(info.num_threads, 'thread')}" if kind == "cpu" else info.name

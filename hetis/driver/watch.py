@@ -177,7 +177,7 @@ class Watch:
 
     def _missing(self) -> list[int]:
         """Ranks that never joined."""
-        return [member.rank for member in self.plan.members() if member.rank not in self._infos]
+        return [rank for rank in self.plan.ranks if rank not in self._infos]
 
     def _names(self, ranks: Iterable[int]) -> str:
         return ", ".join(self._name(rank) for rank in ranks)

@@ -5,7 +5,7 @@ What should move is decided by `dispatcher.rebalance`; `cache.migration` carries
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.cache.migration import Hauler
 from hetis.core.placement import PoolId
 from hetis.core.request import Sequence

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.cache.migration import Hauler, pack_hauls
 from hetis.core.batch import Batch, NewToken, Row
 from hetis.core.device_info import RankStats

@@ -14,7 +14,7 @@ class Observer:
 
     def __init__(self, cost: CostModel, plan: Plan) -> None:
         self.cost, self._plan = cost, plan
-        self._workers = {worker.rank for worker in plan.workers}
+        self._workers = plan.worker_ranks
         self._layer_us = 0.0  # in a step without prompts, over all primaries
         # by (rank, stage), in its last step with decodes: query heads, and us of attention a layer
         self._worked: dict[tuple[int, int], tuple[int, float]] = {}

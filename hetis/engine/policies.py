@@ -45,13 +45,11 @@ def make_policies(config: EngineConfig, setup: Setup, profile: FleetProfile | No
     if profile is None or config.dispatch in SIMPLE:
         return Policies(SIMPLE.get(config.dispatch, PrimaryOnlyDispatcher)())
     cost = CostModel(profile, setup.spec, setup.dtype)
-    for stage in setup.plan.stages:
-        for index, primary in enumerate(stage.primaries):
-            layer = profile.devices[primary.rank].layer
-            assert layer is not None, f"rank {primary.rank} is a primary without a profile of its layers"
-            weights = layer_weights(setup.spec, primary, index)
-            cost.observe_dense(
-                primary.rank, layer.dense.time_us(weights * DTYPE_BYTES[setup.dtype], 2.0 * weights * TYPICAL_DECODES)
-            )
+    for primary in setup.plan.primaries:
+        layer = profile.devices[primary.rank].layer
+        assert layer is not None, f"rank {primary.rank} is a primary without a profile of its layers"
+        weights = layer_weights(setup.spec, setup.plan, primary)
+        dense_us = layer.dense.time_us(weights * DTYPE_BYTES[setup.dtype], 2.0 * weights * TYPICAL_DECODES)
+        cost.observe_dense(primary.rank, dense_us)
     dispatcher = HetisDispatcher(cost, solve=SOLVERS[config.dispatch])
     return Policies(dispatcher, Rebalancer(cost, config.theta), cost)

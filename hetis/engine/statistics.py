@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 
-from hetis.cache.lane_table import CacheManager
+import msgspec
+
+from hetis.cache.cache_manager import CacheManager
 from hetis.core.device_info import RankStats
 from hetis.core.messages import DeviceModel, MemberStats, Setup
 from hetis.engine.observer import Observer
@@ -46,7 +48,7 @@ def member_stats(
     queries = setup.spec.queries_per_group
     total = sum(counted.attention_seconds for counted in stats.values()) or 1.0
     members = []
-    for member, usage in zip(setup.plan.members(), cache.usage().values(), strict=True):
+    for member, usage in zip(setup.plan.members, cache.usage().values(), strict=True):
         rank = member.rank
         predicted_us, measured_us = observer.mean_us(rank) if observer else (0.0, 0.0)
         members.append(
@@ -73,12 +75,8 @@ def member_stats(
 
 def _model(observer: Observer, rank: int) -> DeviceModel:
     cost = observer.cost
-    attention = cost.rates(rank, is_worker=False)
     return DeviceModel(
-        us_per_head=attention.us_per_head,
-        us_per_byte=attention.us_per_byte,
-        constant_us=attention.constant_us,
-        floor_us=attention.floor_us,
+        **msgspec.structs.asdict(cost.rates(rank, is_worker=False)),
         factors=cost.factors(rank),
         link_constant_us=cost.link_us(rank, 1) - (cost.link_us(rank, 2) - cost.link_us(rank, 1)),
         link_us_per_head=cost.link_us(rank, 2) - cost.link_us(rank, 1),

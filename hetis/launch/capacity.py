@@ -25,7 +25,7 @@ def why_too_many(plan: Plan, memory: Memory, cores: float) -> str | None:
             f"the plan has {count} ranks, each a process of {format_bytes(RANK_BYTES)} before it holds anything, "
             f"together {format_bytes(count * RANK_BYTES)}, but {format_bytes(memory.available)} of memory are free here"
         )
-    on_cpu = sum(not member.device.startswith("cuda") for member in plan.members())
+    on_cpu = sum(not member.device.startswith("cuda") for member in plan.members)
     most = max(ALWAYS, int(RANKS_PER_CORE * cores))
     if on_cpu > most:
         return f"the plan has {on_cpu} ranks on the CPU, but {most} at most are allowed on the {cores:g} cores here"

@@ -87,7 +87,7 @@ class Launcher:
         self._deadline: float | None = None
         self._front_ended = False
         self._own_verdict: supervision.Verdict | None = None
-        members = job.plan.members()
+        members = job.plan.members
         self._ranks = {start_rank(member.rank, len(members), directory): member.rank for member in members}
 
     def run(self) -> int:

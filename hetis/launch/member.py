@@ -23,7 +23,8 @@ from hetis.core.config import DriverArgs, EngineConfig, Joining
 from hetis.core.files import check_writable, refuse_pipe
 from hetis.core.logs import set_up_logging
 from hetis.core.model_spec import ModelSpec
-from hetis.core.plan import Plan, resolve_plan
+from hetis.core.plan import Plan
+from hetis.core.plan_sources import resolve_plan
 from hetis.core.profile import FleetProfile
 from hetis.launch import torchrun
 from hetis.models.end_tokens import read_eos_token_ids, read_tokenizer_eos

@@ -70,7 +70,7 @@ def open_links(setup: Setup, rank: int, device: torch.device, rendezvous: Rendez
     if device.type == "cuda":
         use_interface_of(fleet[rank].address)
     links: dict[int, Link] = {}
-    for primary, worker in setup.plan.links():
+    for primary, worker in setup.plan.links:
         if rank not in (primary.rank, worker.rank):
             continue
         is_primary = rank == primary.rank

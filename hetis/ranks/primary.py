@@ -47,8 +47,8 @@ class PrimaryRank:
         stage = setup.plan.stages[self._stage_index]
         self._primary = stage.primaries[tp_index]
         self._is_first, self._is_last = self._stage_index == 0, self._stage_index == len(setup.plan.stages) - 1
-        self._widths = [p.vocab_rows[1] - p.vocab_rows[0] for p in stage.primaries]
-        self._workers = [worker.rank for worker in setup.plan.workers]
+        self._widths = [primary.num_vocab_rows for primary in stage.primaries]
+        self._workers = list(setup.plan.worker_ranks)
         first, stop = self._primary.groups
         scratch = decode_scratch(setup, stop - first, device)
         pool, windows = make_pool(setup, rank, self._stage_index, device), setup.spec.windows[slice(*stage.layers)]

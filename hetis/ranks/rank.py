@@ -148,7 +148,7 @@ def build_member(
     on_failure: Callable[[BaseException], Any],
 ) -> PrimaryRank | AttentionRank:
     """The executor of this rank: weights and groups for a primary, links for both."""
-    if setup.plan.role_of(rank) == "attention worker":
+    if setup.plan.is_worker(rank):
         return AttentionRank(setup, rank, open_links(setup, rank, device, rendezvous), device, on_failure)
     stage, tp_index = setup.plan.position_of(rank)
     links = open_links(setup, rank, device, rendezvous)  # before loading: the workers wait for them

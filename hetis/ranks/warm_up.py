@@ -24,7 +24,7 @@ def warm_up_commands(setup: Setup) -> Iterator[StepCommand]:
     """The same for every rank. All lanes of slot 0 live at home, then on each worker; their pages are page 0."""
     num_tokens = min(setup.max_num_batched_tokens, setup.max_model_len)
     position = min(setup.max_model_len - 1, LONG)
-    for worker in (None, *(worker.rank for worker in setup.plan.workers)):
+    for worker in (None, *setup.plan.worker_ranks):
         new = NewSequence(
             slot=0,
             owners=_int32(_owners(setup, worker)),
@@ -58,17 +58,14 @@ def _command(
 
 def _owners(setup: Setup, worker: int | None) -> list[list[int]]:
     """[num_stages, G]; None: each lane at home."""
-    groups = range(setup.spec.num_head_groups)
-    return [[stage.home(g).rank if worker is None else worker for g in groups] for stage in setup.plan.stages]
+    return [list(homes) if worker is None else [worker] * len(homes) for homes in setup.plan.home_ranks]
 
 
 def _hauls(setup: Setup, worker: int | None) -> list[list[int]]:
     """A page to the worker and one back, for the first lane of every home."""
     if worker is None:
         return []
-    homes = [
-        (index, home.groups[0], home.rank) for index, stage in enumerate(setup.plan.stages) for home in stage.homes
-    ]
+    homes = [(stage, home.groups[0], home.rank) for stage, home in setup.plan.homes]
     there = [[stage, row, home, worker, 0, 1] for stage, row, home in homes]
     back = [[stage, row, worker, home, 0, 1] for stage, row, home in homes]
     return there + back

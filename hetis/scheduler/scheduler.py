@@ -21,7 +21,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterable
 from operator import attrgetter
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.core.batch import Batch, NewToken
 from hetis.core.placement import Dispatcher, NoRelief, PoolId, Relief
 from hetis.core.request import Sequence
@@ -179,10 +179,10 @@ class Scheduler:
         num_tokens = len(sequence.token_ids)
         if builder.reserved and not builder.reserved.isdisjoint(self._cache.pools_to_grow(sequence.slot, num_tokens)):
             return False
-        while (shortage := self._cache.reserve(sequence.slot, num_tokens)) is not None:
+        while (shortage := self._cache.allocate(sequence.slot, num_tokens)) is not None:
             lacking = self._relief.make_room(shortage.missing, self._running)
             if not lacking:
-                if self._cache.reserve(sequence.slot, num_tokens) is None:
+                if self._cache.allocate(sequence.slot, num_tokens) is None:
                     return True
                 builder.reserved.update(shortage.missing)
                 return False

@@ -4,9 +4,9 @@ from random import Random
 
 import pytest
 
-from hetis.cache.lane_table import CacheManager, pools_of
+from hetis.cache.cache_manager import CacheManager
 from hetis.cache.migration import Haul, Hauler
-from hetis.core.placement import Move, Placement, PoolId
+from hetis.core.placement import Move, Placement, PoolId, pools_of
 from tests.scheduler.toy_engine import make_plan
 
 PAGE_SIZE = 4
@@ -46,7 +46,7 @@ def test_only_full_pages_go_ahead_of_the_last_haul() -> None:
     cache, hauler = make(pages_per_haul=1)  # 10 tokens: two full pages and a half
     hauler.start([move(0, 0, 3)])
     assert spans(hauler.plan({})) == [(0, 0, 1)]
-    assert cache.reserve(0, 13) is None  # a fourth page, at the target too
+    assert cache.allocate(0, 13) is None  # a fourth page, at the target too
     assert spans(hauler.plan({})) == [(0, 1, 2)]
     assert hauler.land() == []
     assert spans(hauler.plan({})) == [(0, 2, 3)]
@@ -106,7 +106,7 @@ def test_deltas_of_a_lane_that_has_left_are_not_announced() -> None:
     cache.take_deltas()
     hauler.start([move(0, 0, 3)])
     hauler.plan({})
-    assert cache.reserve(0, 17) is None
+    assert cache.allocate(0, 17) is None
     hauler.land()
     deltas = cache.take_deltas()
     cells = {delta.rank: len(delta.entries) // 12 for delta in deltas}
@@ -125,7 +125,7 @@ def test_every_page_travels_once_and_in_order(seed: int) -> None:
     while hauler.is_busy:
         if random.random() < 0.5:
             num_tokens += 1
-            assert cache.reserve(0, num_tokens) is None
+            assert cache.allocate(0, num_tokens) is None
         for haul in hauler.plan({}):
             assert haul.first == seen.get(haul.row, 0) < haul.stop
             seen[haul.row] = haul.stop

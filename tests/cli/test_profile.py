@@ -90,7 +90,7 @@ def test_profile_measures_anew_and_updates_the_cache(measured: tuple[Path, str],
     known = load(file, FleetProfile).devices[0]
     folder = cache_folder({"XDG_CACHE_HOME": str(cache)})
     assert folder is not None
-    made_up = msgspec.structs.replace(known.attention, c_us=123456.0)
+    made_up = msgspec.structs.replace(known.attention, constant_us=123456.0)
     kind = KindProfile(key=known.key, attention=made_up, read_bytes_per_us=1.0)
     save(kind, folder / known.key.file_name)
     result = run(["profile", "--plan", "1+1", *SMALL], cache)

@@ -21,7 +21,7 @@ H = 40
 def join_all(plan: Plan, hosts: Callable[[int], str] = lambda _: "here") -> list[Groups]:
     """Groups of all primaries, joined by threads of this process; `hosts`: host name of a rank."""
     rendezvous = LocalRendezvous()
-    count = sum(len(stage.primaries) for stage in plan.stages)
+    count = len(plan.primaries)
     fleet = [device_info(rank, host=hosts(rank)) for rank in range(plan.world_size)]
 
     def join(rank: int) -> Groups:
@@ -61,7 +61,7 @@ def test_hidden_states_pass_through_all_stages(sizes: list[int]) -> None:
 
 
 def test_every_rank_of_a_later_stage_has_one_sender() -> None:
-    assert plan_of_stages([2, 3, 1]).handovers() == [(0, 2), (1, 3), (0, 4), (2, 5)]
+    assert plan_of_stages([2, 3, 1]).handovers == [(0, 2), (1, 3), (0, 4), (2, 5)]
 
 
 def test_a_single_primary_has_no_peers() -> None:

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from hetis.cache.lane_table import pools_of
 from hetis.core.model_spec import ModelSpec
-from hetis.core.placement import FleetView, Placement, PoolId
+from hetis.core.placement import FleetView, Placement, PoolId, pools_of
 from hetis.core.plan import Plan
 from hetis.core.profile import (
     AttentionProfile,
@@ -45,7 +44,7 @@ def make_spec(num_groups: int, num_layers: int = 1, windows: tuple[int, ...] = (
 def device(speed: float = 1.0, constant_us: float = 0.0, floor_us: float = 0.0) -> DeviceProfile:
     """At speed 1 a head takes half a microsecond, so a lane of 2 heads 1, and 512 bytes (a token) a hundredth."""
     attention = AttentionProfile(
-        a_us_per_head=0.5 / speed, b_us_per_byte=0.01 / 512 / speed, c_us=constant_us, floor_us=floor_us
+        us_per_head=0.5 / speed, us_per_byte=0.01 / 512 / speed, constant_us=constant_us, floor_us=floor_us
     )
     return DeviceProfile(key=KEY, attention=attention, read_bytes_per_us=1.0, usable_bytes=0)
 
@@ -60,13 +59,11 @@ def make_cost(
     plan: Plan, devices: Sequence[DeviceProfile], alpha_us: float = 0.0, dense_us: float = 0.0, **shape: int
 ) -> CostModel:
     """`devices`: by rank. All links have the same latency, all primaries the same dense part."""
-    primaries = [primary.rank for stage in plan.stages for primary in stage.primaries]
-    links = [link(home.rank, worker.rank, alpha_us) for home, worker in plan.links()]
-    num_groups = sum(primary.num_groups for primary in plan.stages[0].primaries)
+    links = [link(home.rank, worker.rank, alpha_us) for home, worker in plan.links]
     profile = FleetProfile(devices=dict(enumerate(devices)), links=tuple(links))
-    cost = CostModel(profile, make_spec(num_groups, **shape), "float32")
-    for rank in primaries:
-        cost.observe_dense(rank, dense_us)
+    cost = CostModel(profile, make_spec(plan.num_groups, **shape), "float32")
+    for primary in plan.primaries:
+        cost.observe_dense(primary.rank, dense_us)
     return cost
 
 
@@ -97,8 +94,8 @@ def check_fits(view: FleetView, placements: Sequence[Placement | None], requests
         now, later = pages_of(request, view.page_size)
         for stage, owners in enumerate(placement.owners):
             for group, owner in enumerate(owners):
-                pool, home = PoolId(owner, stage), PoolId(view.plan.stages[stage].home(group).rank, stage)
-                assert pool == home or owner in {worker.rank for worker in view.plan.workers}
+                pool, home = PoolId(owner, stage), PoolId(view.plan.home_ranks[stage][group], stage)
+                assert pool == home or view.plan.is_worker(owner)
                 free[pool] -= later
                 free[home] -= now if pool != home else 0
     touched = any(placement is not None for placement in placements)

@@ -29,7 +29,7 @@ def extreme_cost(rng: Random) -> CostModel:
     def attention() -> AttentionProfile:
         terms = [rng.choice(AMOUNTS) for _ in range(4)]
         terms[rng.randrange(4)] = rng.choice(AMOUNTS[2:])
-        return AttentionProfile(a_us_per_head=terms[0], b_us_per_byte=terms[1], c_us=terms[2], floor_us=terms[3])
+        return AttentionProfile(us_per_head=terms[0], us_per_byte=terms[1], constant_us=terms[2], floor_us=terms[3])
 
     def way() -> TransferProfile:
         alpha, beta, large, more = (rng.choice(AMOUNTS) for _ in range(4))

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.cache.lane_table import pools_of
-from hetis.core.placement import FleetView, Move, PoolId, pages_for
+from hetis.core.placement import FleetView, Move, PoolId, pages_for, pools_of
 from hetis.core.plan import Plan
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.rebalance import THETA, MigrationBudget, Outcome, Rebalancer, Relieved
@@ -265,12 +264,12 @@ def test_moves_fit_are_possible_and_come_to_an_end(seed: int) -> None:
     """All that moves finds pages that are free now, and a steady fleet soon has nothing more to move."""
     rng = Random(seed)
     plan = make_plan(rng.choice([[[3]], [[2, 1]], [[2], [1, 1]], [[0, 1]], [[2, 0], [0, 1, 1]]]), rng.randint(1, 3))
-    workers = [worker.rank for worker in plan.workers]
+    workers = plan.worker_ranks
     devices = [
         device(rng.choice((0.1, 1, 1, 4)), rng.uniform(0, 3), rng.choice((0, 5))) for _ in range(plan.world_size)
     ]
     cost = make_cost(plan, devices, rng.choice((0.0, 5.0)), num_layers=len(plan.stages))
-    homes = [[stage.home(g).rank for g in range(stage.primaries[-1].groups[1])] for stage in plan.stages]
+    homes = plan.home_ranks
     residents = [
         Resident(
             slot=slot,

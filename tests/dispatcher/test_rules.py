@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.cache.lane_table import pools_of
-from hetis.core.placement import Dispatcher, FleetView, Placement, PoolId
+from hetis.core.placement import Dispatcher, FleetView, Placement, PoolId, pools_of
 from hetis.core.plan import Plan
 from hetis.core.profile import AttentionProfile
 from hetis.core.request import Sequence
@@ -195,7 +194,9 @@ def test_who_waits_behind_does_not_change_what_a_step_will_take() -> None:
     """
     plan = make_plan([[4]], 2)
     slow_with_bytes, slow_with_heads = (
-        msgspec.structs.replace(device(), attention=AttentionProfile(a_us_per_head=a, b_us_per_byte=b / 512, c_us=0.0))
+        msgspec.structs.replace(
+            device(), attention=AttentionProfile(us_per_head=a, us_per_byte=b / 512, constant_us=0.0)
+        )
         for a, b in ((0.5, 0.05), (10.0, 0.01))
     )
     cost = make_cost(plan, [device(), slow_with_bytes, slow_with_heads])

@@ -19,7 +19,7 @@ from hetis.core import messages as m
 from hetis.core.config import DriverArgs, EngineConfig
 from hetis.core.device_info import DeviceInfo, RankStats
 from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
-from hetis.core.plan import resolve_plan
+from hetis.core.plan_sources import resolve_plan
 from hetis.core.sampling_params import SamplingParams
 from hetis.driver import driver
 from hetis.driver.driver import Driver

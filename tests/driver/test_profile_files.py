@@ -38,7 +38,7 @@ LAYER = LayerProfile(
 )
 DEVICE = DeviceProfile(
     key=KEY,
-    attention=AttentionProfile(a_us_per_head=0.01, b_us_per_byte=7e-7, c_us=8.0, floor_us=11.5, accuracy=0.97),
+    attention=AttentionProfile(us_per_head=0.01, us_per_byte=7e-7, constant_us=8.0, floor_us=11.5, accuracy=0.97),
     read_bytes_per_us=1.4e6,
     usable_bytes=60 << 30,
     layer=LAYER,

@@ -7,7 +7,7 @@ import pytest
 
 from hetis.core.messages import MeasureLink
 from hetis.core.profile import FleetProfile, LayerShare
-from hetis.cost.memory import usable_share
+from hetis.cost.needs import usable_share
 from hetis.driver.profiling import Profiling, layer_share, report_of
 from tests.engine.measured_fleet import SPEC, Fleet, answer, make_plan
 
@@ -23,7 +23,7 @@ def test_ranks_of_one_key_are_measured_once_and_links_each() -> None:
     report = profiling.report()
     assert report.profile is not None
     devices = report.profile.devices
-    assert [devices[rank].attention.c_us for rank in range(4)] == pytest.approx([5.0, 5.0, 5.0, 20.0])
+    assert [devices[rank].attention.constant_us for rank in range(4)] == pytest.approx([5.0, 5.0, 5.0, 20.0])
     assert [devices[rank].read_bytes_per_us for rank in range(4)] == [100, 100, 100, 25]
     assert [devices[rank].usable_bytes for rank in range(4)] == [
         int((rank + 1 << 20) * usable_share("cpu")) for rank in range(4)
@@ -42,7 +42,7 @@ def test_without_sharing_every_rank_is_measured_by_itself_and_in_turn() -> None:
     assert fleet.who("attention") == [0, 1, 2]
     report = profiling.report()
     assert report.profile is not None
-    assert [report.profile.devices[rank].attention.c_us for rank in range(3)] == pytest.approx([5.0, 10.0, 15.0])
+    assert [report.profile.devices[rank].attention.constant_us for rank in range(3)] == pytest.approx([5.0, 10.0, 15.0])
     assert set(report.sources.values()) == {"measured in 3.0 s", "measured in 2.0 s"}
 
 

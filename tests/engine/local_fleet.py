@@ -20,7 +20,7 @@ from hetis.core.config import DriverArgs, EngineConfig
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import AddRequest, Setup, StepCommand, StepResult, StepTimes, TokenOutput
 from hetis.core.placement import Dispatcher, FleetView, Placement
-from hetis.core.plan import resolve_plan
+from hetis.core.plan_sources import resolve_plan
 from hetis.core.profile import (
     AttentionProfile,
     DenseProfile,
@@ -102,7 +102,7 @@ class LocalFleet:
             announce=False,
             parent=os.getpid(),
         )
-        self._devices = [torch.device(member.device) for member in resolved.members()]
+        self._devices = [torch.device(member.device) for member in resolved.members]
         sum_in_float32()
         fleet = [_device(rank, device) for rank, device in enumerate(self._devices)]
         self.setup, self.ledger = make_setup(args, fleet)
@@ -194,35 +194,30 @@ class RandomDispatcher:
         raise AssertionError("every sequence is placed")
 
     def _place(self, view: FleetView) -> Placement:
-        workers = [worker.rank for worker in view.plan.workers]
-        owners = []
-        for stage in view.plan.stages:
-            ranks = []
-            for primary in stage.primaries:
-                choices = [primary.rank, *(workers if self._generator else ())]
-                for _ in range(*primary.groups):
-                    ranks.append(choices[int(torch.randint(len(choices), (1,), generator=self._generator))])
-            owners.append(tuple(ranks))
-        return Placement(owners=tuple(owners))
+        workers = view.plan.worker_ranks if self._generator else ()
+        return Placement(
+            owners=tuple(tuple(self._choose([home, *workers]) for home in homes) for homes in view.plan.home_ranks)
+        )
+
+    def _choose(self, ranks: list[int]) -> int:
+        return ranks[int(torch.randint(len(ranks), (1,), generator=self._generator))]
 
 
 def flat_profile(setup: Setup) -> FleetProfile:
     """A profile in which all devices and all links are alike."""
     way = TransferProfile(alpha_us=5.0, beta_us_per_byte=1e-4)
-    primaries = [primary.rank for stage in setup.plan.stages for primary in stage.primaries]
     devices = {
         info.rank: DeviceProfile(
             key=profile_key(info, setup),
-            attention=AttentionProfile(a_us_per_head=0.5, b_us_per_byte=1e-4, c_us=5.0),
+            attention=AttentionProfile(us_per_head=0.5, us_per_byte=1e-4, constant_us=5.0),
             read_bytes_per_us=1e4,
             usable_bytes=info.free_memory,
-            layer=_layer(layer_share(setup, info.rank)) if info.rank in primaries else None,
+            layer=None if setup.plan.is_worker(info.rank) else _layer(layer_share(setup, info.rank)),
         )
         for info in setup.fleet
     }
     links = tuple(
-        LinkProfile(primary=home.rank, worker=worker.rank, request=way, reply=way)
-        for home, worker in setup.plan.links()
+        LinkProfile(primary=home.rank, worker=worker.rank, request=way, reply=way) for home, worker in setup.plan.links
     )
     return FleetProfile(devices=devices, links=links)
 

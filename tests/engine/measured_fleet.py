@@ -8,7 +8,8 @@ import msgspec
 from hetis.core.device_info import DeviceInfo
 from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.messages import Measure, Measured, MeasureLink, Setup
-from hetis.core.plan import Plan, resolve_plan
+from hetis.core.plan import Plan
+from hetis.core.plan_sources import resolve_plan
 from hetis.core.profile import KindProfile, ProfileKey
 from hetis.driver.profiling import Profiling, profile_key
 from tests.dispatcher.fleets import make_spec

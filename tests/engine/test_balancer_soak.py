@@ -19,15 +19,14 @@ class Soak:
     def __init__(self, seed: int) -> None:
         self.random = random = Random(seed)
         plan = make_plan(random.choice(GROUPS), random.randint(0, 3))
-        num_groups = plan.stages[0].primaries[-1].groups[1]
-        self.devices = [device(random.choice((0.05, 0.5, 1, 1, 4))) for _ in plan.members()]
+        self.devices = [device(random.choice((0.05, 0.5, 1, 1, 4))) for _ in plan.members]
         self.cost = make_cost(
             plan, self.devices, alpha_us=random.choice((0.0, 5.0)), dense_us=random.choice((0.0, 5.0, 50.0))
         )
         self.now = 0.0
         self.engine = ToyEngine(
             plan,
-            {member.rank: num_groups * random.choice((8, 20, 40)) for member in plan.members()},
+            {rank: plan.num_groups * random.choice((8, 20, 40)) for rank in plan.ranks},
             page_size=random.choice((1, 2, 4)),
             random=random,
             make_relief=self.make_balancer,

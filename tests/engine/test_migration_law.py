@@ -10,7 +10,7 @@ import torch
 
 from hetis.core.placement import Move
 from hetis.core.sampling_params import SamplingParams
-from hetis.cost import buffers
+from hetis.cost import links
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_fleet import Generated, LocalFleet, RandomDispatcher
 from tests.engine.test_parity import VOCAB, long_prompts, prompts
@@ -35,8 +35,7 @@ class RestlessFleet(LocalFleet):
                 continue
             for stage, owners in enumerate(engine.cache.owners(sequence.slot)):
                 for group, source in enumerate(owners):
-                    home = plan.stages[stage].home(group).rank
-                    target = self._random.choice([home, *(worker.rank for worker in plan.workers)])
+                    target = self._random.choice([plan.home_ranks[stage][group], *plan.worker_ranks])
                     if target != source and self._random.random() < 0.4:
                         move = Move(slot=sequence.slot, stage=stage, group=group, source=source, target=target)
                         self.started += engine.hauler.start([move])
@@ -66,7 +65,7 @@ def plan_file(directory: Path, *stages: list[int]) -> str:
 def test_moves_do_not_change_a_bit(dtype: str, pages: int, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`pages`: that a link carries in a step; with few, lanes are on their way for many steps, and grow meanwhile."""
     directory = make_checkpoint(tmp_path, "five_groups")
-    monkeypatch.setattr(buffers, "HAUL_BYTES", pages * PAGE_BYTES)
+    monkeypatch.setattr(links, "TRANSFER_BYTES", pages * PAGE_BYTES)
     expected = baseline(directory, dtype)
     with RestlessFleet(directory, "1+3", pages, dtype=dtype, **OPTIONS) as fleet:
         outputs = fleet.generate(prompts(), PARAMS, check=True)
@@ -85,7 +84,7 @@ def test_moves_of_lanes_that_are_cut_do_not_change_a_bit(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = make_checkpoint(tmp_path, "five_groups", max_position_embeddings=1024, num_hidden_layers=2)
-    monkeypatch.setattr(buffers, "HAUL_BYTES", 40 * PAGE_BYTES)
+    monkeypatch.setattr(links, "TRANSFER_BYTES", 40 * PAGE_BYTES)
     params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=-1)
     options = OPTIONS | {"max_num_batched_tokens": 700, "kv_cache_memory": 16 << 20, "dtype": dtype}
     with LocalFleet(directory, "1+0", **options) as fleet:
@@ -108,7 +107,7 @@ def test_moves_between_several_homes_and_stages(
 ):
     """Sums over two homes round differently, so the tokens are compared with those of the same plan at rest."""
     directory = make_checkpoint(tmp_path, family)
-    monkeypatch.setattr(buffers, "HAUL_BYTES", 2 * PAGE_BYTES)
+    monkeypatch.setattr(links, "TRANSFER_BYTES", 2 * PAGE_BYTES)
     plan = plan_file(tmp_path, *stages)
     with LocalFleet(directory, plan, dispatcher=RandomDispatcher(None), **OPTIONS) as fleet:
         expected = fleet.generate(prompts(), PARAMS)

@@ -4,7 +4,8 @@ import psutil
 import pytest
 
 from hetis import LLM
-from hetis.core.plan import AttentionWorker, Plan, split_evenly
+from hetis.core.plan import AttentionWorker, Plan
+from hetis.core.plan_sources import split_evenly
 from hetis.launch.capacity import ALWAYS, RANK_BYTES, RANKS_PER_CORE, why_too_many
 from hetis.processes.limits import Memory
 from tests.core.test_plan import SPEC

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hetis.core.model_spec import ModelSpec
-from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, split_evenly
+from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
+from hetis.core.plan_sources import split_evenly
 from hetis.core.spans import spans
 from hetis.models.families import read_model_spec
 from tests.checkpoints import FAMILIES, load_reference, make_checkpoint, reference_logits

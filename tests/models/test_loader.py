@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hetis.core.plan import Plan, split_evenly
+from hetis.core.plan import Plan
+from hetis.core.plan_sources import split_evenly
 from hetis.cost.footprint import weight_bytes
 from hetis.models.families import read_model_spec
 from hetis.models.layers import StageWeights
@@ -97,13 +98,14 @@ def test_the_ledger_counts_exactly_the_loaded_weights(tmp_path: Path, family: st
     spec = read_model_spec(directory)
     for plan in (uneven(spec, 2), sparse(spec)):
         for stage_index, stage in enumerate(plan.stages):
-            for rank in range(len(stage.primaries)):
-                weights = load(directory, plan, stage_index, rank, dtype=torch.bfloat16)
+            for tp_index, primary in enumerate(stage.primaries):
+                weights = load(directory, plan, stage_index, tp_index, dtype=torch.bfloat16)
                 unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(weights) if tensor.nbytes}
-                assert sum(unique.values()) == weight_bytes(spec, plan, stage_index, rank, "bfloat16")
+                assert sum(unique.values()) == weight_bytes(spec, plan, primary, "bfloat16")
     whole = load(directory, dtype=torch.bfloat16)
     unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(whole)}
-    assert sum(unique.values()) == weight_bytes(spec, split_evenly("1+0", spec), 0, 0, "bfloat16")
+    alone = split_evenly("1+0", spec)
+    assert sum(unique.values()) == weight_bytes(spec, alone, alone.primaries[0], "bfloat16")
 
 
 def test_a_tied_head_is_the_embedding_itself(tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ _MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from hetis.core.plan import split_evenly
+from hetis.core.plan_sources import split_evenly
 from hetis.models.families import read_model_spec
 from hetis.models.loader import load_weights
 from tests.models.reference import tensors_of

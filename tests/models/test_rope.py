@@ -11,7 +11,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hetis.core.model_spec import RopeSpec
-from hetis.core.plan import split_evenly
+from hetis.core.plan_sources import split_evenly
 from hetis.core.sampling_params import SamplingParams
 from hetis.models.families import read_model_spec
 from hetis.models.layers import rope_frequencies, rope_table

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hetis.core.plan import split_evenly
+from hetis.core.plan_sources import split_evenly
 from hetis.core.sampling_params import SamplingParams
 from hetis.cost.footprint import weight_bytes
 from hetis.models.families import read_model_spec
@@ -80,10 +80,10 @@ def test_the_ledger_counts_a_head_of_its_own(tied: Path, tmp_path: Path) -> None
     directory = with_head(tied, tmp_path, embedding_of(tied) + 1)
     spec = with_own_head(read_model_spec(directory), directory)
     for plan in (split_evenly("1+0", spec), uneven(spec, 1)):
-        for rank in range(len(plan.stages[0].primaries)):
-            weights = load_weights(spec, plan, 0, rank, directory, torch.float32, CPU)
+        for tp_index, primary in enumerate(plan.primaries):
+            weights = load_weights(spec, plan, 0, tp_index, directory, torch.float32, CPU)
             unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(weights)}
-            assert sum(unique.values()) == weight_bytes(spec, plan, 0, rank, "float32")
+            assert sum(unique.values()) == weight_bytes(spec, plan, primary, "float32")
 
 
 def test_a_fleet_generates_with_the_head_that_differs(tied: Path, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_pages_are_transferred_both_ways_over_every_link(tmp_path: Path) -> None
     with LocalFleet(make_checkpoint(tmp_path, "five_groups"), str(tmp_path / "plan.json")) as fleet:
         setup = fleet.setup
     hauls = np.concatenate([np.frombuffer(each.hauls, np.int32) for each in warm_up_commands(setup)]).reshape(-1, 6)
-    links = {(home.rank, worker.rank) for home, worker in setup.plan.links()}
+    links = {(home.rank, worker.rank) for home, worker in setup.plan.links}
     assert {(source, target) for source, target in hauls[:, 2:4].tolist()} == links | {link[::-1] for link in links}
 
 

@@ -85,12 +85,11 @@ class FairEngine(ToyEngine):
 
 def fair_engine(policy: str, groups: list[list[int]], num_workers: int, random: Random) -> FairEngine:
     plan = make_plan(groups, num_workers)
-    num_groups = plan.stages[0].primaries[-1].groups[1]
     num_pages = {
-        rank: num_groups * random.randint(8, 20) if plan.role_of(rank) == "primary" else random.randint(2, 30)
-        for rank in range(plan.world_size)
+        rank: random.randint(2, 30) if plan.is_worker(rank) else plan.num_groups * random.randint(8, 20)
+        for rank in plan.ranks
     }
-    cost = make_cost(plan, [device(random.choice((0.3, 1, 3))) for _ in plan.members()], num_layers=len(groups))
+    cost = make_cost(plan, [device(random.choice((0.3, 1, 3))) for _ in plan.members], num_layers=len(groups))
 
     def balancer(engine: ToyEngine) -> Balancer | None:
         rebalancer = Rebalancer(cost)

@@ -15,10 +15,7 @@ def random_engine(random: Random, groups: list[list[int]], num_workers: int, mov
     page_size = random.choice([1, 4, 7])
     biggest = max(max(counts) for counts in groups)
     num_pages = {
-        member.rank: biggest * random.randint(3, 12)
-        if plan.role_of(member.rank) == "primary"
-        else random.randint(0, 40)
-        for member in plan.members()
+        rank: random.randint(0, 40) if plan.is_worker(rank) else biggest * random.randint(3, 12) for rank in plan.ranks
     }
     return ToyEngine(
         plan,

@@ -13,7 +13,7 @@ from random import Random
 import msgspec
 import numpy as np
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.cache.migration import Haul, Hauler
 from hetis.core.batch import Batch, Row
 from hetis.core.messages import PageDelta
@@ -99,8 +99,8 @@ class FakeStage:
 
     def __init__(self, index: int, plan: Plan, num_groups: int, num_pages: dict[int, int], page_size: int) -> None:
         self.index, self.num_groups, self.page_size = index, num_groups, page_size
-        self.homes = [plan.stages[index].home(group).rank for group in range(num_groups)]
-        ranks = {*self.homes, *(worker.rank for worker in plan.workers)}
+        self.homes = plan.home_ranks[index]
+        ranks = {*self.homes, *plan.worker_ranks}
         self.tables: dict[int, dict[tuple[int, int], int]] = {rank: {} for rank in ranks}  # (row, index) -> page
         self.memory = {rank: np.full((num_pages[rank], page_size), -1, dtype=np.int64) for rank in ranks}
         self.owners: dict[int, tuple[int, ...]] = {}
@@ -172,7 +172,7 @@ class ToyEngine:
     moves_per_step: float = 0.0
 
     def __post_init__(self) -> None:
-        num_groups = self.plan.stages[0].primaries[-1].groups[1]
+        num_groups = self.plan.num_groups
         capacity = largest_context(self.plan, self.num_pages, self.page_size)
         self.max_model_len = self.max_model_len or capacity
         assert self.max_model_len <= capacity
@@ -248,7 +248,7 @@ class ToyEngine:
             pages = pages_for(self.cache.num_tokens(sequence.slot), self.page_size)
             for index, owners in enumerate(self.cache.owners(sequence.slot)):
                 for group, owner in enumerate(owners):
-                    home = self.plan.stages[index].home(group).rank
+                    home = self.plan.home_ranks[index][group]
                     places = {owner, home} if sequence.is_prefilling else {owner}
                     used.update({PoolId(rank, index): pages for rank in places})
         for pool in self.cache.pools:
@@ -262,8 +262,7 @@ class ToyEngine:
         sequence = self.random.choice(candidates)
         for stage, owners in enumerate(self.cache.owners(sequence.slot)):
             for group, source in enumerate(owners):
-                home = self.plan.stages[stage].home(group).rank
-                target = self.random.choice([home, *(worker.rank for worker in self.plan.workers)])
+                target = self.random.choice([self.plan.home_ranks[stage][group], *self.plan.worker_ranks])
                 if target != source and self.random.random() < 0.5:
                     move = Move(slot=sequence.slot, stage=stage, group=group, source=source, target=target)
                     self.started += self.hauler.start([move])

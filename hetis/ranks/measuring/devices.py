@@ -76,8 +76,7 @@ class Measurer:
     def _measure_layers(self, seconds: float) -> Measured:
         assert self._decoder is not None
         assert self._tensor_parallel is not None
-        setup, (stage, index) = self._setup, self._setup.plan.position_of(self._rank)
-        groups = setup.plan.stages[stage].primaries[index].num_groups
+        setup, groups = self._setup, self._setup.plan.primary(self._rank).num_groups
         return Measured(
             rank=self._rank,
             seconds=0.0,
@@ -93,10 +92,9 @@ class Measurer:
         counted = link.bytes_sent, link.bytes_received
         found = Measured(rank=self._rank, seconds=0.0)
         if is_primary:
-            stage, index = setup.plan.position_of(command.primary)
             wire = wire_format(setup)
             smallest = wire.request_bytes(1, 0, 0), wire.reply_bytes(1, 0)
-            largest = message_limits(setup, setup.plan.stages[stage].primaries[index])
+            largest = message_limits(setup, setup.plan.primary(command.primary))
             found.request, found.reply = probe_link(link, self._device, smallest, largest, command.seconds)
         else:
             answer_probes(link, self._device)

@@ -1,24 +1,39 @@
 """Host half of the cache: which pages hold which lane, for every pool of the fleet.
 
-The lanes of a sequence all have the same length, so they grow together: one new page per lane, or none. Row `slot * G +
-group` of a pool's page table belongs to a lane; with the home of a lane that lives elsewhere it belongs to the lane's
-staging pages, for as long as its prompt is computed, and with the target of a lane that moves to the pages it moves to.
+Each pool has a page table with a line for every lane index. The home of a lane that lives elsewhere keeps the lane's
+staging pages there, for as long as its prompt is computed; the target of a migrating lane keeps the pages that are
+filled. The `CacheManager` alone allocates and frees; the ranks' tables follow what it announces.
 
 Letters: U lanes of one sequence in one pool, K pages, W pages of a lane.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from hetis.cache.allocator import PageAllocator
+from hetis.cache.fleet_view import fleet_view
 from hetis.cache.integrity import check_lanes, check_pools
 from hetis.cache.lanes import Int32, PoolLanes, SequenceLanes, Transit
 from hetis.core.messages import PageDelta
-from hetis.core.placement import FleetView, Move, Placement, PoolId, Shortage, pages_for
+from hetis.core.placement import FleetView, Move, Placement, PoolId, Shortage, pages_for, pools_of
 from hetis.core.plan import Plan
+
+
+class _NewPages(NamedTuple):
+    """Pages that have been allocated and not yet announced to the ranks."""
+
+    part: PoolLanes
+    lane_U: Int32
+    first: int  # page index in the lanes
+    page_UK: Int32
+
+    def without(self, lane: int) -> "_NewPages":
+        keep = self.lane_U != lane
+        return self._replace(lane_U=self.lane_U[keep], page_UK=self.page_UK[keep])
 
 
 class RankUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,26 +47,23 @@ class RankUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CacheManager:
-    """The one owner of the truth about pages. Ranks learn of it by `take_deltas`."""
+    """Allocates the pages of all sequences, by slot. `take_deltas` says what the ranks have to enter."""
 
     def __init__(
         self, plan: Plan, num_groups: int, num_pages: Mapping[int, int], page_size: int, max_num_seqs: int
     ) -> None:
-        """`num_pages`: of each pool of a rank. `page_size`: tokens per page."""
+        """`num_pages`: of each pool, by rank. `page_size`: tokens per page."""
         self._plan, self._num_groups, self._page_size, self._max_num_seqs = plan, num_groups, page_size, max_num_seqs
-        self._homes = [[stage.home(group).rank for group in range(num_groups)] for stage in plan.stages]
-        self._workers = {worker.rank for worker in plan.workers}
         self._pools = {pool: PageAllocator(num_pages[pool.rank]) for pool in pools_of(plan)}
         self._sequences: dict[int, SequenceLanes] = {}  # by slot
         self._num_lanes = dict.fromkeys(self._pools, 0)  # that live there
         self._lanes_peak = dict.fromkeys(self._pools, 0)
-        # part, rows of lanes [U], their first new page index, the pages [U, K]
-        self._unseen: list[tuple[PoolLanes, Int32, int, Int32]] = []
+        self._unseen: list[_NewPages] = []
 
     # --- growing and shrinking ----------------------------------------------------------------------------------------
 
     def admit(self, slot: int, placement: Placement, num_tokens: int) -> Shortage | None:
-        """Gives a new sequence its lanes and the pages of its first `num_tokens` tokens, staging included.
+        """Allocates the lanes of a new sequence for its first `num_tokens` tokens, staging included.
 
         All or nothing: with a `Shortage` the slot stays empty.
         """
@@ -65,8 +77,8 @@ class CacheManager:
                 self._count(part)
         return shortage
 
-    def reserve(self, slot: int, num_tokens: int) -> Shortage | None:
-        """Makes all lanes of a sequence hold `num_tokens` tokens. All or nothing."""
+    def allocate(self, slot: int, num_tokens: int) -> Shortage | None:
+        """Lets all lanes of a sequence hold `num_tokens` tokens, with new pages where needed. All or nothing."""
         lanes = self._sequences[slot]
         if num_tokens > lanes.num_pages * self._page_size:
             return self._grow(lanes, num_tokens)
@@ -74,7 +86,7 @@ class CacheManager:
         return None
 
     def end_prefill(self, slot: int) -> None:
-        """The prompt is computed, and its K and V are where its lanes live: staging ends."""
+        """Frees the staging pages: the prompt is computed, and its K and V are where its lanes live."""
         lanes = self._sequences[slot]
         self._free(lanes.staging)
         lanes.staging = []
@@ -86,35 +98,36 @@ class CacheManager:
             self._num_lanes[part.pool] -= part.num_lanes
         self._free(lanes.parts)
 
-    # --- moving -------------------------------------------------------------------------------------------------------
+    # --- migration ----------------------------------------------------------------------------------------------------
 
     def begin_move(self, move: Move) -> Shortage | None:
-        """Takes pages for a lane at its target; from now on it grows in both places. All or nothing."""
-        lanes, row = self._sequences[move.slot], self._row(move)
+        """Allocates a lane's pages at its target; from now on it grows in both places. All or nothing."""
+        lanes, lane = self._sequences[move.slot], self._lane(move)
         assert not lanes.staging, f"slot {move.slot} is in prefill: its lanes stay"
-        assert lanes.owner_of(row, move.stage).pool.rank == move.source, f"{move} starts from where the lane is not"
-        assert move.target in (self._homes[move.stage][move.group], *self._workers), f"{move} leads nowhere"
-        part = PoolLanes(PoolId(move.target, move.stage), [row])
+        source, home = lanes.owner_of(lane, move.stage).pool.rank, self._plan.home_ranks[move.stage][move.group]
+        assert source == move.source, f"the lane does not live at the source: {move}"
+        assert move.target in (home, *self._plan.worker_ranks), f"the target is neither home nor worker: {move}"
+        part = PoolLanes(PoolId(move.target, move.stage), [lane])
         lacking = lanes.num_pages - self._pools[part.pool].num_free
         if lacking > 0:
             return Shortage({part.pool: lacking})
-        self._take(part, 0, lanes.num_pages)
+        self._extend(part, 0, lanes.num_pages)
         lanes.transits.append(Transit(move, part))
         return None
 
     def transits(self) -> list[tuple[Transit, int]]:
-        """Lanes on the move with the tokens of each, sequence by sequence."""
+        """Migrating lanes with the tokens of each, sequence by sequence."""
         return [(transit, lanes.num_tokens) for lanes in self._sequences.values() for transit in lanes.transits]
 
-    def land(self, transit: Transit) -> None:
-        """A lane lives at its target from now on; the pages at its source are free."""
-        move, row = transit.move, self._row(transit.move)
+    def commit(self, transit: Transit) -> None:
+        """Makes a lane live at its target, and frees its pages at its source."""
+        move, lane = transit.move, self._lane(transit.move)
         lanes = self._sequences[move.slot]
         lanes.transits.remove(transit)
-        source = lanes.owner_of(row, move.stage)
-        unseen = [_without(entry, row) if entry[0] is source else entry for entry in self._unseen]
-        self._unseen = [entry for entry in unseen if entry[1].size]
-        self._pools[source.pool].give(source.drop(row))
+        source = lanes.owner_of(lane, move.stage)
+        unseen = [new.without(lane) if new.part is source else new for new in self._unseen]
+        self._unseen = [new for new in unseen if new.lane_U.size]
+        self._pools[source.pool].free(source.remove(lane))
         self._num_lanes[source.pool] -= 1
         if not source.num_lanes:
             lanes.owned.remove(source)
@@ -122,20 +135,21 @@ class CacheManager:
         self._count(transit.part)
 
     def cancel(self, transit: Transit) -> None:
-        """A lane stays at its source; its pages at the target are free."""
+        """Ends a migration: the lane stays at its source, and its pages at the target are free."""
         self._sequences[transit.move.slot].transits.remove(transit)
         self._free([transit.part])
 
     def owners(self, slot: int) -> tuple[tuple[int, ...], ...]:
-        """[stage][G] ranks on which the lanes of a sequence live, or will when they arrive."""
+        """[stage][G] ranks on which the lanes of a sequence live, or will after their migration."""
         lanes, first = self._sequences[slot], slot * self._num_groups
-        owners = [[0] * self._num_groups for _ in self._homes]
+        owners = [[0] * self._num_groups for _ in self._plan.stages]
         for part in [*lanes.owned, *(transit.part for transit in lanes.transits)]:
-            for row in part.row_U:
-                owners[part.pool.stage][int(row) - first] = part.pool.rank
+            for lane in part.lane_U:
+                owners[part.pool.stage][int(lane) - first] = part.pool.rank
         return tuple(map(tuple, owners))
 
     def is_moving(self, slot: int) -> bool:
+        """Whether a lane of the sequence is migrating."""
         return bool(self._sequences[slot].transits)
 
     def num_tokens(self, slot: int) -> int:
@@ -143,33 +157,33 @@ class CacheManager:
         return self._sequences[slot].num_tokens
 
     def num_leaving(self, pool: PoolId) -> int:
-        """Pages that come free when lanes which are on the move have arrived."""
-        return self._num_moving(lambda transit: PoolId(transit.move.source, transit.move.stage) == pool)
+        """Pages that come free in a pool when the migrations are committed."""
+        return self._num_pages_of(lambda transit: PoolId(transit.move.source, transit.move.stage) == pool)
 
     def num_arriving(self, pool: PoolId) -> int:
-        """Pages of lanes that are on their way there."""
-        return self._num_moving(lambda transit: transit.part.pool == pool)
+        """Pages of the lanes that migrate to a pool."""
+        return self._num_pages_of(lambda transit: transit.part.pool == pool)
 
-    def _num_moving(self, is_meant: Callable[[Transit], bool]) -> int:
+    def _num_pages_of(self, is_meant: Callable[[Transit], bool]) -> int:
         sequences = self._sequences.values()
         return sum(lanes.num_pages for lanes in sequences for transit in lanes.transits if is_meant(transit))
 
-    def _row(self, move: Move) -> int:
+    def _lane(self, move: Move) -> int:
         return move.slot * self._num_groups + move.group
 
     def _count(self, part: PoolLanes) -> None:
-        """Lanes that live in a pool from now on."""
+        """Adds lanes that live in a pool from now on."""
         self._num_lanes[part.pool] += part.num_lanes
         self._lanes_peak[part.pool] = max(self._lanes_peak[part.pool], self._num_lanes[part.pool])
 
-    # --- news for the ranks -------------------------------------------------------------------------------------------
+    # --- announcements to the ranks -----------------------------------------------------------------------------------
 
     def take_deltas(self) -> list[PageDelta]:
-        """New entries of page tables since the last call; those freed again meanwhile are left out."""
+        """Entries of page tables that are new since the last call, less those freed meanwhile."""
         entries = defaultdict(list)
-        for part, row_U, first, page_UK in self._unseen:
+        for part, lane_U, first, page_UK in self._unseen:
             entry_UK3 = np.empty((*page_UK.shape, 3), dtype=np.int32)
-            entry_UK3[..., 0] = row_U[:, None]
+            entry_UK3[..., 0] = lane_U[:, None]
             entry_UK3[..., 1] = np.arange(first, first + page_UK.shape[1])
             entry_UK3[..., 2] = page_UK
             entries[part.pool].append(entry_UK3.tobytes())
@@ -178,17 +192,19 @@ class CacheManager:
             PageDelta(rank=pool.rank, stage=pool.stage, entries=b"".join(entries[pool])) for pool in sorted(entries)
         ]
 
+    # --- pages --------------------------------------------------------------------------------------------------------
+
     def _lanes(self, slot: int, placement: Placement) -> SequenceLanes:
         owned: dict[PoolId, list[int]] = defaultdict(list)
         staging: dict[PoolId, list[int]] = defaultdict(list)
-        for stage, (owners, homes) in enumerate(zip(placement.owners, self._homes, strict=True)):
+        for stage, (owners, homes) in enumerate(zip(placement.owners, self._plan.home_ranks, strict=True)):
             for group, (owner, home) in enumerate(zip(owners, homes, strict=True)):
-                row = slot * self._num_groups + group
-                owned[PoolId(owner, stage)].append(row)
+                lane = slot * self._num_groups + group
+                owned[PoolId(owner, stage)].append(lane)
                 if owner != home:
-                    assert owner in self._workers, f"group {group} of stage {stage} cannot live on rank {owner}"
-                    staging[PoolId(home, stage)].append(row)
-        return SequenceLanes(*([PoolLanes(pool, rows) for pool, rows in part.items()] for part in (owned, staging)))
+                    assert self._plan.is_worker(owner), f"group {group} of stage {stage} cannot live on rank {owner}"
+                    staging[PoolId(home, stage)].append(lane)
+        return SequenceLanes(*([PoolLanes(pool, ids) for pool, ids in part.items()] for part in (owned, staging)))
 
     def _grow(self, lanes: SequenceLanes, num_tokens: int) -> Shortage | None:
         count = pages_for(num_tokens, self._page_size) - lanes.num_pages
@@ -200,24 +216,24 @@ class CacheManager:
         if missing:
             return Shortage(missing)
         for part in lanes.parts:
-            self._take(part, lanes.num_pages, count)
+            self._extend(part, lanes.num_pages, count)
         lanes.num_pages += count
         lanes.num_tokens = num_tokens
         return None
 
-    def _take(self, part: PoolLanes, first: int, count: int) -> None:
-        """`count` pages more for each lane, of which it has `first`."""
-        page_UK = self._pools[part.pool].take(part.num_lanes * count).reshape(part.num_lanes, count)
+    def _extend(self, part: PoolLanes, first: int, count: int) -> None:
+        """Allocates `count` pages more for each lane, which has `first`."""
+        page_UK = self._pools[part.pool].allocate(part.num_lanes * count).reshape(part.num_lanes, count)
         part.blocks.append(page_UK)
-        self._unseen.append((part, part.row_U, first, page_UK))
+        self._unseen.append(_NewPages(part, part.lane_U, first, page_UK))
 
     def _free(self, parts: list[PoolLanes]) -> None:
         for part in parts:
-            self._pools[part.pool].give(part.pages)
+            self._pools[part.pool].free(part.pages)
         if self._unseen:
-            self._unseen = [entry for entry in self._unseen if entry[0] not in parts]
+            self._unseen = [new for new in self._unseen if new.part not in parts]
 
-    # --- looking ------------------------------------------------------------------------------------------------------
+    # --- the state ----------------------------------------------------------------------------------------------------
 
     @property
     def pools(self) -> Collection[PoolId]:
@@ -232,46 +248,19 @@ class CacheManager:
         return any(part.pool in pools for part in self._sequences[slot].parts)
 
     def pools_to_grow(self, slot: int, num_tokens: int) -> set[PoolId]:
-        """In which a sequence has to take pages in order to hold `num_tokens` tokens."""
+        """Pools from which a sequence needs pages in order to hold `num_tokens` tokens."""
         lanes = self._sequences[slot]
         if num_tokens <= lanes.num_pages * self._page_size:
             return set()
         return {part.pool for part in lanes.parts}
 
     def view(self, without: Collection[int] = ()) -> FleetView:
-        """What a dispatcher needs to know. Each lane that lives in a pool, or moves there, is promised a page more.
-
-        `without`: slots that count as released.
-        """
-        free_pages = {pool: pages.num_free for pool, pages in self._pools.items()}
-        held_lanes, held_tokens = dict.fromkeys(self._pools, 0), dict.fromkeys(self._pools, 0)
-        for slot, lanes in self._sequences.items():
-            if slot in without:
-                for part in lanes.parts:
-                    free_pages[part.pool] += part.num_lanes * lanes.num_pages
-                continue
-            for part in lanes.owned:
-                free_pages[part.pool] -= part.num_lanes
-                held_lanes[part.pool] += part.num_lanes
-                held_tokens[part.pool] += part.num_lanes * lanes.num_tokens
-            for transit in lanes.transits:
-                source, target = PoolId(transit.move.source, transit.move.stage), transit.part.pool
-                free_pages[target] -= 1
-                held_lanes[source] -= 1
-                held_lanes[target] += 1
-                held_tokens[source] -= lanes.num_tokens
-                held_tokens[target] += lanes.num_tokens
-        return FleetView(
-            plan=self._plan,
-            page_size=self._page_size,
-            free_pages=free_pages,
-            held_lanes=held_lanes,
-            held_tokens=held_tokens,
-        )
+        """What a dispatcher gets to see. `without`: slots that count as released."""
+        return fleet_view(self._plan, self._page_size, self._pools, self._sequences, without)
 
     def usage(self) -> dict[int, RankUsage]:
         """By rank."""
-        return {member.rank: self._usage(member.rank) for member in self._plan.members()}
+        return {rank: self._usage(rank) for rank in self._plan.ranks}
 
     def _usage(self, rank: int) -> RankUsage:
         own = [pool for pool in self._pools if pool.rank == rank]
@@ -284,21 +273,9 @@ class CacheManager:
         )
 
     def check_integrity(self) -> None:
-        """AssertionError unless every page is free or in exactly one lane, and every lane is as long as it must be."""
+        """AssertionError where an invariant of `integrity.py` does not hold."""
         for slot, lanes in self._sequences.items():
-            check_lanes(slot, lanes, self._homes, self._page_size)
+            check_lanes(slot, lanes, self._plan.home_ranks, self._page_size)
         check_pools(self._pools, self._sequences.values(), self._num_lanes)
         known = {id(part) for lanes in self._sequences.values() for part in lanes.parts}
-        assert all(id(part) in known for part, *_ in self._unseen), "a page of a freed lane is still to be announced"
-
-
-def pools_of(plan: Plan) -> list[PoolId]:
-    """One pool per home, and one per worker and stage."""
-    homes = [PoolId(home.rank, s) for s, stage in enumerate(plan.stages) for home in stage.homes]
-    return homes + [PoolId(worker.rank, stage) for worker in plan.workers for stage in range(len(plan.stages))]
-
-
-def _without(entry: tuple[PoolLanes, Int32, int, Int32], row: int) -> tuple[PoolLanes, Int32, int, Int32]:
-    part, row_U, first, page_UK = entry
-    keep = row_U != row
-    return part, row_U[keep], first, page_UK[keep]
+        assert all(id(new.part) in known for new in self._unseen), "a page of a freed lane is still to be announced"

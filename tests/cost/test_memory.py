@@ -7,8 +7,10 @@ import pytest
 
 from hetis.core.device_info import DeviceInfo
 from hetis.core.model_spec import ModelSpec
-from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, split_evenly
-from hetis.cost.footprint import fixed_bytes, page_bytes, page_bytes_of
+from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
+from hetis.core.plan_sources import split_evenly
+from hetis.cost.footprint import activation_bytes, page_bytes, page_bytes_of
+from hetis.cost.limits import Limits
 from hetis.cost.memory import MemoryLedger, largest_context, plan_memory, total_tokens
 from tests.core.test_plan import SPEC
 
@@ -29,7 +31,7 @@ def fleet(plan: Plan, free: int = 4 * GIB, host: str = "here") -> list[DeviceInf
             total_memory=free,
             free_memory=free,
         )
-        for member in plan.members()
+        for member in plan.members
     ]
 
 
@@ -48,7 +50,7 @@ def test_pages_and_tokens_follow_from_kv_memory() -> None:
     ledger = ledger_of(plan, fleet(plan))
     page = page_bytes(SPEC, plan.stages[0].num_layers, PAGE, "bfloat16")
     assert ledger.num_pages == dict.fromkeys(range(3), 2**20 // page)
-    primary, worker = ledger.rows[0], ledger.rows[2]
+    primary, worker = ledger.ranks[0], ledger.ranks[2]
     assert (primary.pages, primary.tokens, worker.tokens) == (73, 73 // 4 * PAGE, 73 // 8 * PAGE)
     assert ledger.largest_context == 73 // 4 * PAGE
     assert ledger.total_tokens == 3 * 73 // 8 * PAGE
@@ -68,7 +70,7 @@ def test_ranks_of_a_device_share_its_memory_if_no_size_is_given() -> None:
     plan = split_evenly("1+2", SPEC, "cpu")
     infos = fleet(plan, free=64 * 2**20)
     together = ledger_of(plan, infos, max_num_batched_tokens=8, max_model_len=512)
-    assert sum(row.kv + row.weights + row.activations + row.buffers for row in together.rows) <= 32 * 2**20
+    assert sum(rank.kv + rank.weights + rank.activations + rank.buffers for rank in together.ranks) <= 32 * 2**20
     apart = [info if info.rank < 2 else msgspec.structs.replace(info, host="there") for info in infos]
     assert ledger_of(plan, apart, max_num_batched_tokens=8).num_pages[2] >= together.num_pages[2]
     with pytest.raises(ValueError, match="activations"):
@@ -87,8 +89,8 @@ def test_primaries_without_head_groups_need_no_pages() -> None:
     plan = split_evenly("3+1", mqa, "cpu", "1MiB")
     ledger = ledger_of(plan, fleet(plan), mqa)
     assert ledger.num_pages == {0: 73, 1: 0, 2: 0, 3: 73}
-    assert [(row.kv, row.tokens) for row in ledger.rows[1:3]] == [(0, 0), (0, 0)]
-    assert all(row.weights > 0 and row.activations > 0 for row in ledger.rows[:3])
+    assert [(rank.kv, rank.tokens) for rank in ledger.ranks[1:3]] == [(0, 0), (0, 0)]
+    assert all(rank.weights > 0 and rank.activations > 0 for rank in ledger.ranks[:3])
     assert (ledger.largest_context, ledger.total_tokens) == (512, 2 * 73 * PAGE)
     with pytest.raises(
         ValueError, match=r"rank 0 has 98\.00 KiB of KV memory \(as given\) for 1 head group; give it 448"
@@ -96,10 +98,10 @@ def test_primaries_without_head_groups_need_no_pages() -> None:
         ledger_of(split_evenly("3+1", mqa, "cpu", {0: 2**20 // 10}), fleet(plan), mqa, max_model_len=500)
 
     together = split_evenly("2+0", mqa, "cpu")
-    found = ledger_of(together, fleet(together, free=96 * 2**20), mqa, max_num_seqs=1000)
-    used = sum(row.kv + row.weights + row.activations + row.buffers for row in found.rows)
+    found = ledger_of(together, fleet(together, free=160 * 2**20), mqa, max_num_seqs=1000)
+    used = sum(rank.kv + rank.weights + rank.activations + rank.buffers for rank in found.ranks)
     assert found.num_pages[1] == 0
-    assert 48 * 2**20 - found.rows[0].page_bytes < used <= 48 * 2**20, "nothing is set aside for rank 1"
+    assert 80 * 2**20 - found.ranks[0].page_bytes < used <= 80 * 2**20, "nothing is set aside for rank 1"
 
     apart = split_evenly("2+0", mqa, ["cuda:0", "cuda:1"])
     infos = [msgspec.structs.replace(info, free_memory=2**20) if info.rank else info for info in fleet(apart)]
@@ -146,8 +148,8 @@ def test_a_context_that_does_not_fit_is_refused() -> None:
 
 def test_a_refused_context_fits_into_the_memory_that_the_error_names() -> None:
     plan = split_evenly("1+0", SPEC, "cpu")
-    row = ledger_of(plan, fleet(plan), max_model_len=512).rows[0]
-    infos = fleet(plan, 2 * (row.weights + row.activations + row.buffers + 2**20))
+    alone = ledger_of(plan, fleet(plan), max_model_len=512).ranks[0]
+    infos = fleet(plan, 2 * (alone.weights + alone.activations + alone.buffers + 2**20))
     with pytest.raises(ValueError, match=r"what the rest leaves of 50% of the free memory") as refusal:
         ledger_of(plan, infos, max_model_len=512)
     asked = str(refusal.value).partition("give it ")[2].partition(" by")[0].replace(" ", "")
@@ -200,11 +202,12 @@ def test_largest_context_is_the_longest_for_which_a_placement_exists() -> None:
         assert total_tokens(SPEC, plan, pages, PAGE) >= longest * PAGE
 
 
-def test_activations_grow_with_the_batch_and_weights_do_not() -> None:
+def test_activations_grow_with_the_tokens_of_a_step() -> None:
     plan = split_evenly("2+1", SPEC, "cpu")
-    for member in plan.members()[:2]:
-        small, large = (fixed_bytes(SPEC, plan, member, "float16", tokens, 8) for tokens in (32, 64))
-        assert small[0] == large[0]
-        per_token = 2 * (3 * 64 + 4 * (2 + 2 + 2) * 32 + 3 * (member.mlp_columns[1] - member.mlp_columns[0]))  # type: ignore[union-attr]
+    bounds = Limits(dtype="float16", block_size=PAGE, max_num_batched_tokens=32, max_num_seqs=8, max_model_len=512)
+    twice = msgspec.structs.replace(bounds, max_num_batched_tokens=64)
+    for primary in plan.primaries:
+        small, large = (activation_bytes(SPEC, plan, primary, limits) for limits in (bounds, twice))
+        per_token = 2 * (3 * 64 + 4 * (2 + 2 + 2) * 32 + 3 * primary.num_mlp_columns)
         per_token += 4 * 4 * 2  # log-sum-exp
-        assert large[1] - small[1] == 32 * per_token
+        assert large - small == 32 * per_token
