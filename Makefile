@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo` and `make test`. Both install on first use and start at once afterwards.
+# Entry points: `make demo` to try it, `make test` and `make check` to change it. Each installs on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ install: $(STAMP)
 $(STAMP): $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "make: cannot create a virtual environment: install the python3-venv package of your system." >&2; exit 1; }
-	@echo "Installing hetis and what it needs into $(VENV), once: a few minutes, without a word while all is well."
+	@echo "Installing hetis and its dependencies into $(VENV): once, for a few minutes, silent unless it fails."
 	@$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
 	@$(BIN)/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch numpy
 	@HETIS_REQUIRE_EXTENSIONS=1 PYTHONWARNINGS=ignore \
@@ -21,26 +21,26 @@ $(STAMP): $(SOURCES)
 		{ echo "make: hetis is not installed; the reason is above (its C++ extensions need g++ and must build here)." >&2; exit 1; }
 	@touch $(STAMP)
 
-# What the extra `bench` of setup.py names, without building hetis again.
+# The packages of the extra `bench` in setup.py; hetis itself is not built again.
 install-bench: install
 	$(BIN)/pip install --quiet -c constraints.txt matplotlib scipy
 
-# The dispatcher would leave a model as small as the demo's on the primary: here every device gets its share.
+# `--dispatch even`, because the default policy leaves a model this small on the primary.
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 3 -m hetis generate --plan 1+2 --dispatch even
 
-# Most tests use one core: two files at a time.
+# Two test files at a time: most tests use one core.
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# Whole fleets of processes, one test at a time: each uses both cores.
+# Fleets of processes, one test at a time: each test uses both cores.
 test-process: install
 	$(BIN)/python -m pytest -m process
 
 test-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
-# Everything that is stated as time or throughput, in turn with the checkout BEFORE if that is given.
+# All claims about time and throughput; with BEFORE=DIR in alternation with that checkout.
 prove: install-bench
 	$(BIN)/python bench/prove.py $(if $(BEFORE),--before $(BEFORE))
 
@@ -48,6 +48,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/packages $(BIN)/mypy -p hetis -p hetis_kernels
+	MYPYPATH=build/packages:bench $(BIN)/mypy --explicit-package-bases bench/*.py bench/emulation/*.py
 	$(BIN)/python bench/size.py
 
 format: install

@@ -1,13 +1,13 @@
 """Packages `hetis` and `kernels/` (imported as `hetis_kernels`), and the C++ extensions from `csrc/`.
 
-`build/packages/` is made here and holds a link for each package under its import name. An editable installation puts
-that folder on Python's path, so new modules are found without installing again, and the folder of a checkout, which is
-called `hetis` as well, hides nothing when Python starts beside it.
+This script creates `build/packages/` with one symbolic link per package, under its import name. An editable
+installation puts that folder on Python's path: new modules are found without a new installation, and a checkout in a
+folder named `hetis` shadows nothing when Python starts in its parent folder.
 
-The extension for tensors is built against the torch of this environment: torch's C++ interface changes with its
-version, so a torch that is downloaded for the build alone would not do. What cannot be built is left out, and a file
-`*.missing` in its place has the cause, which hetis logs when it starts; with HETIS_REQUIRE_EXTENSIONS=1, as `make`
-sets it, the installation fails instead.
+The tensor extension is built against the torch of this environment, because torch's C++ interface changes with its
+version; a torch downloaded for the build alone would not match. An extension that cannot be built is left out, and a
+file `*.missing` in its place holds the cause, which hetis logs at start. With HETIS_REQUIRE_EXTENSIONS=1, which `make`
+sets, the installation fails instead.
 """
 
 import os
@@ -52,7 +52,7 @@ EXTRAS = {
 
 
 def link_packages() -> None:
-    """Makes the links of `LINKS` that are not there."""
+    """Creates the missing links in `LINKS`."""
     folder = ROOT / LINKS
     folder.mkdir(parents=True, exist_ok=True)
     for name, target in PACKAGES.items():
@@ -80,8 +80,8 @@ def solver() -> Extension:
 def kernels() -> Extension:
     """The torch extension.
 
-    Instruction sets are chosen inside the sources, so one set of flags serves all files. OpenMP is not linked: its
-    symbols are found in the copy that torch brings along, and both share one pool of threads.
+    The sources select instruction sets themselves, so all files share one set of flags. OpenMP is not linked: its
+    symbols resolve to the copy that torch ships, so that both share one thread pool.
     """
     return CppExtension(
         KERNELS,
@@ -93,11 +93,11 @@ def kernels() -> Extension:
 
 
 class BuildOrExplain(build_ext if BuildExtension is None else BuildExtension):
-    """What cannot be built is left out, with the cause in a file in its place; or ends the installation (REQUIRED)."""
+    """Leaves out an extension that cannot be built and writes the cause in its place, or fails if REQUIRED."""
 
     def run(self) -> None:
         self.causes: dict[str, str] = {}
-        self.force = True  # torch may be another one than at the last build; ninja knows which objects that concerns
+        self.force = True  # torch may have changed since the last build; ninja rebuilds only the affected objects
         if BuildExtension is None:
             self._leave_out(KERNELS, "torch was not installed in this environment when hetis was")
         super().run()
@@ -107,7 +107,7 @@ class BuildOrExplain(build_ext if BuildExtension is None else BuildExtension):
     def build_extensions(self) -> None:
         try:
             super().build_extensions()
-        except Exception as error:  # torch looks at the compiler before it builds anything
+        except Exception as error:  # torch checks the compiler before it builds anything
             for extension in self.extensions:
                 self._fail(extension, error)
 
@@ -119,7 +119,7 @@ class BuildOrExplain(build_ext if BuildExtension is None else BuildExtension):
 
     def _fail(self, extension: Extension, error: Exception) -> None:
         print(f"hetis: {extension.name}: {error}", file=sys.stderr)
-        extension.optional = True  # setuptools goes on without its file
+        extension.optional = True  # setuptools then continues without its file
         has_compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++")))
         cause = "the C++ compiler failed" if has_compiler else "there was no C++ compiler (install g++)"
         self._leave_out(extension.name, cause)
@@ -131,7 +131,7 @@ class BuildOrExplain(build_ext if BuildExtension is None else BuildExtension):
         self.causes[name] = cause
 
     def _explain(self, name: str) -> None:
-        """Where the extension belongs lies either its file or the cause, nothing from an earlier build."""
+        """Leaves either the library or the cause in the extension's place, nothing of an earlier build."""
         library = Path(self.get_ext_fullpath(name))
         cause = library.with_suffix(".missing")
         if name in self.causes:
@@ -142,7 +142,7 @@ class BuildOrExplain(build_ext if BuildExtension is None else BuildExtension):
             cause.unlink(missing_ok=True)
 
     def get_ext_filename(self, fullname: str) -> str:
-        """One name whatever the version of Python: neither library uses Python's C interface."""
+        """One name for all versions of Python: neither library uses Python's C interface."""
         return os.path.join(*fullname.split(".")) + ".so"
 
 

@@ -1,12 +1,12 @@
-"""CPU attention against what the machine can do: decode against streaming reads, prefill against torch's attention.
+"""CPU attention against the limits of the machine: decode against streaming reads, prefill against torch's attention.
 
-Decode reads every cached byte once, so its yardstick is a plain sum over the same bytes, in order, with the same
-threads. It goes through several pools in turn, as a model with several layers does, so that nothing is left in a cache
-from last time. Pages lie in order, as the allocator gives them to sequences that come one after the other, or shuffled,
-as they do at worst after a long time. Prefill multiplies, so its yardsticks are FLOP/s and
+Decode reads every cached byte once, so its baseline is a plain sum over the same bytes, in order, with the same
+threads. Several pools are read in turn, as by a model with several layers, so that caches hold nothing of the previous
+round. Pages lie in order, as the allocator hands them to sequences that arrive one after the other, or shuffled, the
+worst case after long serving. Prefill is bound by arithmetic, so its baselines are FLOP/s and
 `scaled_dot_product_attention` on the same, already gathered, keys and values (repeated for grouped queries, as torch's
-CPU kernel wants them). The two sides alternate in one process and the best of all rounds counts for each, so that
-whatever else runs on the machine disturbs both alike.
+CPU kernel requires). The two sides alternate in one process, and the best of all rounds counts for each, so that other
+load on the machine disturbs both alike.
 
     python bench/bench_cpu_attention.py [decode|pages|small|prefill ...] [--threads N] [--rounds N] [--isa NAME]
 """
@@ -54,7 +54,7 @@ def make_pool(
 def decode_calls(
     num_lanes: int, tokens: int, queries: int, head_dim: int, page_size: int, dtype: torch.dtype, layers: int
 ) -> tuple[list[Callable[[], Any]], list[Callable[[], Any]], list[Callable[[], Any]]]:
-    """Functions that run one layer's decode, with pages in order and shuffled, and that read one layer's pool."""
+    """Calls, one per layer, of: decode with pages in order, decode with pages shuffled, and a read of the pool."""
     pool, shuffled = make_pool(num_lanes, tokens, head_dim, page_size, dtype)
     in_order = torch.arange(shuffled.numel()).int().view_as(shuffled)
     q = torch.randn(num_lanes, queries, head_dim).to(dtype)
@@ -108,9 +108,7 @@ def bench_pages(rounds: int) -> None:
 
 
 def bench_small(rounds: int) -> None:
-    print(
-        "\nsmall decode calls, bf16 D=128 M=2: the call, and reading as much (from the processor's caches if it fits)"
-    )
+    print("\nsmall decode calls, bf16 D=128 M=2: the call, and a read of as many bytes (from the caches if they fit)")
     for lanes, tokens in ((1, 1), (8, 16), (8, 300), (64, 300), (1, 4096), (1, 32768)):
         _, decode, stream = best_seconds(max(rounds, 200), *decode_calls(lanes, tokens, 2, 128, 32, torch.bfloat16, 1))
         print(f"{lanes:3d} lanes of {tokens:5d} tokens {decode * 1e6:9.1f} us {stream * 1e6:9.1f} us")

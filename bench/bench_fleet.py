@@ -1,4 +1,4 @@
-"""One workload over one emulated fleet under several policies: throughput, latencies, and what the policies did.
+"""One workload on one emulated fleet under several policies: throughput, latencies, and counters of the policies.
 
     python bench/bench_fleet.py --scenario small-primary                      # 12 minutes: 4 policies, 3 rounds
     python bench/bench_fleet.py --scenario small-primary --dispatch hetis even --rounds 1
@@ -7,9 +7,9 @@
     python bench/bench_fleet.py --emulate fleet.json      # shares of a core, KV memory and links of your own:
         {"primary": {"kv_tokens": 4000}, "workers": [{"kv_tokens": 9000, "share": 0.3, "link": {"latency_ms": 2}}]}
 
-Fleets are emulated with real processes on two cores (`emulation/`); scenarios, with their arithmetic and what must
-hold, are in `fleet_scenarios.py`. Cases alternate; all get the same requests at the same times. Medians over rounds are
-printed as a table; every run becomes a row of bench/results/fleet.jsonl, and the scenario a picture beside it. Needs
+Fleets are emulated with real processes on two cores (`emulation/`); scenarios, their arithmetic and their requirements
+are in `fleet_scenarios.py`. Cases alternate, and all get the same requests at the same times. Prints a table of medians
+over rounds, appends every run to bench/results/fleet.jsonl and draws the scenario as a picture beside it. Needs
 matplotlib (`make install-bench`) and Linux.
 """
 
@@ -26,7 +26,7 @@ from emulation.launch import EmulatedFleet
 from emulation.metrics import measure, sliding_rate
 from emulation.workload import Request, make_requests, read_trace
 from extras import need
-from fleet_report import Counted, Row, commit, date, draw, keep, machine, table, verdicts
+from fleet_report import Counted, Row, check_requirements, commit, date, draw, keep, machine, table
 from fleet_scenarios import POLICIES, SCENARIOS, Case, Scenario
 
 from hetis.core.config import EngineConfig
@@ -59,15 +59,15 @@ def main() -> None:
             keep(row)
             print(progress(row), flush=True)
     print("\n" + table(rows))
-    results = verdicts(scenario.requirements, rows)
+    results = check_requirements(scenario.requirements, rows)
     print("\n".join(sentence for sentence, _ in results))
     given = [path.stem for path in (options.emulate, options.trace_file) if path is not None]
     print(draw("_".join([options.scenario, *given]), scenario, rows))
-    sys.exit(not all(holds for _, holds in results))
+    sys.exit(not all(is_met for _, is_met in results))
 
 
 def with_fleet(scenario: Scenario, fleet: Fleet) -> Scenario:
-    """The same load on another fleet, under every policy; no aims are known for it."""
+    """The same load on another fleet under every policy, without requirements."""
     cases = tuple(Case(label=policy, fleet=fleet, dispatch=policy) for policy in POLICIES)
     return msgspec.structs.replace(scenario, cases=cases, requirements=())
 
@@ -84,7 +84,7 @@ def run_case(
             max_num_seqs=scenario.max_num_seqs,
             max_num_batched_tokens=1024,
             dispatch=case.dispatch,
-            profile_cache=False,  # ranks look alike, but each has another speed
+            profile_cache=False,  # ranks have equal keys, but different emulated speeds
         )
         with EmulatedFleet(case.fleet, config) as fleet:
             warm_up(fleet, scenario.max_num_seqs)
@@ -140,7 +140,7 @@ def describe(requests: Sequence[Request], scenario: Scenario) -> str:
 
 
 def progress(row: Row) -> str:
-    """One run in two lines: what came out, and how true the emulation was."""
+    """One run in two lines: its metrics, and the shares and delays that the emulation reached."""
     metrics, counted = row.metrics, row.counted
     shares = ", ".join(
         f"{measured.share:.4f} ({measured.busy_s:.1f} s busy; asked {member.share:.4f})"

@@ -1,9 +1,9 @@
-"""Memory bandwidth of the Triton kernels beside a plain copy on the same card; needs a CUDA device.
+"""Memory bandwidth of the Triton kernels, compared with a plain copy on the same GPU; needs a CUDA device.
 
     python bench/bench_kernels.py [--dtype bfloat16] [--output FILE]
 
 Prints a table and appends its rows to a file (bench/results/kernels.jsonl), keyed by commit, device and shape. Times
-are medians of 30 runs, each after the caches were overwritten. Prefill is bound by arithmetic: its figure is TFLOP/s.
+are medians of 30 runs, each after the caches were overwritten. Prefill is bound by arithmetic: it is given in TFLOP/s.
 """
 
 import argparse
@@ -24,7 +24,7 @@ PAGE_SIZE = 16
 
 
 class Case(NamedTuple):
-    """One call, the bytes it has to move and the floating point operations it has to do."""
+    """One call, the bytes it must move and the floating-point operations it must do."""
 
     name: str
     shape: str
@@ -47,7 +47,7 @@ class Row:
 
 
 def paged_lanes(num_lanes: int, length: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pool that those lanes fill, and their page table, pages in random order."""
+    """A pool that the lanes fill exactly, and their page table with pages in random order."""
     num_pages = -(-length // PAGE_SIZE)
     pool = torch.randn(2, num_lanes * num_pages, PAGE_SIZE, head_dim, dtype=dtype)
     return pool, torch.randperm(num_lanes * num_pages).int().view(num_lanes, num_pages)
@@ -92,14 +92,14 @@ def prefill_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def row_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Kernels that move rows and pages: 4096 tokens of 8 head groups of 4 + 2 heads, and 512 pages of 32 layers."""
+    """Kernels that move vectors and pages: 4096 tokens of 8 head groups of 4 + 2 heads, and 512 pages of 32 layers."""
     qkv = torch.randn(4096, 8, 6, 128, dtype=dtype)
     rows = qkv.view(4096 * 8, 768)
     index = torch.randperm(rows.shape[0]).int()
     pool = torch.empty(2, 4096, PAGE_SIZE, 128, dtype=dtype)
-    slots = torch.randperm(4096 * PAGE_SIZE)[: rows.shape[0]]
+    cells = torch.randperm(4096 * PAGE_SIZE)[: rows.shape[0]]
     k, v = qkv.view(-1, 6, 128)[:, 4], qkv.view(-1, 6, 128)[:, 5]
-    yield Case("kv_append", "A=32768 D=128", lambda: hk.kv_append(k, v, pool, index, slots), 4 * k.numel() * k.itemsize)
+    yield Case("kv_append", "A=32768 D=128", lambda: hk.kv_append(k, v, pool, index, cells), 4 * k.numel() * k.itemsize)
     packed = torch.empty_like(rows)
     yield Case("lane_pack", "U=32768 F=768", lambda: hk.lane_pack(rows, index, packed), 2 * rows.nbytes)
     yield Case("lane_unpack", "U=32768 F=768", lambda: hk.lane_unpack(packed, index, rows), 2 * rows.nbytes)
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="file that rows are appended to")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("bench_kernels: no CUDA device here; the kernels' bandwidth can only be measured on one")
+        raise SystemExit("bench_kernels: there is no CUDA device here, and Triton kernels are measured on one only.")
     torch.set_default_device("cuda")
     dtype = getattr(torch, arguments.dtype)
     device = torch.cuda.get_device_name()

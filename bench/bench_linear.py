@@ -1,16 +1,17 @@
-"""Linear layers on the CPU: our kernel beside torch's plain `linear` and oneDNN's packed weights, alternating.
+"""Linear layers on the CPU: hetis's kernel, torch's plain `linear` and oneDNN's packed weights, in alternation.
 
-    python bench/bench_linear.py                 # table over tokens for the shapes of a Qwen3-0.6B
-    python bench/bench_linear.py --step 1 16     # one whole decode step's dense work, weights of all layers in memory
+    python bench/bench_linear.py                 # table over tokens for the shapes of Qwen3-0.6B
+    python bench/bench_linear.py --step 1 16     # all non-attention work of a decode step, weights of all layers
     python bench/bench_linear.py --step 2048     # a prefill
 
-Weights are rotated so that none is in a cache when its turn comes. Figures: GB/s of weights, GFLOP/s, and the time of
-the others over ours (above 1: ours is faster). The lower quartile of the rounds is taken on both sides.
+Weights are used in rotation, so that each is read from memory. Figures: GB/s of weights, GFLOP/s, and the time relative
+to hetis's kernel (above 1: hetis is faster). The lower quartile over the rounds counts for every candidate.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -26,7 +27,7 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def candidates(weight: torch.Tensor, num_tokens: int) -> dict[str, Layer]:
-    """Ways to multiply by one weight; the first is ours."""
+    """Implementations of one linear layer by name, hetis's first."""
     packed = pack_linear(weight)
     ways: dict[str, Layer] = {"hetis": lambda x: linear(x, packed), "torch": lambda x: functional.linear(x, weight)}
     reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -38,7 +39,7 @@ def candidates(weight: torch.Tensor, num_tokens: int) -> dict[str, Layer]:
 
 
 def alternate(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each way, run in turns so that a noisy machine is noisy for all."""
+    """Lower quartile of the seconds of each call; calls alternate, so that other load disturbs all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():
@@ -70,7 +71,7 @@ def bench_shapes(tokens: list[int], dtype: torch.dtype, rounds: int, with_head: 
                 for layer in layers:
                     layer[name](x)
 
-            ways = {name: (lambda name=name: pass_over(name)) for name in layers[0]}
+            ways: dict[str, Callable[[], object]] = {name: partial(pass_over, name) for name in layers[0]}
             seconds = {name: s / copies for name, s in alternate(ways, rounds if num_tokens < 256 else 3).items()}
             report(
                 f"{num_outputs}x{num_inputs} T={num_tokens}",
@@ -81,7 +82,7 @@ def bench_shapes(tokens: list[int], dtype: torch.dtype, rounds: int, with_head: 
 
 
 def bench_step(num_tokens: int, dtype: torch.dtype, rounds: int) -> None:
-    """Embedding to LM head without attention; a prefill's LM head sees one token, as in serving."""
+    """All layers and the LM head without attention; in a prefill the LM head gets one token, as in serving."""
     shapes = [shape for _ in range(LAYERS) for shape in SHAPES] + [(VOCABULARY, HIDDEN)]
     weights = [torch.empty(shape, dtype=dtype).normal_(std=0.02) for shape in shapes]
     layers = [candidates(weight, num_tokens) for weight in weights]
@@ -108,7 +109,7 @@ def bench_step(num_tokens: int, dtype: torch.dtype, rounds: int) -> None:
             hidden = down(gated)
         layers[-1][name](hidden if num_tokens <= 64 else hidden[-1:])
 
-    ways = {name: (lambda name=name: step(name)) for name in layers[0]}
+    ways: dict[str, Callable[[], object]] = {name: partial(step, name) for name in layers[0]}
     num_weights = sum(weight.numel() for weight in weights)
     flops = 2.0 * num_tokens * (num_weights - (VOCABULARY * HIDDEN if num_tokens > 64 else 0))
     report(f"step T={num_tokens}", alternate(ways, rounds), float(num_weights * dtype.itemsize), flops)
@@ -117,11 +118,11 @@ def bench_step(num_tokens: int, dtype: torch.dtype, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048])
-    parser.add_argument("--step", type=int, nargs="+", help="tokens of whole steps instead of the table")
+    parser.add_argument("--step", type=int, nargs="+", help="whole steps of so many tokens, instead of the table")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--head", action="store_true", help="the LM head too (311 MB in bfloat16)")
+    parser.add_argument("--head", action="store_true", help="include the LM head (311 MB in bfloat16)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     dtype: torch.dtype = getattr(torch, arguments.dtype)

@@ -1,11 +1,10 @@
-"""Round trips and bandwidth of links between two processes with a core each.
+"""Round trips and bandwidth of links between two processes on a core each.
 
     python bench/bench_links.py [--kinds shm torchdist tcp] [--device cuda] [--json FILE]
 
-"torchdist" is gloo, "tcp" is zmq. `--device cuda`: a primary on a GPU and a worker on the CPU ("shm", "tcp"). Every
-round trip includes writing the message (a copy from the sender's memory) and reading it (a copy to the receiver's
-memory) at both ends. Bandwidth counts one direction: bytes of all messages over the time of a stream with one
-acknowledgement at its end.
+"torchdist" is gloo, "tcp" is zmq. `--device cuda`: a primary on a GPU and a worker on the CPU ("shm", "tcp"). A round
+trip includes a copy from the sender's memory into the message and a copy out of it at the receiver, both ways.
+Bandwidth counts one direction: bytes of all messages of a stream over its time, up to one final acknowledgement.
 """
 
 import argparse
@@ -31,11 +30,11 @@ from hetis.core.device_info import DeviceInfo
 KINDS = ("shm", "torchdist", "tcp")
 SIZES = tuple(16 * 1024 * 2**i for i in range(10))  # 16 KB to 8 MB
 SECONDS_PER_POINT = 0.4
-STREAM_BYTES = 64 * 2**20  # zmq keeps what it cannot send yet: a longer stream would measure its memory
+STREAM_BYTES = 64 * 2**20  # zmq queues what it cannot send yet: a longer stream would measure its memory
 
 
 def open_end(kind: str, rank: int, rendezvous: StoreRendezvous, device: torch.device) -> Link:
-    """`device`: of this end."""
+    """This rank's end of a link, its buffers on `device`."""
     primary, worker = (
         DeviceInfo(
             rank=r,
@@ -89,7 +88,7 @@ def measure(link: Link, rank: int, size: int, device: torch.device) -> tuple[flo
         second()
 
     def agree_on_count() -> int:
-        """As many as fit the time, as rank 0 sees it from ten warm ones."""
+        """Round trips that fit SECONDS_PER_POINT, estimated by rank 0 from ten warm ones and sent to rank 1."""
         count = int(SECONDS_PER_POINT / median(repeat(round_trip, 20)[10:]))
         wire = torch.tensor([max(20, min(5000, count))])
         if rank == 0:
@@ -117,7 +116,7 @@ def measure(link: Link, rank: int, size: int, device: torch.device) -> tuple[flo
 
 
 def run_rank(rank: int, kinds: Sequence[str], primary_device: str) -> None:
-    """One end. Rank 0 prints a JSON line per point."""
+    """Measures all kinds and sizes at one end. Rank 0 prints a JSON line per point."""
     device = torch.device(primary_device if rank == 0 else "cpu")
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
@@ -134,7 +133,7 @@ def run_rank(rank: int, kinds: Sequence[str], primary_device: str) -> None:
 
 
 def start_ranks(kinds: Sequence[str], primary_device: str) -> list[dict[str, float]]:
-    """Runs both ends as processes; what rank 0 measured."""
+    """Runs both ends as processes; returns the rows of rank 0."""
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
     environment = os.environ | {
         "MASTER_ADDR": "127.0.0.1",

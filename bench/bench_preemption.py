@@ -1,10 +1,10 @@
-"""Steps to finish random loads on fleets that are short of pages, and who waits for whom.
+"""Steps that random loads take on fleets short of pages, and how long earlier sequences wait for later ones.
 
     python bench/bench_preemption.py [--loads 40]
 
-No model runs: the scheduler, a policy and the page tables alone, in lockstep: in every step one micro-batch enters the
-pipeline, and it returns after as many steps as there are stages. So all figures are exact, and two versions of the
-scheduler can be compared. A wait: the tokens that later arrivals get between two tokens of an earlier one.
+No model runs, only the scheduler, a policy and the page tables, in lockstep: every step one micro-batch enters the
+pipeline, and it returns after as many steps as there are stages. All figures are exact, so two versions of the
+scheduler can be compared. A wait is the number of tokens that later arrivals get between two tokens of an earlier one.
 """
 
 import argparse
@@ -32,10 +32,10 @@ POLICIES: dict[str, type[Dispatcher]] = {
 
 
 class Figures(NamedTuple):
-    """Of one load, or of several together."""
+    """Counts of one load, or sums over several."""
 
     num_steps: int
-    num_tokens: int  # computed, again and again where sequences start over
+    num_tokens: int  # computed, recomputed ones included
     num_preemptions: int
     longest_wait: int
 
@@ -85,7 +85,7 @@ class Load:
             num_stages=num_stages,
         )
         self._coming = [make_sequence(arrival, random) for arrival in range(60)]
-        self._waits: dict[int, int] = {}  # by arrival of an unfinished one
+        self._waits: dict[int, int] = {}  # arrival of an unfinished sequence -> tokens of later ones since its last
         self._longest_wait = 0
 
     def run(self) -> Figures:

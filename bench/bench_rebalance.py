@@ -1,9 +1,9 @@
-"""Host time of a look at the balance, which the driver takes four times a second between two steps.
+"""Host time of one rebalancing decision, which the driver takes four times a second between two steps.
 
     python bench/bench_rebalance.py [--sequences 64] [--groups 8] [--workers 7] [--repeats 50]
 
-Settled: lanes are spread so that nothing has to move; what nearly every look finds. Begun: all lanes are on the
-primary, and 16 sequences move in one call. The fastest of all repeats counts.
+Settled: lanes are balanced, so nothing moves; the usual case. Begun: all lanes are on the primary, and 16 sequences
+move in one call. The fastest of all repeats counts.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from hetis.dispatcher.rebalance import MigrationBudget, Rebalancer
 from hetis.dispatcher.residents import Resident
 
 KEY = ProfileKey(
-    device="made up", driver="", dtype="bfloat16", head_dim=128, queries_per_group=2, page_size=32, backend="none",
+    device="synthetic", driver="", dtype="bfloat16", head_dim=128, queries_per_group=2, page_size=32, backend="none",
     enforce_eager=False, version="",
 )  # fmt: skip
-PRIMARY_SPEED = 4.0  # of a worker's
+PRIMARY_SPEED = 4.0  # as a multiple of a worker's
 
 
-def made_up_cost(spec: ModelSpec, plan: Plan) -> CostModel:
-    """Workers alike, the primary faster."""
+def synthetic_cost(spec: ModelSpec, plan: Plan) -> CostModel:
+    """A fleet of equal workers and a faster primary."""
     way = TransferProfile(alpha_us=5.0, beta_us_per_byte=1e-4)
     devices = {}
     for rank in plan.ranks:
@@ -41,7 +41,7 @@ def made_up_cost(spec: ModelSpec, plan: Plan) -> CostModel:
 
 
 def fastest_us(cost: CostModel, view: FleetView, residents: list[Resident], repeats: int) -> tuple[float, int]:
-    """With the number of lanes that move."""
+    """Host time in microseconds, and the number of lanes that move."""
     times, num_moves = [], 0
     for _ in range(repeats):
         rebalancer, budget = Rebalancer(cost), MigrationBudget(1e12, 1e12)
@@ -69,7 +69,7 @@ def main() -> None:
         dtype="bfloat16",
     )
     plan, rng = resolve_plan(f"1+{arguments.workers}", spec), Random(0)
-    cost = made_up_cost(spec, plan)
+    cost = synthetic_cost(spec, plan)
     pools = [PoolId(rank, 0) for rank in plan.ranks]
     nothing = dict.fromkeys(pools, 0)
     view = FleetView(

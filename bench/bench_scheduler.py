@@ -1,9 +1,9 @@
-"""Host time of one decode step: `schedule()` + pages + `on_tokens()`, with nothing but running decodes.
+"""Host time of one decode step: `schedule()`, page deltas and `on_tokens()`, with running decodes only.
 
     python bench/bench_scheduler.py [--groups 8] [--workers 2] [--page-size 32]
 
-Claim: under 300 us at 64 sequences of 8 head groups, so that the driver never holds the fleet up. All sequences are of
-the same length, so that now and then every lane of every sequence needs a new page at once: the worst there is.
+Claim: under 300 us on average at 64 sequences of 8 head groups, so that the driver does not delay the fleet. All
+sequences have the same length, so that every lane of every sequence needs a new page in the same step: the worst case.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def one_primary(num_groups: int, num_workers: int) -> Plan:
 
 
 def running_decodes(num_sequences: int, plan: Plan, num_groups: int, page_size: int) -> tuple[Scheduler, CacheManager]:
-    """A scheduler with that many sequences, all past their prompts and of the same length."""
+    """A scheduler whose sequences have all finished their prompts and have the same length."""
     num_pages = dict.fromkeys(plan.ranks, num_sequences * num_groups * 64)
     cache = CacheManager(plan, num_groups, num_pages, page_size, num_sequences)
     scheduler = Scheduler(

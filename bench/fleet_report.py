@@ -1,4 +1,4 @@
-"""What `bench_fleet.py` writes: rows, a table, a picture."""
+"""Output of `bench_fleet.py`: rows, a table, a picture."""
 
 import platform
 import statistics
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Counted(msgspec.Struct, frozen=True, kw_only=True):
-    """What the fleet counted."""
+    """Counters of the fleet after one run."""
 
     steps: int
     preemptions: int
@@ -49,12 +49,12 @@ class Row(msgspec.Struct, kw_only=True):
     trace: str | None  # name of the file that gave the lengths
     metrics: Metrics
     counted: Counted
-    measured: list[Measured]  # the emulation as it was, by rank
+    measured: list[Measured]  # shares and delays that the emulation reached, by rank
     rates: list[tuple[float, float]]  # (second, output tokens/s in the two seconds before)
 
 
 def commit(tree: Path = RESULTS.parent.parent) -> str:
-    """Of a checkout; with a + if something in it, results aside, has not been committed."""
+    """Abbreviated commit of a checkout, followed by + if it has uncommitted changes outside bench/results."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=tree, capture_output=True, text=True, check=True).stdout.strip()
@@ -74,7 +74,7 @@ def machine() -> str:
 
 
 def keep(row: Row) -> None:
-    """Appended to bench/results/fleet.jsonl."""
+    """Appends the row to bench/results/fleet.jsonl."""
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / "fleet.jsonl").open("ab") as file:
         file.write(msgspec.json.encode(row) + b"\n")
@@ -84,7 +84,7 @@ COLUMNS = ("tokens_per_s", "ttft_p50", "ttft_p95", "tpot_p50", "tpot_p95", "kv_p
 
 
 def medians(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """By case and metric, in order of the first appearance."""
+    """Medians over rounds, by case and metric, in order of first appearance."""
     found: dict[str, dict[str, float]] = {}
     for case in dict.fromkeys(row.case for row in rows):
         runs = [msgspec.structs.asdict(row.metrics) for row in rows if row.case == case]
@@ -111,21 +111,21 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(requirements: Iterable[Requirement], rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """(sentence, whether it holds) for each requirement whose cases ran."""
+def check_requirements(requirements: Iterable[Requirement], rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """(sentence, whether it is met) for each requirement whose cases ran."""
     found, results = medians(rows), []
     for rule in requirements:
         if rule.of in found and rule.over in found:
             ratio = found[rule.of][rule.metric] / found[rule.over][rule.metric]
             wanted = f"at {'least' if rule.at_least else 'most'} {rule.bound:g}"
-            verdict = "ok" if rule.holds(ratio) else "MISSED"
-            sentence = f"{rule.metric}: {rule.of} / {rule.over} = {ratio:.2f}, wanted {wanted}: {verdict}"
+            outcome = "ok" if rule.holds(ratio) else "MISSED"
+            sentence = f"{rule.metric}: {rule.of} / {rule.over} = {ratio:.2f}, wanted {wanted}: {outcome}"
             results.append((sentence, rule.holds(ratio)))
     return results
 
 
 def draw(name: str, scenario: Scenario, rows: Sequence[Row]) -> Path:
-    """Bars of the medians with a dot for each round, and output tokens/s over time in the last round."""
+    """Bars of medians with a dot per round, and output tokens/s over time in the last round; returns the file."""
     from matplotlib import pyplot
 
     found = medians(rows)

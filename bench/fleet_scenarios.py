@@ -1,24 +1,26 @@
-"""The scenarios of `bench_fleet.py`, as data: which fleets under which policies, which load, and what must hold.
+"""The scenarios of `bench_fleet.py`, as data: fleets, policies, load, and requirements.
 
-The model and the fleets are one arithmetic (a core here reads weights at 17 GB/s, the cache at 11 GB/s and computes
-70 GFLOP/s; the primary's memory has a quarter of that speed, `emulation/device.py`):
+Model and fleets are sized together (a core of the machine used reads weights at 17 GB/s, the cache at 11 GB/s and
+computes 70 GFLOP/s; the primary's memory runs at a quarter of that, `emulation/device.py`):
 
     weights of a step       29 M in float32, 118 MB at 4.2 GB/s: D = 28 ms, for 1 to some 20 sequences
     the rest of a step      driver, sampling, launching: F = 8 ms without workers
     attention               16 KiB of cache a token, 195 tokens a sequence: 3.2 MB at 2.8 GB/s: a = 1.1 ms a sequence
     prompts                 0.3 ms a token (dense work at 70 GFLOP/s), 122 tokens for 63 of output: p = 0.6 ms
 
-so with R sequences at a time, of whose attention the slowest device takes t times what the primary would take for all,
-an output token takes (F + D) / R + t a + p. With room for 32 sequences in all and for a quarter of them, 8, at home,
-and workers of 0.6 and 0.2 of the primary's speed:
+With R sequences at a time and an attention makespan of t times what the primary alone would take, an output token takes
+(F + D) / R + t a + p. With KV memory for 32 sequences in all, 8 of them at home, and workers of 0.6 and 0.2 of the
+primary's speed:
 
     primary-only    R = 8,  t = 1                                           6.2 ms
     hetis           R = 32, t = 0.75 / (0.6 + 0.2) = 0.94, home full        2.8 ms     2.2 x
     even            R = 24 (a home holds 1/3 of each), t = 1/3 / 0.2 = 1.7  3.9 ms     1.4 x
     proportional    R = 32, t = 0.55 / 0.2 = 2.7                            4.7 ms     1.7 x
 
-What is measured is less, for homes also need room for prompts, and lanes and sequences are not divisible.
+Measured gains are smaller: homes also need room for prompts, and lanes and sequences are not divisible.
 """
+
+from typing import Literal
 
 import msgspec
 from emulation.client import Throttle
@@ -26,13 +28,15 @@ from emulation.fleet import Fleet, Link, Member
 from emulation.model import ModelShape
 from emulation.workload import Lengths, Workload
 
+Dispatch = Literal["hetis", "proportional", "even", "primary-only"]
+
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
     """One fleet under one policy."""
 
     label: str
     fleet: Fleet
-    dispatch: str
+    dispatch: Dispatch
     throttles: tuple[Throttle, ...] = ()
 
 
@@ -55,7 +59,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     workload: Workload
     cases: tuple[Case, ...]  # ratios are to the first
     requirements: tuple[Requirement, ...]
-    window_s: tuple[float, float] = (0.0, 0.0)  # where `window_tokens_per_s` looks
+    window_s: tuple[float, float] = (0.0, 0.0)  # begin and end of what `window_tokens_per_s` covers
 
 
 MODEL = ModelShape(
@@ -68,18 +72,18 @@ MODEL = ModelShape(
     vocab_size=32_000,
 )
 # Log-normal fits to the Azure LLM inference trace of 2023, conversations (mean 1,155 in, 211 out). Prompts are divided
-# by 8 and outputs by 3, since a core computes 20 rows, not 150, in the time in which the device reads a weight; the
-# longest are cut, so that a prompt takes a fifth of a small home at most.
+# by 8 and outputs by 3, because the emulated ridge is at 20 rows per weight read instead of an A100's 150; the longest
+# are cut, so that a prompt takes at most a fifth of a small home.
 CONTEXT = Lengths(log_mean=6.633, log_std=0.985, scale=8, smallest=8, largest=330)
 GENERATED = Lengths(log_mean=5.019, log_std=0.859, scale=3, smallest=4, largest=170)
-LOAD = 6240  # tokens of 32 sequences, as they are in the middle of their answers
+LOAD = 6240  # tokens of 32 sequences in the middle of their outputs
 
-POLICIES = ("hetis", "proportional", "even", "primary-only")
+POLICIES: tuple[Dispatch, ...] = ("hetis", "proportional", "even", "primary-only")
 PRIMARY = 0.25  # share of its core: see emulation/device.py
 
 
 def member(speed: float, kv_tokens: int, link: Link = Link()) -> Member:  # noqa: B008 (frozen)
-    """`speed`: relative to the primary."""
+    """`speed`: as a multiple of the primary's."""
     return Member(share=PRIMARY * speed, kv_tokens=kv_tokens, link=link)
 
 
@@ -93,12 +97,12 @@ THROTTLE = Throttle(at_s=12.0, rank=1, share=THROTTLED_WORKER.workers[0].share)
 
 
 def workload(num_requests: int) -> Workload:
-    """More than any fleet here can serve at once."""
+    """A load that saturates every fleet of these scenarios."""
     return Workload(num_requests=num_requests, rate_per_s=12.0, context=CONTEXT, generated=GENERATED)
 
 
 def joined_by(fleet: Fleet) -> Scenario:
-    """`LARGE_HOME`, and the same with a worker, which must not hurt."""
+    """`LARGE_HOME` alone and as part of `fleet`, whose worker must not lower the throughput."""
     return Scenario(
         model=MODEL,
         max_num_seqs=32,
@@ -129,7 +133,7 @@ SCENARIOS = {
     "throttled": Scenario(
         model=MODEL,
         max_num_seqs=32,
-        workload=workload(150),  # enough that some still wait when the window ends
+        workload=workload(150),  # enough that requests still wait when the window ends
         cases=(
             Case(label="throttled", fleet=GOOD_WORKER, dispatch="hetis", throttles=(THROTTLE,)),
             Case(label="fresh start", fleet=THROTTLED_WORKER, dispatch="hetis"),

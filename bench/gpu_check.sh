@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Everything about hetis on one GPU that can be known in eight minutes, on a bare machine without network.
+# All checks and measurements of hetis on one GPU, in at most eight minutes, on a machine without network.
 #
 #     OUT=results WHEELS=wheels bash bench/gpu_check.sh [PHASE ...]
 #
-# Phases come in the order of their value; each has a time limit and appends one JSON line (card, driver, versions, date,
-# outcome, figures) to $OUT/gpu_check.jsonl; a table comes last. All output is in $OUT/gpu_check.log. Without a GPU the
-# phases that can run do, on the CPU and with a tiny model, and the others say that they need one.
+# Phases run in order of importance. Each has a time limit and appends one JSON line (GPU, driver, versions, date,
+# outcome, figures) to $OUT/gpu_check.jsonl; a table ends the run. All output is in $OUT/gpu_check.log. Without a GPU,
+# phases that need none run on the CPU with a tiny model, and the others are reported as "needs a GPU".
 #
 # WHEELS: a folder with wheels of packages that the machine lacks (msgspec, pyzmq). PYTHON: the interpreter (python3).
-# Needs torch, triton, transformers, pytest, a C++ compiler and the headers of Python; uses pytest-xdist (tests on many
-# cores), pytest-timeout and compute-sanitizer where they are.
+# Needs torch, triton, transformers, pytest, a C++ compiler and the headers of Python; uses pytest-xdist (parallel
+# tests), pytest-timeout and compute-sanitizer if they are installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,7 +34,8 @@ GPU=$($PYTHON -c 'import torch; print(int(torch.cuda.is_available()))') || exit 
 DEVICE=$([ "$GPU" = 1 ] && echo cuda || echo cpu)
 [ "$GPU" = 1 ] && export TRITON_INTERPRET=0
 
-# name, seconds, what it needs (gpu, any, or gpu and a program), command; at its limit it is interrupted, then killed
+# Arguments: name, limit in seconds, requirement (any, gpu, or a program that needs a GPU), command. At the limit the
+# command is interrupted, then killed.
 phase() {
     local name=$1 limit=$2 needs=$3 begin=$SECONDS outcome
     shift 3
@@ -61,7 +62,8 @@ phase() {
     rm -f "$OUT/phase.log"
 }
 
-# processes, folders: the tests of a GPU. A process gets a core; what is broken for one file does not stop the others.
+# Arguments: processes, folders. Prints the command that runs their GPU tests, each process on one core; a file that
+# cannot be collected does not stop the others.
 tests() {
     local processes=$1
     shift

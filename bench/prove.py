@@ -1,15 +1,15 @@
-"""Everything that is stated as time or throughput, repeated; with --before, in turn with another checkout of hetis.
+"""Repeats all measurements of time and throughput; with --before, in alternation with another checkout of hetis.
 
-    make prove                                        # this tree alone: its figures, and whether aims hold
+    make prove                                        # this tree alone: figures, and whether they meet the aims
     make prove BEFORE=../hetis-before                 # seven alternations: is this tree as fast?
     python bench/prove.py --before ../hetis-before --only migration vllm --alternations 9
 
 Both checkouts need `make install-bench` (an older one: matplotlib in its `.venv`). Each runs its own scripts with its
-own Python, in an empty working directory. Which of the two goes first changes from one alternation to the next, so that
-a machine which becomes slower favours neither. Every run is a row of bench/results/prove.jsonl.
+own Python, in an empty working directory. The order of the two alternates, so that a drift in the machine's speed
+favours neither. Every run is appended to bench/results/prove.jsonl.
 
-Of each figure the table has the median ratio, turned so that more than 1 is better, and the interval that covers the
-true median with at least 95 % whatever the distribution (`sign_interval`). A figure is worse if its interval lies below
+The table shows the median ratio of each figure, oriented so that more than 1 is better, and a distribution-free
+interval that covers the true median with at least 95 % (`sign_interval`). A figure is worse if its interval lies below
 1 and its median is under 0.97; then, or if this tree alone misses an aim of its scripts, the exit code is 1.
 """
 
@@ -34,7 +34,10 @@ Figures = dict[str, float]
 
 
 class Benchmark(NamedTuple):
-    """A script, what makes one run of an alternation short, and how figures are printed (named groups; `case`)."""
+    """A script with its arguments, those that make one run short, and a pattern for its output.
+
+    Named groups of the pattern are metrics, except `case`, which names what was measured.
+    """
 
     script: str
     arguments: tuple[str, ...]
@@ -98,9 +101,9 @@ def keep(name: str, tree: Path, side: str, alternation: int, seconds: float, fig
 
 
 def prove(name: str, trees: dict[str, Path], alternations: int) -> tuple[dict[str, list[Figures]], bool]:
-    """Figures of all alternations by side, and whether all runs reached their script's aims."""
+    """Figures of all alternations by side, and whether all runs met the aims of their script."""
     found: dict[str, list[Figures]] = {side: [] for side in trees}
-    went_well = True
+    meets_aims = True
     for alternation in range(alternations):
         sides = list(trees) if alternation % 2 == 0 else list(trees)[::-1]
         for side in sides:
@@ -110,24 +113,24 @@ def prove(name: str, trees: dict[str, Path], alternations: int) -> tuple[dict[st
                 sys.exit(f"{name}, {side}: no figures (exit code {code}):\n{output[-4000:]}")
             keep(name, trees[side], side, alternation, time.monotonic() - begin, figures, code)
             print(f"{name} {alternation} {side}: {figures}", flush=True)
-            went_well &= code == 0
+            meets_aims &= code == 0
             found[side].append(figures)
-    return found, went_well
+    return found, meets_aims
 
 
 # --- all runs ---------------------------------------------------------------------------------------------------------
 
 
 def gain(metric: str, before: float, after: float) -> float:
-    """More than 1 is better: of rates more is, of times less."""
+    """Ratio above 1 if `after` is better: rates should be high, times low."""
     return after / before if metric.endswith("_per_s") else before / after
 
 
 def sign_interval(values: Sequence[float], coverage: float = 0.95) -> tuple[float, float]:
-    """Order statistics that enclose the true median with at least `coverage`, as far as so few values allow.
+    """Order statistics that enclose the true median with at least `coverage`, as far as the number of values allows.
 
-    The number of values below the median is binomial with 1/2, so the k-th smallest and the k-th largest miss it with
-    2 P(B < k). Fewer than 6 values cannot reach 95 %: then the smallest and the largest.
+    The number of values below the median is binomial with p = 1/2, so the interval from the k-th smallest to the k-th
+    largest misses it with probability 2 P(B < k). Fewer than 6 values cannot reach 95 %: then it is their range.
     """
     ordered, count = sorted(values), len(values)
     k = 1
@@ -137,17 +140,17 @@ def sign_interval(values: Sequence[float], coverage: float = 0.95) -> tuple[floa
 
 
 def compare(name: str, found: dict[str, list[Figures]]) -> tuple[list[str], bool]:
-    """A line for each figure; whether none is worse."""
+    """One line for each figure, and whether none is worse."""
     before, after = found["before"], found["after"]
-    lines, is_well = [], True
+    lines, is_ok = [], True
     for figure in after[0]:
         gains = [gain(figure, one[figure], other[figure]) for one, other in zip(before, after, strict=True)]
         low, high = sign_interval(gains)
         is_worse = high < 1 and median(gains) < ENOUGH
-        is_well &= not is_worse
-        verdict = "WORSE" if is_worse else "ok"
-        lines.append(f"{name:14} {figure:34} {median(gains):6.3f}  [{low:.3f}, {high:.3f}]  {verdict}")
-    return lines, is_well
+        is_ok &= not is_worse
+        outcome = "WORSE" if is_worse else "ok"
+        lines.append(f"{name:14} {figure:34} {median(gains):6.3f}  [{low:.3f}, {high:.3f}]  {outcome}")
+    return lines, is_ok
 
 
 def main() -> None:
@@ -161,18 +164,18 @@ def main() -> None:
     for tree in trees.values():
         if not (tree / ".venv/bin/python").exists():
             sys.exit(f"{tree} is not an installed checkout of hetis: run `make install-bench` there.")
-    is_well, lines = True, []
+    is_ok, lines = True, []
     for name in options.only:
         if options.before is None:
-            found, holds = prove(name, trees, 1)
+            found, is_met = prove(name, trees, 1)
             table = [f"{name:14} {figure:34} {value:9.2f}" for figure, value in found["after"][0].items()]
-            table.append(f"{name:14} aims: {'ok' if holds else 'MISSED'}")
-        else:  # runs of one round are too few for aims; the trees are compared with each other
-            table, holds = compare(name, prove(name, trees, options.alternations)[0])
-        is_well &= holds
+            table.append(f"{name:14} aims: {'ok' if is_met else 'MISSED'}")
+        else:  # one round per run is too few for the aims; only the trees are compared
+            table, is_met = compare(name, prove(name, trees, options.alternations)[0])
+        is_ok &= is_met
         lines += table
     print("\n" + "\n".join(lines))
-    sys.exit(not is_well)
+    sys.exit(not is_ok)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prints the pip option for torch's CPU index if it can be reached, else nothing: then the default index serves."""
+"""Prints the pip option for torch's CPU index if that index answers, else nothing (pip then uses its default)."""
 
 import urllib.error
 import urllib.request

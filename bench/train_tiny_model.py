@@ -1,4 +1,4 @@
-"""Train the tiny Llama model shipped in `hetis/assets/tiny`: the embedded default of `hetis generate` and `LLM()`.
+"""Trains the tiny Llama model in `hetis/assets/tiny`, the default of `hetis generate` and `LLM()`.
 
 The text is the documentation that comes with Python 3.11, as reStructuredText, from a Debian package:
 
@@ -59,7 +59,7 @@ def strip_markup(text: str) -> str:
 
 
 def role_text(role: str, body: str) -> str:
-    """What a role shows: of `~os.path.join` the last part, of `title <target>` the title, of pep and rfc the number."""
+    """Visible text of a role: the last part of `~os.path.join`, the title of `title <target>`, the number of a PEP."""
     if match := re.fullmatch(r"(.*?)\s*<[^>]*>", body, flags=re.DOTALL):
         return match.group(1)
     if role in NUMBERED_ROLES:

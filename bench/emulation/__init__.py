@@ -1,7 +1,6 @@
-"""Emulated fleets under load, for benchmarks: real hetis processes, with slow devices and slow links made by pauses.
+"""Emulated fleets under load, for benchmarks: real hetis processes whose devices and links are slowed by pauses.
 
-`fleet.py` says in plain data what a fleet is; `launch.py` starts it; `rank.py` is what its ranks do differently:
-`device.py` makes a device of a core, `slow_link.py` a slow link of a fast one; `board.py` is the memory through which
-ranks are told how slow to be, and tell how slow they were. `workload.py` are requests over time, `client.py` sends
-them, `metrics.py` judges what came back.
+`fleet.py` describes a fleet as plain data, and `launch.py` starts it. `rank.py` patches its ranks: `device.py` slows a
+core down, `slow_link.py` a link. `board.py` is shared memory: it sets how slow ranks are to be, and ranks report in it
+how slow they were. `workload.py` makes requests over time, `client.py` sends them, `metrics.py` evaluates the replies.
 """

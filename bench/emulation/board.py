@@ -1,4 +1,4 @@
-"""Memory shared by benchmark and ranks, a file of float64 [ranks, columns]: how slow to be, and how slow one was."""
+"""Memory shared by benchmark and ranks, a file of float64 [ranks, columns]: requested and measured slowdown."""
 
 import mmap
 from enum import IntEnum
@@ -8,18 +8,18 @@ import numpy as np
 
 
 class Column(IntEnum):
-    """`SHARE` is written by the benchmark, at any time; the others by the ranks."""
+    """The benchmark writes `SHARE`, at any time; the ranks write the other columns."""
 
     SHARE = 0
     WORK_S = 1  # CPU time of kernels bound by memory
-    BUSY_S = 2  # wall time that they took with their pauses
-    AWAITED = 3  # messages of slow links for which the rank slept until they were due
-    ASKED_MS = 4  # their delays, as they should be
-    LATE_MS = 5  # how much later they were seen
+    BUSY_S = 2  # wall time of these kernels, pauses included
+    AWAITED = 3  # messages of slow links that the rank slept for
+    ASKED_MS = 4  # requested delay of these messages, in all
+    LATE_MS = 5  # excess over it, in all
 
 
 class Board:
-    """The whole file, in every process."""
+    """The whole file, mapped into every process."""
 
     def __init__(self, path: Path) -> None:
         with path.open("r+b") as file:

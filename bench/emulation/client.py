@@ -1,4 +1,4 @@
-"""Sends a workload to a fleet at its times, and notes when the tokens come."""
+"""Sends a workload to a fleet at its arrival times, and records when tokens arrive."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from .workload import FIRST_TOKEN_ID, Request
 
 
 class Throttle(msgspec.Struct, frozen=True, kw_only=True):
-    """From `at_s` on, `rank` has `share` of its core."""
+    """From `at_s` on, `rank` runs at `share` of its core's speed."""
 
     at_s: float
     rank: int
@@ -23,18 +23,18 @@ class Throttle(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timeline(msgspec.Struct, kw_only=True):
-    """One request. Seconds since the beginning of the run."""
+    """One request. Times in seconds since the start of the run."""
 
     arrival_s: float
     num_context: int
-    token_s: list[float] = []  # when each token came
+    token_s: list[float] = []  # arrival of each token
     finish_reason: str | None = None
 
 
 def run_workload(
     fleet: EmulatedFleet, requests: Sequence[Request], throttles: Sequence[Throttle] = ()
 ) -> list[Timeline]:
-    """Returns when all requests are finished. RuntimeError if one fails."""
+    """Timelines in the order of `requests`, when all are finished. RuntimeError if one fails."""
     timelines = [Timeline(arrival_s=r.arrival_s, num_context=len(r.token_ids)) for r in requests]
     inbox = fleet.client.open(map(str, range(len(requests))), [])
     num_running, begin = len(requests), time.monotonic()
@@ -48,7 +48,7 @@ def run_workload(
 
 
 def play(fleet: EmulatedFleet, requests: Sequence[Request], throttles: Sequence[Throttle], begin: float) -> None:
-    """Sends each request and slows each rank at its time after `begin`."""
+    """Sends each request and applies each throttle at its time after `begin` (seconds, monotonic clock)."""
     events: list[tuple[float, Callable[[], None]]] = [
         (request.arrival_s, partial(fleet.client.send, [add_request(index, request)]))
         for index, request in enumerate(requests)
@@ -60,7 +60,7 @@ def play(fleet: EmulatedFleet, requests: Sequence[Request], throttles: Sequence[
 
 
 def warm_up(fleet: EmulatedFleet, num_requests: int) -> None:
-    """Runs short requests side by side: first calls and first touches of memory cost time that does not come again."""
+    """Runs short requests concurrently, so that one-off costs (first calls, first touch of memory) are paid."""
     request = Request(arrival_s=0.0, token_ids=list(range(FIRST_TOKEN_ID, FIRST_TOKEN_ID + 128)), num_generated=4)
     run_workload(fleet, [request] * num_requests)
 
@@ -71,7 +71,7 @@ def add_request(index: int, request: Request) -> AddRequest:
 
 
 def take(outputs: Sequence[TokenOutput], timelines: list[Timeline], now_s: float) -> int:
-    """How many requests finished with these tokens, which came at `now_s`."""
+    """Records tokens that arrived at `now_s`; returns the number of requests that finished with them."""
     num_finished = 0
     for new in outputs:
         timeline = timelines[int(new.id.partition("/")[0])]

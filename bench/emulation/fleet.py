@@ -1,15 +1,15 @@
-"""What an emulated fleet is, as plain data."""
+"""Description of an emulated fleet, as plain data."""
 
 import msgspec
 
-LARGEST_TOGETHER = 0.8  # of their core that workers may use; the client and the calls of kernels need the rest
+LARGEST_TOGETHER = 0.8  # share of their core for all workers; the client and call overheads need the rest
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """Added to the link between the primary and a worker, either way."""
+    """Latency and rate added to the link between the primary and a worker, in each direction."""
 
     latency_ms: float = 0.0
-    megabytes_per_s: float | None = None  # None: as fast as the link itself
+    megabytes_per_s: float | None = None  # None: not limited
 
     @property
     def is_plain(self) -> bool:
@@ -19,9 +19,9 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 class Member(msgspec.Struct, frozen=True, kw_only=True):
     """One rank."""
 
-    kv_tokens: int  # of whole sequences that its KV memory holds
-    share: float = 1.0  # of its core's speed, for all that is bound by memory: see `device.py`
-    link: Link = Link()  # to the primary; of no meaning for the primary itself
+    kv_tokens: int  # tokens of whole sequences (all head groups) that its KV memory holds
+    share: float = 1.0  # of its core's speed, for work bound by memory: see `device.py`
+    link: Link = Link()  # to the primary; ignored for the primary itself
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -33,7 +33,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """One primary and any number of attention workers.
 
-    The primary (and the driver) has the first core to itself; the workers and the client run on the last one.
+    Primary and driver run on the first core, workers and client on the last one.
     """
 
     primary: Member
@@ -58,8 +58,8 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Emulation(msgspec.Struct, frozen=True, kw_only=True):
-    """What the ranks of a fleet are told."""
+    """Settings that the ranks of a fleet read at start."""
 
     fleet: Fleet
-    primary_core: int  # of the driver, too
-    worker_core: int  # of the client, too
+    primary_core: int  # also the driver's
+    worker_core: int  # also the client's

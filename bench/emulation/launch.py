@@ -1,4 +1,4 @@
-"""Starts an emulated fleet: a real one, with `shim/` on its path."""
+"""Starts an emulated fleet: a real one, whose processes have `shim/` on their Python path."""
 
 import os
 import tempfile
@@ -25,7 +25,7 @@ class EmulatedFleet:
     """A context manager; leaving it ends all processes."""
 
     def __init__(self, fleet: Fleet, config: EngineConfig) -> None:
-        """`config`: all but the plan and the KV memory, which are the fleet's; with a dtype."""
+        """`config`: its dtype must be given; its plan and KV memory are replaced by the fleet's."""
         self._scratch = tempfile.TemporaryDirectory(prefix="hetis-emulation-")
         directory = Path(self._scratch.name)
         self._usable_cores = os.sched_getaffinity(0)
@@ -39,7 +39,7 @@ class EmulatedFleet:
         memory = {rank: member.kv_tokens * token_bytes for rank, member in enumerate(fleet.members)}
         config = msgspec.structs.replace(config, kv_cache_memory=memory)
         plan = plan_for(config)[2]
-        os.sched_setaffinity(0, {last})  # with all threads that the client starts
+        os.sched_setaffinity(0, {last})  # inherited by all threads of the client
         with rank_environment(directory):
             self.client = EngineClient(config, plan)
         try:
@@ -49,14 +49,14 @@ class EmulatedFleet:
             raise
 
     def set_share(self, rank: int, share: float) -> None:
-        """From now on."""
+        """Changes the share of `rank` from now on."""
         self.board.values[rank, Column.SHARE] = share
 
     def stats(self) -> FleetStats:
         return self.client.ask(FleetQuery(), FleetStats)
 
     def measured(self) -> list["Measured"]:
-        """What the emulation did so far, by rank."""
+        """Shares and delays so far, by rank."""
         return [measured(row) for row in self.board.values.tolist()]
 
     def close(self) -> None:
@@ -74,35 +74,35 @@ class EmulatedFleet:
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """One rank: the emulation as it really was."""
+    """Share and delays that one rank reached."""
 
-    share: float  # CPU time over the wall time of kernels bound by memory; 1 for a rank that is not slowed
+    share: float  # CPU time over wall time of kernels bound by memory; 1 for a rank that is not slowed
     busy_s: float
-    delay_ms: float  # asked of links, mean over the messages for which the rank slept
-    late_ms: float  # by how much later such a message was seen
+    delay_ms: float  # requested delay, mean over the messages that the rank slept for
+    late_ms: float  # excess over it, mean over the same messages
 
 
 def measured(row: list[float]) -> Measured:
-    """From a line of the board."""
+    """The figures of one row of the board."""
     share = row[Column.WORK_S] / row[Column.BUSY_S] if row[Column.BUSY_S] else 1.0
     awaited = max(1.0, row[Column.AWAITED])
     return Measured(share, row[Column.BUSY_S], row[Column.ASKED_MS] / awaited, row[Column.LATE_MS] / awaited)
 
 
 def kv_bytes_per_token(num_layers: int, num_head_groups: int, head_dim: int, dtype: str) -> int:
-    """Keys and values of all layers."""
+    """Bytes of one token's keys and values in all layers."""
     return 2 * num_layers * num_head_groups * head_dim * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
 
 
 @contextmanager
 def rank_environment(directory: Path) -> Iterator[None]:
-    """The environment in which the processes of a fleet find the shim."""
+    """Sets, for the block, the environment in which processes of a fleet import the shim."""
     before = dict(os.environ)
     path = [str(HERE / "shim"), str(HERE.parent), *filter(None, [before.get("PYTHONPATH")])]
     os.environ |= {
         EMULATION: str(directory),
         "PYTHONPATH": os.pathsep.join(path),
-        # as `hetis.launch.member` sets them before it imports torch, which the shim does earlier
+        # `hetis.launch.member` sets these before it imports torch, but the shim imports torch earlier
         "OMP_WAIT_POLICY": "PASSIVE",
         "THP_MEM_ALLOC_ENABLE": "1",
     }

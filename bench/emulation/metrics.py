@@ -1,4 +1,4 @@
-"""What a run is judged by."""
+"""Metrics of a run."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,8 @@ class Metrics(msgspec.Struct, kw_only=True):
     ttft_p95: float
     tpot_p50: float  # mean time between tokens of one request, over requests
     tpot_p95: float
-    kv_peak: int  # most tokens that running requests had, prompt and output
-    window_tokens_per_s: float  # in the scenario's window
+    kv_peak: int  # largest number of tokens of running requests at a time, prompt and output
+    window_tokens_per_s: float  # output tokens in the scenario's window
 
 
 def measure(timelines: Sequence[Timeline], window_s: tuple[float, float]) -> Metrics:
@@ -37,7 +37,7 @@ def measure(timelines: Sequence[Timeline], window_s: tuple[float, float]) -> Met
 
 
 def kv_peak(timelines: Sequence[Timeline]) -> int:
-    """Tokens of all requests between their first and their last token."""
+    """Largest total of tokens of requests that are between their first and their last token."""
     events: list[tuple[float, int]] = []
     for timeline in timelines:
         events.append((timeline.token_s[0], timeline.num_context))
@@ -51,14 +51,14 @@ def kv_peak(timelines: Sequence[Timeline]) -> int:
 
 
 def tokens_per_s(timelines: Sequence[Timeline], begin_s: float, end_s: float) -> float:
-    """Output tokens that came in this stretch of time."""
+    """Output tokens per second from `begin_s` to `end_s`."""
     if end_s <= begin_s:
         return 0.0
     return sum(begin_s <= moment < end_s for t in timelines for moment in t.token_s) / (end_s - begin_s)
 
 
 def sliding_rate(timelines: Sequence[Timeline], width_s: float, step_s: float = 0.5) -> list[tuple[float, float]]:
-    """(end of a window of `width_s`, its tokens/s) all along the run."""
+    """(end, tokens/s) of windows of `width_s` that advance by `step_s` over the run."""
     last = max(t.token_s[-1] for t in timelines)
     ends = np.arange(width_s, last + step_s, step_s).tolist()
     return [(end, round(tokens_per_s(timelines, end - width_s, end), 1)) for end in ends]

@@ -1,13 +1,14 @@
-"""Checkpoints that need no weights: speed does not depend on their values."""
+"""Models without weight files: speed does not depend on the values of weights."""
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """A Llama."""
+    """A Llama model."""
 
     hidden_size: int
     intermediate_size: int
@@ -16,16 +17,16 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     queries_per_group: int
     head_dim: int
     vocab_size: int
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Of all layers."""
+        """Bytes of one token's keys and values in all layers."""
         return 2 * self.num_layers * self.num_head_groups * self.head_dim * self._value_bytes
 
     @property
     def weight_bytes(self) -> int:
-        """That a decode step reads: all layers and the LM head."""
+        """Bytes that a decode step reads: all layers and the LM head."""
         heads = self.num_head_groups * (2 * self.queries_per_group + 2)
         layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
         return (self.num_layers * layer + self.hidden_size * self.vocab_size) * self._value_bytes
@@ -35,7 +36,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         return {"float32": 4, "bfloat16": 2}[self.dtype]
 
     def write(self, directory: Path) -> Path:
-        """The config that `load_format="dummy"` makes do with."""
+        """Writes the config.json, which is all that `load_format="dummy"` needs; returns the directory."""
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",

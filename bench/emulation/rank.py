@@ -1,4 +1,4 @@
-"""What an emulated rank does differently: its core, its pace, its links. Runs before anything of the rank itself."""
+"""Patches of an emulated rank: its core, its speed, its links. Applied before the rank's own code runs."""
 
 import os
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from .device import Device
 from .fleet import Emulation, Fleet
 from .waiting import precise_timers
 
-EMULATION = "HETIS_EMULATION"  # environment variable: a directory with these two files
+EMULATION = "HETIS_EMULATION"  # environment variable: a directory with the next two files
 SETTINGS, BOARD = "emulation.json", "board"
 BOUND_BY_MEMORY = ("paged_decode", "kv_append", "page_gather", "page_scatter", "stream_read")
 
 
 def emulate(rank: int) -> None:
-    """Makes this process, which will be `rank`, what the emulation's settings say."""
+    """Applies the emulation's settings to this process, which is about to become `rank`."""
     directory = Path(os.environ[EMULATION])
     emulation = msgspec.json.decode((directory / SETTINGS).read_bytes(), type=Emulation)
     core = emulation.worker_core if rank else emulation.primary_core
-    os.sched_setaffinity(0, {core})  # before torch counts cores; the driver inherits it
+    os.sched_setaffinity(0, {core})  # before torch counts cores; inherited by the driver
     precise_timers()
     board = Board(directory / BOARD).values[rank]
     if rank or emulation.fleet.primary.share < 1:
@@ -33,7 +33,7 @@ def emulate(rank: int) -> None:
 
 
 def slow_kernels(board: Any) -> None:
-    """A caller of an operation of the C++ extension waits until the emulated device would be done."""
+    """Operations of the C++ extension return only when the emulated device would have finished."""
     from hetis_kernels import dispatch, linear
 
     class ReportingDevice(Device):
@@ -60,7 +60,7 @@ def slow_kernels(board: Any) -> None:
 
 
 def touch_pools() -> None:
-    """The kernel gives and clears memory when it is first written to; devices have theirs from the start."""
+    """Writes to new page pools once: on a CPU the first write to memory is slow, on the emulated devices it is not."""
     from hetis.ranks.pool import PagePool
 
     make = PagePool.__init__
@@ -73,7 +73,7 @@ def touch_pools() -> None:
 
 
 def slow_links(fleet: Fleet, board: Any) -> None:
-    """Links of workers behind slow ones become a `SlowLink` at either end."""
+    """Wraps both ends of emulated slow links in `SlowLink`."""
     from hetis.comm import links
 
     from .slow_link import SlowLink, padded

@@ -1,13 +1,12 @@
-"""A link with latency and a rate, laid over a real one.
+"""A link with added latency and a limited rate, on top of a real one.
 
-A message can be seen by its receiver at
+The receiver gets a message at
 
     due = max(sent, when the line is free) + bytes / rate + latency
 
-and keeps the line of its direction busy for bytes / rate. The sender writes `sent` and `due` behind the message (both
-ends are processes of one host, with one monotonic clock) and goes on; the receiver sleeps until `due`. What is not
-emulated is a window: as with any link, a sender may be one message ahead of the receiver, which takes a message when it
-is due.
+and the message occupies the line of its direction for bytes / rate. The sender writes `sent` and `due` behind the
+message (both ends are processes of one host with one monotonic clock) and continues; the receiver sleeps until `due`. A
+flow-control window is not emulated: as on any link, a sender may be one message ahead of the receiver.
 """
 
 import time
@@ -26,12 +25,12 @@ _ALIGNMENT = 8
 
 
 def padded(num_bytes: int) -> int:
-    """Bytes of a message of `num_bytes` with its stamp."""
+    """Size of a message of `num_bytes` with its stamp, in bytes."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT + STAMP_BYTES
 
 
 class SlowLink(Link):
-    """One end."""
+    """One end of the link."""
 
     def __init__(
         self,
@@ -48,9 +47,9 @@ class SlowLink(Link):
         self._line_free_ns = 0
         self._stamp = torch.empty(0, dtype=torch.int64)  # of the message that is being written
         self._num_bytes = 0
-        self.num_awaited = 0  # messages for which this end slept until they were due
-        self.asked_ns = 0  # by how long they were to be delayed, in all
-        self.late_ns = 0  # by how much later they were seen
+        self.num_awaited = 0  # messages that this end slept for
+        self.asked_ns = 0  # requested delay of these messages, in all
+        self.late_ns = 0  # excess over it, in all
 
     def send_buffer(self, num_bytes: int) -> Tensor:
         message = self._inner.send_buffer(padded(num_bytes))

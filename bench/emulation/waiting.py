@@ -1,12 +1,12 @@
-"""Waiting for a moment of the monotonic clock, to some microseconds."""
+"""Waiting for a time of the monotonic clock, exact to a few microseconds."""
 
 import time
 
-SPIN_S = 80e-6  # a sleep ends 40 to 90 us late here, with timers allowed to be late by 1 us; 90 to 130 with Linux's 50
+SPIN_S = 80e-6  # sleeps end 40 to 90 us late with a timer slack of 1 us, 90 to 130 with Linux's default of 50
 
 
 def sleep_until(at_s: float) -> None:
-    """Sleeps, and waits for the last moment with the core."""
+    """Sleeps, then spins for the last SPIN_S. `at_s`: seconds, monotonic clock."""
     left_s = at_s - time.monotonic() - SPIN_S
     if left_s > 0:
         time.sleep(left_s)
@@ -15,7 +15,7 @@ def sleep_until(at_s: float) -> None:
 
 
 def precise_timers() -> None:
-    """Timers of this thread may be late by 1 us (Linux)."""
+    """Sets the timer slack of this thread to 1 us (Linux)."""
     import ctypes
 
     pr_set_timerslack = 29

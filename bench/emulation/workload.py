@@ -1,4 +1,4 @@
-"""Requests over time: Poisson arrivals, lengths as in a chat service. One seed, one workload."""
+"""Requests over time: Poisson arrivals, lengths as in a chat service; determined by the seed."""
 
 import csv
 import math
@@ -8,11 +8,11 @@ from random import Random
 
 import msgspec
 
-FIRST_TOKEN_ID = 5  # below are tokens that models give a meaning
+FIRST_TOKEN_ID = 5  # lower ids are special tokens
 
 
 class Lengths(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts: log-normal, divided by `scale`, within limits."""
+    """Distribution of token counts: log-normal, divided by `scale`, clamped to limits."""
 
     log_mean: float
     log_std: float
@@ -42,7 +42,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_requests(workload: Workload, vocab_size: int, trace: Sequence[tuple[int, int]] = ()) -> list[Request]:
-    """In order of arrival. `trace`: (context, generated) tokens, of which to draw instead of making lengths up."""
+    """Requests in order of arrival. `trace`: (context, generated) tokens to sample instead of the distributions."""
     rng, requests, now = Random(workload.seed), [], 0.0
     for _ in range(workload.num_requests):
         now += rng.expovariate(workload.rate_per_s)
@@ -57,7 +57,10 @@ def make_requests(workload: Workload, vocab_size: int, trace: Sequence[tuple[int
 
 
 def read_trace(path: Path) -> list[tuple[int, int]]:
-    """(context, generated) tokens of an Azure trace: CSV with columns TIMESTAMP, ContextTokens, GeneratedTokens."""
+    """(context, generated) tokens of an Azure trace: CSV with columns TIMESTAMP, ContextTokens, GeneratedTokens.
+
+    ValueError for a file that is none, or has no requests.
+    """
     with path.open(newline="") as file:
         rows = csv.DictReader(file)
         try:

@@ -1,10 +1,10 @@
-"""Where the time of a decode step goes on a device: the fleet's own step, its kernels, and a CUDA graph of its layers.
+"""Breakdown of a decode step's time on a device: the fleet's step, its kernels, and a CUDA graph of its layers.
 
     python bench/gpu/decode.py --device cuda
 
-For each model and batch size, in one process: milliseconds of a whole step (driver, ranks, sampling); kernels, copies
-and host synchronisations of a step, and for how much of it the GPU is busy (torch.profiler); the layers alone, launched
-one kernel after the other and as one captured graph. The last figure is what a graph would leave of a step.
+For each model and batch size, in one process: milliseconds of a whole step (driver, ranks, sampling); its kernels,
+copies and host synchronisations, and the share of it in which the GPU is busy (torch.profiler); the layers alone,
+launched kernel by kernel and as one captured graph. The last figure is the lower bound that a graph would give.
 """
 
 import time
@@ -32,7 +32,7 @@ SYNCHRONISING = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSyn
 
 
 def whole_steps(directory: Path, device: str, batch: int) -> Figures:
-    """Through the engine and a rank, in this process."""
+    """Figures of whole steps of a fleet in this process."""
     options = {"kv_cache_memory": 8 << 30, "max_model_len": CONTEXT + 100, "load_format": "dummy", "dtype": "bfloat16"}
     if device == "cpu":
         options |= {"kv_cache_memory": 64 << 20}
@@ -80,7 +80,7 @@ class _Reduce:
 
 
 class _PlainAttention:
-    """Append and decode over static index tensors, as a graph needs them: lane = row = token x group."""
+    """Append and decode over static index tensors, as a graph needs them: lane = qkv index = token x group."""
 
     def __init__(self, num_layers: int, batch: int, groups: int, queries: int, head_dim: int, device: str) -> None:
         width = CONTEXT // PAGE
@@ -91,14 +91,14 @@ class _PlainAttention:
         self.lane_U = torch.arange(lanes, dtype=torch.int32, device=device)
         self.length_U = torch.full((lanes,), CONTEXT, dtype=torch.int32, device=device)
         last = (CONTEXT - 1) % PAGE
-        self.slot_U = self.table_BW[:, -1].long() * PAGE + last
+        self.cell_U = self.table_BW[:, -1].long() * PAGE + last
         self.lse2_NM = torch.empty(lanes, queries, device=device)
         self.scratch = torch.empty(decode_scratch_numel(lanes, queries, head_dim, CONTEXT), device=device)
 
     def attend(self, layer: int, qkv_TGHD: Tensor, out_TGMD: Tensor) -> None:
         qkv_NHD, out_NMD = qkv_TGHD.flatten(0, 1), out_TGMD.flatten(0, 1)
         pages, M = self.pool_L2PSD[layer], out_NMD.shape[1]
-        kv_append(qkv_NHD[:, M], qkv_NHD[:, M + 1], pages, self.lane_U, self.slot_U)
+        kv_append(qkv_NHD[:, M], qkv_NHD[:, M + 1], pages, self.lane_U, self.cell_U)
         paged_decode(
             qkv_NHD[:, :M], pages, self.table_BW, self.lane_U, self.lane_U, self.length_U, 0.1, 0, out_NMD,
             self.lse2_NM, max_length=CONTEXT, scratch=self.scratch,

@@ -1,4 +1,4 @@
-"""Whole processes on a device: the small model's greedy tokens alone and with a CPU worker, which must be the CPU's.
+"""Fleets of processes on a device: greedy tokens of the small model, without and with a CPU worker, equal the CPU's.
 
 python bench/gpu/generate.py --device cuda
 """

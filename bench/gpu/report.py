@@ -1,11 +1,11 @@
 """Rows and table of `bench/gpu_check.sh`.
 
-    report.py machine OUT                      what the machine is, as a result, kept in OUT/machine.json for the rows
+    report.py machine OUT                      prints the machine as a result, and keeps it in OUT/machine.json
     report.py extensions                       exit code 1, after the reason, if a C++ extension cannot be used
-    report.py add OUT PHASE OUTCOME SECONDS    one row, with the results that the phase printed into OUT/phase.log
-    report.py table OUT                        the last run's rows
+    report.py add OUT PHASE OUTCOME SECONDS    appends a row with the results that the phase printed into OUT/phase.log
+    report.py table OUT                        prints the rows of the last run
 
-A phase prints a result as a line `RESULT {"name": figure, ...}`; of pytest the counts in its last line are taken.
+A phase prints a result as a line `RESULT {"name": figure, ...}`; for pytest the counts in its last line are used.
 """
 
 import json
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 ROWS, MACHINE = "gpu_check.jsonl", "machine.json"
-RUN = f"{os.getppid()}"  # rows of one run share it: the process of the script
+RUN = f"{os.getppid()}"  # the pid of the script, shared by the rows of one run
 
 
 def machine() -> dict[str, Any]:
-    """Card, driver, versions, and what compiling needs."""
+    """GPU, driver, versions, and what is needed to compile."""
     import torch
     import transformers
     import triton
@@ -53,7 +53,7 @@ def keep_machine(out: Path) -> None:
 
 
 def results_in(log: Path) -> dict[str, Any]:
-    """What a phase printed as its results."""
+    """Results in the output of a phase."""
     found: dict[str, Any] = {}
     if not log.exists():
         return found
@@ -66,7 +66,7 @@ def results_in(log: Path) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of this checkout; None where there is no git, or only a copy of the files."""
+    """Abbreviated commit of this checkout; None without git, or in a copy without history."""
     if not shutil.which("git"):
         return None
     command = ["git", "rev-parse", "--short", "HEAD"]
@@ -100,7 +100,7 @@ def add(out: Path, phase: str, outcome: str, seconds: int) -> None:
 
 
 def table(out: Path) -> None:
-    """Exit code 1 if a phase failed."""
+    """Prints the rows of this run; exit code 1 if a phase failed."""
     rows = [json.loads(line) for line in (out / ROWS).read_text().splitlines()]
     rows = [row for row in rows if row["run"] == RUN]
     for row in rows:

@@ -1,8 +1,8 @@
-"""One small launch of every kernel that shares memory between threads, for compute-sanitizer.
+"""One small launch of every kernel that uses shared memory, for compute-sanitizer.
 
     compute-sanitizer --tool racecheck --error-exitcode 1 python bench/gpu/sanitized.py
 
-Tensors are made on the CPU, so that no kernel of torch (sorting, say) is looked at.
+Tensors are created on the CPU, so that no kernels of torch (sorting, for example) are checked.
 """
 
 import torch
@@ -18,11 +18,11 @@ def main() -> None:
     lanes, width = len(LENGTHS) * GROUPS, -(-max(LENGTHS) // PAGE)
     pool = random(2, lanes * width, PAGE, HEAD_DIM)
     table = torch.randperm(lanes * width).int().view(lanes, width)
-    slots, table = (table[:, 0].long() * PAGE).cuda(), table.cuda()
+    cells, table = (table[:, 0].long() * PAGE).cuda(), table.cuda()
     qkv, out, lse2 = random(lanes, QUERIES + 2, HEAD_DIM), random(lanes, QUERIES, HEAD_DIM), scores(lanes, QUERIES)
     order = torch.arange(lanes).int().cuda()
     length = torch.tensor(LENGTHS).int().repeat_interleave(GROUPS).cuda()
-    hk.kv_append(qkv[:, QUERIES], qkv[:, QUERIES + 1], pool, order, slots)
+    hk.kv_append(qkv[:, QUERIES], qkv[:, QUERIES + 1], pool, order, cells)
     hk.paged_decode(qkv[:, :QUERIES], pool, table, order, order, length, 0.125, 0, out, lse2)
     rows = random(TOKENS, GROUPS, QUERIES + 2, HEAD_DIM)
     attended = random(TOKENS, GROUPS, QUERIES, HEAD_DIM)

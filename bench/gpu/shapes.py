@@ -1,4 +1,4 @@
-"""Shapes of models for checks on a GPU: a config.json with random weights is a model."""
+"""Model shapes for checks on a GPU, which use random weights."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ LLAMA3_8B: dict[str, Any] = {
     "bos_token_id": 128000,
     "eos_token_id": 128001,
 }
-# for a rehearsal on a CPU
+# for a dry run on a CPU
 TINY = QWEN3_0_6B | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 4096}
 TINY |= {"bos_token_id": 1, "eos_token_id": 2}
 
@@ -38,9 +38,9 @@ Figures = dict[str, Any]
 
 
 def measure_each_model(doc: str | None, measure: Callable[[Path, str, tuple[int, ...]], Iterator[Figures]]) -> None:
-    """The command line of a check: `measure(directory, device, batch sizes)` for each model that fits `--device`.
+    """Command line of a check: calls `measure(directory, device, batch sizes)` for each model of `--device`.
 
-    A directory with a config.json is a model for `load_format="dummy"`. Figures are printed as they come.
+    The directory has a config.json, enough for `load_format="dummy"`. Figures are printed as soon as they are known.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=list(MODELS))

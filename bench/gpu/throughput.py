@@ -1,4 +1,4 @@
-"""`hetis bench` on a device, one process: a batch of 64 requests and one request alone, 256 tokens in and 128 out.
+"""Output tokens/s on a device, plan 1+0: one request alone and a batch of 64, 256 tokens in and 128 out.
 
 python bench/gpu/throughput.py --device cuda
 """

@@ -1,15 +1,15 @@
-"""Found by the interpreter of a driver that bench_migration.py starts: lanes move at random, in some of the steps.
+"""Makes lanes migrate at random in some steps of a driver that bench_migration.py starts.
 
-hetis has no such hook.
+Python imports this module at start, because its folder is on PYTHONPATH; hetis itself has no hook for it.
 """
 
 import os
 import sys
 
-VARIABLE = "HETIS_RESTLESS"  # "steps of rest,steps of moving,lanes on the move at a time"
+VARIABLE = "HETIS_RANDOM_MIGRATION"  # "steps without migration,steps with it,lanes migrating at a time"
 
 
-def make_restless() -> None:
+def migrate_at_random() -> None:
     from random import Random
 
     from hetis.core.placement import Move
@@ -35,4 +35,4 @@ def make_restless() -> None:
 
 
 if VARIABLE in os.environ and "hetis.driver.driver" in sys.orig_argv:
-    make_restless()
+    migrate_at_random()

@@ -1,4 +1,4 @@
-"""Comparing two checkouts: figures from what scripts print, turned and bounded ratios, alternation."""
+"""Comparison of two checkouts: figures in the output of scripts, oriented ratios, intervals, alternation."""
 
 import json
 import os
@@ -23,7 +23,7 @@ moving / at rest: median 1.013, 95 % 1.050 (aim 1.1); 12 lanes, 3 MiB, 4 MiB/s w
 ENGINE_LINES = "round 0  hetis 1+0    {'first_token_s': 5.25, 'batch_tok_s': 82.5, 'single_tok_s': 22.0}\n"
 
 
-def test_figures_are_read_from_what_scripts_print() -> None:
+def test_figures_are_read_from_the_output_of_scripts() -> None:
     found = prove.read_figures(prove.FLEET, FLEET_LINES)
     assert found["hetis tokens_per_s"] == 199.0
     assert found["with it ttft_p95_ms"] == 53.0
@@ -36,7 +36,7 @@ def test_figures_are_read_from_what_scripts_print() -> None:
     }  # fmt: skip
 
 
-def test_more_than_one_is_better_whatever_is_measured() -> None:
+def test_a_ratio_above_one_is_better_for_rates_and_for_times() -> None:
     assert prove.gain("hetis tokens_per_s", 100.0, 110.0) == pytest.approx(1.1)
     assert prove.gain("hetis tpot_p95_ms", 110.0, 100.0) == pytest.approx(1.1)
     assert prove.gain("hetis 1+0 first_token_s", 10.0, 20.0) == pytest.approx(0.5)
@@ -59,16 +59,16 @@ def test_few_values_give_all_there_is() -> None:
     assert prove.sign_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
 
 
-@pytest.mark.parametrize(("after", "is_well"), [(1.0, True), (0.98, True), (0.9, False), (1.5, True)])
-def test_worse_is_below_one_in_all_and_under_the_bound_in_the_middle(after: float, is_well: bool) -> None:
+@pytest.mark.parametrize(("after", "is_ok"), [(1.0, True), (0.98, True), (0.9, False), (1.5, True)])
+def test_worse_is_below_one_in_all_and_under_the_bound_in_the_middle(after: float, is_ok: bool) -> None:
     found = {"before": [{"x tokens_per_s": 1.0}] * 7, "after": [{"x tokens_per_s": after}] * 7}
-    (line,), well = prove.compare("name", found)
-    assert well == is_well
-    assert ("WORSE" in line) == (not is_well)
+    (line,), found_ok = prove.compare("name", found)
+    assert found_ok == is_ok
+    assert ("WORSE" in line) == (not is_ok)
 
 
 def make_tree(path: Path, rate: float, log: Path) -> Path:
-    """A checkout whose script prints one figure, and notes that it ran, where, and with what."""
+    """A checkout whose script prints one figure and logs its runs: checkout, entries of the folder, arguments."""
     (path / ".venv/bin").mkdir(parents=True)
     (path / ".venv/bin/python").symlink_to(sys.executable)
     (path / "bench").mkdir()

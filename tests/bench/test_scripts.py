@@ -1,4 +1,4 @@
-"""Scripts of bench/ start, say what they lack, and are named as they are called."""
+"""Scripts of bench/ start and say what they lack; targets and files that texts name exist."""
 
 import re
 import subprocess
@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "bench").glob("*.py") if "ArgumentParser" in path.read_text())
-TEXTS = ["README.md", "bench/LOG.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+TEXTS = [
+    str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench/LOG.md"])
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -21,7 +23,7 @@ def test_every_script_explains_itself(script: str, tmp_path: Path) -> None:
     assert "usage: " in done.stdout
 
 
-def test_what_is_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/bench_some.py"])
     extras.need("json", "re")
     with pytest.raises(SystemExit) as ended:
@@ -30,12 +32,13 @@ def test_what_is_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_targets_and_scripts_that_are_named_exist(text: str) -> None:
+def test_targets_and_files_that_are_named_exist(text: str) -> None:
     words = (ROOT / text).read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:`|^)make ([a-z-]+)", words, re.MULTILINE))
     assert named <= targets
-    paths = {path for path in re.findall(r"\b(?:bench|tests|docs)/[\w/]+\.\w+", words) if not path.endswith(".jsonl")}
+    folders = "bench|tests|docs|hetis|kernels|csrc"
+    paths = {path for path in re.findall(rf"\b(?:{folders})/[\w/]+\.\w+", words) if not path.endswith(".jsonl")}
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
 
 

@@ -1,4 +1,7 @@
-"""Found by the interpreter of every process of an emulated fleet: makes ranks emulated ones. hetis has no such hook."""
+"""Applies the emulation to the ranks of an emulated fleet.
+
+Python imports this module at start, because its folder is on PYTHONPATH; hetis itself has no hook for it.
+"""
 
 import os
 import sys
