@@ -97,9 +97,9 @@ def row_cases(dtype: torch.dtype) -> Iterator[Case]:
     rows = qkv.view(4096 * 8, 768)
     index = torch.randperm(rows.shape[0]).int()
     pool = torch.empty(2, 4096, PAGE_SIZE, 128, dtype=dtype)
-    slots = torch.randperm(4096 * PAGE_SIZE)[: rows.shape[0]]
+    cells = torch.randperm(4096 * PAGE_SIZE)[: rows.shape[0]]
     k, v = qkv.view(-1, 6, 128)[:, 4], qkv.view(-1, 6, 128)[:, 5]
-    yield Case("kv_append", "A=32768 D=128", lambda: hk.kv_append(k, v, pool, index, slots), 4 * k.numel() * k.itemsize)
+    yield Case("kv_append", "A=32768 D=128", lambda: hk.kv_append(k, v, pool, index, cells), 4 * k.numel() * k.itemsize)
     packed = torch.empty_like(rows)
     yield Case("lane_pack", "U=32768 F=768", lambda: hk.lane_pack(rows, index, packed), 2 * rows.nbytes)
     yield Case("lane_unpack", "U=32768 F=768", lambda: hk.lane_unpack(packed, index, rows), 2 * rows.nbytes)

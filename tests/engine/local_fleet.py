@@ -19,6 +19,7 @@ from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.config import DriverArgs, EngineConfig
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import AddRequest, Setup, StepCommand, StepResult, StepTimes, TokenOutput
+from hetis.core.messages.step_command import decode
 from hetis.core.placement import Dispatcher, FleetView, Placement
 from hetis.core.plan import resolve_plan
 from hetis.core.profile import (
@@ -51,7 +52,7 @@ default_device = "cpu"  # of fleets whose test does not say; the fixture `device
 
 
 class Generated:
-    """What came out for one prompt."""
+    """The output for one prompt."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -61,7 +62,7 @@ class Generated:
         self.error: str | None = None
 
     def logits(self, vocab_size: int) -> torch.Tensor:
-        """float32 [tokens, V], when all of the vocabulary was asked for."""
+        """float32 [tokens, V], for requests with the log-probabilities of the whole vocabulary."""
         return torch.stack([full_row(row, vocab_size) for row in self.rows if row is not None])
 
 
@@ -125,7 +126,7 @@ class LocalFleet:
             torch.set_grad_enabled(False)
             member = build_member(setup, rank, self._devices[rank], rendezvous, self._results.put)
             while (command := self._commands[rank].get()) is not None:
-                result = member.run_step(command)
+                result = member.run_step(decode(command, rank))
                 if result is not None:
                     self._results.put(result)
                 for times in member.take_times():
@@ -181,7 +182,7 @@ class LocalFleet:
 
 
 class RandomDispatcher:
-    """Any placement at all, from a seed: for the placement law."""
+    """Random placements from a seed: for the placement law."""
 
     def __init__(self, seed: int | None) -> None:
         """None: every lane at home."""
