@@ -31,6 +31,7 @@ PURE = ("hetis.core", "hetis.cost", *POLICIES, "hetis.engine")
 DATA = ("numpy", "msgspec")
 RULES = {  # the longest matching prefix applies
     "hetis.core": Rule(("msgspec",), IMPURE),
+    "hetis.core.messages.step_command": Rule(("hetis.core", *DATA), IMPURE),  # packs and unpacks arrays
     "hetis.processes": Rule(("hetis.core", "msgspec", "psutil")),
     "hetis.cost": Rule(("hetis.core", *DATA), (*IMPURE, *FILES)),
     "hetis.dispatcher": Rule(("hetis.core", "hetis.cost", *DATA), IMPURE),
@@ -154,6 +155,7 @@ def test_every_rule_applies_to_a_module() -> None:
     ("module", "source"),
     [
         ("hetis.core.plan", "import numpy"),
+        ("hetis.core.messages.ranks", "import numpy"),
         ("hetis.cost.fit", "from pathlib import Path"),
         ("hetis.scheduler.scheduler", "def f():\n    import torch"),
         ("hetis.scheduler.scheduler", "from hetis.dispatcher import dispatcher"),

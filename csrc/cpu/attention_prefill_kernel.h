@@ -171,8 +171,8 @@ struct Prefill {
     for (int i = 0; i < kKeyBlock; ++i) {
       const int64_t key = first_key + i;
       const bool seen = key >= from && key < to;
-      const int64_t slot = seen ? block.pages[key / block.page_size] * block.page_size + key % block.page_size : 0;
-      const char* row = block.keys + slot * row_bytes;
+      const int64_t cell = seen ? block.pages[key / block.page_size] * block.page_size + key % block.page_size : 0;
+      const char* row = block.keys + cell * row_bytes;
       rows[i] = seen ? reinterpret_cast<const Element*>(row) : zeros;
       rows[kKeyBlock + i] = seen ? reinterpret_cast<const Element*>(row + block.value_bytes) : zeros;
     }

@@ -93,7 +93,7 @@ void merge_row(const T* a, float lse2_a, const T* b, float lse2_b, int64_t D, T*
 }  // namespace
 
 void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor& pool_2PSD, const at::Tensor& row_A,
-               const at::Tensor& slot_A) {
+               const at::Tensor& cell_A) {
   check_value_tensor(k_ND, k_ND, 2, "k");
   check_value_tensor(v_ND, k_ND, 2, "v");
   check_value_tensor(pool_2PSD, k_ND, 4, "pool");
@@ -103,18 +103,18 @@ void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor&
                         pool_2PSD.stride(2) == D && pool_2PSD.stride(1) == pool_2PSD.size(2) * D,
                     "kv_append: k is ", k_ND.sizes(), ", v ", v_ND.sizes(), ", the pool ", pool_2PSD.sizes(),
                     "; they must be [N, D], [N, D] and [2, P, S, D] with contiguous halves");
-  TORCH_CHECK_VALUE(slot_A.dim() == 1 && slot_A.size(0) == A && slot_A.scalar_type() == at::kLong &&
-                        slot_A.device().is_cpu() && slot_A.is_contiguous(),
-                    "kv_append: slot must be a contiguous int64 CPU tensor of ", A, " values");
+  TORCH_CHECK_VALUE(cell_A.dim() == 1 && cell_A.size(0) == A && cell_A.scalar_type() == at::kLong &&
+                        cell_A.device().is_cpu() && cell_A.is_contiguous(),
+                    "kv_append: cell must be a contiguous int64 CPU tensor of ", A, " values");
   const int64_t size = k_ND.element_size(), row_bytes = D * size;
   const auto* row = row_A.const_data_ptr<int32_t>();
-  const auto* slot = slot_A.const_data_ptr<int64_t>();
+  const auto* cell = cell_A.const_data_ptr<int64_t>();
   char* pool[2] = {bytes_of(pool_2PSD), bytes_of(pool_2PSD) + pool_2PSD.stride(0) * size};
   const char* source[2] = {static_cast<const char*>(k_ND.const_data_ptr()),
                            static_cast<const char*>(v_ND.const_data_ptr())};
   const int64_t stride[2] = {k_ND.stride(0) * size, v_ND.stride(0) * size};
   copy_pieces(2 * A, row_bytes, [&](int64_t i) {
-    return Piece{pool[i & 1] + slot[i / 2] * row_bytes, source[i & 1] + row[i / 2] * stride[i & 1]};
+    return Piece{pool[i & 1] + cell[i / 2] * row_bytes, source[i & 1] + row[i / 2] * stride[i & 1]};
   });
 }
 

@@ -13,7 +13,7 @@ void paged_prefill(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const 
                    double scale, int64_t window, const at::Tensor& out_TGMD, const at::Tensor& lse2_TGM);
 
 void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor& pool_2PSD, const at::Tensor& row_A,
-               const at::Tensor& slot_A);
+               const at::Tensor& cell_A);
 void lane_pack(const at::Tensor& source_NF, const at::Tensor& row_U, const at::Tensor& out_UF);
 void lane_unpack(const at::Tensor& source_UF, const at::Tensor& row_U, const at::Tensor& out_NF);
 void page_gather(const at::Tensor& pool_L2PSD, const at::Tensor& page_N, const at::Tensor& out_NL2SD);

@@ -19,7 +19,7 @@ TORCH_LIBRARY(hetis, m) {
       "paged_prefill(Tensor q_TGMD, Tensor pool_2PSD, Tensor page_table_BW, Tensor query_start_C1, Tensor lane_CG, "
       "Tensor context_C, float scale, int window, Tensor(a!) out_TGMD, Tensor(b!) lse2_TGM) -> ()",
       &hetis::paged_prefill);
-  m.def("kv_append(Tensor k_ND, Tensor v_ND, Tensor(a!) pool_2PSD, Tensor row_A, Tensor slot_A) -> ()",
+  m.def("kv_append(Tensor k_ND, Tensor v_ND, Tensor(a!) pool_2PSD, Tensor row_A, Tensor cell_A) -> ()",
         &hetis::kv_append);
   m.def("lane_pack(Tensor source_NF, Tensor row_U, Tensor(a!) out_UF) -> ()", &hetis::lane_pack);
   m.def("lane_unpack(Tensor source_UF, Tensor row_U, Tensor(a!) out_NF) -> ()", &hetis::lane_unpack);

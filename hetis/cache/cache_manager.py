@@ -18,7 +18,7 @@ from hetis.cache.allocator import PageAllocator
 from hetis.cache.fleet_view import fleet_view
 from hetis.cache.integrity import check_lanes, check_pools
 from hetis.cache.lanes import Int32, PoolLanes, SequenceLanes, Transit
-from hetis.core.messages import PageDelta
+from hetis.core.messages.step_command import PageEntries
 from hetis.core.placement import FleetView, Move, Placement, PoolId, Shortage, pages_for, pools_of
 from hetis.core.plan import Plan
 
@@ -178,19 +178,17 @@ class CacheManager:
 
     # --- announcements to the ranks -----------------------------------------------------------------------------------
 
-    def take_deltas(self) -> list[PageDelta]:
-        """Entries of page tables that are new since the last call, less those freed meanwhile."""
-        entries = defaultdict(list)
-        for part, lane_U, first, page_UK in self._unseen:
-            entry_UK3 = np.empty((*page_UK.shape, 3), dtype=np.int32)
-            entry_UK3[..., 0] = lane_U[:, None]
-            entry_UK3[..., 1] = np.arange(first, first + page_UK.shape[1])
-            entry_UK3[..., 2] = page_UK
-            entries[part.pool].append(entry_UK3.tobytes())
+    def take_deltas(self) -> dict[PoolId, PageEntries]:
+        """New entries of page tables since the last call; those freed again meanwhile are left out."""
+        columns: dict[PoolId, list[Int32]] = defaultdict(list)
+        for part, row_U, first, page_UK in self._unseen:
+            entry_3UK = np.empty((3, *page_UK.shape), dtype=np.int32)
+            entry_3UK[0] = row_U[:, None]
+            entry_3UK[1] = np.arange(first, first + page_UK.shape[1])
+            entry_3UK[2] = page_UK
+            columns[part.pool].append(entry_3UK.reshape(3, -1))
         self._unseen.clear()
-        return [
-            PageDelta(rank=pool.rank, stage=pool.stage, entries=b"".join(entries[pool])) for pool in sorted(entries)
-        ]
+        return {pool: PageEntries(*np.concatenate(columns[pool], axis=1)) for pool in sorted(columns)}
 
     # --- pages --------------------------------------------------------------------------------------------------------
 

@@ -13,23 +13,11 @@ from collections.abc import Collection, Iterable, Mapping
 from math import inf
 from typing import NamedTuple
 
-import numpy as np
-
 from hetis.cache.cache_manager import CacheManager
 from hetis.cache.lanes import Transit
+from hetis.core.messages.step_command import PageTransfer
 from hetis.core.placement import Move, PoolId, pages_for
 from hetis.core.plan import Plan
-
-
-class Haul(NamedTuple):
-    """Pages `first .. stop - 1` of one lane, in one step."""
-
-    stage: int
-    row: int  # of the page tables: slot * G + group
-    source: int
-    target: int
-    first: int
-    stop: int
 
 
 class _Leg(NamedTuple):
@@ -83,13 +71,13 @@ class Hauler:
             if transit.part.pool in pools:
                 self._cache.cancel(transit)
 
-    def plan(self, most_bytes: Mapping[int, float]) -> list[Haul]:
+    def plan(self, most_bytes: Mapping[int, float]) -> list[PageTransfer]:
         """What goes with the next command, in which sequences have the tokens that the cache knows of.
 
         `most_bytes`: by worker, that its links should carry with each message, each way; a page goes in any case.
         """
         left: dict[_Leg, int] = {}  # pages
-        hauls: list[Haul] = []
+        hauls: list[PageTransfer] = []
         for transit, num_tokens in self._cache.transits():
             legs = self._legs(transit.move)
             for leg in legs:
@@ -117,14 +105,9 @@ class Hauler:
             return rest
         return min(room, num_tokens // self._page_size - transit.num_sent)
 
-    def _haul(self, transit: Transit, count: int) -> Haul:
+    def _haul(self, transit: Transit, count: int) -> PageTransfer:
         move, first = transit.move, transit.num_sent
         transit.num_sent += count
         self.bytes_sent += count * self._layer_bytes * self._num_layers[move.stage]
-        row = move.slot * self._num_groups + move.group
-        return Haul(move.stage, row, move.source, move.target, first, first + count)
-
-
-def pack_hauls(hauls: Iterable[Haul]) -> bytes:
-    """int32 [n, 6] for `StepCommand.hauls`."""
-    return np.array(list(hauls), dtype=np.int32).tobytes()
+        lane = move.slot * self._num_groups + move.group
+        return PageTransfer(move.stage, lane, move.source, move.target, first, first + count)

@@ -2,25 +2,15 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-
-import numpy as np
+from collections.abc import Callable, Mapping
 
 from hetis.cache.cache_manager import CacheManager
-from hetis.cache.migration import Hauler, pack_hauls
-from hetis.core.batch import Batch, NewToken, Row
+from hetis.cache.migration import Hauler
+from hetis.core.batch import Batch, NewToken
 from hetis.core.device_info import RankStats
-from hetis.core.messages import (
-    AddRequest,
-    FleetStats,
-    NewSequence,
-    Setup,
-    StepCommand,
-    StepResult,
-    StepTimes,
-    TokenOutput,
-)
-from hetis.core.placement import Move, Placement
+from hetis.core.messages import AddRequest, FleetStats, Setup, StepCommand, StepResult, StepTimes, TokenOutput
+from hetis.core.messages.step_command import encode
+from hetis.core.placement import Move
 from hetis.core.request import Sequence, check_token_ids
 from hetis.core.token_logprobs import TokenLogprobs
 from hetis.dispatcher.room import shortage_when_empty
@@ -34,10 +24,6 @@ LOG_SECONDS = 10.0  # between two lines about sequences that wait
 
 _log = logging.getLogger("hetis")
 _MIX = 0x9E3779B97F4A7C15  # odd, for spreading request numbers over seeds
-
-
-def _int32(values: Iterable[int]) -> bytes:
-    return np.fromiter(values, dtype=np.int32).tobytes()
 
 
 class Engine:
@@ -56,7 +42,7 @@ class Engine:
         self.cache = CacheManager(plan, spec.num_head_groups, setup.num_pages, setup.block_size, setup.max_num_seqs)
         token_bytes = spec.kv_bytes_per_token(1, setup.dtype)
         self.hauler = Hauler(
-            self.cache, plan, spec.num_head_groups, setup.block_size, token_bytes, setup.pages_per_haul
+            self.cache, plan, spec.num_head_groups, setup.block_size, token_bytes, setup.max_transfer_pages
         )
         self._balancer, self._observer = None, None
         if policies.rebalancer is not None and policies.cost is not None:
@@ -72,7 +58,7 @@ class Engine:
             num_stages=len(plan.stages),
         )
         self._in_flight: dict[int, Batch] = {}
-        self._landed: list[Move] = []  # lanes that have arrived, and no command has said so
+        self._committed: list[Move] = []  # finished migrations that no command has announced
         self._logged = -LOG_SECONDS
         self._num_steps, self._num_dispatches = 0, 0
         self._num_arrivals = 0
@@ -81,21 +67,21 @@ class Engine:
 
     @property
     def num_in_flight(self) -> int:
-        """Steps that have been sent and not come back."""
+        """Number of steps without a result so far."""
         return len(self._in_flight)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def add(self, request: AddRequest) -> None:
-        """Queues a sequence; one that can never run is answered at once with the reason."""
+        """Queues a sequence. One that can never run is answered at once with the reason."""
         try:
             self._queue(request)
         except ValueError as error:
             self._outputs.append(TokenOutput(id=request.id, token_ids=[], finish_reason="error", error=str(error)))
 
     def _queue(self, request: AddRequest) -> None:
-        """ValueError for a sequence that can never run. What a front end has checked is checked again: its mistake
-        would reach the ranks, which serve others as well."""
+        """Raises ValueError for a sequence that can never run. Repeats the checks of the front end, whose mistake would
+        otherwise reach the ranks, which serve other front ends as well."""
         params, arrival = request.params, self._num_arrivals
         self._num_arrivals += 1
         params.validate_for(self._setup.spec.vocab_size, max_logprobs=-1)
@@ -134,7 +120,7 @@ class Engine:
 
     def step(self) -> StepCommand | None:
         """The next step for the whole fleet, or None when nothing can start now."""
-        self._move_lanes()
+        self._migrate()
         self._explain_waiting()
         batch = self.scheduler.schedule()
         if batch is None:
@@ -145,9 +131,9 @@ class Engine:
         self._num_dispatches += len(batch.admitted)
         return command
 
-    def _move_lanes(self) -> None:
-        """Lanes that have arrived live at their targets from now on; others set out, if the fleet is out of balance."""
-        self._landed += self.hauler.land()
+    def _migrate(self) -> None:
+        """Commits migrations whose pages are all transferred, and starts others if the fleet is out of balance."""
+        self._committed += self.hauler.land()
         if self._balancer is not None:
             self._balancer.balance(self.scheduler.running, self.scheduler.refused)
 
@@ -162,16 +148,15 @@ class Engine:
             _log.info("request %s waits: %s.", waiting.id, reason)
 
     def on_times(self, times: StepTimes) -> None:
-        """What a rank measured in a step."""
+        """Times that a rank measured in a step."""
         if self._observer is not None:
             self._observer.on_times(times)
 
     def on_result(self, result: StepResult) -> None:
-        """The tokens of a step: appended, streamed, and pages freed where a sequence ended."""
+        """Appends the tokens of a step, queues them for output, and frees the pages of sequences that ended."""
         batch = self._in_flight.pop(result.step)
         self._keep_prompt_logprobs(batch, result)
-        tokens = np.frombuffer(result.tokens, dtype=np.int32).tolist()
-        for index, new in enumerate(self.scheduler.on_tokens(batch, tokens, result.errors.keys())):
+        for index, new in enumerate(self.scheduler.on_tokens(batch, result.tokens, result.errors.keys())):
             if new.sequence.finish_reason == "abort":  # answered when it was aborted
                 continue
             logprobs = result.logprobs[index] if result.logprobs else None
@@ -190,38 +175,28 @@ class Engine:
         )
 
     def _command(self, batch: Batch) -> StepCommand:
-        rows = batch.rows
-        landed, self._landed = self._landed, []
-        scored = [index for index, row in enumerate(rows) if _is_scored(row)]
-        return StepCommand(
-            step=self._num_steps,
-            landed=_int32(value for move in landed for value in (move.slot, move.stage, move.group, move.target)),
-            released=batch.released,
-            admitted=[_new_sequence(sequence, placement) for sequence, placement in batch.admitted],
+        committed, self._committed = self._committed, []
+        return encode(
+            self._num_steps,
+            batch,
+            committed=committed,
             pages=self.cache.take_deltas(),
-            slots=_int32(row.sequence.slot for row in rows),
-            starts=_int32(row.start for row in rows),
-            counts=_int32(row.count for row in rows),
-            num_decode=batch.num_decode,
-            tokens=b"".join(_int32(row.sequence.token_ids[row.start : row.start + row.count]) for row in rows),
-            sampled=_int32(index for index, row in enumerate(rows) if row.samples),
-            hauls=pack_hauls(self.hauler.plan(self._haul_bytes(batch))),
-            prompt_logprobs=scored,
-            prompt_targets=b"".join(_int32(_targets(rows[index])) for index in scored),
+            transfers=self.hauler.plan(self._transfer_bytes(batch)),
         )
 
-    def _haul_bytes(self, batch: Batch) -> Mapping[int, float]:
-        """In a step with rows few pages travel, so that it takes no longer; where all wait for them, as many as fit."""
+    def _transfer_bytes(self, batch: Batch) -> Mapping[int, float]:
+        """Bytes of pages by worker and message: few in a step with rows, so that it takes no longer; without a limit
+        where all sequences wait for the pages."""
         return self._observer.haul_bytes if self._observer is not None and batch.rows else {}
 
     def _keep_prompt_logprobs(self, batch: Batch, result: StepResult) -> None:
         for index, found in result.prompt_logprobs.items():
             row = batch.rows[index]
             if row.sequence.finish_reason is None:
-                before = self._prompt_logprobs.get(row.sequence.id, []) if row.start else []  # it may have started over
+                before = self._prompt_logprobs.get(row.sequence.id, []) if row.start else []  # it may be recomputed
                 self._prompt_logprobs[row.sequence.id] = before + found
 
-    # --- looking ------------------------------------------------------------------------------------------------------
+    # --- statistics ---------------------------------------------------------------------------------------------------
 
     def fleet_stats(self, stats: Mapping[int, RankStats]) -> FleetStats:
         """The fleet's table, from the cache, the policies and what the ranks counted."""
@@ -236,26 +211,3 @@ class Engine:
             num_migrations=self.hauler.num_landed,
             migrated_bytes=self.hauler.bytes_sent,
         )
-
-
-def _new_sequence(sequence: Sequence, placement: Placement) -> NewSequence:
-    return NewSequence(
-        slot=sequence.slot,
-        owners=_int32(owner for stage in placement.owners for owner in stage),
-        prompt_len=sequence.prompt_len,
-        seed=sequence.seed,
-        params=sequence.params,
-    )
-
-
-def _is_scored(row: Row) -> bool:
-    """Whether prompt logprobs are wanted of the row; with the first token they have been delivered."""
-    sequence = row.sequence
-    return sequence.params.prompt_logprobs is not None and sequence.num_output == 0 and row.start < sequence.prompt_len
-
-
-def _targets(row: Row) -> list[int]:
-    """For each new token the one that follows it in the prompt, -1 after the last."""
-    sequence = row.sequence
-    following = sequence.token_ids[row.start + 1 : min(row.start + row.count + 1, sequence.prompt_len)]
-    return following + [-1] * (row.count - len(following))

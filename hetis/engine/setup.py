@@ -38,7 +38,7 @@ def make_setup(args: DriverArgs, fleet: Sequence[DeviceInfo]) -> tuple[Setup, st
         dtype=dtype,
         block_size=config.block_size,
         num_pages=ledger.num_pages,
-        pages_per_haul=max_transfer_pages(spec, config.block_size, dtype),
+        max_transfer_pages=max_transfer_pages(spec, config.block_size, dtype),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len or ledger.largest_context,

@@ -14,13 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hetis.core.messages import StepCommand
+from hetis.core.messages.step_command import Int32, Transfers
 from hetis.core.spans import Span
 from hetis.ranks.pool import PagePool
 from hetis_kernels import page_gather, page_scatter
-
-STAGE, ROW, SOURCE, TARGET, FIRST, STOP = range(6)
-Hauls = NDArray[np.int32]  # [n, 6]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,54 +60,64 @@ def no_haul(pool: PagePool) -> LinkHaul:
     return LinkHaul(pool, nothing, nothing, [], [])
 
 
-def hauls_of(command: StepCommand, stage: int, groups: Span, num_groups: int) -> Hauls:
-    """[n, 6] those that go over links of the primary that is the home of `groups`."""
-    hauls = np.frombuffer(command.hauls, dtype=np.int32).reshape(-1, 6)
-    group = hauls[:, ROW] % num_groups
-    found: Hauls = hauls[(hauls[:, STAGE] == stage) & (group >= groups[0]) & (group < groups[1])]
-    return found
+def hauls_of(transfers: Transfers, stage: int, groups: Span, num_groups: int) -> Transfers:
+    """Those that go over links of the primary that is the home of `groups`."""
+    group_N = transfers.lane_N % num_groups
+    return transfers.select((transfers.stage_N == stage) & (group_N >= groups[0]) & (group_N < groups[1]))
 
 
-def worker_haul(hauls: Hauls, pool: PagePool, home: int) -> LinkHaul:
+def worker_haul(hauls: Transfers, pool: PagePool, home: int) -> LinkHaul:
     """For the worker's end of its link to `home`. `hauls`: of that home."""
-    rank = pool.id.rank
-    leaving, coming = _sorted(hauls, SOURCE, rank, home), _sorted(hauls, TARGET, rank, home)
+    if not hauls.lane_N.size:  # as in most steps
+        return no_haul(pool)
+    leaving, coming = _sent(hauls, pool.id.rank, home), _received(hauls, pool.id.rank, home)
     return LinkHaul(pool, _pages(pool, leaving), _pages(pool, coming), [], [])
 
 
-def primary_hauls(hauls: Hauls, pool: PagePool, workers: list[int]) -> dict[int, LinkHaul]:
+def primary_hauls(hauls: Transfers, pool: PagePool, workers: list[int]) -> dict[int, LinkHaul]:
     """By worker, for the ends of a primary; workers that have no part in it are left out."""
+    if not hauls.lane_N.size:  # as in most steps
+        return {}
     home = pool.id.rank
     relays: dict[tuple[int, int], Tensor] = {}
-    for source, target in {(int(s), int(t)) for s, t in hauls[:, [SOURCE, TARGET]] if home not in (s, t)}:
-        passing = hauls[(hauls[:, SOURCE] == source) & (hauls[:, TARGET] == target)]
-        count = int((passing[:, STOP] - passing[:, FIRST]).sum())
-        pages = pool.pages_L2PSD
-        relays[source, target] = pages.new_empty(count, 1, 2, *pages.shape[3:])
+    for source, target in set(zip(hauls.source_N.tolist(), hauls.target_N.tolist(), strict=True)):
+        if home not in (source, target):
+            passing = hauls.select((hauls.source_N == source) & (hauls.target_N == target))
+            pages = pool.pages_L2PSD
+            relays[source, target] = pages.new_empty(passing.num_pages, 1, 2, *pages.shape[3:])
     found = {}
     for worker in workers:
-        to, back = _sorted(hauls, TARGET, worker, home), _sorted(hauls, SOURCE, worker, home)
-        if len(to) or len(back):
+        to, back = _received(hauls, worker, home), _sent(hauls, worker, home)
+        if len(to.lane_N) or len(back.lane_N):
             found[worker] = LinkHaul(
                 pool,
-                _pages(pool, to[to[:, SOURCE] == home]),
-                _pages(pool, back[back[:, TARGET] == home]),
+                _pages(pool, to.select(to.source_N == home)),
+                _pages(pool, back.select(back.target_N == home)),
                 [relays[pair] for pair in sorted(relays) if pair[1] == worker],
                 [relays[pair] for pair in sorted(relays) if pair[0] == worker],
             )
     return found
 
 
-def _sorted(hauls: Hauls, end: int, rank: int, home: int) -> Hauls:
-    """Those that begin (or end) at `rank`: to or from the home first, then by the other end."""
-    mine = hauls[hauls[:, end] == rank]
-    other = mine[:, SOURCE + TARGET - end]
-    ordered: Hauls = mine[np.lexsort((other, other != home))]
-    return ordered
+def _sent(hauls: Transfers, rank: int, home: int) -> Transfers:
+    """Those from `rank`: to the home first, then by target."""
+    mine = hauls.select(hauls.source_N == rank)
+    return mine.select(_order(mine.target_N, home))
 
 
-def _pages(pool: PagePool, hauls: Hauls) -> Tensor:
+def _received(hauls: Transfers, rank: int, home: int) -> Transfers:
+    """Those to `rank`: from the home first, then by source."""
+    mine = hauls.select(hauls.target_N == rank)
+    return mine.select(_order(mine.source_N, home))
+
+
+def _order(other_N: Int32, home: int) -> NDArray[np.intp]:
+    return np.lexsort((other_N, other_N != home))
+
+
+def _pages(pool: PagePool, hauls: Transfers) -> Tensor:
     """int32 [N] the pages of these hauls in a pool's own table."""
-    pages = [pool.table_host_BW[row, first:stop] for _, row, _, _, first, stop in hauls]
+    spans = zip(hauls.lane_N, hauls.first_N, hauls.stop_N, strict=True)
+    pages = [pool.table_host_BW[lane, first:stop] for lane, first, stop in spans]
     host = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int32), *pages]))
     return host.to(pool.table_BW.device)

@@ -20,6 +20,7 @@ from hetis.comm.hosts import Token
 from hetis.comm.rendezvous import Rendezvous
 from hetis.core import messages as m
 from hetis.core.config import Joining
+from hetis.core.messages.step_command import decode
 from hetis.models.decoder import Decoder
 from hetis.models.hub import resolve_model
 from hetis.models.loader import load_weights
@@ -188,9 +189,9 @@ def build_member(
 
 
 def warm_up(member: PrimaryRank | AttentionRank, setup: m.Setup) -> None:
-    """All ranks of the fleet at the same time; afterwards they are as if nothing had been."""
+    """Runs the made-up steps, all ranks of the fleet at the same time, and resets counters and times."""
     for command in warm_up_commands(setup):
-        member.run_step(command)
+        member.run_step(decode(command, member.rank))
     member.forget()
 
 
@@ -199,7 +200,7 @@ def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRa
     while True:
         command = control.receive()
         if isinstance(command, m.StepCommand):
-            result = member.run_step(command)
+            result = member.run_step(decode(command, member.rank))
             heart.step = command.step
             if result is not None:
                 control.send(result)

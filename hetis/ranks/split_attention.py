@@ -73,7 +73,7 @@ class SplitAttention:
         wire = self._wire
         rows_NF = qkv_NHD.view(qkv_NHD.shape[0], wire.decode_width)
         for route in self._step.routes:
-            num_decode, num_prefill = len(route.decode_row_U), len(route.prefill_row_A)
+            num_decode, num_prefill = len(route.decode_qkv_U), len(route.prefill_qkv_A)
             num_pages = route.haul.num_out if layer else 0
             num_bytes = wire.request_bytes(num_decode, num_prefill, num_pages)
             if not num_bytes:
@@ -82,9 +82,9 @@ class SplitAttention:
             message = link.send_buffer(num_bytes)
             qkv_UF, kv_AF, pages_N12SD = wire.request_views(message, num_decode, num_prefill, num_pages)
             if num_decode:
-                lane_pack(rows_NF, route.decode_row_U, qkv_UF)
+                lane_pack(rows_NF, route.decode_qkv_U, qkv_UF)
             if num_prefill:
-                lane_pack(rows_NF[:, wire.out_width :], route.prefill_row_A, kv_AF)
+                lane_pack(rows_NF[:, wire.out_width :], route.prefill_qkv_A, kv_AF)
             if num_pages:
                 self._timer.lap(Activity.SEND)
                 route.haul.write(layer - 1, pages_N12SD)
@@ -97,12 +97,12 @@ class SplitAttention:
         pages_2PSD, window = self._pool.pages_L2PSD[layer], self._windows[layer]
         table_BW, lse2_NM = self._pool.table_BW, self._lse2_NM
         if len(step.append):
-            kv_append(qkv_NHD[:, M], qkv_NHD[:, M + 1], pages_2PSD, step.append.row_A, step.append.slot_A)
+            kv_append(qkv_NHD[:, M], qkv_NHD[:, M + 1], pages_2PSD, step.append.qkv_A, step.append.cell_A)
             self._timer.lap(Activity.APPEND)
         if len(step.local):
             lanes = step.local
             paged_decode(
-                qkv_NHD[:, :M], pages_2PSD, table_BW, lanes.lane_U, lanes.row_U, lanes.length_U,
+                qkv_NHD[:, :M], pages_2PSD, table_BW, lanes.lane_U, lanes.qkv_U, lanes.length_U,
                 self._scale, window, out_NMD, lse2_NM[: len(out_NMD)],
                 max_length=lanes.max_length, scratch=self._scratch,
             )  # fmt: skip
@@ -126,7 +126,7 @@ class SplitAttention:
         wire = self._wire
         out_NF = out_NMD.view(len(out_NMD), wire.out_width)
         for route in self._step.routes:
-            num_decode, num_pages = len(route.decode_row_U), route.haul.num_in
+            num_decode, num_pages = len(route.decode_qkv_U), route.haul.num_in
             if not (num_decode or num_pages):
                 continue
             link = self._links[route.peer]
@@ -137,7 +137,7 @@ class SplitAttention:
                 self._timer.lap(Activity.WAIT)
             out_UMD, _, pages_N12SD = wire.reply_views(reply, num_decode, num_pages)
             if num_decode:
-                lane_unpack(out_UMD.view(num_decode, wire.out_width), route.decode_row_U, out_NF)
+                lane_unpack(out_UMD.view(num_decode, wire.out_width), route.decode_qkv_U, out_NF)
                 self._timer.lap(Activity.SEND)
             if num_pages:
                 route.haul.read(layer, pages_N12SD)

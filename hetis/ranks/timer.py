@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
-from hetis.core.messages import StepCommand, StepTimes
+from hetis.core.messages import StepTimes
+from hetis.core.messages.step_command import Step
 from hetis.core.step_times import Activity, StageTimes
-from hetis.ranks.step_input import DecodeLanes, StepRows
+from hetis.ranks.step_input import DecodeLanes
 from hetis.ranks.stopwatch import Trace, make_stopwatch, pack_trace, totals_us
 
 REAL_WAIT = 5e-6  # seconds: a shorter wait finds a reply that had come before
@@ -57,13 +58,12 @@ class StageTimer:
         return {peer: 1e6 * sum(seconds) / len(seconds) for peer, seconds in found.items()}
 
 
-def step_times(rank: int, command: StepCommand, stages: list[StageTimes]) -> StepTimes:
-    rows = StepRows.of(command)
+def step_times(rank: int, step: Step, stages: list[StageTimes]) -> StepTimes:
     return StepTimes(
         rank=rank,
-        step=command.step,
-        num_decodes=rows.num_decode,
-        num_prompt_tokens=int(rows.counts_R[rows.num_decode :].sum()),
+        step=step.number,
+        num_decodes=step.num_decode_rows,
+        num_prompt_tokens=step.num_tokens - step.num_decode_tokens,
         stages=stages,
     )
 

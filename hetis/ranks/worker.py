@@ -1,6 +1,6 @@
 """An attention worker: no weights, only cache. One thread per pipeline stage serves the homes of that stage.
 
-A worker obeys the same StepCommands as the primaries, so it knows which lanes each message carries. Within a stage,
+A worker obeys the same steps as the primaries, so it knows which lanes each message carries. Within a stage,
 homes are served in tensor-parallel order, layer by layer; stages are independent, so that micro-batches of
 different stages never wait for each other here.
 """
@@ -14,7 +14,8 @@ import torch
 from hetis.comm.links.base import Link
 from hetis.comm.streams import own_stream
 from hetis.core.device_info import RankStats
-from hetis.core.messages import Setup, StepCommand, StepTimes
+from hetis.core.messages import Setup, StepTimes
+from hetis.core.messages.step_command import Step
 from hetis.core.plan import Stage
 from hetis.core.step_times import Activity, StageTimes
 from hetis.ranks.build import decode_scratch, make_pool, wire_format
@@ -45,13 +46,13 @@ class StageServer:
         self._timer = StageTimer(stage_index, self._wire.num_queries, device, setup.trace)
         self.attention_seconds = 0.0
 
-    def run_step(self, command: StepCommand) -> StageTimes:
+    def run_step(self, command: Step) -> StageTimes:
         with self._stream:
             times = self._run(command)
         self.attention_seconds += attention_seconds(times)
         return times
 
-    def _run(self, command: StepCommand) -> StageTimes:
+    def _run(self, command: Step) -> StageTimes:
         self._timer.begin()
         self._planner.apply(command)
         served: list[tuple[Link, WorkerInput]] = []
@@ -85,9 +86,9 @@ class StageServer:
         if num_prefill:
             kv_A2D = kv_AF.view(num_prefill, 2, D)
             prompt = step.prefill_append
-            kv_append(kv_A2D[:, 0], kv_A2D[:, 1], pages_2PSD, prompt.row_A, prompt.slot_A)
+            kv_append(kv_A2D[:, 0], kv_A2D[:, 1], pages_2PSD, prompt.qkv_A, prompt.cell_A)
         if num_decode:
-            kv_append(qkv_UHD[:, M], qkv_UHD[:, M + 1], pages_2PSD, step.append.row_A, step.append.slot_A)
+            kv_append(qkv_UHD[:, M], qkv_UHD[:, M + 1], pages_2PSD, step.append.qkv_A, step.append.cell_A)
         lap(Activity.APPEND)
         if num_decode or num_out:
             reply = link.send_buffer(wire.reply_bytes(num_decode, num_out))
@@ -96,7 +97,7 @@ class StageServer:
         if num_decode:
             lanes = step.lanes
             paged_decode(
-                qkv_UHD[:, :M], pages_2PSD, self.pool.table_BW, lanes.lane_U, lanes.row_U, lanes.length_U,
+                qkv_UHD[:, :M], pages_2PSD, self.pool.table_BW, lanes.lane_U, lanes.qkv_U, lanes.length_U,
                 self._scale, self._windows[layer], out_UMD, lse2_UM, max_length=lanes.max_length, scratch=self._scratch,
             )  # fmt: skip
             lap(Activity.ATTENTION)
@@ -135,18 +136,18 @@ class AttentionRank:
         on_failure: Callable[[BaseException], None],
     ) -> None:
         """`on_failure` is called from the thread of a stage that failed; it ends the process."""
-        self._rank, self._links, self._device, self._on_failure = rank, links, device, on_failure
+        self.rank, self._links, self._device, self._on_failure = rank, links, device, on_failure
         self.measurer = Measurer(setup, rank, links, device)
         stages = range(len(setup.plan.stages))
         self._servers = [StageServer(setup, rank, stage, links, device) for stage in stages]
         self._finished: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()
-        self._queues: list[queue.Queue[StepCommand]] = []
+        self._queues: list[queue.Queue[Step]] = []
         if len(self._servers) > 1:
             self._queues = [queue.Queue() for _ in stages]
             for server, commands in zip(self._servers, self._queues, strict=True):
                 threading.Thread(target=self._serve, args=(server, commands), daemon=True).start()
 
-    def run_step(self, command: StepCommand) -> None:
+    def run_step(self, command: Step) -> None:
         """Serves the step, or hands it to the stages' threads where there are several."""
         if not self._queues:
             self._run(self._servers[0], command)
@@ -160,8 +161,8 @@ class AttentionRank:
             times.append(self._finished.get())
         return times
 
-    def _run(self, server: StageServer, command: StepCommand) -> None:
-        self._finished.put(step_times(self._rank, command, [server.run_step(command)]))
+    def _run(self, server: StageServer, command: Step) -> None:
+        self._finished.put(step_times(self.rank, command, [server.run_step(command)]))
 
     def _finish(self) -> None:
         """Waits until all commands so far are done."""
@@ -181,13 +182,13 @@ class AttentionRank:
         """As soon as all commands so far are done."""
         self._finish()
         return RankStats(
-            rank=self._rank,
+            rank=self.rank,
             attention_seconds=sum(server.attention_seconds for server in self._servers),
-            bytes_sent={f"{self._rank}->{peer}": link.bytes_sent for peer, link in self._links.items()},
-            bytes_received={f"{peer}->{self._rank}": link.bytes_received for peer, link in self._links.items()},
+            bytes_sent={f"{self.rank}->{peer}": link.bytes_sent for peer, link in self._links.items()},
+            bytes_received={f"{peer}->{self.rank}": link.bytes_received for peer, link in self._links.items()},
         )
 
-    def _serve(self, server: StageServer, commands: "queue.Queue[StepCommand]") -> None:
+    def _serve(self, server: StageServer, commands: "queue.Queue[Step]") -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP teams are per thread
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # as is the current device

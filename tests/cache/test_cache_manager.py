@@ -3,13 +3,12 @@
 from collections import Counter
 from random import Random
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.cache.cache_manager import CacheManager, RankUsage
-from hetis.core.messages import PageDelta
+from hetis.core.messages.step_command import PageEntries
 from hetis.core.placement import Move, Placement, PoolId, Shortage, pools_of
 from hetis.core.plan import Plan
 from tests.scheduler.toy_engine import make_plan, replay
@@ -21,10 +20,11 @@ def manager(plan: Plan, num_pages: dict[int, int], max_num_seqs: int = 4) -> Cac
     return CacheManager(plan, plan.num_groups, num_pages, PAGE_SIZE, max_num_seqs)
 
 
-def entries_of(deltas: list[PageDelta]) -> dict[tuple[int, int], list[list[int]]]:
+def entries_of(deltas: dict[PoolId, PageEntries]) -> dict[tuple[int, int], list[tuple[int, ...]]]:
+    """(lane, page index, page) of each entry, by (rank, stage)."""
     return {
-        (delta.rank, delta.stage): np.frombuffer(delta.entries, dtype=np.int32).reshape(-1, 3).tolist()
-        for delta in deltas
+        (pool.rank, pool.stage): list(zip(*(column.tolist() for column in entries), strict=True))
+        for pool, entries in deltas.items()
     }
 
 
@@ -45,17 +45,17 @@ def test_a_sequence_from_prompt_to_end() -> None:
     cache = manager(make_plan([[2, 1]], 1), {0: 9, 1: 9, 2: 9})
     assert cache.admit(1, Placement(owners=((0, 2, 1),)), 5) is None
     assert entries_of(cache.take_deltas()) == {  # lane = slot * 3 + group
-        (0, 0): [[3, 0, 0], [3, 1, 1], [4, 0, 2], [4, 1, 3]],  # group 1 in staging
-        (1, 0): [[5, 0, 0], [5, 1, 1]],
-        (2, 0): [[4, 0, 0], [4, 1, 1]],
+        (0, 0): [(3, 0, 0), (3, 1, 1), (4, 0, 2), (4, 1, 3)],  # group 1 in staging
+        (1, 0): [(5, 0, 0), (5, 1, 1)],
+        (2, 0): [(4, 0, 0), (4, 1, 1)],
     }
     assert cache.allocate(1, 6) is None
     cache.end_prefill(1)
     assert cache.pools_to_grow(1, 6) == set(), "pages have room for six"
     assert cache.pools_to_grow(1, 7) == {PoolId(rank, 0) for rank in range(3)}
-    assert cache.take_deltas() == []
+    assert cache.take_deltas() == {}
     assert cache.allocate(1, 7) is None
-    assert entries_of(cache.take_deltas()) == {(0, 0): [[3, 2, 2]], (1, 0): [[5, 2, 2]], (2, 0): [[4, 2, 2]]}
+    assert entries_of(cache.take_deltas()) == {(0, 0): [(3, 2, 2)], (1, 0): [(5, 2, 2)], (2, 0): [(4, 2, 2)]}
     assert cache.usage()[0] == RankUsage(pages_used=3, pages_total=9, pages_peak=4, num_lanes=1, lanes_peak=1)
     view = cache.view()
     assert view.free_pages == {PoolId(rank, 0): 9 - 3 - 1 for rank in range(3)}
@@ -95,7 +95,7 @@ def test_a_shortage_counts_lanes_and_staging_and_changes_nothing() -> None:
     assert cache.admit(0, placement, 3) is None
     before = cache.take_deltas()
     assert cache.allocate(0, 9) == Shortage({PoolId(0, 0): 1, PoolId(1, 0): 2})
-    assert cache.take_deltas() == []
+    assert cache.take_deltas() == {}
     cache.end_prefill(0)
     assert cache.allocate(0, 9) is None
     cache.check_integrity()
@@ -109,8 +109,8 @@ def test_pages_freed_before_they_are_announced_are_left_out() -> None:
     cache.release(0)
     cache.admit(0, Placement(owners=((0, 0),)), 4)
     cache.check_integrity()
-    places = [(lane, index) for lane, index, _ in entries_of(cache.take_deltas())[0, 0]]
-    assert sorted(places) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0)]
+    written = [(lane, index) for lane, index, _ in entries_of(cache.take_deltas())[0, 0]]
+    assert sorted(written) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0)]
 
 
 def test_only_homes_and_workers_own_lanes() -> None:

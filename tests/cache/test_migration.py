@@ -5,7 +5,8 @@ from random import Random
 import pytest
 
 from hetis.cache.cache_manager import CacheManager
-from hetis.cache.migration import Haul, Hauler
+from hetis.cache.migration import Hauler
+from hetis.core.messages.step_command import PageTransfer
 from hetis.core.placement import Move, Placement, PoolId, pools_of
 from tests.scheduler.toy_engine import make_plan
 
@@ -25,15 +26,15 @@ def move(group: int, source: int, target: int) -> Move:
     return Move(slot=0, stage=0, group=group, source=source, target=target)
 
 
-def spans(hauls: list[Haul]) -> list[tuple[int, int, int]]:
-    return [(haul.row, haul.first, haul.stop) for haul in hauls]
+def spans(hauls: list[PageTransfer]) -> list[tuple[int, int, int]]:
+    return [(haul.lane, haul.first, haul.stop) for haul in hauls]
 
 
 def test_a_lane_that_fits_goes_at_once_and_lands_with_the_next_command() -> None:
     cache, hauler = make(pages_per_haul=3)
     assert hauler.start([move(0, 0, 3)]) == [move(0, 0, 3)]
     assert hauler.land() == []
-    assert hauler.plan({}) == [Haul(0, 0, 0, 3, 0, 3)]
+    assert hauler.plan({}) == [PageTransfer(0, 0, 0, 3, 0, 3)]
     assert cache.owners(0) == ((3, 2, 1),), "it counts where it goes"
     assert hauler.land() == [move(0, 0, 3)]
     assert not hauler.is_busy
@@ -108,9 +109,8 @@ def test_deltas_of_a_lane_that_has_left_are_not_announced() -> None:
     hauler.plan({})
     assert cache.allocate(0, 17) is None
     hauler.land()
-    deltas = cache.take_deltas()
-    cells = {delta.rank: len(delta.entries) // 12 for delta in deltas}
-    assert cells == {1: 2, 2: 2, 3: 5}
+    counts = {pool.rank: len(entries.lane_E) for pool, entries in cache.take_deltas().items()}
+    assert counts == {1: 2, 2: 2, 3: 5}
     cache.check_integrity()
 
 
@@ -127,8 +127,8 @@ def test_every_page_travels_once_and_in_order(seed: int) -> None:
             num_tokens += 1
             assert cache.allocate(0, num_tokens) is None
         for haul in hauler.plan({}):
-            assert haul.first == seen.get(haul.row, 0) < haul.stop
-            seen[haul.row] = haul.stop
+            assert haul.first == seen.get(haul.lane, 0) < haul.stop
+            seen[haul.lane] = haul.stop
         for landed in hauler.land():
             assert seen[landed.group] == -(-num_tokens // PAGE_SIZE)
         cache.check_integrity()

@@ -99,7 +99,7 @@ def test_buffers_are_as_large_as_the_tensors_that_are_made(seed: int) -> None:
         num_pages=1,
         page_size=limits.block_size,
         head_dim=spec.head_dim,
-        num_rows=limits.max_num_seqs * spec.num_head_groups,
+        num_lanes=limits.max_num_seqs * spec.num_head_groups,
         max_model_len=limits.max_model_len,
         dtype=DTYPES[limits.dtype],
         device=torch.device("cpu"),

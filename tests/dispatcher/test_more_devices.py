@@ -75,7 +75,7 @@ def load_us(devices: list[DeviceProfile], pages: list[int], alpha_us: float, see
     while engine.has_work:
         now += INTERVAL_SECONDS / 4
         if isinstance(engine.relief, Balancer):
-            engine.landed += engine.hauler.land()
+            engine.committed += engine.hauler.land()
             engine.relief.balance(engine.scheduler.running, engine.scheduler.refused)
         engine.step()
     engine.check_idle()

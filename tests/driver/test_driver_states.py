@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 
 from hetis.core import messages as m
 from hetis.core.config import DriverArgs, EngineConfig
 from hetis.core.device_info import DeviceInfo, RankStats
 from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
+from hetis.core.messages.step_command import decode
 from hetis.core.plan_sources import resolve_plan
 from hetis.core.sampling_params import SamplingParams
 from hetis.driver import driver
@@ -107,7 +107,7 @@ class Sockets:
         """Takes the one command that both ranks must have been given; every row that samples draws token 7."""
         (command,), (same,) = self.take("ranks", b"0"), self.take("ranks", b"1")
         assert command == same
-        tokens = np.full(len(command.sampled) // 4, 7, dtype=np.int32).tobytes()
+        tokens = [7] * len(decode(command, 0).sampling_row_I)
         self.put("ranks", b"0", m.StepResult(step=command.step, tokens=tokens))
         return command
 
@@ -364,7 +364,7 @@ def test_a_request_that_is_aborted_gets_no_more_steps(sockets: Sockets) -> None:
         yield None
         sockets.take("ranks", b"0")
         yield None
-        assert [message for message in sockets.take("ranks", b"0") if message.sampled] == []
+        assert [message for message in sockets.take("ranks", b"0") if message.sampling_rows] == []
         sockets.put("front", FRONT, m.Shutdown())
         yield None
 

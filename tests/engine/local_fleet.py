@@ -19,6 +19,7 @@ from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.config import DriverArgs, EngineConfig
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import AddRequest, Setup, StepCommand, StepResult, StepTimes, TokenOutput
+from hetis.core.messages.step_command import decode
 from hetis.core.placement import Dispatcher, FleetView, Placement
 from hetis.core.plan_sources import resolve_plan
 from hetis.core.profile import (
@@ -125,7 +126,7 @@ class LocalFleet:
             torch.set_grad_enabled(False)
             member = build_member(setup, rank, self._devices[rank], rendezvous, self._results.put)
             while (command := self._commands[rank].get()) is not None:
-                result = member.run_step(command)
+                result = member.run_step(decode(command, rank))
                 if result is not None:
                     self._results.put(result)
                 for times in member.take_times():

@@ -71,8 +71,9 @@ class Fleet:
         assert len(infos) == plan.world_size
         self.setup = Setup(
             spec=SPEC, plan=plan, fleet=infos, model=None, revision=None, load_format="auto", dtype="float32",
-            block_size=16, num_pages={}, pages_per_haul=1, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=256,
-            seed=0, enforce_eager=False, eos_token_ids=[], logprobs_mode="raw_logprobs", step_timeout=60.0, trace=False,
+            block_size=16, num_pages={}, max_transfer_pages=1, max_num_seqs=8, max_num_batched_tokens=64,
+            max_model_len=256, seed=0, enforce_eager=False, eos_token_ids=[], logprobs_mode="raw_logprobs",
+            step_timeout=60.0, trace=False,
         )  # fmt: skip
         self.asked: list[tuple[int, Measure | MeasureLink]] = []
 

@@ -44,7 +44,7 @@ class Soak:
     def turn(self) -> None:
         engine, random = self.engine, self.random
         self.now += INTERVAL_SECONDS / 5
-        engine.landed += engine.hauler.land()
+        engine.committed += engine.hauler.land()
         self.balancer.balance(engine.scheduler.running, engine.scheduler.refused)
         if random.random() < 0.1:
             slowness = random.choice((1.0, 1.0, 3.0, 10.0))

@@ -216,9 +216,9 @@ def test_copies_are_copies(dtype: torch.dtype, num_rows: int) -> None:
     row = torch.randperm(num_rows + 3)[:num_rows].int()
     k_ND, v_ND = rows[:, 3], rows[:, 4]
     pool, expected = (torch.full((2, num_rows + 1, 4, 64), torch.nan, dtype=dtype) for _ in range(2))
-    slot = torch.randperm(4 * num_rows + 4)[:num_rows]
-    kv_append(k_ND, v_ND, pool, row, slot, backend="cpu")
-    kv_append_ref(k_ND, v_ND, expected, row, slot)
+    cell = torch.randperm(4 * num_rows + 4)[:num_rows]
+    kv_append(k_ND, v_ND, pool, row, cell, backend="cpu")
+    kv_append_ref(k_ND, v_ND, expected, row, cell)
     torch.testing.assert_close(pool, expected, rtol=0, atol=0, equal_nan=True)
 
     packed = torch.empty(num_rows, 130, dtype=dtype)[:, :128]

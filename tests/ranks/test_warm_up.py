@@ -16,10 +16,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from hetis.core.messages.step_command import decode
 from hetis.core.sampling_params import SamplingParams
 from hetis.ranks.rank import build_member, warm_up
 from hetis.ranks.warm_up import is_needed, warm_up_commands
@@ -134,9 +134,10 @@ def test_pages_are_transferred_both_ways_over_every_link(tmp_path: Path) -> None
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
     with LocalFleet(make_checkpoint(tmp_path, "five_groups"), str(tmp_path / "plan.json")) as fleet:
         setup = fleet.setup
-    hauls = np.concatenate([np.frombuffer(each.hauls, np.int32) for each in warm_up_commands(setup)]).reshape(-1, 6)
+    tables = [decode(command, rank=0).transfers for command in warm_up_commands(setup)]
+    found = {pair for table in tables for pair in zip(table.source_N.tolist(), table.target_N.tolist(), strict=True)}
     links = {(home.rank, worker.rank) for home, worker in setup.plan.links}
-    assert {(source, target) for source, target in hauls[:, 2:4].tolist()} == links | {link[::-1] for link in links}
+    assert found == links | {link[::-1] for link in links}
 
 
 def test_fleets_without_gpus_need_no_warm_up(tmp_path: Path) -> None:

@@ -53,9 +53,7 @@ def _score(logits_NV: Tensor, token_N: Tensor, wanted: list[int], mode: str) -> 
         value_NC = value_NC - _log_sum_exp(vocabulary).unsqueeze(-1)
     ids, values = id_NC.to(torch.int32).cpu().numpy(), value_NC.cpu().numpy()
     return [
-        TokenLogprobs(
-            token_ids=ids[n, : count + 1].tobytes(), values=values[n, : count + 1].tobytes(), sampled_rank=rank
-        )
+        TokenLogprobs(token_ids=ids[n, : count + 1].tobytes(), values=values[n, : count + 1].tobytes(), token_rank=rank)
         for n, (count, rank) in enumerate(zip(wanted, rank_N.tolist(), strict=True))
     ]
 

@@ -25,7 +25,7 @@ def assert_logprobs(found: TokenLogprobs, logits_V: Tensor, token: int, count: i
         torch.tensor([value for _, value, _ in entries]), values[[token, *order[:count]]], rtol=1e-6, atol=2e-6
     )
     assert [rank for _, _, rank in entries[1:]] == list(range(1, count + 1))
-    assert found.sampled_rank == 1 + int((logits_V > logits_V[token]).sum())
+    assert found.token_rank == 1 + int((logits_V > logits_V[token]).sum())
 
 
 @pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits"])
