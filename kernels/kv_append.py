@@ -9,13 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch
+from .dispatch import Backend, check_floats, check_indices, check_shape, select
 
 
 def kv_append_ref(
     k_ND: torch.Tensor, v_ND: torch.Tensor, pool_2PSD: torch.Tensor, row_A: torch.Tensor, slot_A: torch.Tensor
 ) -> None:
     """The formula of `kv_append` as two indexed assignments."""
+    _check(k_ND, v_ND, pool_2PSD, row_A, slot_A)
     pool_2XD = pool_2PSD.flatten(1, 2)
     pool_2XD[0][slot_A] = k_ND[row_A.long()]
     pool_2XD[1][slot_A] = v_ND[row_A.long()]
@@ -36,6 +37,12 @@ def kv_append(
     same dtype; slot = page * S + offset. row_A: int32. slot_A: int64, no slot twice. Raises ValueError for wrong
     shapes, dtypes or devices.
     """
+    select("kv_append", backend, k_ND.device, kv_append_ref, _launch)(k_ND, v_ND, pool_2PSD, row_A, slot_A)
+
+
+def _check(
+    k_ND: torch.Tensor, v_ND: torch.Tensor, pool_2PSD: torch.Tensor, row_A: torch.Tensor, slot_A: torch.Tensor
+) -> None:
     check_floats(k_ND=k_ND, v_ND=v_ND, pool_2PSD=pool_2PSD)
     check_indices(torch.int32, k_ND.device, row_A=row_A)
     check_indices(torch.int64, k_ND.device, slot_A=slot_A)
@@ -44,7 +51,6 @@ def kv_append(
     check_shape("pool_2PSD", pool_2PSD, 2, *pool_2PSD.shape[1:3], k_ND.shape[1])
     if not pool_2PSD[0].is_contiguous():
         raise ValueError("pool_2PSD is not contiguous over pages; pass one layer of a contiguous pool")
-    dispatch("kv_append", backend, k_ND.device, kv_append_ref, _launch, (k_ND, v_ND, pool_2PSD, row_A, slot_A))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -77,6 +83,7 @@ def _kv_append_kernel(
 def _launch(
     k_ND: torch.Tensor, v_ND: torch.Tensor, pool_2PSD: torch.Tensor, row_A: torch.Tensor, slot_A: torch.Tensor
 ) -> None:
+    _check(k_ND, v_ND, pool_2PSD, row_A, slot_A)
     num_rows, head_dim = row_A.shape[0], k_ND.shape[1]
     if num_rows == 0:
         return

@@ -25,7 +25,6 @@ LIBRARY_BYTES = 256 << 20  # code that CUDA loads after a rank has reported its 
 _NUM_SLOTS = 2  # messages in either direction of a link
 _NUM_GROUPS = 2  # of NCCL for a link, one for each direction
 _MIN_SPLIT, _MAX_SPLITS = 256, 32  # as in kernels/paged_decode.py: tokens of a piece at least, pieces at most
-_ALIGNMENT = 16  # of pages in a message
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,14 +59,17 @@ def table_bytes(spec: ModelSpec, limits: Limits) -> int:
 
 
 def message_bytes(spec: ModelSpec, num_groups: int, limits: Limits) -> tuple[int, int]:
-    """Largest (request, reply) on a link of a home with so many groups: all lanes, all prompt tokens, pages."""
+    """Largest messages on a link of a home with so many groups, (to a worker, to the home).
+
+    A request holds all lanes and all prompt tokens, a reply the output of all lanes; or it is pages of one layer.
+    """
     value, queries, head_dim = DTYPE_BYTES[limits.dtype], spec.queries_per_group, spec.head_dim
     lanes, prompt = limits.max_num_decodes * num_groups, limits.max_num_batched_tokens * num_groups
     request = (lanes * (queries + 2) * head_dim + prompt * 2 * head_dim) * value
-    reply = lanes * queries * (head_dim * value + 4)
+    reply = lanes * queries * head_dim * value
     one_layer = page_bytes(spec, 1, limits.block_size, limits.dtype)
     pages = pages_per_haul(spec, limits.block_size, limits.dtype) * one_layer
-    return _aligned(request) + pages, _aligned(reply) + pages
+    return max(request, pages), max(reply, pages)
 
 
 def pages_per_haul(spec: ModelSpec, block_size: int, dtype: str) -> int:
@@ -123,7 +125,3 @@ def _num_communicators(
         stage = plan.stages[plan.position_of(member.rank)[0]]
         is_split = len(stage.primaries) > 1 and joined_by_nccl([infos[primary.rank] for primary in stage.primaries])
     return _NUM_GROUPS * links + is_split
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

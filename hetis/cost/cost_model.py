@@ -10,8 +10,6 @@ import msgspec
 from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
 from hetis.core.profile import LEAST_US, AttentionProfile, DeviceProfile, FleetProfile, LinkProfile
 
-LSE_BYTES = 4  # of the log-sum-exp that comes back with each head: float32
-
 PRIOR_SPREAD = 1.0  # how far off a profile may be, as a factor's standard deviation
 PRIOR_TOGETHER = 0.98  # how much of that all terms of a device share: it is throttled as a whole
 NOISE = 0.2  # of one measurement, relative
@@ -82,9 +80,9 @@ class CostModel:
         self.kv_bytes_per_token = spec.kv_bytes_per_token(1, dtype)  # of one lane in one layer
         self._windows = [window for window in spec.windows if window]
         self._num_layers = spec.num_layers
-        # per query head: its q, and its share of the group's k and v; its output and log-sum-exp
+        # per query head: its q, and its share of the group's k and v; its output
         self.request_bytes_per_head = width * (spec.queries_per_group + 2) / spec.queries_per_group
-        self.reply_bytes_per_head = width + LSE_BYTES
+        self.reply_bytes_per_head = width
         self._devices: dict[int, AttentionProfile] = {}
         self._links: dict[int, list[LinkProfile]] = {}  # by worker
         self._attention: dict[int, Follower] = {}

@@ -57,13 +57,12 @@ def activation_bytes(
 ) -> int:
     """Of one primary: the decoder's workspace, its rope table, and logits where the stage is the last one.
 
-    Workspace per token: 3 H + G (M + 2) D + G M D + F, another F (or 2 F) before the activation, and G M lse2.
+    Workspace per token: 3 H + G (M + 2) D + G M D + F, and another F (or 2 F) before the activation.
     """
     primary = plan.stages[stage_index].primaries[tp_index]
     heads = primary.num_groups * (spec.rows_per_group + spec.queries_per_group)
     columns = primary.num_mlp_columns * (3 if spec.gated else 1)
     total = max_num_batched_tokens * (3 * spec.hidden_size + heads * spec.head_dim + columns) * DTYPE_BYTES[dtype]
-    total += max_num_batched_tokens * primary.num_groups * spec.queries_per_group * DTYPE_BYTES["float32"]
     if spec.rope is not None:
         total += max_position * spec.rope.rotary_dim * DTYPE_BYTES["float32"]
     if plan.is_last(stage_index):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from hetis.cache.lane_table import CacheManager
-from hetis.cache.migration import Hauler, pack_hauls
+from hetis.cache.migration import Migrator, pack_transfers
 from hetis.core.batch import Batch, NewToken, Row
 from hetis.core.device_info import RankStats
 from hetis.core.messages import (
@@ -55,12 +55,12 @@ class Engine:
         self._setup, self._dispatcher, self._clock = setup, policies.dispatcher, clock
         self.cache = CacheManager(plan, spec.num_head_groups, setup.num_pages, setup.block_size, setup.max_num_seqs)
         token_bytes = spec.kv_bytes_per_token(1, setup.dtype)
-        self.hauler = Hauler(
+        self.migrator = Migrator(
             self.cache, plan, spec.num_head_groups, setup.block_size, token_bytes, setup.pages_per_haul
         )
         self._balancer, self._observer = None, None
         if policies.rebalancer is not None and policies.cost is not None:
-            self._balancer = Balancer(self.cache, self.hauler, policies.rebalancer, migration_budget, clock)
+            self._balancer = Balancer(self.cache, self.migrator, policies.rebalancer, migration_budget, clock)
             self._observer = Observer(policies.cost, plan)
         self.scheduler = Scheduler(
             self.cache,
@@ -147,7 +147,7 @@ class Engine:
 
     def _move_lanes(self) -> None:
         """Lanes that have arrived live at their targets from now on; others set out, if the fleet is out of balance."""
-        self._landed += self.hauler.land()
+        self._landed += self.migrator.commit()
         if self._balancer is not None:
             self._balancer.balance(self.scheduler.running, self.scheduler.refused)
 
@@ -205,7 +205,7 @@ class Engine:
             num_decode=batch.num_decode,
             tokens=b"".join(_int32(row.sequence.token_ids[row.start : row.start + row.count]) for row in rows),
             sampled=_int32(index for index, row in enumerate(rows) if row.samples),
-            hauls=pack_hauls(self.hauler.plan(self._haul_bytes(batch))),
+            hauls=pack_transfers(self.migrator.plan(self._haul_bytes(batch))),
             prompt_logprobs=scored,
             prompt_targets=b"".join(_int32(_targets(rows[index])) for index in scored),
         )
@@ -233,8 +233,8 @@ class Engine:
             num_dispatches=self._num_dispatches,
             num_rebalances=balancer.num_rebalances if balancer else 0,
             num_reliefs=balancer.num_reliefs if balancer else 0,
-            num_migrations=self.hauler.num_landed,
-            migrated_bytes=self.hauler.bytes_sent,
+            num_migrations=self.migrator.num_committed,
+            migrated_bytes=self.migrator.bytes_sent,
         )
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hetis.core.messages import StepCommand
 from hetis.core.spans import Span
-from hetis.ranks.page_transfer import LinkHaul, hauls_of, no_haul, primary_hauls, worker_haul
 from hetis.ranks.pool import PagePool
 from hetis.ranks.step_arrays import step_arrays
 
@@ -115,7 +114,6 @@ class Route:
     peer: int
     decode_row_U: Tensor  # int32; q, k, v go out, the attention of the same rows comes back
     prefill_row_A: Tensor  # int32; k, v go out
-    haul: LinkHaul
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +139,11 @@ class WorkerInput:
     lanes: DecodeLanes
     append: Append  # decode rows
     prefill_append: Append  # prompt rows
-    haul: LinkHaul
 
     @property
     def is_empty(self) -> bool:
-        """Whether the link carries nothing in this step."""
-        return not (len(self.lanes) or len(self.prefill_append) or self.haul.num_in or self.haul.num_out)
+        """Whether the link carries no tokens in this step."""
+        return not (len(self.lanes) or len(self.prefill_append))
 
 
 def decode_lanes(
@@ -228,10 +225,10 @@ class StepPlanner:
             local=self._decode_lanes(lanes, self._int32(local_row), position),
             prefill=self._chunks(rows, groups, first_whole),
             whole_prompts=self._whole_prompts(rows, first_whole),
-            routes=self._routes(command, rows, groups, workers),
+            routes=self._routes(rows, groups, workers),
         )
 
-    def worker_input(self, command: StepCommand, home: int, groups: Span) -> WorkerInput:
+    def worker_input(self, command: StepCommand, groups: Span) -> WorkerInput:
         """For the link to the primary that is the home of `groups`."""
         rows = StepRows.of(command)
         slots, group, position, _ = decode_lanes(rows, self.owners_BG, groups, self.rank)
@@ -246,7 +243,6 @@ class StepPlanner:
                 self._int32(np.arange(len(prompt_lanes))),
                 self._put(self.pool.slots(prompt_lanes, prompt_position)),
             ),
-            haul=worker_haul(hauls_of(command, self.stage, groups, self.num_groups), self.pool, home),
         )
 
     def _decode_lanes(self, lanes: Ints, row_U: Tensor, position: Ints) -> DecodeLanes:
@@ -294,15 +290,13 @@ class StepPlanner:
             max_tokens=int(counts.max()),
         )
 
-    def _routes(self, command: StepCommand, rows: StepRows, groups: Span, workers: list[int]) -> list[Route]:
-        hauls = primary_hauls(hauls_of(command, self.stage, groups, self.num_groups), self.pool, workers)
+    def _routes(self, rows: StepRows, groups: Span, workers: list[int]) -> list[Route]:
         routes = []
         for worker in workers:
             decode_row = decode_lanes(rows, self.owners_BG, groups, worker)[3]
             prefill_row = prefill_entries(rows, self.owners_BG, groups, worker)[3]
-            if len(decode_row) or len(prefill_row) or worker in hauls:
-                haul = hauls.get(worker, no_haul(self.pool))
-                routes.append(Route(worker, self._int32(decode_row), self._int32(prefill_row), haul))
+            if len(decode_row) or len(prefill_row):
+                routes.append(Route(worker, self._int32(decode_row), self._int32(prefill_row)))
         return routes
 
     def _int32(self, array: NDArray[np.int64]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The real rules, balancer and hauler on random fleets that are too small: every request is served, nothing is lost."""
+"""The real rules, balancer and migrator on random fleets that are too small: every request is served."""
 
 from random import Random
 
@@ -39,13 +39,13 @@ class Soak:
 
     def make_balancer(self, engine: ToyEngine) -> Balancer:
         budget = self.random.choice((0, 50, 1e5, 1e9))
-        self.balancer = Balancer(engine.cache, engine.hauler, Rebalancer(self.cost), budget, lambda: self.now)
+        self.balancer = Balancer(engine.cache, engine.migrator, Rebalancer(self.cost), budget, lambda: self.now)
         return self.balancer
 
     def turn(self) -> None:
         engine, random = self.engine, self.random
         self.now += INTERVAL_SECONDS / 5
-        engine.landed += engine.hauler.land()
+        engine.landed += engine.migrator.commit()
         self.balancer.balance(engine.scheduler.running, engine.scheduler.refused)
         if random.random() < 0.1:
             slowness = random.choice((1.0, 1.0, 3.0, 10.0))

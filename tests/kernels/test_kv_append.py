@@ -36,8 +36,8 @@ def test_arguments_are_checked() -> None:
     pool, rows = torch.zeros(2, 3, 4, 64), torch.zeros(2, 64)
     index = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"slot_A is torch\.int32"):
-        kv_append(rows, rows, pool, index, index)
+        kv_append(rows, rows, pool, index, index, backend="reference")
     with pytest.raises(ValueError, match=r"v_ND is torch\.float16"):
-        kv_append(rows, rows.half(), pool, index, index.long())
+        kv_append(rows, rows.half(), pool, index, index.long(), backend="reference")
     with pytest.raises(ValueError, match="not contiguous over pages"):
-        kv_append(rows, rows, pool.transpose(1, 2), index, index.long())
+        kv_append(rows, rows, pool.transpose(1, 2), index, index.long(), backend="reference")

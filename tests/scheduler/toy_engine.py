@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from hetis.cache.lane_table import CacheManager
-from hetis.cache.migration import Haul, Hauler
+from hetis.cache.migration import Migrator, PageTransfer
 from hetis.core.batch import Batch, Row
 from hetis.core.messages import PageDelta
 from hetis.core.placement import Dispatcher, Move, PoolId, Relief, pages_for
@@ -91,7 +91,7 @@ class Command:
     pages: list[PageDelta]
     batch: Batch
     landed: list[Move]
-    hauls: list[Haul]
+    transfers: list[PageTransfer]
 
 
 class FakeStage:
@@ -124,13 +124,13 @@ class FakeStage:
             for row in command.rows:
                 for group in range(self.num_groups):
                     compute(row, group)
-        for haul in command.hauls:
-            if haul.stage == self.index:
+        for transfer in command.transfers:
+            if transfer.stage == self.index:
                 source, target = (
-                    [self.tables[rank][haul.row, index] for index in range(haul.first, haul.stop)]
-                    for rank in (haul.source, haul.target)
+                    [self.tables[rank][transfer.lane, index] for index in range(transfer.first, transfer.stop)]
+                    for rank in (transfer.source, transfer.target)
                 )
-                self.memory[haul.target][target] = self.memory[haul.source][source]
+                self.memory[transfer.target][target] = self.memory[transfer.source][source]
 
     def _append(self, row: FakeRow, group: int) -> None:
         owner, home = self.owners[row.slot][group], self.homes[group]
@@ -177,7 +177,7 @@ class ToyEngine:
         self.max_model_len = self.max_model_len or capacity
         assert self.max_model_len <= capacity
         self.cache = CacheManager(self.plan, num_groups, self.num_pages, self.page_size, self.max_num_seqs)
-        self.hauler = Hauler(self.cache, self.plan, num_groups, self.page_size, 1, self.pages_per_haul)
+        self.migrator = Migrator(self.cache, self.plan, num_groups, self.page_size, 1, self.pages_per_haul)
         self.relief = self.make_relief(self)
         self.scheduler = Scheduler(
             self.cache,
@@ -241,7 +241,7 @@ class ToyEngine:
 
     def _check_pages(self) -> None:
         """Where no lane moves, pools hold the lanes that live there, the staging of prompts, and nothing else."""
-        if self.hauler.is_busy:
+        if self.migrator.is_busy:
             return
         used: Counter[PoolId] = Counter()
         for sequence in self.scheduler.running:
@@ -266,10 +266,10 @@ class ToyEngine:
                 target = self.random.choice([home, *(worker.rank for worker in self.plan.workers)])
                 if target != source and self.random.random() < 0.5:
                     move = Move(slot=sequence.slot, stage=stage, group=group, source=source, target=target)
-                    self.started += self.hauler.start([move])
+                    self.started += self.migrator.start([move])
 
     def _schedule(self) -> Batch | None:
-        self.landed += self.hauler.land()
+        self.landed += self.migrator.commit()
         return self.scheduler.schedule()
 
     def _send(self, batch: Batch) -> None:
@@ -280,7 +280,7 @@ class ToyEngine:
         ]
         owners = {sequence.slot: placement.owners for sequence, placement in batch.admitted}
         landed, self.landed = self.landed, []
-        self.pipeline[0].append(Command(rows, owners, self.cache.take_deltas(), batch, landed, self.hauler.plan({})))
+        self.pipeline[0].append(Command(rows, owners, self.cache.take_deltas(), batch, landed, self.migrator.plan({})))
 
     def _finish(self, batch: Batch) -> None:
         tokens = [next_token(row.sequence.token_ids) for row in batch.rows if row.samples]
@@ -309,7 +309,7 @@ class ToyEngine:
         self.slots_in_use.difference_update(batch.released)
         admitted = [sequence for sequence, _ in batch.admitted]
         assert self.slots_in_use.isdisjoint(sequence.slot for sequence in admitted), "a slot is given away twice"
-        assert batch.rows or self.hauler.is_busy
+        assert batch.rows or self.migrator.is_busy
         assert {sequence.id for sequence in admitted} <= ids, "admitted but not computed"
         self.slots_in_use.update(sequence.slot for sequence in admitted)
         assert {row.sequence.slot for row in batch.rows} <= self.slots_in_use
