@@ -10,13 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch
+from .dispatch import Backend, check_floats, check_indices, check_shape, select
 
 
 def kv_append_ref(
     k_ND: torch.Tensor, v_ND: torch.Tensor, pool_2PSD: torch.Tensor, qkv_A: torch.Tensor, cell_A: torch.Tensor
 ) -> None:
     """The formula of `kv_append` as two indexed assignments."""
+    _check(k_ND, v_ND, pool_2PSD, qkv_A, cell_A)
     pool_2CD = pool_2PSD.flatten(1, 2)
     pool_2CD[0][cell_A] = k_ND[qkv_A.long()]
     pool_2CD[1][cell_A] = v_ND[qkv_A.long()]
@@ -36,6 +37,12 @@ def kv_append(
     k_ND, v_ND: [N, D], any stride of N (views into fused qkv). pool_2PSD: [2, P, S, D], each half contiguous, same
     dtype. qkv_A: int32. cell_A: int64, no cell twice. Raises ValueError for wrong shapes, dtypes or devices.
     """
+    select("kv_append", backend, k_ND.device, kv_append_ref, _launch)(k_ND, v_ND, pool_2PSD, qkv_A, cell_A)
+
+
+def _check(
+    k_ND: torch.Tensor, v_ND: torch.Tensor, pool_2PSD: torch.Tensor, qkv_A: torch.Tensor, cell_A: torch.Tensor
+) -> None:
     check_floats(k_ND=k_ND, v_ND=v_ND, pool_2PSD=pool_2PSD)
     check_indices(torch.int32, k_ND.device, qkv_A=qkv_A)
     check_indices(torch.int64, k_ND.device, cell_A=cell_A)
@@ -44,7 +51,6 @@ def kv_append(
     check_shape("pool_2PSD", pool_2PSD, 2, *pool_2PSD.shape[1:3], k_ND.shape[1])
     if not pool_2PSD[0].is_contiguous():
         raise ValueError("pool_2PSD is not contiguous over pages; pass one layer of a contiguous pool")
-    dispatch("kv_append", backend, k_ND.device, kv_append_ref, _launch, (k_ND, v_ND, pool_2PSD, qkv_A, cell_A))
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -77,6 +83,7 @@ def _kv_append_kernel(
 def _launch(
     k_ND: torch.Tensor, v_ND: torch.Tensor, pool_2PSD: torch.Tensor, qkv_A: torch.Tensor, cell_A: torch.Tensor
 ) -> None:
+    _check(k_ND, v_ND, pool_2PSD, qkv_A, cell_A)
     num_pairs, head_dim = qkv_A.shape[0], k_ND.shape[1]
     if num_pairs == 0:
         return

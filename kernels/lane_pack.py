@@ -9,16 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch
+from .dispatch import Backend, check_floats, check_indices, check_shape, select
 
 
 def lane_pack_ref(source_NF: torch.Tensor, qkv_U: torch.Tensor, out_UF: torch.Tensor) -> None:
     """The formula of `lane_pack` as one indexed read."""
+    _check(source_NF, qkv_U, out_UF, "out_UF")
     out_UF.copy_(source_NF[qkv_U.long()])
 
 
 def lane_unpack_ref(source_UF: torch.Tensor, qkv_U: torch.Tensor, out_NF: torch.Tensor) -> None:
     """The formula of `lane_unpack` as one indexed write."""
+    _check(out_NF, qkv_U, source_UF, "source_UF")
     out_NF[qkv_U.long()] = source_UF
 
 
@@ -28,10 +30,7 @@ def lane_pack(source_NF: torch.Tensor, qkv_U: torch.Tensor, out_UF: torch.Tensor
     source_NF, out_UF: one float dtype, vectors contiguous, at any stride. qkv_U: int32. Raises ValueError for wrong
     shapes, dtypes or devices.
     """
-    check_floats(source_NF=source_NF, out_UF=out_UF)
-    check_indices(torch.int32, source_NF.device, qkv_U=qkv_U)
-    check_shape("out_UF", out_UF, qkv_U.shape[0], source_NF.shape[1])
-    dispatch("lane_pack", backend, source_NF.device, lane_pack_ref, _launch_pack, (source_NF, qkv_U, out_UF))
+    select("lane_pack", backend, source_NF.device, lane_pack_ref, _launch_pack)(source_NF, qkv_U, out_UF)
 
 
 def lane_unpack(
@@ -42,10 +41,13 @@ def lane_unpack(
     source_UF, out_NF: one float dtype, vectors contiguous, at any stride. qkv_U: int32, no index twice. Raises
     ValueError for wrong shapes, dtypes or devices.
     """
-    check_floats(source_UF=source_UF, out_NF=out_NF)
-    check_indices(torch.int32, source_UF.device, qkv_U=qkv_U)
-    check_shape("source_UF", source_UF, qkv_U.shape[0], out_NF.shape[1])
-    dispatch("lane_unpack", backend, source_UF.device, lane_unpack_ref, _launch_unpack, (source_UF, qkv_U, out_NF))
+    select("lane_unpack", backend, source_UF.device, lane_unpack_ref, _launch_unpack)(source_UF, qkv_U, out_NF)
+
+
+def _check(vectors_NF: torch.Tensor, qkv_U: torch.Tensor, message_UF: torch.Tensor, message_name: str) -> None:
+    check_floats(vectors_NF=vectors_NF, **{message_name: message_UF})
+    check_indices(torch.int32, vectors_NF.device, qkv_U=qkv_U)
+    check_shape(message_name, message_UF, qkv_U.shape[0], vectors_NF.shape[1])
 
 
 @triton.jit
@@ -71,7 +73,17 @@ def _lane_pack_kernel(
     tl.store(out_pointer + out * out_stride + f, values, mask=f < num_values)
 
 
-def _launch_pack(source_NF: torch.Tensor, qkv_U: torch.Tensor, out_UF: torch.Tensor, scatter: bool = False) -> None:
+def _launch_pack(source_NF: torch.Tensor, qkv_U: torch.Tensor, out_UF: torch.Tensor) -> None:
+    _check(source_NF, qkv_U, out_UF, "out_UF")
+    _launch(source_NF, qkv_U, out_UF, scatter=False)
+
+
+def _launch_unpack(source_UF: torch.Tensor, qkv_U: torch.Tensor, out_NF: torch.Tensor) -> None:
+    _check(out_NF, qkv_U, source_UF, "source_UF")
+    _launch(source_UF, qkv_U, out_NF, scatter=True)
+
+
+def _launch(source_NF: torch.Tensor, qkv_U: torch.Tensor, out_UF: torch.Tensor, *, scatter: bool) -> None:
     num_vectors, num_values = qkv_U.shape[0], source_NF.shape[1]
     if num_vectors == 0:
         return
@@ -87,7 +99,3 @@ def _launch_pack(source_NF: torch.Tensor, qkv_U: torch.Tensor, out_UF: torch.Ten
         BLOCK_F=block,
         enable_fp_fusion=True,
     )
-
-
-def _launch_unpack(source_UF: torch.Tensor, qkv_U: torch.Tensor, out_NF: torch.Tensor) -> None:
-    _launch_pack(source_UF, qkv_U, out_NF, scatter=True)

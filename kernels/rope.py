@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch
+from .dispatch import Backend, check_floats, check_indices, check_shape, select
 
 
 def qk_norm_rope_ref(
@@ -23,6 +23,7 @@ def qk_norm_rope_ref(
     position_T: torch.Tensor,
 ) -> None:
     """The formula of `qk_norm_rope`: norm as LlamaRMSNorm rounds, then the rotation in float32."""
+    _check(qkv_TGHD, num_queries, q_weight_D, k_weight_D, cos_sin_PR, position_T)
     qk_TGHD = qkv_TGHD[:, :, : num_queries + 1]
     if q_weight_D is not None and k_weight_D is not None:
         x = qk_TGHD.float()
@@ -57,9 +58,8 @@ def qk_norm_rope(
     qkv_TGHD: [T, G, M + 2, D] contiguous. cos_sin_PR: float32 [positions, R], R/2 cosines then R/2 sines. position_T:
     int64. Raises ValueError for wrong shapes, dtypes or devices.
     """
-    _check(qkv_TGHD, num_queries, q_weight_D, k_weight_D, cos_sin_PR, position_T)
-    arguments = (qkv_TGHD, num_queries, q_weight_D, k_weight_D, epsilon, cos_sin_PR, position_T)
-    dispatch("qk_norm_rope", backend, qkv_TGHD.device, qk_norm_rope_ref, _launch, arguments)
+    run = select("qk_norm_rope", backend, qkv_TGHD.device, qk_norm_rope_ref, _launch)
+    run(qkv_TGHD, num_queries, q_weight_D, k_weight_D, epsilon, cos_sin_PR, position_T)
 
 
 def _check(
@@ -150,6 +150,7 @@ def _launch(
     cos_sin_PR: torch.Tensor | None,
     position_T: torch.Tensor,
 ) -> None:
+    _check(qkv_TGHD, num_queries, q_weight_D, k_weight_D, cos_sin_PR, position_T)
     num_tokens, num_groups, _, head_dim = qkv_TGHD.shape
     if qkv_TGHD.numel() == 0 or (q_weight_D is None and cos_sin_PR is None):
         return

@@ -157,21 +157,23 @@ class Event:
         return (later._time - self._time) * 1e3
 
 
-def _dispatch(name: str, backend: str, device: torch.device, reference: Any, triton: Any, arguments: Any) -> None:
-    """Replacement for `hetis_kernels.dispatch.dispatch`."""
+def _select(name: str, backend: str, device: torch.device, reference: Any, triton: Any) -> Callable[..., None]:
+    """Replacement for `hetis_kernels.dispatch.select`."""
     if device.type != "cuda":
-        original_dispatch(name, backend, device, reference, triton, arguments)
-        return
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    assert all(isinstance(x, OnGpu) for x in tensors), f"{name}: {[x.device for x in tensors]}"
-    plain = tuple(x.inner if isinstance(x, OnGpu) else x for x in arguments)
-    original_dispatch(name, backend, torch.device("cpu"), reference, triton, plain)
+        return original_select(name, backend, device, reference, triton)
+    selected = original_select(name, backend, torch.device("cpu"), reference, triton)
+
+    def run(*arguments: Any) -> None:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        assert all(isinstance(x, OnGpu) for x in tensors), f"{name}: {[x.device for x in tensors]}"
+        selected(*(x.inner if isinstance(x, OnGpu) else x for x in arguments))
+
+    return run
 
 
-original_dispatch: Callable[..., None] = import_module("hetis_kernels.dispatch").dispatch
+original_select: Callable[..., Callable[..., None]] = import_module("hetis_kernels.dispatch").select
 _KERNELS = (
-    "gated_activation", "kv_append", "lane_pack", "merge_states", "page_copy", "paged_decode", "rms_norm", "rope",
-    "varlen_prefill",
+    "gated_activation", "kv_append", "lane_pack", "page_copy", "paged_decode", "rms_norm", "rope", "varlen_prefill",
 )  # fmt: skip
 
 
@@ -211,7 +213,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in _torch_cuda().items():
         monkeypatch.setattr(torch.cuda, name, value)
     for name in _KERNELS:
-        monkeypatch.setattr(import_module(f"hetis_kernels.{name}"), "dispatch", _dispatch)
+        monkeypatch.setattr(import_module(f"hetis_kernels.{name}"), "select", _select)
     run = threading.Thread.run
 
     def run_with_gpu(thread: threading.Thread) -> None:

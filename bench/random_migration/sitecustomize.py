@@ -29,7 +29,7 @@ def migrate_at_random() -> None:
             group = random.randrange(self._setup.spec.num_head_groups)
             source = cache.owners(sequence.slot)[0][group]
             target = random.choice([rank for rank in plan.ranks if rank != source])
-            self.hauler.start([Move(slot=sequence.slot, stage=0, group=group, source=source, target=target)])
+            self.migrator.start([Move(slot=sequence.slot, stage=0, group=group, source=source, target=target)])
 
     Engine._move_lanes = move_lanes  # type: ignore[method-assign]
 

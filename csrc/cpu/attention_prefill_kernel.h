@@ -208,7 +208,6 @@ struct Prefill {
       const float* sums = memory.sums + row * block.D;
       const Vector shrink = set(1.0f / memory.total[row]);
       for (int d = 0; d < block.D; d += kWidth) narrow(out + d, load(sums + d) * shrink);
-      block.lse2[t * block.lse2_stride_t + m] = memory.largest[row] + __builtin_log2f(memory.total[row]);
     }
   }
 

@@ -11,13 +11,12 @@
 
 TORCH_LIBRARY(hetis, m) {
   m.def(
-      "paged_decode(Tensor q_NMD, Tensor pool_2PSD, Tensor page_table_BW, Tensor lane_U, Tensor row_U, Tensor "
-      "length_U, "
-      "float scale, int window, Tensor(a!) out_NMD, Tensor(b!) lse2_NM) -> ()",
+      "paged_decode(Tensor q_NMD, Tensor pool_2PSD, Tensor page_table_BW, Tensor lane_U, Tensor qkv_U, "
+      "Tensor length_U, float scale, int window, Tensor(a!) out_NMD) -> ()",
       &hetis::paged_decode);
   m.def(
       "paged_prefill(Tensor q_TGMD, Tensor pool_2PSD, Tensor page_table_BW, Tensor query_start_C1, Tensor lane_CG, "
-      "Tensor context_C, float scale, int window, Tensor(a!) out_TGMD, Tensor(b!) lse2_TGM) -> ()",
+      "Tensor context_C, float scale, int window, Tensor(a!) out_TGMD) -> ()",
       &hetis::paged_prefill);
   m.def("kv_append(Tensor k_ND, Tensor v_ND, Tensor(a!) pool_2PSD, Tensor row_A, Tensor cell_A) -> ()",
         &hetis::kv_append);
@@ -25,10 +24,6 @@ TORCH_LIBRARY(hetis, m) {
   m.def("lane_unpack(Tensor source_UF, Tensor row_U, Tensor(a!) out_NF) -> ()", &hetis::lane_unpack);
   m.def("page_gather(Tensor pool_L2PSD, Tensor page_N, Tensor(a!) out_NL2SD) -> ()", &hetis::page_gather);
   m.def("page_scatter(Tensor source_NL2SD, Tensor page_N, Tensor(a!) pool_L2PSD) -> ()", &hetis::page_scatter);
-  m.def(
-      "merge_states(Tensor out_a_NMD, Tensor lse2_a_NM, Tensor out_b_NMD, Tensor lse2_b_NM, Tensor(a!) out_NMD, "
-      "Tensor(b!) lse2_NM) -> ()",
-      &hetis::merge_states);
   m.def("stream_read(Tensor tensor) -> int", &hetis::stream_read);
   m.def("built_for_torch() -> str", [] { return std::string(TORCH_VERSION); });
 }

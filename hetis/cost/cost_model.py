@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from hetis.core.attention_rates import AttentionRates
 from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
 from hetis.core.profile import LEAST_US, AttentionProfile, DeviceProfile, FleetProfile, LinkProfile
-from hetis.cost.links import LSE_BYTES
 
 PRIOR_SPREAD = 1.0  # standard deviation of a factor: how wrong a profile may be
 PRIOR_CORRELATION = 0.98  # between the factors of a device, which is throttled as a whole
@@ -65,9 +64,9 @@ class CostModel:
         self.kv_bytes_per_token = spec.kv_bytes_per_token(1, dtype)  # of one lane in one layer
         self._windows = [window for window in spec.windows if window]
         self._num_layers = spec.num_layers
-        # per query head: its q, and its share of the group's k and v; its output and log-sum-exp
+        # per query head: its q, and its share of the group's k and v; its output
         self.request_bytes_per_head = width * (spec.queries_per_group + 2) / spec.queries_per_group
-        self.reply_bytes_per_head = width + LSE_BYTES
+        self.reply_bytes_per_head = width
         self._devices: dict[int, AttentionProfile] = {}
         self._links: dict[int, list[LinkProfile]] = {}  # by worker
         self._attention: dict[int, Follower] = {}

@@ -63,14 +63,13 @@ def activation_bytes(spec: ModelSpec, plan: Plan, primary: Primary, limits: Limi
 
 
 def workspace_bytes(spec: ModelSpec, primary: Primary, limits: Limits) -> int:
-    """What one primary allocates once: the decoder's buffers and rope table, and the log-sum-exp of its attention.
+    """What one primary allocates once: the decoder's buffers and rope table.
 
-    Values per token: 3 H + G (M + 2) D + G M D + F, another F (or 2 F) before the activation; and G M in float32.
+    Values per token: 3 H + G (M + 2) D + G M D + F, and another F (or 2 F) before the activation.
     """
     heads = primary.num_groups * (spec.rows_per_group + spec.queries_per_group)
     columns = primary.num_mlp_columns * (3 if spec.gated else 1)
     per_token = (3 * spec.hidden_size + heads * spec.head_dim + columns) * limits.value_bytes
-    per_token += primary.num_groups * spec.queries_per_group * FLOAT32_BYTES
     rope = limits.max_model_len * spec.rope.rotary_dim * FLOAT32_BYTES if spec.rope is not None else 0
     return limits.max_num_batched_tokens * per_token + rope
 

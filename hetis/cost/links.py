@@ -13,10 +13,8 @@ from hetis.cost.footprint import hidden_bytes, page_bytes
 from hetis.cost.limits import Limits
 
 TRANSFER_BYTES = 1 << 20  # pages of migrating lanes that a message carries at most, if that is a page or more
-LSE_BYTES = 4  # log-sum-exp that comes back with each query head: float32
 NUM_BUFFERS = 2  # of one direction
 SHARED_PAGE_BYTES = 4096  # to which shared memory rounds; the first page has the counters
-_ALIGNMENT = 16  # of pages in a message
 
 
 class PlannedLink(NamedTuple):
@@ -43,16 +41,16 @@ def links_of(spec: ModelSpec, plan: Plan, rank: int, limits: Limits) -> list[Pla
 
 
 def message_bytes(spec: ModelSpec, num_groups: int, limits: Limits) -> tuple[int, int]:
-    """Largest (request, reply) on a link of a home with so many groups: U decode tokens, T prompt tokens, pages.
+    """Largest messages (to a worker, to the home) on a link of a home with so many groups: tokens, or pages of a layer.
 
-    Values: G U (M + 2) D + G T 2 D in a request; G U M D, and as many log-sum-exp as heads, in a reply.
+    Values: G U (M + 2) D + G T 2 D in a request, G U M D in a reply, of U decode and T prompt tokens.
     """
     decodes, prompts = limits.max_num_decodes * num_groups, limits.max_num_batched_tokens * num_groups
     head_bytes = spec.head_dim * limits.value_bytes
     request = (decodes * spec.rows_per_group + prompts * 2) * head_bytes
-    reply = decodes * spec.queries_per_group * (head_bytes + LSE_BYTES)
+    reply = decodes * spec.queries_per_group * head_bytes
     pages = transfer_bytes(spec, limits)
-    return aligned(request, _ALIGNMENT) + pages, aligned(reply, _ALIGNMENT) + pages
+    return max(request, pages), max(reply, pages)
 
 
 def max_transfer_pages(spec: ModelSpec, block_size: int, dtype: str) -> int:

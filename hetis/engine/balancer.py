@@ -6,7 +6,7 @@ What should move is decided by `dispatcher.rebalance`; `cache.migration` carries
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from hetis.cache.cache_manager import CacheManager
-from hetis.cache.migration import Hauler
+from hetis.cache.migration import Migrator
 from hetis.core.placement import PoolId
 from hetis.core.request import Sequence
 from hetis.dispatcher.rebalance import MigrationBudget, Rebalancer
@@ -23,13 +23,13 @@ class Balancer:
     def __init__(
         self,
         cache: CacheManager,
-        hauler: Hauler,
+        migrator: Migrator,
         rebalancer: Rebalancer,
         bytes_per_second: float,
         clock: Callable[[], float],
     ) -> None:
         """`bytes_per_second`: that may move for the sake of balance. `clock`: seconds."""
-        self._cache, self._hauler, self._rebalancer, self._clock = cache, hauler, rebalancer, clock
+        self._cache, self._migrator, self._rebalancer, self._clock = cache, migrator, rebalancer, clock
         self._budget = MigrationBudget(bytes_per_second, BURST_SECONDS * bytes_per_second)
         self._last = clock()
         self.num_rebalances = 0  # times that lanes moved for balance
@@ -37,7 +37,7 @@ class Balancer:
 
     @property
     def is_busy(self) -> bool:
-        return self._hauler.is_busy
+        return self._migrator.is_busy
 
     def balance(self, running: Collection[Sequence], refused: Sequence | None) -> None:
         """Now and then: has lanes move off the slowest devices, and off homes that lack pages for `refused`.
@@ -53,7 +53,7 @@ class Balancer:
         residents, view = self.residents(running), self._cache.view()
         outcome = self._rebalancer.compute(residents, view, self._budget, staging_tokens)
         assert not outcome.preempt, "no rank has left the plan"
-        self.num_rebalances += bool(self._hauler.start(outcome.moves))
+        self.num_rebalances += bool(self._migrator.start(outcome.moves))
         if refused is not None:
             shortage = shortage_of(refused, self._cache.view())
             if shortage is not None:
@@ -62,7 +62,7 @@ class Balancer:
     def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> Mapping[PoolId, int]:
         """See `core.placement.Relief`. Lanes that are on their way there stay where they are, if that is enough."""
         if all(self._cache.num_arriving(pool) >= count for pool, count in missing.items()):
-            self._hauler.cancel_into(missing)
+            self._migrator.cancel_into(missing)
             return {}
         return self._relieve(missing, running)
 
@@ -73,7 +73,7 @@ class Balancer:
         if not lacking:
             return {}
         relief = self._rebalancer.memory(self.residents(running), self._cache.view(), lacking)
-        self.num_reliefs += bool(self._hauler.start(relief.moves))
+        self.num_reliefs += bool(self._migrator.start(relief.moves))
         return {pool: lacking[pool] for pool in relief.exhausted}
 
     def residents(self, running: Iterable[Sequence]) -> list[Resident]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from hetis.cache.cache_manager import CacheManager
-from hetis.cache.migration import Hauler
+from hetis.cache.migration import Migrator
 from hetis.core.batch import Batch, NewToken
 from hetis.core.device_info import RankStats
 from hetis.core.messages import AddRequest, FleetStats, Setup, StepCommand, StepResult, StepTimes, TokenOutput
@@ -41,12 +41,12 @@ class Engine:
         self._setup, self._dispatcher, self._clock = setup, policies.dispatcher, clock
         self.cache = CacheManager(plan, spec.num_head_groups, setup.num_pages, setup.block_size, setup.max_num_seqs)
         token_bytes = spec.kv_bytes_per_token(1, setup.dtype)
-        self.hauler = Hauler(
+        self.migrator = Migrator(
             self.cache, plan, spec.num_head_groups, setup.block_size, token_bytes, setup.max_transfer_pages
         )
         self._balancer, self._observer = None, None
         if policies.rebalancer is not None and policies.cost is not None:
-            self._balancer = Balancer(self.cache, self.hauler, policies.rebalancer, migration_budget, clock)
+            self._balancer = Balancer(self.cache, self.migrator, policies.rebalancer, migration_budget, clock)
             self._observer = Observer(policies.cost, plan)
         self.scheduler = Scheduler(
             self.cache,
@@ -133,7 +133,7 @@ class Engine:
 
     def _migrate(self) -> None:
         """Commits migrations whose pages are all transferred, and starts others if the fleet is out of balance."""
-        self._committed += self.hauler.land()
+        self._committed += self.migrator.commit()
         if self._balancer is not None:
             self._balancer.balance(self.scheduler.running, self.scheduler.refused)
 
@@ -181,7 +181,7 @@ class Engine:
             batch,
             committed=committed,
             pages=self.cache.take_deltas(),
-            transfers=self.hauler.plan(self._transfer_bytes(batch)),
+            transfers=self.migrator.plan(self._transfer_bytes(batch)),
         )
 
     def _transfer_bytes(self, batch: Batch) -> Mapping[int, float]:
@@ -208,6 +208,6 @@ class Engine:
             num_dispatches=self._num_dispatches,
             num_rebalances=balancer.num_rebalances if balancer else 0,
             num_reliefs=balancer.num_reliefs if balancer else 0,
-            num_migrations=self.hauler.num_landed,
-            migrated_bytes=self.hauler.bytes_sent,
+            num_migrations=self.migrator.num_committed,
+            migrated_bytes=self.migrator.bytes_sent,
         )

@@ -138,10 +138,6 @@ class Decoder:
             self._mlp(layer, w)
         return hidden_TH.add_(w.delta_TH)
 
-    def attention_buffers(self) -> tuple[Tensor, Tensor]:
-        """(qkv_TGHD, attended_TGMD) for `max_tokens` tokens: the buffers of `Attention.attend`; values undefined."""
-        return self._workspace.qkv_TGHD, self._workspace.attended_TGMD
-
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits [N, V] of this shard's vocabulary rows, in the dtype of the weights; last stage only."""
         weights = self._weights

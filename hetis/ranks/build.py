@@ -26,7 +26,7 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 def wire_format(setup: Setup) -> WireFormat:
     spec = setup.spec
-    return WireFormat(spec.queries_per_group, spec.head_dim, setup.block_size, TORCH_DTYPES[setup.dtype])
+    return WireFormat(spec.queries_per_group, spec.head_dim, TORCH_DTYPES[setup.dtype])
 
 
 def make_pool(setup: Setup, rank: int, stage: int, device: torch.device) -> PagePool:
@@ -57,11 +57,12 @@ def decode_scratch(setup: Setup, num_groups: int, device: torch.device) -> torch
 
 
 def message_limits(setup: Setup, primary: Primary) -> tuple[int, int]:
-    """Largest (request, reply) in bytes on a link of `primary`."""
+    """Largest messages in bytes (to a worker, to the primary) on a link of `primary`: tokens, or pages of one layer."""
     wire, groups = wire_format(setup), primary.num_groups
     lanes = min(setup.max_num_seqs, setup.max_num_batched_tokens) * groups
-    pages = setup.max_transfer_pages
-    return wire.request_bytes(lanes, setup.max_num_batched_tokens * groups, pages), wire.reply_bytes(lanes, pages)
+    pages = setup.max_transfer_pages * setup.block_size * setup.spec.kv_bytes_per_token(1, setup.dtype)
+    request = wire.request_bytes(lanes, setup.max_num_batched_tokens * groups)
+    return max(request, pages), max(wire.reply_bytes(lanes), pages)
 
 
 def open_links(setup: Setup, rank: int, device: torch.device, rendezvous: Rendezvous) -> dict[int, Link]:

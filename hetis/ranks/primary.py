@@ -18,6 +18,7 @@ from hetis.core.token_logprobs import SCORED_ROWS, TokenLogprobs
 from hetis.models.decoder import Decoder
 from hetis.ranks.build import TORCH_DTYPES, decode_scratch, make_pool, wire_format
 from hetis.ranks.measuring.devices import Measurer
+from hetis.ranks.page_transfer import HomeTransfers
 from hetis.ranks.sampling.sampler import Sampler
 from hetis.ranks.split_attention import SplitAttention
 from hetis.ranks.step_input import PrimaryInput, StepPlanner
@@ -58,16 +59,16 @@ class PrimaryRank:
             pool, setup.spec.num_head_groups, setup.max_num_seqs, windows, device, uses_flash=uses_flash
         )
         self._timer = StageTimer(self._stage_index, setup.spec.queries_per_group, device, setup.trace)
+        self._transfers = HomeTransfers(pool, links, self._primary.groups, setup.spec.num_head_groups, self._timer.lap)
         self._attention = SplitAttention(
             pool,
             links,
             wire_format(setup),
             windows,
             setup.spec.attention_scale,
-            setup.max_num_batched_tokens * (stop - first),
-            device,
             self._timer,
             scratch,
+            self._transfers,
         )
         self._times: list[StepTimes] = []
         self._attention_seconds = 0.0
@@ -88,9 +89,10 @@ class PrimaryRank:
         self._planner.apply(step)
         self._update_sampler(step)
         inputs = self._planner.primary_input(step, self._primary.groups, self._workers)
+        self._transfers.begin(step)
         self._planner.upload()
         self._attention.begin(inputs)
-        result = self._compute(step, inputs) if step.num_tokens else self._carry(step)
+        result = self._compute(step, inputs) if step.num_tokens else self._exchange_pages(step)
         self._note_times(step, inputs)
         return result
 
@@ -104,7 +106,6 @@ class PrimaryRank:
             self._timer.lap(Activity.STAGE)
         hidden_TH = self._decoder.forward(hidden_TH, inputs.position_T, self._attention)
         self._timer.lap(Activity.DENSE)
-        self._attention.finish()
         if self._is_last:
             return self._finish(step, inputs, hidden_TH)
         self._timer.lap(Activity.OTHER)
@@ -112,18 +113,16 @@ class PrimaryRank:
         self._timer.lap(Activity.STAGE)
         return None
 
-    def _carry(self, step: Step) -> StepResult | None:
-        """A step without tokens: only pages of migrating lanes are transferred, for which all sequences wait."""
+    def _exchange_pages(self, step: Step) -> StepResult | None:
+        """A step without tokens: all sequences wait for pages that migrations will free."""
         self._timer.lap(Activity.OTHER)
-        self._attention.carry(*self._decoder.attention_buffers())
-        self._attention.finish()
+        for layer in range(self._decoder.num_layers):
+            self._transfers.exchange(layer)
         return StepResult(step=step.number, tokens=[]) if self._sampler else None
 
     def _note_times(self, step: Step, inputs: PrimaryInput) -> None:
         self._timer.lap(Activity.OTHER)
-        pages = sum(route.haul.num_in + route.haul.num_out for route in inputs.routes)
-        num_layers = self._setup.plan.stages[self._stage_index].num_layers
-        times = self._timer.report([inputs.local], pages * num_layers)
+        times = self._timer.report([inputs.local], self._transfers.num_pages * self._decoder.num_layers)
         self._attention_seconds += attention_seconds(times)
         self._times.append(step_times(self.rank, step, [times]))
 

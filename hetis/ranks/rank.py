@@ -29,7 +29,7 @@ from hetis.ranks.build import TORCH_DTYPES, describe_device, open_links, share_o
 from hetis.ranks.gpus import sum_in_float32, why_unusable
 from hetis.ranks.primary import PrimaryRank
 from hetis.ranks.warm_up import is_needed, warm_up_commands
-from hetis.ranks.worker import AttentionRank
+from hetis.ranks.worker import AttentionWorker
 from hetis_kernels import extension
 
 _log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _join(
     address: str,
     rendezvous: Rendezvous,
     on_failure: Callable[[BaseException], Any],
-) -> PrimaryRank | AttentionRank | None:
+) -> PrimaryRank | AttentionWorker | None:
     """From `Hello` to `Ready`; None if the job ends before it began. ValueError for what the user must change."""
     token = Token(rank, rendezvous)
     device = prepare_device(device_name, ranks_on_host)
@@ -147,10 +147,10 @@ def build_member(
     device: torch.device,
     rendezvous: Rendezvous,
     on_failure: Callable[[BaseException], Any],
-) -> PrimaryRank | AttentionRank:
+) -> PrimaryRank | AttentionWorker:
     """The executor of this rank: weights and groups for a primary, links for both."""
     if setup.plan.is_worker(rank):
-        return AttentionRank(setup, rank, open_links(setup, rank, device, rendezvous), device, on_failure)
+        return AttentionWorker(setup, rank, open_links(setup, rank, device, rendezvous), device, on_failure)
     stage, tp_index = setup.plan.position_of(rank)
     links = open_links(setup, rank, device, rendezvous)  # before loading: the workers wait for them
     groups = init_groups(
@@ -188,14 +188,14 @@ def build_member(
     return PrimaryRank(setup, rank, decoder, links, groups.tensor_parallel, groups.pipeline, device)
 
 
-def warm_up(member: PrimaryRank | AttentionRank, setup: m.Setup) -> None:
+def warm_up(member: PrimaryRank | AttentionWorker, setup: m.Setup) -> None:
     """Runs the made-up steps, all ranks of the fleet at the same time, and resets counters and times."""
     for command in warm_up_commands(setup):
         member.run_step(decode(command, member.rank))
     member.forget()
 
 
-def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRank) -> None:
+def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionWorker) -> None:
     """Commands in order until `Shutdown`."""
     while True:
         command = control.receive()

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from hetis.core.messages.step_command import Int32, Int64, Step
 from hetis.core.spans import Span
-from hetis.ranks.page_transfer import LinkHaul, hauls_of, no_haul, primary_hauls, worker_haul
 from hetis.ranks.pool import PagePool
 from hetis.ranks.step_arrays import step_arrays
 
@@ -77,7 +76,6 @@ class Route:
     peer: int
     decode_qkv_U: Tensor  # int32; q, k, v are sent, the attention of the same indices comes back
     prefill_qkv_A: Tensor  # int32; k, v are sent
-    haul: LinkHaul
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +101,11 @@ class WorkerInput:
     lanes: DecodeLanes
     append: Append  # decode rows
     prefill_append: Append  # prompt rows
-    haul: LinkHaul
 
     @property
     def is_empty(self) -> bool:
-        """Whether the link carries nothing in this step."""
-        return not (len(self.lanes) or len(self.prefill_append) or self.haul.num_in or self.haul.num_out)
+        """Whether the link carries no tokens in this step."""
+        return not (len(self.lanes) or len(self.prefill_append))
 
 
 class Pairs(NamedTuple):
@@ -172,7 +169,7 @@ class StepPlanner:
             routes=self._routes(step, groups, owner_TG, workers),
         )
 
-    def worker_input(self, step: Step, home: int, groups: Span) -> WorkerInput:
+    def worker_input(self, step: Step, groups: Span) -> WorkerInput:
         """For the link to the primary that is the home of `groups`."""
         is_here_TG = self.owners_BG[step.slot_T, slice(*groups)] == self.rank
         decode = self._pairs(step, groups, _decode_part(step), is_here_TG)
@@ -182,7 +179,6 @@ class StepPlanner:
             lanes=self._decode_lanes(decode, append.qkv_A),
             append=append,
             prefill_append=self._append(prompt._replace(qkv_A=np.arange(len(prompt.lane_A)))),
-            haul=worker_haul(hauls_of(step.transfers, self.stage, groups, self.num_groups), self.pool, home),
         )
 
     def _pairs(self, step: Step, groups: Span, tokens: slice, chosen_TG: NDArray[np.bool_]) -> Pairs:
@@ -241,15 +237,13 @@ class StepPlanner:
         )
 
     def _routes(self, step: Step, groups: Span, owner_TG: Int32, workers: list[int]) -> list[Route]:
-        hauls = primary_hauls(hauls_of(step.transfers, self.stage, groups, self.num_groups), self.pool, workers)
         routes = []
         for worker in workers:
             there_TG = owner_TG == worker
             decode_qkv = self._pairs(step, groups, _decode_part(step), there_TG).qkv_A
             prefill_qkv = self._pairs(step, groups, _prompt_part(step), there_TG).qkv_A
-            if len(decode_qkv) or len(prefill_qkv) or worker in hauls:
-                haul = hauls.get(worker, no_haul(self.pool))
-                routes.append(Route(worker, self._int32(decode_qkv), self._int32(prefill_qkv), haul))
+            if len(decode_qkv) or len(prefill_qkv):
+                routes.append(Route(worker, self._int32(decode_qkv), self._int32(prefill_qkv)))
         return routes
 
     def _int32(self, array: Int64) -> Tensor:

@@ -85,11 +85,12 @@ def all_buffers(plan: Plan, infos: dict[int, DeviceInfo], limits: Limits = LIMIT
 def test_buffers_are_as_large_as_the_tensors_that_are_made(seed: int) -> None:
     limits, groups = random_limits(seed), random.Random(seed).randrange(9)
     spec, lanes = SPEC, limits.max_num_decodes * groups
-    wire = WireFormat(spec.queries_per_group, spec.head_dim, limits.block_size, DTYPES[limits.dtype])
-    pages = max_transfer_pages(spec, limits.block_size, limits.dtype)
+    wire = WireFormat(spec.queries_per_group, spec.head_dim, DTYPES[limits.dtype])
+    pages = torch.empty(1, 2, 1, limits.block_size, spec.head_dim, dtype=DTYPES[limits.dtype]).nbytes
+    pages *= max_transfer_pages(spec, limits.block_size, limits.dtype)
     assert message_bytes(spec, groups, limits) == (
-        wire.request_bytes(lanes, limits.max_num_batched_tokens * groups, pages),
-        wire.reply_bytes(lanes, pages),
+        max(pages, wire.request_bytes(lanes, limits.max_num_batched_tokens * groups)),
+        max(pages, wire.reply_bytes(lanes)),
     )
     numel = decode_scratch_numel(lanes, spec.queries_per_group, spec.head_dim, limits.max_model_len)
     assert scratch_bytes(spec, groups, limits) == 4 * numel

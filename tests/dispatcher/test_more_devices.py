@@ -58,7 +58,7 @@ def load_us(devices: list[DeviceProfile], pages: list[int], alpha_us: float, see
     now = 0.0
 
     def balancer(engine: ToyEngine) -> Balancer | None:
-        return Balancer(engine.cache, engine.hauler, Rebalancer(cost), 1e9, lambda: now) if moves else None
+        return Balancer(engine.cache, engine.migrator, Rebalancer(cost), 1e9, lambda: now) if moves else None
 
     engine = TimedEngine(
         plan,
@@ -75,7 +75,7 @@ def load_us(devices: list[DeviceProfile], pages: list[int], alpha_us: float, see
     while engine.has_work:
         now += INTERVAL_SECONDS / 4
         if isinstance(engine.relief, Balancer):
-            engine.committed += engine.hauler.land()
+            engine.committed += engine.migrator.commit()
             engine.relief.balance(engine.scheduler.running, engine.scheduler.refused)
         engine.step()
     engine.check_idle()

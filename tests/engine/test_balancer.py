@@ -1,4 +1,4 @@
-"""The balancer between policy and hauler: when it looks, what it may move, and that none waits for nothing."""
+"""The balancer between policy and migrator: when it looks, what it may move, and that none waits for nothing."""
 
 from collections.abc import Mapping, Sequence
 from random import Random
@@ -38,7 +38,7 @@ def make_engine(num_pages: dict[int, int], clock: Clock, **options: object) -> T
     cost = make_cost(plan, [device()] * 3, dense_us=10.0)
 
     def relief(engine: ToyEngine) -> Balancer:
-        return Balancer(engine.cache, engine.hauler, Rebalancer(cost), 1e9, clock)
+        return Balancer(engine.cache, engine.migrator, Rebalancer(cost), 1e9, clock)
 
     return ToyEngine(plan, num_pages, random=Random(0), make_relief=relief, **options)  # type: ignore[arg-type]
 
@@ -49,18 +49,18 @@ def test_requests_complete_where_lanes_make_room() -> None:
     sequences = [make_sequence(i, 10 + i % 3, 30) for i in range(16)]
     engine.serve(sequences)
     assert engine.scheduler.num_preemptions == 0
-    assert engine.hauler.num_landed > 0
+    assert engine.migrator.num_committed > 0
 
 
 def test_a_fleet_that_waits_for_lanes_runs_steps_without_rows() -> None:
     """All of the fleet's sequences need a page at home at the same time; only moving can give them one."""
-    engine = make_engine({0: 4 * 8, 1: 400, 2: 400}, Clock(), pages_per_haul=1, dispatcher=PrimaryOnlyDispatcher())
+    engine = make_engine({0: 4 * 8, 1: 400, 2: 400}, Clock(), max_transfer_pages=1, dispatcher=PrimaryOnlyDispatcher())
     for arrival in range(4):
         engine.scheduler.add(make_sequence(arrival, 7, 17))
     engine.run()
     engine.check_idle()
     assert engine.scheduler.num_preemptions == 0
-    assert engine.hauler.num_landed > 0
+    assert engine.migrator.num_committed > 0
     assert any(not batch.rows for batch in engine.batches)
 
 
@@ -68,7 +68,7 @@ def test_it_looks_now_and_then() -> None:
     clock, engine = Clock(), make_engine({0: 80, 1: 80, 2: 80}, Clock())
     spy = Spy(make_cost(engine.plan, [device()] * 3))
     spy.calls = []
-    balancer = Balancer(engine.cache, engine.hauler, spy, 1e9, clock)
+    balancer = Balancer(engine.cache, engine.migrator, spy, 1e9, clock)
     for _ in range(10):
         balancer.balance([], None)
     assert spy.calls == []
@@ -87,7 +87,7 @@ def test_only_sequences_that_decode_and_are_at_rest_may_move() -> None:
     moving = engine.scheduler.running[0]
     group, source = next((g, r) for g, r in enumerate(engine.cache.owners(moving.slot)[0]))
     target = 1 if source != 1 else 2
-    engine.hauler.start([Move(slot=moving.slot, stage=0, group=group, source=source, target=target)])
+    engine.migrator.start([Move(slot=moving.slot, stage=0, group=group, source=source, target=target)])
     balancer = engine.relief
     assert isinstance(balancer, Balancer)
     residents = balancer.residents(engine.scheduler.running)
@@ -103,7 +103,7 @@ def test_lanes_that_leave_already_count() -> None:
     engine.step()
     sequence = engine.scheduler.running[0]
     group, source = next((g, r) for g, r in enumerate(engine.cache.owners(sequence.slot)[0]) if r == 0)
-    engine.hauler.start([Move(slot=sequence.slot, stage=0, group=group, source=source, target=1)])
+    engine.migrator.start([Move(slot=sequence.slot, stage=0, group=group, source=source, target=1)])
     missing: Mapping[PoolId, int] = {PoolId(0, 0): 1}
     balancer = engine.relief
     assert isinstance(balancer, Balancer)
@@ -112,19 +112,19 @@ def test_lanes_that_leave_already_count() -> None:
 
 
 def test_a_lane_that_is_on_its_way_gives_its_pages_back_before_anybody_starts_over() -> None:
-    engine = make_engine({0: 200, 1: 200, 2: 200}, Clock(), pages_per_haul=1)
+    engine = make_engine({0: 200, 1: 200, 2: 200}, Clock(), max_transfer_pages=1)
     engine.scheduler.add(make_sequence(0, 12, 40))
     engine.step()
     engine.step()
     sequence = engine.scheduler.running[0]
     owners = engine.cache.owners(sequence.slot)
     group = owners[0].index(0)
-    engine.hauler.start([Move(slot=sequence.slot, stage=0, group=group, source=0, target=1)])
+    engine.migrator.start([Move(slot=sequence.slot, stage=0, group=group, source=0, target=1)])
     free = engine.cache.free_pages(PoolId(1, 0))
     balancer = engine.relief
     assert isinstance(balancer, Balancer)
     assert balancer.make_room({PoolId(1, 0): 2}, engine.scheduler.running) == {}
-    assert not engine.hauler.is_busy
+    assert not engine.migrator.is_busy
     assert engine.cache.owners(sequence.slot) == owners
     assert engine.cache.free_pages(PoolId(1, 0)) >= free + 2
     engine.run()
@@ -136,4 +136,4 @@ def test_what_cannot_be_found_is_told() -> None:
     balancer = engine.relief
     assert isinstance(balancer, Balancer)
     assert balancer.make_room({PoolId(0, 0): 3}, []) == {PoolId(0, 0): 3}
-    assert not engine.hauler.is_busy
+    assert not engine.migrator.is_busy

@@ -1,4 +1,4 @@
-"""The real rules, balancer and hauler on random fleets that are too small: every request is served, nothing is lost."""
+"""The real rules, balancer and migrator on random fleets that are too small: every request is served."""
 
 from random import Random
 
@@ -30,7 +30,7 @@ class Soak:
             page_size=random.choice((1, 2, 4)),
             random=random,
             make_relief=self.make_balancer,
-            pages_per_haul=random.choice((1, 2, 8)),
+            max_transfer_pages=random.choice((1, 2, 8)),
             max_num_seqs=random.choice((4, 8, 16)),
             max_num_batched_tokens=random.choice((8, 32, 64)),
             dispatcher=HetisDispatcher(self.cost),
@@ -38,13 +38,13 @@ class Soak:
 
     def make_balancer(self, engine: ToyEngine) -> Balancer:
         budget = self.random.choice((0, 50, 1e5, 1e9))
-        self.balancer = Balancer(engine.cache, engine.hauler, Rebalancer(self.cost), budget, lambda: self.now)
+        self.balancer = Balancer(engine.cache, engine.migrator, Rebalancer(self.cost), budget, lambda: self.now)
         return self.balancer
 
     def turn(self) -> None:
         engine, random = self.engine, self.random
         self.now += INTERVAL_SECONDS / 5
-        engine.committed += engine.hauler.land()
+        engine.committed += engine.migrator.commit()
         self.balancer.balance(engine.scheduler.running, engine.scheduler.refused)
         if random.random() < 0.1:
             slowness = random.choice((1.0, 1.0, 3.0, 10.0))

@@ -66,7 +66,7 @@ def test_lanes_migrate_where_pages_run_out(checkpoint: Path, alone: list[list[in
     memory = {0: 60 * PAGE_BYTES, 1: 400 * PAGE_BYTES}
     with LocalFleet(checkpoint, "1+1", clock=lambda: 0.0, block_size=4, kv_cache_memory=memory) as fleet:
         assert tokens(fleet) == alone
-        assert fleet.engine.hauler.num_landed > 0
+        assert fleet.engine.migrator.num_committed > 0
         assert fleet.engine.scheduler.num_preemptions == 0
 
 
@@ -75,7 +75,7 @@ def test_lanes_of_few_homes_migrate_where_pages_run_out(checkpoint: Path, alone:
     memory = {0: 30 * PAGE_BYTES, 1: 400 * PAGE_BYTES, 2: 1, 3: 400 * PAGE_BYTES}
     with LocalFleet(checkpoint, "3+1", clock=lambda: 0.0, block_size=4, kv_cache_memory=memory) as fleet:
         assert tokens(fleet) == alone
-        assert fleet.engine.hauler.num_landed > 0
+        assert fleet.engine.migrator.num_committed > 0
         assert fleet.engine.scheduler.num_preemptions == 0
         assert fleet.engine.cache.usage()[2].pages_total == 0
 

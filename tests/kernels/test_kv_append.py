@@ -36,8 +36,8 @@ def test_arguments_are_checked() -> None:
     pool, vectors = torch.zeros(2, 3, 4, 64), torch.zeros(2, 64)
     index = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"cell_A is torch\.int32"):
-        kv_append(vectors, vectors, pool, index, index)
+        kv_append(vectors, vectors, pool, index, index, backend="reference")
     with pytest.raises(ValueError, match=r"v_ND is torch\.float16"):
-        kv_append(vectors, vectors.half(), pool, index, index.long())
+        kv_append(vectors, vectors.half(), pool, index, index.long(), backend="reference")
     with pytest.raises(ValueError, match="not contiguous over pages"):
-        kv_append(vectors, vectors, pool.transpose(1, 2), index, index.long())
+        kv_append(vectors, vectors, pool.transpose(1, 2), index, index.long(), backend="reference")

@@ -26,11 +26,10 @@ from hetis.ranks.warm_up import is_needed, warm_up_commands
 from tests.checkpoints import make_checkpoint
 from tests.engine import local_fleet
 from tests.engine.local_fleet import Generated, LocalFleet, RandomDispatcher
-from tests.kernels.against_reference import KERNELS as EVERY_KERNEL
+from tests.kernels.against_reference import KERNELS
 from tests.processes.look import DEADLINE
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {name: kernels for name, kernels in EVERY_KERNEL.items() if name != "merge_states"}  # not launched by steps
 PLAN = {
     "stages": [{"layers": 1, "primaries": [{"head_groups": 3}, {"head_groups": 2}]}, {"primaries": [{}]}],
     "attention": [{}, {}],
@@ -75,14 +74,18 @@ def record_launches() -> set[tuple[str, ...]]:
     """Makes every launcher record its launch as on a GPU, then compute as before."""
     found: set[tuple[str, ...]] = set()
 
-    def both(name: str, backend: str, device: torch.device, reference: Any, triton: Any, arguments: Any) -> None:
-        triton(*arguments)
-        dispatch(name, backend, device, reference, triton, arguments)
+    def both(name: str, backend: str, device: torch.device, reference: Any, triton: Any) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            triton(*arguments)
+            selected(*arguments)
 
-    dispatch = import_module("hetis_kernels.dispatch").dispatch
+        selected = select(name, backend, device, reference, triton)
+        return run
+
+    select = import_module("hetis_kernels.dispatch").select
     for module_name, kernels in KERNELS.items():
         module = import_module(f"hetis_kernels.{module_name}")
-        module.dispatch = both  # type: ignore[attr-defined]
+        module.select = both  # type: ignore[attr-defined]
         for kernel in kernels:
             setattr(module, kernel, Recorder(getattr(module, kernel), found))
     return found

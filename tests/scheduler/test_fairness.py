@@ -50,11 +50,11 @@ class FairEngine(ToyEngine):
         self.longest = 0
 
     def _send(self, batch: Batch) -> None:
-        assert batch.rows or self.hauler.is_busy, "a step without progress"
+        assert batch.rows or self.migrator.is_busy, "a step without progress"
         for sequence, _ in batch.admitted:
             self.waits[sequence.arrival].num_preemptions = sequence.num_preemptions - self.preempted[sequence.arrival]
         for wait in self.waits.values():
-            wait.num_steps_with_migration += self.hauler.is_busy
+            wait.num_steps_with_migration += self.migrator.is_busy
         super()._send(batch)
 
     def _finish(self, batch: Batch) -> None:
@@ -93,7 +93,7 @@ def fair_engine(policy: str, groups: list[list[int]], num_workers: int, random: 
 
     def balancer(engine: ToyEngine) -> Balancer | None:
         rebalancer = Rebalancer(cost)
-        return Balancer(engine.cache, engine.hauler, rebalancer, 0, lambda: 0.0) if "moves" in policy else None
+        return Balancer(engine.cache, engine.migrator, rebalancer, 0, lambda: 0.0) if "moves" in policy else None
 
     rules: dict[str, Dispatcher] = {
         "primary-only": PrimaryOnlyDispatcher(),

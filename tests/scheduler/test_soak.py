@@ -25,7 +25,7 @@ def random_engine(random: Random, groups: list[list[int]], num_workers: int, mov
         max_num_batched_tokens=random.choice([1, 5, 16, 64]),
         random=random,
         moves_per_step=moves_per_step,
-        pages_per_haul=random.choice([1, 2, 50]),
+        max_transfer_pages=random.choice([1, 2, 50]),
     )
 
 
@@ -84,7 +84,7 @@ def test_soak_covers_migrations_of_every_kind() -> None:
     homes = {0, 1}
     kinds = {(move.source in homes, move.target in homes) for move in engine.started}
     assert kinds == {(True, False), (False, True), (False, False)}
-    assert 0 < engine.hauler.num_landed < len(engine.started), "some must be cancelled"
+    assert 0 < engine.migrator.num_committed < len(engine.started), "some must be cancelled"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

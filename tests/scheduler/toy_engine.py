@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from hetis.cache.cache_manager import CacheManager
-from hetis.cache.migration import Hauler
+from hetis.cache.migration import Migrator
 from hetis.core.batch import Batch, Row
 from hetis.core.messages.step_command import PageEntries, PageTransfer
 from hetis.core.placement import Dispatcher, Move, PoolId, Relief, pages_for
@@ -167,7 +167,7 @@ class ToyEngine:
     random: Random = field(default_factory=lambda: Random(0))
     dispatcher: Dispatcher = field(default_factory=ProportionalDispatcher)
     make_relief: Callable[["ToyEngine"], Relief | None] = lambda _: None
-    pages_per_haul: int = 2
+    max_transfer_pages: int = 2
     moves_per_step: float = 0.0
 
     def __post_init__(self) -> None:
@@ -176,7 +176,7 @@ class ToyEngine:
         self.max_model_len = self.max_model_len or capacity
         assert self.max_model_len <= capacity
         self.cache = CacheManager(self.plan, num_groups, self.num_pages, self.page_size, self.max_num_seqs)
-        self.hauler = Hauler(self.cache, self.plan, num_groups, self.page_size, 1, self.pages_per_haul)
+        self.migrator = Migrator(self.cache, self.plan, num_groups, self.page_size, 1, self.max_transfer_pages)
         self.relief = self.make_relief(self)
         self.scheduler = Scheduler(
             self.cache,
@@ -240,7 +240,7 @@ class ToyEngine:
 
     def _check_pages(self) -> None:
         """While no lane migrates, pools hold the lanes that live there, the staging of prompts, and nothing else."""
-        if self.hauler.is_busy:
+        if self.migrator.is_busy:
             return
         used: Counter[PoolId] = Counter()
         for sequence in self.scheduler.running:
@@ -264,10 +264,10 @@ class ToyEngine:
                 target = self.random.choice([self.plan.home_ranks[stage][group], *self.plan.worker_ranks])
                 if target != source and self.random.random() < 0.5:
                     move = Move(slot=sequence.slot, stage=stage, group=group, source=source, target=target)
-                    self.started += self.hauler.start([move])
+                    self.started += self.migrator.start([move])
 
     def _schedule(self) -> Batch | None:
-        self.committed += self.hauler.land()
+        self.committed += self.migrator.commit()
         return self.scheduler.schedule()
 
     def _send(self, batch: Batch) -> None:
@@ -278,7 +278,7 @@ class ToyEngine:
         ]
         owners = {sequence.slot: placement.owners for sequence, placement in batch.admitted}
         committed, self.committed = self.committed, []
-        pages, transfers = self.cache.take_deltas(), self.hauler.plan({})
+        pages, transfers = self.cache.take_deltas(), self.migrator.plan({})
         self.pipeline[0].append(Command(rows, owners, pages, batch, committed, transfers))
 
     def _finish(self, batch: Batch) -> None:
@@ -308,7 +308,7 @@ class ToyEngine:
         self.slots_in_use.difference_update(batch.released)
         admitted = [sequence for sequence, _ in batch.admitted]
         assert self.slots_in_use.isdisjoint(sequence.slot for sequence in admitted), "a slot is given away twice"
-        assert batch.rows or self.hauler.is_busy
+        assert batch.rows or self.migrator.is_busy
         assert {sequence.id for sequence in admitted} <= ids, "admitted but not computed"
         self.slots_in_use.update(sequence.slot for sequence in admitted)
         assert {row.sequence.slot for row in batch.rows} <= self.slots_in_use

@@ -93,7 +93,7 @@ class Measurer:
         found = Measured(rank=self._rank, seconds=0.0)
         if is_primary:
             wire = wire_format(setup)
-            smallest = wire.request_bytes(1, 0, 0), wire.reply_bytes(1, 0)
+            smallest = wire.request_bytes(1, 0), wire.reply_bytes(1)
             largest = message_limits(setup, setup.plan.primary(command.primary))
             found.request, found.reply = probe_link(link, self._device, smallest, largest, command.seconds)
         else:
@@ -159,7 +159,7 @@ def measure_decode(setup: Setup, scratch: Scratch, max_lanes: int, seconds: floa
     spec, pool_2PSD, device = setup.spec, scratch.pool_2PSD, scratch.pool_2PSD.device
     shape = (max_lanes, spec.queries_per_group, spec.head_dim)
     q_UMD = torch.randn(shape, device=device).to(pool_2PSD.dtype)
-    out_UMD, lse2_UM = torch.empty_like(q_UMD), torch.empty(shape[:2], device=device)
+    out_UMD = torch.empty_like(q_UMD)
     order_U = torch.arange(max_lanes, dtype=torch.int32, device=device)
 
     def prepare(lanes: int, tokens: int) -> Call:
@@ -170,7 +170,7 @@ def measure_decode(setup: Setup, scratch: Scratch, max_lanes: int, seconds: floa
         def call() -> None:
             paged_decode(
                 q_UMD[:lanes], pool_2PSD, table_UW, row_U, row_U, length_U, spec.attention_scale, 0,
-                out_UMD[:lanes], lse2_UM[:lanes], max_length=tokens,
+                out_UMD[:lanes], max_length=tokens,
             )  # fmt: skip
 
         return call
@@ -202,7 +202,6 @@ def measure_prefill(setup: Setup, num_groups: int, device: torch.device, seconds
     scratch = Scratch(setup, (grid[-1][1] + setup.block_size) * token_bytes, device)
     qkv_TGHD = torch.randn(longest, num_groups, M + 2, spec.head_dim, device=device).to(dtype)
     out_TGMD = torch.empty_like(qkv_TGHD[:, :, :M], memory_format=torch.contiguous_format)
-    lse2_TGM = torch.empty(out_TGMD.shape[:3], device=device)
     lane_CG = torch.arange(num_groups, dtype=torch.int32, device=device)[None]
 
     def prepare(tokens: int, context: int) -> Call:
@@ -213,7 +212,7 @@ def measure_prefill(setup: Setup, num_groups: int, device: torch.device, seconds
         def call() -> None:
             paged_prefill(
                 qkv_TGHD[:tokens, :, :M], scratch.pool_2PSD, table_UW, start_C1, lane_CG, context_C,
-                spec.attention_scale, 0, out_TGMD[:tokens], lse2_TGM[:tokens],
+                spec.attention_scale, 0, out_TGMD[:tokens],
             )  # fmt: skip
 
         def call_flash() -> None:

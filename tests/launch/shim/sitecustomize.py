@@ -40,7 +40,7 @@ if _RANK and os.environ.get("RANK") == _RANK and "hetis.driver.driver" not in sy
         measure.Measurer.measure = _fail if _WHEN == "measuring" else _stop  # type: ignore[assignment, method-assign]
     else:
         rank.PrimaryRank.run_step = _fail  # type: ignore[assignment, method-assign]
-        rank.AttentionRank.run_step = _fail  # type: ignore[assignment, method-assign]
+        rank.AttentionWorker.run_step = _fail  # type: ignore[assignment, method-assign]
 
 if "HANGING_DRIVER" in os.environ and "hetis.driver.driver" in sys.orig_argv:
     signal.signal(signal.SIGUSR1, _hang)

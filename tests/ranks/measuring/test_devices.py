@@ -13,13 +13,13 @@ from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer
 from hetis.ranks.measuring.devices import COLD_BYTES, MIN_BYTES, Scratch, affordable, measure_decode, read_bandwidth
 from hetis.ranks.primary import PrimaryRank
 from hetis.ranks.rank import build_member
-from hetis.ranks.worker import AttentionRank
+from hetis.ranks.worker import AttentionWorker
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_fleet import LocalFleet
 from tests.processes.look import DEADLINE
 
 CPU = torch.device("cpu")
-Member = PrimaryRank | AttentionRank
+Member = PrimaryRank | AttentionWorker
 
 
 def build(directory: Path, plan: str) -> tuple[Setup, list[Member]]:
