@@ -5,7 +5,7 @@ import pytest
 from hetis.core.batch import Batch, NewToken
 from hetis.core.placement import FleetView, NoRelief, Placement, PoolId, Shortage
 from hetis.core.request import Sequence
-from hetis.dispatcher.proportional import ProportionalDispatcher
+from hetis.dispatcher.simple_dispatchers import ProportionalDispatcher
 from tests.scheduler.toy_engine import ToyEngine, make_plan, make_sequence, next_token, rows_of
 
 
