@@ -19,8 +19,7 @@ from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
 from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
 from hetis.cost.memory import largest_context
-from hetis.dispatcher.proportional import ProportionalDispatcher
-from hetis.dispatcher.rules import EvenDispatcher, PrimaryOnlyDispatcher
+from hetis.dispatcher.simple_dispatchers import EvenDispatcher, PrimaryOnlyDispatcher, ProportionalDispatcher
 from hetis.scheduler.scheduler import Scheduler
 
 GROUPS, PAGE_SIZE = 8, 16

@@ -14,7 +14,7 @@ from hetis.cache.cache_manager import CacheManager
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
 from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
-from hetis.dispatcher.proportional import ProportionalDispatcher
+from hetis.dispatcher.simple_dispatchers import ProportionalDispatcher
 from hetis.scheduler.scheduler import Scheduler
 
 PROMPT_LEN = 64

@@ -77,8 +77,8 @@ def _add_sizes(group: Group, default: EngineConfig) -> None:
 def _add_placement(group: Group, default: EngineConfig) -> None:
     add = group.add_argument
     how = (
-        "which device gets which head: by measured speed (hetis; highs: the same, solved by HiGHS), by free memory "
-        "(proportional), the same number each (even), or none outside the primaries (primary-only)"
+        "which device gets which head: by measured speed (hetis), by free memory (proportional), the same number each "
+        "(even), or none outside the primaries (primary-only)"
     )
     add("--dispatch", default=default.dispatch, choices=_choices("dispatch"), help=how)
     imbalance = "hysteresis threshold: migrate heads if the slowest device exceeds the ideal time by this fraction"

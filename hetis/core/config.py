@@ -34,9 +34,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enforce_eager: bool = False
     max_logprobs: int = 20  # -1: no limit
     logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs"
-    dispatch: Literal["hetis", "highs", "proportional", "even", "primary-only"] = "hetis"
-    theta: float = 0.5  # lanes move when the slowest device exceeds the lower bound by this fraction
-    migration_budget: int = 256 << 20  # bytes of lanes per second that may move to balance the fleet
+    dispatch: Literal["hetis", "proportional", "even", "primary-only"] = "hetis"
+    theta: float = 0.5  # hysteresis threshold: lanes migrate when the makespan exceeds its lower bound by this fraction
+    migration_budget: int = 256 << 20  # bytes of lanes per second that may migrate to balance the fleet
     profile: str | None = None  # file of a FleetProfile; None: measured at start where there are attention workers
     profile_cache: bool = True  # False: every rank is measured anew and by itself, and nothing is kept
     measure: bool = False  # anew, also where nothing depends on it: what `hetis profile` wants

@@ -12,7 +12,7 @@ from hetis.driver.profile_files import cached_profiles, keep_profiles, load
 from hetis.driver.profiling import Profiling, report_of
 from hetis.driver.start_report import start_lines
 from hetis.engine.engine import Engine
-from hetis.engine.policies import SOLVERS, check_solver, make_policies
+from hetis.engine.policies import SIMPLE, make_policies
 from hetis.engine.setup import make_setup
 
 _log = logging.getLogger("hetis")
@@ -73,7 +73,6 @@ class FleetStart:
         if len(self._hellos) < len(self._ranks):
             return None
         config = self._args.config
-        check_solver(config.dispatch)
         setup, ledger = make_setup(self._args, [self._hellos[rank] for rank in self._ranks])
         if config.profile is not None:  # before the ranks load: it may not fit
             self.report = report_of(load(Path(config.profile), FleetProfile), setup, config.profile)
@@ -95,7 +94,7 @@ class FleetStart:
         if self._num_loaded < len(self._ranks):
             return []
         config = self._args.config
-        is_needed = bool(self.setup.plan.workers) and config.dispatch in SOLVERS
+        is_needed = bool(self.setup.plan.workers) and config.dispatch not in SIMPLE
         if config.profile is not None or not (is_needed or config.measure):
             return []
         known = cached_profiles(self.setup) if config.profile_cache and not config.measure else {}

@@ -79,7 +79,7 @@ class LLM:
         enforce_eager: bool = False,
         max_logprobs: int = 20,
         logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs",
-        dispatch: Literal["hetis", "highs", "proportional", "even", "primary-only"] = "hetis",
+        dispatch: Literal["hetis", "proportional", "even", "primary-only"] = "hetis",
         theta: float = 0.5,
         migration_budget: int = 256 << 20,
         profile: str | Path | None = None,

@@ -1,6 +1,6 @@
-"""Small fleets with known speeds, and views of them, for the rules and for rebalancing."""
+"""Small fleets with known speeds, and views of them, for dispatchers and rebalancing."""
 
-from collections.abc import Sequence
+from collections import abc
 
 from hetis.core.model_spec import ModelSpec
 from hetis.core.placement import FleetView, Placement, PoolId, pools_of
@@ -13,7 +13,7 @@ from hetis.core.profile import (
     ProfileKey,
     TransferProfile,
 )
-from hetis.core.request import Sequence as Request
+from hetis.core.request import Sequence
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.room import pages_of
 
@@ -42,7 +42,7 @@ def make_spec(num_groups: int, num_layers: int = 1, windows: tuple[int, ...] = (
 
 
 def device(speed: float = 1.0, constant_us: float = 0.0, floor_us: float = 0.0) -> DeviceProfile:
-    """At speed 1 a head takes half a microsecond, so a lane of 2 heads 1, and 512 bytes (a token) a hundredth."""
+    """At speed 1 a head takes 0.5 us, so a lane of 2 heads 1 us, and 512 bytes (a token) 0.01 us."""
     attention = AttentionProfile(
         us_per_head=0.5 / speed, us_per_byte=0.01 / 512 / speed, constant_us=constant_us, floor_us=floor_us
     )
@@ -56,9 +56,9 @@ def link(primary: int, worker: int, alpha_us: float, beta_us_per_byte: float = 0
 
 
 def make_cost(
-    plan: Plan, devices: Sequence[DeviceProfile], alpha_us: float = 0.0, dense_us: float = 0.0, **shape: int
+    plan: Plan, devices: abc.Sequence[DeviceProfile], alpha_us: float = 0.0, dense_us: float = 0.0, **shape: int
 ) -> CostModel:
-    """`devices`: by rank. All links have the same latency, all primaries the same dense part."""
+    """`devices`: by rank. All links have the same latency, all primaries the same non-attention time."""
     links = [link(home.rank, worker.rank, alpha_us) for home, worker in plan.links]
     profile = FleetProfile(devices=dict(enumerate(devices)), links=tuple(links))
     cost = CostModel(profile, make_spec(plan.num_groups, **shape), "float32")
@@ -69,7 +69,7 @@ def make_cost(
 
 def make_view(
     plan: Plan,
-    free_pages: Sequence[int],
+    free_pages: abc.Sequence[int],
     held_lanes: dict[PoolId, int] | None = None,
     held_tokens: dict[PoolId, int] | None = None,
 ) -> FleetView:
@@ -85,13 +85,13 @@ def make_view(
     )
 
 
-def check_fits(view: FleetView, placements: Sequence[Placement | None], requests: Sequence[Request]) -> None:
-    """Counts pages lane by lane; all placements together."""
+def check_fits(view: FleetView, placements: abc.Sequence[Placement | None], sequences: abc.Sequence[Sequence]) -> None:
+    """Counts pages lane by lane, of all placements together."""
     free = dict(view.free_pages)
-    for placement, request in zip(placements, requests, strict=True):
+    for placement, sequence in zip(placements, sequences, strict=True):
         if placement is None:
             continue
-        now, later = pages_of(request, view.page_size)
+        now, later = pages_of(sequence, view.page_size)
         for stage, owners in enumerate(placement.owners):
             for group, owner in enumerate(owners):
                 pool, home = PoolId(owner, stage), PoolId(view.plan.home_ranks[stage][group], stage)

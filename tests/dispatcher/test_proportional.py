@@ -9,8 +9,8 @@ from hetis.core.placement import FleetView, Placement, PoolId, pools_of
 from hetis.core.plan import Plan
 from hetis.core.request import Sequence
 from hetis.cost.memory import largest_context
-from hetis.dispatcher.proportional import ProportionalDispatcher, spread
 from hetis.dispatcher.room import pages_of, shortage_when_empty
+from hetis.dispatcher.simple_dispatchers import ProportionalDispatcher, spread
 from tests.dispatcher.fleets import PAGE_SIZE, make_view
 from tests.scheduler.toy_engine import make_plan, make_sequence
 

@@ -1,13 +1,7 @@
-"""What the driver makes of errors, what it refuses before ranks load, and when it has the statistics of all ranks."""
-
-import importlib.util
-
-import pytest
+"""What the driver makes of errors, and when it has the statistics of all ranks."""
 
 from hetis.core.device_info import RankStats
 from hetis.driver.watch import verdict_on
-from hetis.engine import policies
-from hetis.engine.policies import check_solver
 from hetis.engine.statistics import StatsCollector
 
 
@@ -18,14 +12,6 @@ def test_a_value_error_is_the_users_until_the_fleet_is_up_and_then_ours() -> Non
     failed = verdict_on(error, is_up=True)
     assert (str(failed), failed.refused) == ("the driver failed: ValueError: the plan does not fit.", False)
     assert not verdict_on(KeyError(1), is_up=False).refused
-
-
-def test_highs_without_scipy_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(policies, "find_spec", lambda name: None if name == "scipy" else find(name))
-    with pytest.raises(ValueError, match="pip install scipy"):
-        check_solver("highs")
-    check_solver("hetis")
 
 
 def test_statistics_are_those_of_the_last_question() -> None:

@@ -6,7 +6,7 @@ from random import Random
 from hetis.core.placement import Move, PoolId
 from hetis.dispatcher.rebalance import MigrationBudget, Outcome, Rebalancer
 from hetis.dispatcher.residents import Resident
-from hetis.dispatcher.rules import PrimaryOnlyDispatcher
+from hetis.dispatcher.simple_dispatchers import PrimaryOnlyDispatcher
 from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, make_plan, make_sequence

@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
+from hetis.dispatcher.hetis_dispatcher import HetisDispatcher
 from hetis.dispatcher.rebalance import Rebalancer
-from hetis.dispatcher.rules import HetisDispatcher
 from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, alone, churn, make_plan, make_sequence

@@ -112,7 +112,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         ({"dtype": "float8"}, ["dtype is 'float8'; known: auto, float32, bfloat16, float16."]),
         ({"load_format": "pickle"}, ["load_format is 'pickle'; known: auto, safetensors, dummy."]),
         ({"logprobs_mode": "processed"}, ["known: raw_logprobs, raw_logits."]),
-        ({"dispatch": "best"}, ["known: hetis, highs, "]),
+        ({"dispatch": "best"}, ["known: hetis, proportional, "]),
         ({"block_size": 0}, ["block_size"]),
         ({"block_size": "32"}, ["block_size"]),
         ({"max_model_len": -1}, ["max_model_len"]),

@@ -18,9 +18,9 @@ import pytest
 
 from hetis.core.batch import Batch
 from hetis.core.placement import Dispatcher
-from hetis.dispatcher.proportional import ProportionalDispatcher
+from hetis.dispatcher.hetis_dispatcher import HetisDispatcher
 from hetis.dispatcher.rebalance import Rebalancer
-from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
+from hetis.dispatcher.simple_dispatchers import EvenDispatcher, PrimaryOnlyDispatcher, ProportionalDispatcher
 from hetis.engine.balancer import Balancer
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence

@@ -2,7 +2,7 @@
 
 from hetis.core.placement import FleetView, NoRelief, Placement, PoolId, Shortage
 from hetis.core.request import Sequence
-from hetis.dispatcher.proportional import ProportionalDispatcher
+from hetis.dispatcher.simple_dispatchers import ProportionalDispatcher
 from tests.scheduler.stepping import answer, engine_of, finish, step
 from tests.scheduler.toy_engine import ToyEngine, make_plan, make_sequence, rows_of
 

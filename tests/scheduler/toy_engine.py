@@ -23,7 +23,7 @@ from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.spans import spans
 from hetis.cost.memory import largest_context
-from hetis.dispatcher.proportional import ProportionalDispatcher
+from hetis.dispatcher.simple_dispatchers import ProportionalDispatcher
 from hetis.scheduler.scheduler import Scheduler
 
 VOCABULARY = 97

@@ -1,4 +1,4 @@
-"""Each rule under the scheduler: all requests complete on small fleets that run out of pages, and none is stuck."""
+"""Dispatchers under the scheduler: on small fleets that run out of pages all requests complete."""
 
 from random import Random
 
@@ -6,14 +6,15 @@ import pytest
 
 from hetis.core.placement import Dispatcher
 from hetis.core.plan import Plan
-from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
+from hetis.dispatcher.hetis_dispatcher import HetisDispatcher
+from hetis.dispatcher.simple_dispatchers import EvenDispatcher, PrimaryOnlyDispatcher
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, make_plan, make_sequence
 
-RULES = "hetis", "hetis with a useless worker", "even", "primary-only"
+DISPATCHERS = "hetis", "hetis with a useless worker", "even", "primary-only"
 
 
-def make_rule(name: str, plan: Plan) -> Dispatcher:
+def make_dispatcher(name: str, plan: Plan) -> Dispatcher:
     if name == "even":
         return EvenDispatcher()
     if name == "primary-only":
@@ -24,15 +25,15 @@ def make_rule(name: str, plan: Plan) -> Dispatcher:
     return HetisDispatcher(cost)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", DISPATCHERS)
 @pytest.mark.parametrize("groups", [[[8]], [[5, 3]], [[3], [3]], [[2, 1], [1, 1, 1], [3]], [[0, 2, 0], [2]]], ids=str)
-def test_all_requests_complete(rule: str, groups: list[list[int]]) -> None:
-    random = Random(f"{rule} {groups}")
+def test_all_requests_complete(name: str, groups: list[list[int]]) -> None:
+    random = Random(f"{name} {groups}")
     plan = make_plan(groups, 2)
     biggest = max(max(counts) for counts in groups)
     num_pages = {rank: 30 if plan.is_worker(rank) else biggest * 7 for rank in plan.ranks}
-    engine = ToyEngine(plan, num_pages, random=random, dispatcher=make_rule(rule, plan))
+    engine = ToyEngine(plan, num_pages, random=random, dispatcher=make_dispatcher(name, plan))
     sequences = [make_sequence(i, random.randint(1, 20), random.randint(1, 31)) for i in range(25)]
     engine.serve(sequences)
     owners = {owner for batch in engine.batches for _, placement in batch.admitted for owner in placement.owners[0]}
-    assert owners.isdisjoint(plan.worker_ranks) == (rule == "primary-only" or "useless" in rule)
+    assert owners.isdisjoint(plan.worker_ranks) == (name == "primary-only" or "useless" in name)

@@ -1,5 +1,6 @@
-"""Random min-max problems that can be enumerated, and what every placement must obey."""
+"""Random placement problems small enough to enumerate, the enumeration, and the constraints of every placement."""
 
+from itertools import product
 from random import Random
 
 from hetis.dispatcher.problem import Counts, Problem
@@ -25,8 +26,28 @@ def tiny_problem(rng: Random, num_sequences: int, num_devices: int) -> Problem:
     )
 
 
-def check_fits(problem: Problem, counts: Counts) -> None:
-    """Every lane is somewhere, at home only its own, and within the pages of each device."""
+def num_counts(problem: Problem) -> int:
+    """Upper bound on the number of placements."""
+    return (problem.num_lanes + 1) ** (problem.num_devices * problem.num_sequences)
+
+
+def all_counts(problem: Problem) -> list[Counts]:
+    """Every placement that fits: the brute-force oracle."""
+    ways = [way for way in product(*(range(most + 1) for most in problem.most_lanes)) if sum(way) == problem.num_lanes]
+    found = []
+    for rows in product(ways, repeat=problem.num_sequences):
+        counts = [list(column) for column in zip(*rows, strict=True)]
+        taken = [
+            sum(count * pages for count, pages in zip(held, problem.pages(device), strict=True))
+            for device, held in enumerate(counts)
+        ]
+        if all(pages <= free for pages, free in zip(taken, problem.free_pages, strict=True)):
+            found.append(counts)
+    return found
+
+
+def check_counts(problem: Problem, counts: Counts) -> None:
+    """All lanes are placed, at home only its own, and within the pages of each device."""
     assert len(counts) == problem.num_devices
     for j in range(problem.num_sequences):
         assert sum(held[j] for held in counts) == problem.num_lanes

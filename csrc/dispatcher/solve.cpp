@@ -1,3 +1,6 @@
+// Several sequences are inserted longest first or fitted under a limit, whichever is better; then lanes are exchanged.
+// Each step is left out once the lower bound proves that the makespan is good enough. Last, lanes go home.
+
 #include <algorithm>
 #include <functional>
 
@@ -6,14 +9,16 @@
 namespace hetis {
 namespace {
 
-constexpr int kFits = 8;  // as in balance.py
+constexpr int kFits = 8;  // limits that first fit tries
 
+// Each lane goes to the device that then takes least time. Exact for one sequence: the time of device i with n lanes
+// rises with n, so the makespan is the G-th smallest among the times of all (i, n).
 Counts insert(const Problem& problem) {
   const int64_t num_devices = problem.num_devices, num_sequences = problem.num_sequences;
   std::vector<double> busy_us(problem.start_us, problem.start_us + num_devices);
   std::vector<int64_t> free(problem.free_pages, problem.free_pages + num_devices);
   Counts counts(problem.size());
-  std::vector<std::pair<double, int64_t>> places;  // a heap, the least loaded device first
+  std::vector<std::pair<double, int64_t>> places;  // a heap: (time with one lane more, device), the least first
   places.reserve(num_devices);
   const auto later = std::greater<>();
   const auto place = [&](int64_t j, int64_t device) {
@@ -43,8 +48,8 @@ Counts insert(const Problem& problem) {
   return counts;
 }
 
-// Any placement within the pages, when inserting finds none.
-Counts fit_somehow(const Problem& problem) {
+// Any placement within the pages, under a limit that no placement exceeds; for when insertion finds none.
+Counts fit_any(const Problem& problem) {
   double all_us = 0.0;
   for (int64_t j = 0; j < problem.num_sequences; ++j) {
     double dearest_us = problem.lanes(0)[j];
@@ -58,7 +63,7 @@ Counts fit_somehow(const Problem& problem) {
   return first_fit(problem, begin_us + static_cast<double>(problem.num_lanes) * all_us);
 }
 
-// By bisection around the peak of what was inserted.
+// First fit under the least limit for which it succeeds, by bisection around the makespan of insertion.
 Counts fit(const Problem& problem, Bound& bound, double inserted_us) {
   Counts best;
   double lowest_us = inserted_us * 0.5, next_us = inserted_us * 0.98, highest_us = inserted_us * 1.05;
@@ -68,7 +73,7 @@ Counts fit(const Problem& problem, Bound& bound, double inserted_us) {
       lowest_us = next_us;
     } else {
       best = std::move(found);
-      highest_us = peak_us(problem, best);
+      highest_us = makespan_us(problem, best);
       if (bound.is_good(highest_us)) break;
     }
     next_us = (lowest_us + highest_us) / 2;
@@ -76,9 +81,10 @@ Counts fit(const Problem& problem, Bound& bound, double inserted_us) {
   return best;
 }
 
-void homeward(const Problem& problem, Counts& counts) {
+// Moves lanes from workers to their homes wherever that does not raise the makespan.
+void send_home(const Problem& problem, Counts& counts) {
   const int64_t num_sequences = problem.num_sequences;
-  const double limit_us = peak_us(problem, counts);
+  const double limit_us = makespan_us(problem, counts);
   for (int64_t home = 0; home < problem.num_homes; ++home) {
     const double* costs = problem.lanes(home);
     int64_t* held = counts.data() + home * num_sequences;
@@ -103,18 +109,20 @@ void homeward(const Problem& problem, Counts& counts) {
 
 }  // namespace
 
-Counts balance(const Problem& problem) {
+Counts solve(const Problem& problem) {
   Counts best = insert(problem);
   if (problem.num_sequences > 1) {
     Bound bound(problem);
-    const auto is_good = [&] { return !best.empty() && bound.is_good(peak_us(problem, best)); };
+    const auto is_good = [&] { return !best.empty() && bound.is_good(makespan_us(problem, best)); };
     if (!is_good()) {
-      Counts fitted = best.empty() ? fit_somehow(problem) : fit(problem, bound, peak_us(problem, best));
-      if (!fitted.empty() && (best.empty() || peak_us(problem, fitted) <= peak_us(problem, best))) best = fitted;
+      Counts fitted = best.empty() ? fit_any(problem) : fit(problem, bound, makespan_us(problem, best));
+      const bool is_better =
+          !fitted.empty() && (best.empty() || makespan_us(problem, fitted) <= makespan_us(problem, best));
+      if (is_better) best = std::move(fitted);
       if (!best.empty() && !is_good()) exchange(problem, best);
     }
   }
-  if (!best.empty()) homeward(problem, best);
+  if (!best.empty()) send_home(problem, best);
   return best;
 }
 

@@ -1,4 +1,4 @@
-"""The rules of placement: what they decide in cases that can be decided by hand, and what holds in all."""
+"""Dispatchers: their decisions in cases that can be decided by hand, and what holds in all."""
 
 from random import Random
 
@@ -12,10 +12,11 @@ from hetis.core.plan import Plan
 from hetis.core.profile import AttentionProfile
 from hetis.core.request import Sequence
 from hetis.dispatcher.admission import Admission
-from hetis.dispatcher.balance import balance
+from hetis.dispatcher.hetis_dispatcher import HetisDispatcher
 from hetis.dispatcher.load import FleetLoad, stage_devices
 from hetis.dispatcher.room import shortage_of
-from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
+from hetis.dispatcher.simple_dispatchers import EvenDispatcher, PrimaryOnlyDispatcher
+from hetis.dispatcher.solver import Solver, choose_solver
 from tests.dispatcher.fleets import check_fits, device, make_cost, make_view
 from tests.scheduler.toy_engine import make_plan, make_sequence
 
@@ -159,7 +160,7 @@ def test_a_very_slow_worker_is_better_than_nothing_if_attention_hardly_matters()
         assert (None if placement is None else counts_of(placement)) == expected
 
 
-def test_shortage_says_who_lacks_how_much() -> None:
+def test_a_shortage_names_ranks_and_pages() -> None:
     plan = make_plan([[4]], 1)
     sequence = make_sequence(0, 16, 100)  # 4 pages now, 5 later
     assert shortage_of(sequence, make_view(plan, [20, 0])) is None
@@ -179,7 +180,7 @@ def test_even_and_primary_only() -> None:
     assert PrimaryOnlyDispatcher().assign(sequences, full) == [None, None]
 
 
-def test_nobody_overtakes() -> None:
+def test_no_sequence_overtakes() -> None:
     plan = make_plan([[4]], 1)
     view = make_view(plan, [30, 0])
     sequences = [make_sequence(0, 100, 5), make_sequence(1, 4, 5)]
@@ -187,7 +188,7 @@ def test_nobody_overtakes() -> None:
         assert rule.assign(sequences, view) == [None, None]
 
 
-def test_who_waits_behind_does_not_change_what_a_step_will_take() -> None:
+def test_sequences_that_wait_do_not_change_the_time_of_a_step() -> None:
     """Memory forces two lanes of a short sequence onto each worker.
 
     The first worker is slow with long lanes, the second one with short ones: which is weak depends on what is placed.
@@ -200,13 +201,14 @@ def test_who_waits_behind_does_not_change_what_a_step_will_take() -> None:
         for a, b in ((0.5, 0.05), (10.0, 0.01))
     )
     cost = make_cost(plan, [device(), slow_with_bytes, slow_with_heads])
-    view, short, long = make_view(plan, [4, 4, 80]), make_sequence(0, 4, 5), make_sequence(1, 300, 5)
-    alone, followed = (Admission(cost, balance, waiting, view).decide(1) for waiting in ([short], [short, long]))
+    solver, view = choose_solver(), make_view(plan, [4, 4, 80])
+    short, long = make_sequence(0, 4, 5), make_sequence(1, 300, 5)
+    alone, followed = (Admission(cost, solver, waiting, view).decide(1) for waiting in ([short], [short, long]))
     assert alone.counts == [[[0], [2], [2]]]
     assert followed == alone
 
 
-def random_case(rng: Random) -> tuple[Plan, FleetView, list[Sequence], HetisDispatcher]:
+def random_case(rng: Random, solver: Solver) -> tuple[Plan, FleetView, list[Sequence], HetisDispatcher]:
     homes = [[3]], [[2, 1]], [[1, 1, 1]], [[4], [1, 3]], [[2], [2], [2]], [[1, 0, 0]], [[0, 2], [1, 0, 1]]
     plan = make_plan(rng.choice(homes), rng.randint(0, 3))
     devices = [
@@ -218,27 +220,27 @@ def random_case(rng: Random) -> tuple[Plan, FleetView, list[Sequence], HetisDisp
     tokens = {pool: count * rng.randint(1, 30) for pool, count in lanes.items()}
     view = make_view(plan, [rng.choice((rng.randint(-3, 9), rng.randint(0, 60), 500)) for _ in pools], lanes, tokens)
     sequences = [make_sequence(i, rng.randint(1, 25), rng.randint(1, 40)) for i in range(rng.randint(1, 5))]
-    return plan, view, sequences, HetisDispatcher(cost)
+    return plan, view, sequences, HetisDispatcher(cost, solver)
 
 
 @given(st.integers(0, 1 << 30))
 @settings(max_examples=250)
-def test_all_rules_keep_what_a_dispatcher_promises(seed: int) -> None:
-    _, view, sequences, hetis = random_case(Random(seed))
+def test_all_dispatchers_keep_the_contract(solver: Solver, seed: int) -> None:
+    _, view, sequences, hetis = random_case(Random(seed), solver)
     rules: list[Dispatcher] = [hetis, EvenDispatcher(), PrimaryOnlyDispatcher()]
     for rule in rules:
         placements = rule.assign(sequences, view)
         assert placements == rule.assign(sequences, view), "the same view gives the same placements"
         check_fits(view, placements, sequences)
         missing = [placement is None for placement in placements]
-        assert missing == sorted(missing), "none is overtaken"
+        assert missing == sorted(missing), "no sequence overtakes"
 
 
 @given(st.integers(0, 1 << 30))
 @settings(max_examples=100)
-def test_who_fits_an_empty_fleet_is_placed(seed: int) -> None:
+def test_a_sequence_that_fits_an_empty_fleet_is_placed(solver: Solver, seed: int) -> None:
     """No deadlock: when none is running, the first sequence is taken if there is any way."""
-    plan, view, sequences, rule = random_case(Random(seed))
+    plan, view, sequences, rule = random_case(Random(seed), solver)
     pages = [max(0, count) for count in view.free_pages.values()]
     [placement] = rule.assign(sequences[:1], make_view(plan, pages))
     assert (placement is None) == (shortage_of(sequences[0], make_view(plan, pages)) is not None)

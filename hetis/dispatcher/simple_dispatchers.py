@@ -1,9 +1,82 @@
-"""Lanes in proportion to free pages: the simplest rule that uses all memory."""
+"""Dispatchers that know no speeds: by free pages, the same number everywhere, and on the primaries alone.
+
+They serve fleets whose speeds were not measured, and comparison. Each is a function of its arguments.
+"""
+
+from collections.abc import Callable
 
 from hetis.core.placement import FleetView, Placement, PoolId
 from hetis.core.plan import Plan
 from hetis.core.request import Sequence
-from hetis.dispatcher.room import lacking, pages_of
+from hetis.dispatcher.insertion import insert
+from hetis.dispatcher.load import StageDevices, stage_devices
+from hetis.dispatcher.problem import Problem
+from hetis.dispatcher.room import Pages, Room, lacking, pages_of
+
+PlaceStage = Callable[[StageDevices, list[int], Pages], list[int] | None]  # stage, free pages [N], pages -> lanes [N]
+
+
+class EvenDispatcher:
+    """The same number of lanes on every device as far as pages allow; homes get the ones left over."""
+
+    def assign(self, sequences: list[Sequence], view: FleetView) -> list[Placement | None]:
+        return _in_order(sequences, view, _evenly)
+
+    def why_not(self, sequence: Sequence, view: FleetView) -> str:
+        return lacking(sequence, view)
+
+
+class PrimaryOnlyDispatcher:
+    """All lanes at home, as if there were no attention workers."""
+
+    def assign(self, sequences: list[Sequence], view: FleetView) -> list[Placement | None]:
+        return _in_order(sequences, view, _at_home)
+
+    def why_not(self, sequence: Sequence, view: FleetView) -> str:
+        return lacking(sequence, view)
+
+
+def _in_order(sequences: list[Sequence], view: FleetView, place: PlaceStage) -> list[Placement | None]:
+    """No sequence overtakes: after the first that does not fit there are no more placements."""
+    stages = stage_devices(view.plan)
+    room = Room(stages, view)
+    placements: list[Placement | None] = [None] * len(sequences)
+    for index, sequence in enumerate(sequences):
+        pages = pages_of(sequence, view.page_size)
+        if not room.take_prompt(pages):
+            break
+        counts = [place(stage, free, pages) for stage, free in zip(stages, room.free, strict=True)]
+        found = [row for row in counts if row is not None]
+        if len(found) < len(stages):
+            break
+        room.take_lanes(found, pages)
+        placements[index] = Placement(owners=tuple(stage.owners(row) for stage, row in zip(stages, found, strict=True)))
+    return placements
+
+
+def _evenly(stage: StageDevices, free: list[int], pages: Pages) -> list[int] | None:
+    """[N] lanes of one sequence: the placement problem in which a lane costs the same on every device."""
+    num_devices = len(stage.pools)
+    problem = Problem(
+        num_lanes=stage.num_lanes,
+        num_homes=stage.num_homes,
+        start_us=[0.0] * num_devices,
+        floor_us=[0.0] * num_devices,
+        lane_us=[[1.0]] * num_devices,
+        most_lanes=list(stage.most_lanes),
+        home_pages=[pages.growth],
+        worker_pages=[pages.later],
+        free_pages=[max(0, left) for left in free],
+    )
+    counts = insert(problem, [0])
+    return None if counts is None else [held[0] for held in counts]
+
+
+def _at_home(stage: StageDevices, free: list[int], pages: Pages) -> list[int] | None:
+    groups = stage.most_lanes[: stage.num_homes]
+    if any(count * pages.growth > left for count, left in zip(groups, free, strict=False)):
+        return None
+    return [*groups, *[0] * (len(stage.pools) - stage.num_homes)]
 
 
 class ProportionalDispatcher:
@@ -26,7 +99,7 @@ class ProportionalDispatcher:
         return lacking(sequence, view)
 
     def _place(self, sequence: Sequence, view: FleetView, left: dict[PoolId, int]) -> Placement | None:
-        """Takes what it places out of `left`."""
+        """Takes the pages of what it places out of `left`."""
         now, later = pages_of(sequence, view.page_size)
         # Homes of a stage choose one after the other. If a later one finds no place on the workers then, each keeps as
         # much as it can: that succeeds whenever a placement exists.
@@ -67,9 +140,9 @@ def _place_stage(plan: Plan, stage: int, now: int, later: int, left: dict[PoolId
 def spread(num_lanes: int, weights: list[int], capacities: list[int]) -> list[int] | None:
     """Lanes per place in proportion to `weights`, at most `capacities`; None when they do not fit.
 
-    One lane after the other goes where most is missing, ties to the first place. Without limits that is the rule of
-    largest remainders; with them it still minimises the squared distance to the exact shares, which is convex and
-    separable. Integers throughout, so that every machine decides the same. Negative weights and capacities count as 0.
+    Each lane goes to the place that lacks most of its share, ties to the first place. Without capacities that is the
+    rule of largest remainders; with them it still minimises the squared distance to the exact shares, which is convex
+    and separable. Negative weights and capacities count as 0.
     """
     if sum(max(0, capacity) for capacity in capacities) < num_lanes:
         return None
