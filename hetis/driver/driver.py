@@ -26,10 +26,10 @@ from hetis.core.config import DriverArgs, Joining
 from hetis.core.device_info import DeviceInfo, RankStats
 from hetis.core.logs import set_up_logging
 from hetis.driver.fleet_start import FleetStart
+from hetis.driver.front_ends import StatsCollector
 from hetis.driver.trace import TraceFile
 from hetis.driver.watch import FleetFailedError, Watch, verdict_on
 from hetis.engine.engine import Engine
-from hetis.engine.statistics import StatsCollector
 from hetis.processes import children, supervision
 
 POLL_MILLISECONDS = 200
@@ -117,7 +117,7 @@ class Driver:
     def _step(self) -> None:
         if self._engine is None:
             return
-        while (command := self._engine.step()) is not None:
+        while (command := self._engine.step(time.monotonic())) is not None:
             self._watch.on_step(command.step)
             self._broadcast(command)
         if outputs := self._engine.take_outputs():

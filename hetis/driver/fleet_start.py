@@ -74,7 +74,8 @@ class FleetStart:
             return None
         config = self._args.config
         check_solver(config.dispatch)
-        setup, ledger = make_setup(self._args, [self._hellos[rank] for rank in self._ranks])
+        fleet = [self._hellos[rank] for rank in self._ranks]
+        setup, ledger = make_setup(config, self._args.spec, self._args.plan, fleet, self._args.eos_token_ids)
         if config.profile is not None:  # before the ranks load: it may not fit
             self.report = report_of(load(Path(config.profile), FleetProfile), setup, config.profile)
         self._setup = setup

@@ -5,10 +5,10 @@ import importlib.util
 import pytest
 
 from hetis.core.device_info import RankStats
+from hetis.driver.front_ends import StatsCollector
 from hetis.driver.watch import verdict_on
 from hetis.engine import policies
 from hetis.engine.policies import check_solver
-from hetis.engine.statistics import StatsCollector
 
 
 def test_a_value_error_is_the_users_until_the_fleet_is_up_and_then_ours() -> None:

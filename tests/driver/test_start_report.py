@@ -1,6 +1,6 @@
 """The lines that a start leaves in the log: true, few, and without what is as usual."""
 
-from hetis.core.config import DriverArgs, EngineConfig
+from hetis.core.config import EngineConfig
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import Setup
 from hetis.driver.start_report import start_lines
@@ -13,16 +13,6 @@ GIBI = 1 << 30
 def setup_of(config: EngineConfig, devices: list[tuple[str, str, int]]) -> Setup:
     """On devices of (kind, name, threads), each on a host of its own."""
     _, spec, plan = plan_for(config)
-    args = DriverArgs(
-        config=config,
-        spec=spec,
-        plan=plan,
-        eos_token_ids=[],
-        run_directory="",
-        address=None,
-        announce=False,
-        parent=0,
-    )
     fleet = [
         DeviceInfo(
             rank=rank, device=device, name=name, host=f"host {rank}", address="", pid=rank, num_threads=threads,
@@ -30,7 +20,7 @@ def setup_of(config: EngineConfig, devices: list[tuple[str, str, int]]) -> Setup
         )
         for rank, (device, name, threads) in enumerate(devices)
     ]  # fmt: skip
-    setup, _ = make_setup(args, fleet)
+    setup, _ = make_setup(config, spec, plan, fleet, eos_token_ids=[])
     return setup
 
 
