@@ -136,7 +136,7 @@ def _measure_latencies(options: argparse.Namespace) -> list[float]:
 
 def _check(options: argparse.Namespace) -> None:
     """What can be seen before a fleet starts: ValueError for it."""
-    from hetis.launch.member import plan_for
+    from hetis.launch.checks import plan_for
 
     if options.output_json is not None:
         check_writable(options.output_json, OUTPUT, (options.plan, options.profile, options.trace))

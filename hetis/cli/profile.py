@@ -39,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from hetis.frontend.client import EngineClient
-    from hetis.launch.member import plan_for
+    from hetis.launch.checks import plan_for
 
     if options.output is not None:
         check_writable(options.output, OUTPUT, (options.plan, options.profile, options.trace))  # before measuring
     config = engine_config(options)
     _, spec, plan = plan_for(config)
-    client = EngineClient(config, plan)
+    client = EngineClient(config, plan, measure=True)
     try:
         client.wait_until_ready()
         report = client.ask(ProfileQuery(), ProfileReport)

@@ -17,7 +17,7 @@ from typing import cast
 import msgspec
 import torch
 
-from hetis.processes import supervision
+from hetis.processes import failure, supervision
 from hetis.processes.limits import usable_cores
 
 WORD_BYTES = 128  # a counter has its cache line to itself, and the neighbour that the processor fetches with it
@@ -91,7 +91,7 @@ class Peer:
 
     def check(self) -> None:
         if not self.is_alive():
-            raise ConnectionError(f"rank {self.rank} (pid {self.pid}) {supervision.end_of(self.pid)}.")
+            raise ConnectionError(f"rank {self.rank} (pid {self.pid}) {failure.end_of(self.pid)}.")
 
     def close(self) -> None:
         if self._pidfd is not None:

@@ -36,7 +36,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     migration_budget: int = 256 << 20  # bytes of lanes per second that may move to balance the fleet
     profile: str | None = None  # file of a FleetProfile; None: measured at start where there are attention workers
     profile_cache: bool = True  # False: every rank is measured anew and by itself, and nothing is kept
-    measure: bool = False  # anew, also where nothing depends on it: what `hetis profile` wants
     trace: str | None = None  # file for a Chrome trace of what every rank does
     step_timeout: float = 60.0  # seconds without a sign of life before a rank counts as dead
     oversubscribe: bool = False  # start more ranks than the host has room for
@@ -69,12 +68,13 @@ class DriverArgs(msgspec.Struct, frozen=True, kw_only=True):
     """What rank 0 hands to the driver it starts."""
 
     config: EngineConfig
+    measure: bool = False  # every device and link anew, also where placement does not depend on it: `hetis profile`
     spec: ModelSpec
     plan: Plan
     eos_token_ids: list[int]
     run_directory: str  # private directory for unix sockets
     address: str | None  # address to bind for ranks on other hosts; None: unix sockets only
-    announce: bool  # print the verdict of a failure (under torchrun no other process does)
+    announce: bool  # print the reason of a failure: under torchrun no front end reads it
     parent: int  # pid of rank 0
 
 

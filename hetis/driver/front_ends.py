@@ -1,6 +1,34 @@
-"""Front ends as the driver tells them apart: whose sequences these are, and which of them ask for statistics."""
+"""Front ends as the driver tells them apart: the ids of their sequences, and their questions for statistics."""
+
+from collections.abc import Iterable
 
 from hetis.core.device_info import RankStats
+from hetis.core.messages import TokenOutput
+
+
+class SequenceIds:
+    """Ids of sequences at the engine: the number of the front end, then the id that it chose.
+
+    Front ends number their requests independently, so two of them use equal ids.
+    """
+
+    def __init__(self) -> None:
+        self._fronts: list[bytes] = []
+        self._numbers: dict[bytes, int] = {}
+
+    def to_engine(self, front: bytes, own_id: str) -> str:
+        if front not in self._numbers:
+            self._numbers[front] = len(self._fronts)
+            self._fronts.append(front)
+        return f"{self._numbers[front]}:{own_id}"
+
+    def by_front(self, outputs: Iterable[TokenOutput]) -> dict[bytes, list[TokenOutput]]:
+        """The outputs of each front end, in order, with its own ids."""
+        found: dict[bytes, list[TokenOutput]] = {}
+        for output in outputs:
+            number, _, output.id = output.id.partition(":")
+            found.setdefault(self._fronts[int(number)], []).append(output)
+        return found
 
 
 class StatsCollector:

@@ -75,7 +75,7 @@ class Balancer:
         return {pool: lacking[pool] for pool in relief.exhausted}
 
     def residents(self, running: Iterable[Sequence]) -> list[Resident]:
-        """What the rebalancer knows of running sequences. Lanes in prefill and migrating lanes are not movable."""
+        """Running sequences as the rebalancer sees them; those in prefill or with migrating lanes are not movable."""
         cache = self._cache
         return [
             Resident(

@@ -22,7 +22,7 @@ from hetis.frontend.progress import progress_bar
 from hetis.frontend.prompts import Prompt, ReadPrompt, read_params, read_prompts
 from hetis.frontend.requests import Piece, Request
 from hetis.frontend.tokenizer import encode, load_tokenizer
-from hetis.launch.member import plan_for
+from hetis.launch.checks import plan_for
 
 _log = logging.getLogger("hetis")
 
@@ -57,7 +57,6 @@ class LLM:
         migration_budget: int = 256 << 20,
         profile: str | Path | None = None,
         profile_cache: bool = True,
-        measure: bool = False,
         trace: str | Path | None = None,
         step_timeout: float = 60.0,
         oversubscribe: bool = False,

@@ -1,4 +1,4 @@
-"""Ranks that know the truth about themselves, and answer when they are told to measure it."""
+"""Ranks with known speeds, which answer requests to measure them."""
 
 from collections.abc import Iterable, Mapping
 from random import Random
@@ -32,7 +32,7 @@ def make_plan(homes: list[int], num_workers: int) -> Plan:
 
 
 def answer(rank: int, message: Measure | MeasureLink) -> Measured:
-    """Times in proportion to the rank's number."""
+    """Times are proportional to the number of the rank."""
     slow = float(rank + 1)
     sizes = [2**k for k in range(4, 16)]
     if isinstance(message, MeasureLink):
@@ -47,7 +47,7 @@ def answer(rank: int, message: Measure | MeasureLink) -> Measured:
 
 
 class Fleet:
-    """Ranks that answer when they are told to. Checks that no measurement disturbs another."""
+    """Ranks that answer measurements, and check that no measurement disturbs another."""
 
     def __init__(self, plan: Plan, where: list[tuple[str, str, str]]) -> None:
         """`where`: host, device and name of each rank."""
@@ -112,7 +112,7 @@ class Fleet:
         return [rank for rank, m in self.asked if isinstance(m, Measure) and m.part == part]
 
     def links(self) -> list[tuple[int, int]]:
-        """That were measured; both ends must have been asked."""
+        """The measured links, of which both ends must have been asked."""
         messages = [(rank, m) for rank, m in self.asked if isinstance(m, MeasureLink)]
         assert [rank for rank, _ in messages] == [end for _, m in messages[::2] for end in (m.primary, m.worker)]
         return [(m.primary, m.worker) for _, m in messages[::2]]
