@@ -19,8 +19,8 @@ def migrate_at_random() -> None:
     random = Random(0)
     plain = Engine._move_lanes
 
-    def move_lanes(self: Engine) -> None:
-        plain(self)
+    def move_lanes(self: Engine, now: float) -> None:
+        plain(self, now)
         if self._num_steps % (rest + moving) < rest:
             return
         plan, cache = self._setup.plan, self.cache

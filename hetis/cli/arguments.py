@@ -121,7 +121,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int, tem
 def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `LLM` from parsed options."""
     names = {*EngineConfig.__struct_fields__} & {*vars(options)}
-    return {name: getattr(options, name) for name in sorted(names)} | {"measure": options.command == "profile"}
+    return {name: getattr(options, name) for name in sorted(names)}
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:

@@ -140,7 +140,7 @@ def _measure_latencies(options: argparse.Namespace) -> list[float]:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ValueError for errors that can be found before the fleet starts."""
-    from hetis.launch.member import plan_for
+    from hetis.launch.checks import plan_for
 
     if options.output_json is not None:
         check_writable(options.output_json, OUTPUT, (options.plan, options.profile, options.trace))

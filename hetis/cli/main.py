@@ -12,8 +12,8 @@ from hetis.cli.parser import CommandParser
 from hetis.cli.version import version_text
 from hetis.core.logs import VARIABLE, set_up_logging
 from hetis.frontend.console import drop_output, prepare_streams, write, write_message
-from hetis.launch import member as launch
-from hetis.launch.torchrun import under_torchrun
+from hetis.launch import torchrun
+from hetis.launch.member import run_member
 
 # exit codes: those that shells report for processes killed by these signals
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -79,9 +79,9 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
     if "model" in options:
         os.environ[VARIABLE] = options.log_level  # inherited by the processes of the fleet
         set_up_logging("")
-        if under_torchrun():
-            launch.run_member(engine_config(options), argv)
-    is_child = launch.fleet_directory is not None
+        if torchrun.under_torchrun():
+            run_member(engine_config(options), measure=options.command == "profile", front_argv=argv)
+    is_child = torchrun.fleet_directory is not None
     from hetis.frontend.channel import EngineDeadError
 
     if is_interruptible:
@@ -100,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Under torchrun every rank parses the same command line, and only rank 0 writes.
     """
     with ExitStack() as silence:
-        if under_torchrun() and os.environ.get("RANK") != "0":
+        if torchrun.under_torchrun() and os.environ.get("RANK") != "0":
             nowhere = silence.enter_context(open(os.devnull, "w"))
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))

@@ -41,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measures the fleet, writes the profile to the user's file, and shows it on standard output."""
     from hetis.frontend.client import EngineClient
-    from hetis.launch.member import plan_for
+    from hetis.launch.checks import plan_for
 
     if options.output is not None:
         check_writable(options.output, OUTPUT, (options.plan, options.profile, options.trace))  # before measuring
     config = engine_config(options)
     _, spec, plan = plan_for(config)
-    client = EngineClient(config, plan)
+    client = EngineClient(config, plan, measure=True)
     try:
         client.wait_until_ready()
         report = client.ask(ProfileQuery(), ProfileReport)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hetis.launch import member as launch
+from hetis.launch import torchrun
 
 SourcePrompt = str | list[int]
 
@@ -47,7 +47,7 @@ def text_of_argument(argument: str) -> str:
 
 def input_is_redirected() -> bool:
     """Whether standard input is a pipe or file. Under torchrun it belongs to torchrun and is read on request only."""
-    if launch.fleet_directory is not None:
+    if torchrun.fleet_directory is not None:
         return False
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode

@@ -17,7 +17,7 @@ from typing import cast
 import msgspec
 import torch
 
-from hetis.processes import supervision
+from hetis.processes import failure, supervision
 from hetis.processes.limits import usable_cores
 
 WORD_BYTES = 128  # a counter has its cache line to itself, and the line that processors prefetch with it
@@ -92,7 +92,7 @@ class Peer:
     def check(self) -> None:
         """Raises ConnectionError, naming rank, pid and cause, if the process has ended."""
         if not self.is_alive():
-            raise ConnectionError(f"rank {self.rank} (pid {self.pid}) {supervision.end_of(self.pid)}.")
+            raise ConnectionError(f"rank {self.rank} (pid {self.pid}) {failure.end_of(self.pid)}.")
 
     def close(self) -> None:
         if self._pidfd is not None:

@@ -39,7 +39,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     migration_budget: int = 256 << 20  # bytes of lanes per second that may migrate to balance the fleet
     profile: str | None = None  # file of a FleetProfile; None: measured at start where there are attention workers
     profile_cache: bool = True  # False: every rank is measured anew and by itself, and nothing is kept
-    measure: bool = False  # anew, also where nothing depends on it: what `hetis profile` wants
     trace: str | None = None  # file for a Chrome trace of what every rank does
     step_timeout: float = 60.0  # seconds without an answer after which a rank counts as failed
     oversubscribe: bool = False  # start more ranks than the host has memory and cores for
@@ -72,12 +71,13 @@ class DriverArgs(msgspec.Struct, frozen=True, kw_only=True):
     """Arguments of the driver process, which rank 0 starts."""
 
     config: EngineConfig
+    measure: bool = False  # every device and link anew, also where placement does not depend on it: `hetis profile`
     spec: ModelSpec
     plan: Plan
     eos_token_ids: list[int]
     run_directory: str  # private directory of the unix sockets
     address: str | None  # to bind for ranks on other hosts; None: unix sockets only
-    announce: bool  # print the cause of a failure (under torchrun no other process does)
+    announce: bool  # print the reason of a failure: under torchrun no front end reads it
     parent: int  # pid of rank 0
 
 

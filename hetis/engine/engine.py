@@ -1,8 +1,8 @@
-"""The engine: requests in, steps out, tokens back. No sockets here; `driver.py` carries the messages."""
+"""The engine: requests in, steps out, tokens back. It has neither a clock nor sockets: time comes in with each call."""
 
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from math import inf
 
 from hetis.cache.cache_manager import CacheManager
 from hetis.cache.migration import Migrator
@@ -20,25 +20,25 @@ from hetis.engine.policies import Policies
 from hetis.engine.statistics import member_stats
 from hetis.scheduler.scheduler import Scheduler
 
-LOG_SECONDS = 10.0  # between two lines about sequences that wait
+LOG_SECONDS = 10.0  # between two log lines about a sequence that waits
 
 _log = logging.getLogger("hetis")
 _MIX = 0x9E3779B97F4A7C15  # odd, for spreading request numbers over seeds
 
 
 class Engine:
-    """All requests of one fleet, from `add` until their last token, and the steps in flight."""
+    """All requests of one fleet, from `add` until their last token, and the steps in flight.
 
-    def __init__(
-        self,
-        setup: Setup,
-        policies: Policies,
-        migration_budget: int = 0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`migration_budget`: bytes per second. `clock`: seconds, for what happens now and then."""
+    A function of the calls: the same requests, results and times in the same order give the same steps.
+    """
+
+    def __init__(self, setup: Setup, policies: Policies, migration_budget: int = 0) -> None:
+        """`migration_budget`: bytes per second that lanes may move to balance the fleet.
+
+        Of `setup` it uses the model, the plan and the sizes; `fleet`, `model` and the like are for ranks.
+        """
         spec, plan = setup.spec, setup.plan
-        self._setup, self._dispatcher, self._clock = setup, policies.dispatcher, clock
+        self._setup, self._dispatcher = setup, policies.dispatcher
         self.cache = CacheManager(plan, spec.num_head_groups, setup.num_pages, setup.block_size, setup.max_num_seqs)
         token_bytes = spec.kv_bytes_per_token(1, setup.dtype)
         self.migrator = Migrator(
@@ -46,7 +46,7 @@ class Engine:
         )
         self._balancer, self._observer = None, None
         if policies.rebalancer is not None and policies.cost is not None:
-            self._balancer = Balancer(self.cache, self.migrator, policies.rebalancer, migration_budget, clock)
+            self._balancer = Balancer(self.cache, self.migrator, policies.rebalancer, migration_budget)
             self._observer = Observer(policies.cost, plan)
         self.scheduler = Scheduler(
             self.cache,
@@ -59,7 +59,7 @@ class Engine:
         )
         self._in_flight: dict[int, Batch] = {}
         self._committed: list[Move] = []  # finished migrations that no command has announced
-        self._logged = -LOG_SECONDS
+        self._last_log = -inf
         self._num_steps, self._num_dispatches = 0, 0
         self._num_arrivals = 0
         self._outputs: list[TokenOutput] = []
@@ -67,21 +67,24 @@ class Engine:
 
     @property
     def num_in_flight(self) -> int:
-        """Number of steps without a result so far."""
+        """Steps that have been sent and not come back."""
         return len(self._in_flight)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def add(self, request: AddRequest) -> None:
-        """Queues a sequence. One that can never run is answered at once with the reason."""
+        """Queues a sequence; one that can never run is answered at once with the reason."""
         try:
             self._queue(request)
         except ValueError as error:
             self._outputs.append(TokenOutput(id=request.id, token_ids=[], finish_reason="error", error=str(error)))
 
     def _queue(self, request: AddRequest) -> None:
-        """Raises ValueError for a sequence that can never run. Repeats the checks of the front end, whose mistake would
-        otherwise reach the ranks, which serve other front ends as well."""
+        """Raises ValueError for a sequence that can never run.
+
+        Front ends have checked their requests; the engine checks again, since a mistake would end in the ranks, which
+        serve other front ends as well.
+        """
         params, arrival = request.params, self._num_arrivals
         self._num_arrivals += 1
         params.validate_for(self._setup.spec.vocab_size, max_logprobs=-1)
@@ -118,10 +121,13 @@ class Engine:
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def step(self) -> StepCommand | None:
-        """The next step for the whole fleet, or None when nothing can start now."""
-        self._migrate()
-        self._explain_waiting()
+    def step(self, now: float) -> StepCommand | None:
+        """The next step for the whole fleet, or None when nothing can start.
+
+        `now`: seconds on any one clock that never goes back; it decides when the balance is checked and a line logged.
+        """
+        self._migrate(now)
+        self._explain_waiting(now)
         batch = self.scheduler.schedule()
         if batch is None:
             return None
@@ -131,29 +137,29 @@ class Engine:
         self._num_dispatches += len(batch.admitted)
         return command
 
-    def _migrate(self) -> None:
-        """Commits migrations whose pages are all transferred, and starts others if the fleet is out of balance."""
+    def _migrate(self, now: float) -> None:
+        """Commits finished migrations, and starts others if the fleet is out of balance."""
         self._committed += self.migrator.commit()
         if self._balancer is not None:
-            self._balancer.balance(self.scheduler.running, self.scheduler.refused)
+            self._balancer.balance(self.scheduler.running, self.scheduler.refused, now)
 
-    def _explain_waiting(self) -> None:
-        """Says now and then why the first of the queue is not admitted."""
-        waiting, now = self.scheduler.refused, self._clock()
-        if waiting is None or now - self._logged < LOG_SECONDS:
+    def _explain_waiting(self, now: float) -> None:
+        """Logs why the first sequence of the queue is not admitted, at most once in `LOG_SECONDS`."""
+        waiting = self.scheduler.refused
+        if waiting is None or now - self._last_log < LOG_SECONDS:
             return
         reason = self._dispatcher.why_not(waiting, self.cache.view())
         if reason:  # else there is a place by now
-            self._logged = now
+            self._last_log = now
             _log.info("request %s waits: %s.", waiting.id, reason)
 
     def on_times(self, times: StepTimes) -> None:
-        """Times that a rank measured in a step."""
+        """Takes the times that a rank measured in a step."""
         if self._observer is not None:
             self._observer.on_times(times)
 
     def on_result(self, result: StepResult) -> None:
-        """Appends the tokens of a step, queues them for output, and frees the pages of sequences that ended."""
+        """Appends and streams the tokens of a step, and frees the pages of sequences that ended."""
         batch = self._in_flight.pop(result.step)
         self._keep_prompt_logprobs(batch, result)
         for index, new in enumerate(self.scheduler.on_tokens(batch, result.tokens, result.errors.keys())):
@@ -185,21 +191,21 @@ class Engine:
         )
 
     def _transfer_bytes(self, batch: Batch) -> Mapping[int, float]:
-        """Bytes of pages by worker and message: few in a step with rows, so that it takes no longer; without a limit
-        where all sequences wait for the pages."""
-        return self._observer.haul_bytes if self._observer is not None and batch.rows else {}
+        """Most bytes of pages by worker: few beside rows, so that the step takes no longer; no limit without rows."""
+        return self._observer.page_bytes if self._observer is not None and batch.rows else {}
 
     def _keep_prompt_logprobs(self, batch: Batch, result: StepResult) -> None:
         for index, found in result.prompt_logprobs.items():
             row = batch.rows[index]
             if row.sequence.finish_reason is None:
-                before = self._prompt_logprobs.get(row.sequence.id, []) if row.start else []  # it may be recomputed
+                # a prompt that begins again was preempted: drop what has been kept of it
+                before = self._prompt_logprobs.get(row.sequence.id, []) if row.start else []
                 self._prompt_logprobs[row.sequence.id] = before + found
 
     # --- statistics ---------------------------------------------------------------------------------------------------
 
     def fleet_stats(self, stats: Mapping[int, RankStats]) -> FleetStats:
-        """The fleet's table, from the cache, the policies and what the ranks counted."""
+        """The fleet's table. `stats`: what each rank has counted, all ranks."""
         balancer = self._balancer
         return FleetStats(
             members=member_stats(self._setup, self.cache, stats, self._observer),

@@ -1,4 +1,4 @@
-"""The fleet's table: what the cache, the policies and the ranks know, in one answer."""
+"""The fleet's table: what the cache, the policies and the ranks know of each member."""
 
 from collections.abc import Mapping
 
@@ -8,37 +8,6 @@ from hetis.cache.cache_manager import CacheManager
 from hetis.core.device_info import RankStats
 from hetis.core.messages import DeviceModel, MemberStats, Setup
 from hetis.engine.observer import Observer
-
-
-class StatsCollector:
-    """Gathers what all ranks have counted, for the front ends that ask while it does."""
-
-    def __init__(self, num_ranks: int) -> None:
-        self._num_ranks = num_ranks
-        self._stats: dict[int, RankStats] = {}
-        self._asking: set[bytes] = set()  # front ends
-        self.num_missing = 0  # answers of ranks
-
-    def ask(self, front: bytes) -> bool:
-        """Whether the ranks are to be asked now; if not, they have been."""
-        is_first = not self._asking
-        self._asking.add(front)
-        return is_first
-
-    def begin(self) -> None:
-        """The ranks have been asked."""
-        self.num_missing += self._num_ranks
-
-    def on_stats(self, stats: RankStats) -> dict[int, RankStats] | None:
-        """Those of all ranks, when the last one has answered all that it was asked."""
-        self._stats[stats.rank] = stats
-        self.num_missing -= 1
-        return None if self.num_missing else self._stats
-
-    def take_asking(self) -> set[bytes]:
-        """The front ends that have asked since the last call."""
-        asking, self._asking = self._asking, set()
-        return asking
 
 
 def member_stats(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from hetis.processes.children import open_standard_descriptors
+from hetis.processes.start import open_standard_descriptors
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

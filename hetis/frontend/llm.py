@@ -20,7 +20,7 @@ from hetis.frontend.progress import progress_bar
 from hetis.frontend.prompts import Prompt, ReadPrompt, read_params, read_prompts
 from hetis.frontend.requests import Piece, Request
 from hetis.frontend.tokenizer import encode, load_tokenizer
-from hetis.launch.member import plan_for
+from hetis.launch.checks import plan_for
 
 _log = logging.getLogger("hetis")
 
@@ -47,13 +47,12 @@ class LLM:
     - enforce_eager: compute linear layers with plain torch, not with hetis's kernels; slower, for debugging.
     - max_logprobs: most log-probabilities per token that a request may ask for; -1: no limit.
     - logprobs_mode: "raw_logprobs" (nats) or "raw_logits"; before biases, penalties and temperature.
-    - dispatch: placement of head groups: by measured speed ("hetis", "highs"), by free memory ("proportional"), the
+    - dispatch: placement of head groups: by measured speed ("hetis"), by free memory ("proportional"), the
       same number on each device ("even"), or all on the primaries ("primary-only").
     - theta: hysteresis threshold: lanes migrate when the slowest device exceeds the lower bound by this fraction.
     - migration_budget: most bytes of KV cache per second that migrate to balance the fleet; 0: none.
     - profile: file that `hetis profile` wrote; None: measured at start if there are attention workers.
     - profile_cache: False: measure every rank anew and by itself, and keep nothing for later starts.
-    - measure: measure anew, also where nothing depends on it, as `hetis profile` does.
     - trace: file for a Chrome trace of what every rank does; None: no trace.
     - step_timeout: seconds without an answer after which a rank counts as failed.
     - oversubscribe: start more ranks than the host has memory and cores for.
@@ -84,7 +83,6 @@ class LLM:
         migration_budget: int = 256 << 20,
         profile: str | Path | None = None,
         profile_cache: bool = True,
-        measure: bool = False,
         trace: str | Path | None = None,
         step_timeout: float = 60.0,
         oversubscribe: bool = False,
@@ -98,7 +96,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens, block_size=block_size, kv_cache_memory=kv_cache_memory,
             seed=seed, enforce_eager=enforce_eager, max_logprobs=max_logprobs, logprobs_mode=logprobs_mode,
             dispatch=dispatch, theta=theta, migration_budget=migration_budget, profile=profile,
-            profile_cache=profile_cache, measure=measure, trace=trace, step_timeout=step_timeout,
+            profile_cache=profile_cache, trace=trace, step_timeout=step_timeout,
             oversubscribe=oversubscribe, progress=progress, **unknown,
         )  # fmt: skip
         _, spec, resolved = plan_for(config)

@@ -119,7 +119,7 @@ def test_numbers_at_their_limits_are_accepted() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_the_engine_has_its_default(command: list[str]) -> None:
     options = build_parser().parse_args(command)
-    assert engine_config(options) == EngineConfig(measure=command == ["profile"])
+    assert engine_config(options) == EngineConfig()
     assert {*EngineConfig.__struct_fields__} - {*engine_arguments(options)} == {"logprobs_mode"}
 
 

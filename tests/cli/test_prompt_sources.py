@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hetis.cli.prompt_sources import EXAMPLES, parse_prompts, prompts_of, read_prompt_file
-from hetis.launch import member as launch
+from hetis.launch import torchrun
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ class TestSources:
         assert self.prompts(prompt=["this"]) == ["this"]
 
     def test_under_torchrun_the_pipe_is_not_read(self, pipe: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(launch, "fleet_directory", Path("/somewhere"))
+        monkeypatch.setattr(torchrun, "fleet_directory", Path("/somewhere"))
         assert self.prompts() == [*EXAMPLES]
 
     def test_a_file_is_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

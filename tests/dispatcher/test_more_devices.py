@@ -58,7 +58,7 @@ def load_us(devices: list[DeviceProfile], pages: list[int], alpha_us: float, see
     now = 0.0
 
     def balancer(engine: ToyEngine) -> Balancer | None:
-        return Balancer(engine.cache, engine.migrator, Rebalancer(cost), 1e9, lambda: now) if moves else None
+        return Balancer(engine.cache, engine.migrator, Rebalancer(cost), 1e9) if moves else None
 
     engine = TimedEngine(
         plan,
@@ -76,7 +76,7 @@ def load_us(devices: list[DeviceProfile], pages: list[int], alpha_us: float, see
         now += INTERVAL_SECONDS / 4
         if isinstance(engine.relief, Balancer):
             engine.committed += engine.migrator.commit()
-            engine.relief.balance(engine.scheduler.running, engine.scheduler.refused)
+            engine.relief.balance(engine.scheduler.running, engine.scheduler.refused, now)
         engine.step()
     engine.check_idle()
     return engine.time_us

@@ -1,4 +1,4 @@
-"""Profiles keep what they are given, and say what is wrong with a file."""
+"""Profiles in files, the cache, and errors for files that cannot be used."""
 
 from pathlib import Path
 
@@ -140,5 +140,5 @@ def test_without_a_place_for_the_cache_one_line_says_so(
         monkeypatch.setenv("HOME", home)
         keep_profiles([KIND, KIND])
         [record] = caplog.records
-        assert record.getMessage().startswith("what was measured is not kept: ")
+        assert record.getMessage().startswith("measurements are not kept for later starts: ")
         caplog.clear()

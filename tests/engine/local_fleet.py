@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from hetis.comm.rendezvous import LocalRendezvous
-from hetis.core.config import DriverArgs, EngineConfig
+from hetis.core.config import EngineConfig
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import AddRequest, Setup, StepCommand, StepResult, StepTimes, TokenOutput
 from hetis.core.messages.step_command import decode
@@ -86,6 +86,7 @@ class LocalFleet:
         clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ) -> None:
+        """`clock`: seconds, for what the engine does at intervals."""
         options.setdefault("device", default_device)
         options.setdefault("kv_cache_memory", 4 << 20)
         config = EngineConfig(model=str(directory), plan=plan, max_logprobs=-1, **options)
@@ -93,22 +94,12 @@ class LocalFleet:
         if config.load_format != "dummy":
             spec = with_own_head(spec, directory)
         resolved = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
-        args = DriverArgs(
-            config=config,
-            spec=spec,
-            plan=resolved,
-            eos_token_ids=[],
-            run_directory="",
-            address=None,
-            announce=False,
-            parent=os.getpid(),
-        )
         self._devices = [torch.device(member.device) for member in resolved.members]
         sum_in_float32()
         fleet = [_device(rank, device) for rank, device in enumerate(self._devices)]
-        self.setup, self.ledger = make_setup(args, fleet)
+        self.setup, self.ledger = make_setup(config, spec, resolved, fleet, eos_token_ids=[])
         policies = Policies(dispatcher) if dispatcher else make_policies(config, self.setup, flat_profile(self.setup))
-        self.engine = Engine(self.setup, policies, config.migration_budget, clock)
+        self.engine, self._clock = Engine(self.setup, policies, config.migration_budget), clock
         self._commands: list[queue.SimpleQueue[StepCommand | None]] = [queue.SimpleQueue() for _ in fleet]
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
         self.times: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()
@@ -153,7 +144,7 @@ class LocalFleet:
 
     def turn(self, *, check: bool = False) -> None:
         """Sends every step that can start, then takes one result."""
-        while (command := self.engine.step()) is not None:
+        while (command := self.engine.step(self._clock())) is not None:
             for commands in self._commands:
                 commands.put(command)
         self.most_in_flight = max(self.most_in_flight, self.engine.num_in_flight)

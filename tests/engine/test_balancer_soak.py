@@ -1,4 +1,4 @@
-"""The real rules, balancer and migrator on random fleets that are too small: every request is served."""
+"""Dispatcher, balancer and migration on random fleets that are too small: every request is served, no page is lost."""
 
 from random import Random
 
@@ -14,7 +14,7 @@ GROUPS = [[4]], [[2, 1]], [[3], [2, 1]], [[2], [2]], [[1, 1]], [[0, 1]], [[2, 0]
 
 
 class Soak:
-    """One fleet with a clock of its own, whose devices become faster and slower."""
+    """One fleet whose devices become faster and slower, with time of its own."""
 
     def __init__(self, seed: int) -> None:
         self.random = random = Random(seed)
@@ -38,14 +38,14 @@ class Soak:
 
     def make_balancer(self, engine: ToyEngine) -> Balancer:
         budget = self.random.choice((0, 50, 1e5, 1e9))
-        self.balancer = Balancer(engine.cache, engine.migrator, Rebalancer(self.cost), budget, lambda: self.now)
+        self.balancer = Balancer(engine.cache, engine.migrator, Rebalancer(self.cost), budget)
         return self.balancer
 
     def turn(self) -> None:
         engine, random = self.engine, self.random
         self.now += INTERVAL_SECONDS / 5
         engine.committed += engine.migrator.commit()
-        self.balancer.balance(engine.scheduler.running, engine.scheduler.refused)
+        self.balancer.balance(engine.scheduler.running, engine.scheduler.refused, self.now)
         if random.random() < 0.1:
             slowness = random.choice((1.0, 1.0, 3.0, 10.0))
             for rank, profile in enumerate(self.devices):
@@ -55,7 +55,7 @@ class Soak:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_everybody_is_served_and_nothing_is_lost(seed: int) -> None:
+def test_every_request_is_served_and_no_page_is_lost(seed: int) -> None:
     soak = Soak(seed)
     engine, random = soak.engine, soak.random
     context = engine.max_model_len
@@ -68,8 +68,8 @@ def test_everybody_is_served_and_nothing_is_lost(seed: int) -> None:
         assert sequence.id in aborted or sequence.token_ids == tokens
 
 
-def test_the_soak_covers_what_it_is_for() -> None:
-    """Moves for balance and for pages, steps without rows, preemptions, and moves that are given up."""
+def test_the_soak_reaches_all_that_it_is_for() -> None:
+    """Migrations for balance and for pages, steps without rows, preemptions, and cancelled migrations."""
     soaks = [Soak(seed) for seed in range(12)]
     cancelled = 0
     for soak in soaks:

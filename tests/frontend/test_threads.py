@@ -20,7 +20,7 @@ from hetis import LLM, SamplingParams
 from hetis.frontend.channel import EngineDeadError
 from hetis.frontend.client import EngineClient, ForkedError
 from hetis.frontend.options import make_config
-from hetis.launch.member import plan_for
+from hetis.launch.checks import plan_for
 from tests.processes.look import DEADLINE, wait_until
 
 PROMPTS = ["The function returns", "It was", "In the beginning of the", "A list is"]

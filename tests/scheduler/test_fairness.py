@@ -93,7 +93,7 @@ def fair_engine(policy: str, groups: list[list[int]], num_workers: int, random: 
 
     def balancer(engine: ToyEngine) -> Balancer | None:
         rebalancer = Rebalancer(cost)
-        return Balancer(engine.cache, engine.migrator, rebalancer, 0, lambda: 0.0) if "moves" in policy else None
+        return Balancer(engine.cache, engine.migrator, rebalancer, 0) if "moves" in policy else None
 
     rules: dict[str, Dispatcher] = {
         "primary-only": PrimaryOnlyDispatcher(),

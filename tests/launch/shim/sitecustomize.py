@@ -1,7 +1,7 @@
-"""Put on PYTHONPATH by tests: lets one rank raise (in a step, while it loads, while it measures) or stop in measuring;
-lets the driver hang at SIGUSR1; takes system calls away that a sandbox may forbid.
+"""Tests put this on PYTHONPATH: it makes one rank raise (in a step, in loading, in measuring) or stop in measuring,
+makes the driver hang at SIGUSR1, and removes system calls that a sandbox may forbid.
 
-Product code has no such hook.
+hetis itself has no such hook.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""How processes of a fleet begin: what is on their path, which descriptors they have, and where they work."""
+"""How processes of a fleet start: their path, their descriptors, and their working directory."""
 
 import os
 import subprocess
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hetis.processes import children
+from hetis.processes import start
 
-BEGIN = "from hetis.comm import children; children.begin(); "
+BEGIN = "from hetis.processes import start; start.begin(); "
 
 
 def python(code: str, shell: str = "", cwd: Path | None = None, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -24,32 +24,30 @@ def test_nothing_is_imported_from_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "hetis").mkdir()
     search = [sys.executable, "-m", "shadow"]
     assert subprocess.run(search, cwd=tmp_path, check=True, capture_output=True).stdout == b"shadowed\n"
-    command = children.command("shadow")
+    command = start.command("shadow")
     assert subprocess.run(command, cwd=tmp_path, check=False, capture_output=True).returncode == 1
-    done = subprocess.run(children.command("hetis", "--help"), cwd=tmp_path, check=True, capture_output=True)
+    done = subprocess.run(start.command("hetis", "--help"), cwd=tmp_path, check=True, capture_output=True)
     assert b"generate" in done.stdout
 
 
-def test_a_child_looks_where_the_interpreter_of_its_parent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert children.command("a", "b", "c")[1:] == ["-P", "-m", "a", "b", "c"]
-    said = subprocess.run(
-        [sys.executable, "-E", "-s", "-c", "from hetis.comm import children; print(*children.command('a')[1:])"],
+def test_a_child_imports_from_where_its_parents_interpreter_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start.command("a", "b", "c")[1:] == ["-P", "-m", "a", "b", "c"]
+    printed = subprocess.run(
+        [sys.executable, "-E", "-s", "-c", "from hetis.processes import start; print(*start.command('a')[1:])"],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    assert said == "-P -E -s -m a\n"
+    assert printed == "-P -E -s -m a\n"
     monkeypatch.setattr(sys, "executable", "")
     with pytest.raises(ValueError, match=r"sys\.executable"):
-        children.command("a")
+        start.command("a")
 
 
 @pytest.mark.parametrize(
     ("before", "after"), [("/a:/b", "/a:/b"), (":/a", "/a"), ("/a:", "/a"), ("/a::/b", "/a:/b"), (".:/a", ".:/a")]
 )
-def test_only_entries_that_were_meant_stay_on_the_path(
-    monkeypatch: pytest.MonkeyPatch, before: str, after: str
-) -> None:
+def test_empty_entries_are_removed_from_the_path(monkeypatch: pytest.MonkeyPatch, before: str, after: str) -> None:
     monkeypatch.setenv("PYTHONPATH", before)
-    assert children.environment() == os.environ | {"PYTHONPATH": after}
+    assert start.environment() == os.environ | {"PYTHONPATH": after}
 
 
 def test_python_m_hetis_imports_nothing_from_the_working_directory(tmp_path: Path) -> None:
@@ -80,7 +78,7 @@ def test_descriptors_that_the_shell_closed_are_there(tmp_path: Path, closed: str
 
 
 @pytest.mark.parametrize("sink", ["2> /dev/full", "2> >(:)"])
-def test_messages_that_cannot_be_written_end_nothing(sink: str) -> None:
+def test_a_process_outlives_messages_that_cannot_be_written(sink: str) -> None:
     code = (
         f"{BEGIN}import sys, time, logging; print('ü' * 100000, file=sys.stderr, flush=True); logging.error('x');"
         "sys.stderr.flush(); print('alive')"
@@ -95,7 +93,7 @@ def test_messages_are_written_whatever_the_encoding() -> None:
     assert (done.returncode, done.stderr) == (0, "\\xfc \\u4f60\n")
 
 
-def test_a_working_directory_that_is_gone_is_left(tmp_path: Path) -> None:
+def test_a_deleted_working_directory_is_left(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     leave = f"mkdir {gone}; cd {gone}; rmdir {gone};"
     assert python("import os; os.getcwd()", leave).returncode == 1
@@ -104,6 +102,6 @@ def test_a_working_directory_that_is_gone_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hard", [64, 256])
-def test_as_many_files_as_are_allowed(hard: int) -> None:
+def test_the_limit_of_open_files_is_raised_to_the_hard_one(hard: int) -> None:
     done = python(f"{BEGIN}import resource; print(*resource.getrlimit(7))", f"ulimit -Sn 64; ulimit -Hn {hard};")
     assert done.stdout == f"{hard} {hard}\n"

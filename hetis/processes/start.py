@@ -1,7 +1,7 @@
-"""How the processes of a fleet are started, so that the user's surroundings do not decide what they do.
+"""How a process of a fleet starts, so that the user's environment does not change what it does.
 
-They import nothing from the working directory, which `python -m` would put first on the path; they have standard
-descriptors, whatever the shell closed, and output that cannot be written does not end them.
+It imports nothing from the working directory, which `python -m` would put first on the path; it has the standard
+descriptors that the shell closed, and output that cannot be written does not end it.
 """
 
 import io
@@ -13,19 +13,22 @@ from typing import Any
 
 from hetis.processes import supervision
 
-MOST_FILES = 1 << 16  # open in one process
+MAX_OPEN_FILES = 1 << 16
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """The command line for `module` in a process of its own, with this interpreter. ValueError where there is none."""
+    """The command line that runs `module` with this interpreter. Raises ValueError where Python does not know it."""
     if not sys.executable:
-        raise ValueError("this program does not know its Python interpreter (sys.executable): hetis starts it again.")
+        raise ValueError(
+            "sys.executable is empty, and hetis starts its processes with it; run this program with `python`, or set "
+            "sys.executable to the path of the interpreter."
+        )
     flags = [flag for flag, is_set in (("-E", sys.flags.ignore_environment), ("-s", sys.flags.no_user_site)) if is_set]
     return [sys.executable, "-P", *flags, "-m", module, *arguments]
 
 
 def environment() -> dict[str, str]:
-    """That of this process. An empty entry of PYTHONPATH (`$PYTHONPATH:/more`) would be the working directory."""
+    """This process's, without empty entries of PYTHONPATH (`$PYTHONPATH:/more`): they mean the working directory."""
     variables = dict(os.environ)
     if "PYTHONPATH" in variables:
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, variables["PYTHONPATH"].split(os.pathsep)))
@@ -33,7 +36,7 @@ def environment() -> dict[str, str]:
 
 
 def begin(parent: int | None = None) -> None:
-    """First act of every process of a fleet. `parent`: the process with which this one ends."""
+    """The first call of every process of a fleet. `parent`: pid of the process with which this one ends."""
     if parent is not None:
         supervision.die_with_parent(parent)
     leave_deleted_directory()
@@ -44,7 +47,7 @@ def begin(parent: int | None = None) -> None:
 
 
 def leave_deleted_directory() -> None:
-    """Libraries (MKL, transformers) fail at start in a working directory that is gone. No path is relative to it."""
+    """Leaves a working directory that has been deleted: libraries (MKL, transformers) fail to start in one."""
     try:
         os.getcwd()
     except OSError:
@@ -52,7 +55,7 @@ def leave_deleted_directory() -> None:
 
 
 def open_standard_descriptors() -> None:
-    """Where the shell has closed one (`>&-`), the next file that is opened would take its number, and all output."""
+    """Opens those that the shell has closed (`>&-`), whose numbers, and output, the next files opened would get."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -64,16 +67,16 @@ def open_standard_descriptors() -> None:
 
 
 def raise_file_limit() -> None:
-    """To the hard limit: the driver has some descriptors per rank, and ranks some per link."""
+    """Raises the soft limit to the hard one: the driver has some descriptors per rank, and ranks some per link."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(OSError, ValueError):  # a sandbox may forbid it
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _Lenient(io.FileIO):
-    """Drops what cannot be written: the reader of a pipe is gone, a disk is full."""
+    """Drops what cannot be written, when the reader of a pipe has gone or a disk is full."""
 
     def write(self, data: Any, /) -> int:
         try:
