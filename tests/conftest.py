@@ -39,12 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     from hetis.dispatcher import native
     from hetis_kernels import extension
 
-    if (problem := extension.problem()) is not None:
+    if (problem := extension.problem() or native.problem()) is not None:
         raise pytest.UsageError(problem)
-    try:
-        native.load()
-    except ImportError as error:
-        raise pytest.UsageError(str(error)) from None
 
 
 def own_group(controller: str) -> Path:

@@ -69,6 +69,15 @@ def _flat(problem: Problem) -> tuple[bytes, bytes]:
     return pack("4q", num_devices, num_sequences, problem.num_lanes, problem.num_homes), arrays
 
 
+def problem() -> str | None:
+    """Why the solver cannot be used; None if it can."""
+    try:
+        load()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
 def load() -> NativeSolver:
     """The solver, from the library beside this file. ImportError, with cause and remedy, where it cannot be used."""
     libraries = sorted(FOLDER.glob("_solver*.so"))
