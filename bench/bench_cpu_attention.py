@@ -58,12 +58,12 @@ def decode_calls(
     pool, shuffled = make_pool(num_lanes, tokens, head_dim, page_size, dtype)
     in_order = torch.arange(shuffled.numel()).int().view_as(shuffled)
     q = torch.randn(num_lanes, queries, head_dim).to(dtype)
-    out, lse2 = torch.empty_like(q), torch.empty(num_lanes, queries)
+    out = torch.empty_like(q)
     lane = torch.arange(num_lanes).int()
     length = torch.full_like(lane, tokens)
 
     def decode(pool: torch.Tensor, table: torch.Tensor) -> None:
-        paged_decode(q, pool, table, lane, lane, length, head_dim**-0.5, 0, out, lse2, backend="cpu")
+        paged_decode(q, pool, table, lane, lane, length, head_dim**-0.5, 0, out, backend="cpu")
 
     pools = [pool.clone() for _ in range(layers)]
     return (
@@ -118,11 +118,11 @@ def prefill_row(name: str, rounds: int, tokens: int, context: int, queries: int,
     groups, dtype = 8, DTYPES[name]
     pool, table = make_pool(groups, context, head_dim, 16, dtype)
     q = torch.randn(tokens, groups, queries, head_dim).to(dtype)
-    out, lse2 = torch.empty_like(q), torch.empty(tokens, groups, queries)
+    out = torch.empty_like(q)
     index = [torch.tensor([0, tokens]).int(), torch.arange(groups).int()[None], torch.tensor([context]).int()]
 
     def call() -> None:
-        paged_prefill(q, pool, table, *index, head_dim**-0.5, 0, out, lse2, backend="cpu")
+        paged_prefill(q, pool, table, *index, head_dim**-0.5, 0, out, backend="cpu")
 
     k, v = (
         half[table.long()].view(groups, context, head_dim).repeat_interleave(queries, 0)[None].contiguous()

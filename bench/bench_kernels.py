@@ -63,11 +63,11 @@ def decode_cases(dtype: torch.dtype) -> Iterator[Case]:
     ):
         pool, table = paged_lanes(num_lanes, length, head_dim, dtype)
         q = torch.randn(num_lanes, num_queries, head_dim, dtype=dtype)
-        out, lse2 = torch.empty_like(q), torch.empty(num_lanes, num_queries)
+        out = torch.empty_like(q)
         lanes = torch.randperm(num_lanes).int()
         lengths = torch.full((num_lanes,), length).int()
 
-        def decode(arguments: Any = (q, pool, table, lanes, lanes, lengths, 0.1, 0, out, lse2)) -> None:
+        def decode(arguments: Any = (q, pool, table, lanes, lanes, lengths, 0.1, 0, out)) -> None:
             hk.paged_decode(*arguments)
 
         shape = f"U={num_lanes} length={length} M={num_queries} D={head_dim}"
@@ -78,12 +78,12 @@ def prefill_cases(dtype: torch.dtype) -> Iterator[Case]:
     for num_chunks, length, num_queries, head_dim in ((4, 2048, 4, 128), (1, 8192, 4, 128), (16, 512, 2, 64)):
         pool, table = paged_lanes(8 * num_chunks, length, head_dim, dtype)
         q = torch.randn(num_chunks * length, 8, num_queries, head_dim, dtype=dtype)
-        out, lse2 = torch.empty_like(q), torch.empty(q.shape[:3])
+        out = torch.empty_like(q)
         start = torch.arange(num_chunks + 1).int() * length
         lanes = torch.arange(8 * num_chunks).int().view(num_chunks, 8)
         context = torch.full((num_chunks,), length).int()
 
-        def prefill(arguments: Any = (q, pool, table, start, lanes, context, 0.1, 0, out, lse2)) -> None:
+        def prefill(arguments: Any = (q, pool, table, start, lanes, context, 0.1, 0, out)) -> None:
             hk.paged_prefill(*arguments)
 
         shape = f"C={num_chunks} length={length} G=8 M={num_queries} D={head_dim}"
@@ -107,9 +107,6 @@ def row_cases(dtype: torch.dtype) -> Iterator[Case]:
     pages, buffer = torch.randperm(1024)[:512].int(), torch.empty(512, 32, 2, PAGE_SIZE, 128, dtype=dtype)
     yield Case("page_gather", "N=512 L=32", lambda: hk.page_gather(layers, pages, buffer), 2 * buffer.nbytes)
     yield Case("page_scatter", "N=512 L=32", lambda: hk.page_scatter(buffer, pages, layers), 2 * buffer.nbytes)
-    out, lse2 = torch.randn(4096 * 8, 4, 128, dtype=dtype), torch.randn(4096 * 8, 4)
-    merge = (out, lse2, out.clone(), lse2.clone(), torch.empty_like(out), torch.empty_like(lse2))
-    yield Case("merge_states", "N=32768 M=4 D=128", lambda: hk.merge_states(*merge), 3 * (out.nbytes + lse2.nbytes))
     angles, position = torch.randn(4096, 128), torch.arange(4096)
     weight = torch.ones(128, dtype=dtype)
     rope = (qkv, 4, weight, weight, 1e-6, angles, position)

@@ -12,15 +12,14 @@ from collections import deque
 from random import Random
 from typing import NamedTuple
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.core.batch import Batch
 from hetis.core.placement import Dispatcher
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
 from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
 from hetis.cost.memory import largest_context
-from hetis.dispatcher.proportional import ProportionalDispatcher
-from hetis.dispatcher.rules import EvenDispatcher, PrimaryOnlyDispatcher
+from hetis.dispatcher.simple_dispatchers import EvenDispatcher, PrimaryOnlyDispatcher, ProportionalDispatcher
 from hetis.scheduler.scheduler import Scheduler
 
 GROUPS, PAGE_SIZE = 8, 16
@@ -74,7 +73,7 @@ class Load:
         plan = make_plan(num_stages, num_workers)
         context = random.choice((512, 640))
         num_pages = {rank: GROUPS * context // PAGE_SIZE * random.randint(1, 3) for rank in range(num_stages)}
-        num_pages |= {worker.rank: GROUPS * random.choice((8, 30, 80)) for worker in plan.workers}
+        num_pages |= {rank: GROUPS * random.choice((8, 30, 80)) for rank in plan.worker_ranks}
         self._num_stages = num_stages
         self._scheduler = Scheduler(
             CacheManager(plan, GROUPS, num_pages, PAGE_SIZE, 32),

@@ -12,7 +12,8 @@ from random import Random
 
 from hetis.core.model_spec import ModelSpec
 from hetis.core.placement import FleetView, PoolId
-from hetis.core.plan import Plan, resolve_plan
+from hetis.core.plan import Plan
+from hetis.core.plan_sources import resolve_plan
 from hetis.core.profile import AttentionProfile, DeviceProfile, FleetProfile, LinkProfile, ProfileKey, TransferProfile
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.rebalance import MigrationBudget, Rebalancer
@@ -29,11 +30,11 @@ def synthetic_cost(spec: ModelSpec, plan: Plan) -> CostModel:
     """A fleet of equal workers and a faster primary."""
     way = TransferProfile(alpha_us=5.0, beta_us_per_byte=1e-4)
     devices = {}
-    for member in plan.members():
-        speed = PRIMARY_SPEED if member.rank == 0 else 1.0
-        line = AttentionProfile(a_us_per_head=0.1 / speed, b_us_per_byte=1e-5 / speed, c_us=10.0)
-        devices[member.rank] = DeviceProfile(key=KEY, attention=line, read_bytes_per_us=1e5, usable_bytes=0)
-    links = [LinkProfile(primary=0, worker=worker.rank, request=way, reply=way) for worker in plan.workers]
+    for rank in plan.ranks:
+        speed = PRIMARY_SPEED if rank == 0 else 1.0
+        line = AttentionProfile(us_per_head=0.1 / speed, us_per_byte=1e-5 / speed, constant_us=10.0)
+        devices[rank] = DeviceProfile(key=KEY, attention=line, read_bytes_per_us=1e5, usable_bytes=0)
+    links = [LinkProfile(primary=0, worker=worker, request=way, reply=way) for worker in plan.worker_ranks]
     cost = CostModel(FleetProfile(devices=devices, links=tuple(links)), spec, "bfloat16")
     cost.observe_dense(0, 500.0)
     return cost
@@ -69,7 +70,7 @@ def main() -> None:
     )
     plan, rng = resolve_plan(f"1+{arguments.workers}", spec), Random(0)
     cost = synthetic_cost(spec, plan)
-    pools = [PoolId(member.rank, 0) for member in plan.members()]
+    pools = [PoolId(rank, 0) for rank in plan.ranks]
     nothing = dict.fromkeys(pools, 0)
     view = FleetView(
         plan=plan,
@@ -78,7 +79,7 @@ def main() -> None:
         held_lanes=nothing,
         held_tokens=nothing,
     )
-    shares = [0] * int(PRIMARY_SPEED) + [worker.rank for worker in plan.workers]
+    shares = [0] * int(PRIMARY_SPEED) + list(plan.worker_ranks)
     for name, ranks in (("settled", shares), ("begun", [0])):
         residents = [
             Resident(

@@ -10,11 +10,11 @@ import argparse
 import time
 from statistics import median
 
-from hetis.cache.lane_table import CacheManager
+from hetis.cache.cache_manager import CacheManager
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
 from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
-from hetis.dispatcher.proportional import ProportionalDispatcher
+from hetis.dispatcher.simple_dispatchers import ProportionalDispatcher
 from hetis.scheduler.scheduler import Scheduler
 
 PROMPT_LEN = 64
@@ -28,7 +28,7 @@ def one_primary(num_groups: int, num_workers: int) -> Plan:
 
 def running_decodes(num_sequences: int, plan: Plan, num_groups: int, page_size: int) -> tuple[Scheduler, CacheManager]:
     """A scheduler whose sequences have all finished their prompts and have the same length."""
-    num_pages = {member.rank: num_sequences * num_groups * 64 for member in plan.members()}
+    num_pages = dict.fromkeys(plan.ranks, num_sequences * num_groups * 64)
     cache = CacheManager(plan, num_groups, num_pages, page_size, num_sequences)
     scheduler = Scheduler(
         cache,

@@ -1,14 +1,14 @@
-"""`python -m hetis`, and what torchrun starts on every rank."""
+"""Entry point of `python -m hetis`, also of every rank under torchrun."""
 
 import os
 import sys
 
 
 def leave_working_directory() -> None:
-    """Off the path, where `python -m` has put it first: a user's file must not take the place of a library."""
+    """Removes the working directory from `sys.path`, where `python -m` puts it: its files may shadow libraries."""
     try:
         here = os.getcwd()
-    except OSError:  # it has been deleted, and is not on the path
+    except OSError:  # deleted, hence not on the path
         return
     if not sys.flags.safe_path and sys.path[0] == here:
         del sys.path[0]

@@ -1,13 +1,12 @@
-"""Kernels of hetis: each file holds a plain torch reference, a Triton kernel and the launcher that picks by device.
+"""Kernels of hetis: each file holds a plain torch reference, a Triton kernel and the launcher that selects by device.
 
-They see lanes, rows and pages, and nothing of requests, models or ranks.
+They see tensors of lanes, tokens and pages, and nothing of requests, models or ranks.
 """
 
 from .flash_prefill import flash_prefill
 from .gated_activation import gated_activation, gated_activation_ref
 from .kv_append import kv_append, kv_append_ref
 from .lane_pack import lane_pack, lane_pack_ref, lane_unpack, lane_unpack_ref
-from .merge_states import merge_states, merge_states_ref
 from .page_copy import page_gather, page_gather_ref, page_scatter, page_scatter_ref
 from .paged_decode import paged_decode, paged_decode_ref
 from .rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
@@ -26,8 +25,6 @@ __all__ = [
     "lane_pack_ref",
     "lane_unpack",
     "lane_unpack_ref",
-    "merge_states",
-    "merge_states_ref",
     "page_gather",
     "page_gather_ref",
     "page_scatter",

@@ -1,6 +1,6 @@
-"""What decode and prefill attention have in common: the reference of one lane, and one step of a running softmax.
+"""Parts shared by decode and prefill attention: the reference for one lane, and one step of a running softmax.
 
-Q rows of queries, K keys, D head_dim, P pages, S tokens per page, W entries of a row of the page table.
+Q queries, K keys, D head_dim, P pages, S tokens per page, W page-table entries of a lane.
 """
 
 import math
@@ -14,34 +14,33 @@ import triton.language as tl
 def lane_tokens(
     pool_2PSD: torch.Tensor, page_table_W: torch.Tensor, first: int, last: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V [last - first, D] in float32 of the tokens [first, last) of the lane with that row of the page table."""
+    """K and V [last - first, D] in float32 of the tokens [first, last) of a lane."""
     page_size = pool_2PSD.shape[2]
     token = torch.arange(first, last, device=pool_2PSD.device)
-    slot = page_table_W[token // page_size].long() * page_size + token % page_size
-    k, v = pool_2PSD.flatten(1, 2)[:, slot].float().unbind(0)
+    cell = page_table_W[token // page_size].long() * page_size + token % page_size
+    k, v = pool_2PSD.flatten(1, 2)[:, cell].float().unbind(0)
     return k, v
 
 
 def attention_ref(
     q_QD: torch.Tensor, k_KD: torch.Tensor, v_KD: torch.Tensor, scale: float, visible_QK: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale q k) v and the base-2 log-sum-exp of scale q k log2(e), in float32; no key gives 0 and -inf."""
-    score_QK = scale * math.log2(math.e) * (q_QD.float() @ k_KD.T)
+) -> torch.Tensor:
+    """softmax(scale q k) v in float32; no key gives 0."""
+    score_QK = scale * (q_QD.float() @ k_KD.T)
     if visible_QK is not None:
         score_QK = score_QK.masked_fill(~visible_QK, -math.inf)
-    lse2_Q = torch.logsumexp(score_QK * math.log(2), dim=1) / math.log(2)
-    return torch.exp2(score_QK - lse2_Q[:, None]) @ v_KD, lse2_Q
+    return torch.softmax(score_QK, dim=1) @ v_KD
 
 
 @triton.jit
 @no_type_check
 def accumulate(score_QK, v_KD, largest_Q, total_Q, sum_QD):
-    """One block of keys of a running softmax: its largest score, its sum of weights and its weighted sum of values.
+    """Adds a block of keys to a running softmax: the largest score, the sum of weights, the weighted sum of values.
 
     Scores are base-2 logarithms, -inf for keys that a query does not see.
     """
     new_largest_Q = tl.maximum(largest_Q, tl.max(score_QK, axis=1))
-    # a query that has seen no key yet has nothing to be relative to
+    # no key seen so far: -inf - -inf would be NaN
     base_Q = tl.where(new_largest_Q == float("-inf"), 0.0, new_largest_Q)
     weight_QK = tl.exp2(score_QK - base_Q[:, None])
     shrink_Q = tl.exp2(largest_Q - base_Q)

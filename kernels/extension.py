@@ -12,10 +12,10 @@ INSTALL = "pip install setuptools ninja && pip install --no-build-isolation --fo
 
 @cache
 def problem() -> str | None:
-    """Loads the extension, once for this process; None when its operations can be called, else why not, in a sentence.
+    """Loads the extension, once per process. None if its operations can be called, else a sentence that says why not.
 
-    Without it every launcher runs its torch reference on the CPU. An extension that was built for another torch must
-    not be used: torch's C++ interface changes with its version.
+    Without it every launcher runs its torch reference on the CPU. An extension built for another version of torch is
+    not used: torch's C++ interface changes with its version.
     """
     libraries = sorted(FOLDER.glob("_cpu*.so"))
     if not libraries:
@@ -32,12 +32,12 @@ def problem() -> str | None:
 
 
 def load() -> bool:
-    """Whether the operations of the extension can be called; loads it on first use."""
+    """Whether the operations of the extension can be called; loads the extension on first use."""
     return problem() is None
 
 
 def _cause() -> str:
-    """What setup.py left in place of the library."""
+    """Reason that setup.py recorded when it did not build the library."""
     try:
         return (FOLDER / "_cpu.missing").read_text()
     except FileNotFoundError:

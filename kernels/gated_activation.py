@@ -1,4 +1,4 @@
-"""The gate of a gated MLP: activation(gate) * up.
+"""Gate of a gated MLP: activation(gate) * up.
 
 T tokens, F MLP columns.
 """
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from .dispatch import Backend, check_floats, check_shape, dispatch
+from .dispatch import Backend, check_floats, check_shape, select
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def gated_activation_ref(gate_up_TF2: torch.Tensor, activation: str, out_TF: torch.Tensor) -> None:
     """The formula of `gated_activation`."""
+    _check(gate_up_TF2, activation, out_TF)
     gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
     out_TF.copy_(ACTIVATIONS[activation](gate_TF.float()).to(gate_TF.dtype) * up_TF)
 
@@ -36,12 +37,14 @@ def gated_activation(
     product, as transformers does. One float dtype, contiguous rows. Raises ValueError for an unknown activation, wrong
     shapes, dtypes or devices.
     """
+    select("gated_activation", backend, out_TF.device, gated_activation_ref, _launch)(gate_up_TF2, activation, out_TF)
+
+
+def _check(gate_up_TF2: torch.Tensor, activation: str, out_TF: torch.Tensor) -> None:
     check_floats(gate_up_TF2=gate_up_TF2, out_TF=out_TF)
     check_shape("gate_up_TF2", gate_up_TF2, out_TF.shape[0], 2 * out_TF.shape[1])
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
-    arguments = (gate_up_TF2, activation, out_TF)
-    dispatch("gated_activation", backend, out_TF.device, gated_activation_ref, _launch, arguments)
 
 
 @triton.jit
@@ -75,6 +78,7 @@ def _gated_activation_kernel(
 
 
 def _launch(gate_up_TF2: torch.Tensor, activation: str, out_TF: torch.Tensor) -> None:
+    _check(gate_up_TF2, activation, out_TF)
     num_tokens, num_columns = out_TF.shape
     if out_TF.numel() == 0:
         return

@@ -1,8 +1,8 @@
 """Linear layers: one call for every device.
 
-On the CPU a kernel of our own reads the weight as the checkpoint holds it (row-major, not packed, not copied): once per
-call at memory bandwidth when tokens are few, at the speed of oneDNN's packed weights when they are many. Its result for
-a token does not depend on the tokens beside it, so decode and prefill agree bit for bit. Elsewhere torch does the work.
+On the CPU a kernel of this package reads the weight as the checkpoint holds it (row-major, not packed, not copied):
+once per call at memory bandwidth when tokens are few, at the speed of oneDNN's packed weights when they are many. Its
+result for a token does not depend on other tokens, so decode and prefill are bit-identical. Elsewhere torch computes.
 
 T tokens, N outputs, K inputs.
 """
@@ -19,11 +19,11 @@ from .dispatch import check_floats, cpu_op
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """What `linear` needs of one layer.
+    """Linear layer, prepared for `linear`.
 
-    weight: [N, K], the very tensor that was given (no copy), so that an embedding and an LM head may be one tensor.
-    N or K may be 0: no outputs, or the bias (else zeros) as the result.
-    bias: [N] or None. kernel_tokens: calls of up to so many tokens run our kernel, larger ones torch's; 0: never ours.
+    weight: [N, K], the given tensor and not a copy, so that an embedding and an LM head may be one tensor. N or K may
+    be 0: the result is empty, or the bias (else zeros). bias: [N] or None. kernel_tokens: calls of up to so many tokens
+    run the CPU kernel, larger ones torch; 0: torch only.
     """
 
     weight: Tensor
@@ -34,10 +34,10 @@ class PackedLinear:
 def pack_linear(weight_NK: Tensor, bias_N: Tensor | None = None, *, plain: bool = False) -> PackedLinear:
     """Checks a weight [N, K] and its bias [N] and prepares them for `linear`; both are shared, not copied.
 
-    `plain`: leave every call to torch.
+    `plain`: torch computes every call.
 
     The weight may be a slice of a larger one and must hold its values already: on the CPU its pages are gathered into
-    huge ones, which costs 1 to 2 s per GB and gives a quarter more bandwidth; it is free where the allocator did so
+    huge pages, which costs 1 to 2 s per GB and raises bandwidth by a quarter; it is free if the allocator has done so
     (THP_MEM_ALLOC_ENABLE=1). Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     if weight_NK.dim() != 2:
@@ -78,7 +78,7 @@ def _torch_linear(x_TK: Tensor, packed: PackedLinear, out_TN: Tensor | None) -> 
 
 @cache
 def kernel_tokens(dtype: torch.dtype) -> int:
-    """The largest T for which our CPU kernel is the fastest way; 0 without the extension or AVX2."""
+    """Largest T for which the CPU kernel is faster than torch; 0 without the extension or AVX2."""
     if cpu_op("linear") is None:
         return 0
     return int(torch.ops.hetis.linear_max_tokens(dtype))

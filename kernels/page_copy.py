@@ -9,16 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch
+from .dispatch import Backend, check_floats, check_indices, check_shape, select
 
 
 def page_gather_ref(pool_L2PSD: torch.Tensor, page_N: torch.Tensor, out_NL2SD: torch.Tensor) -> None:
     """The formula of `page_gather` as one indexed read."""
+    _check(pool_L2PSD, page_N, out_NL2SD)
     out_NL2SD.copy_(pool_L2PSD[:, :, page_N.long()].permute(2, 0, 1, 3, 4))
 
 
 def page_scatter_ref(source_NL2SD: torch.Tensor, page_N: torch.Tensor, pool_L2PSD: torch.Tensor) -> None:
     """The formula of `page_scatter` as one indexed write."""
+    _check(pool_L2PSD, page_N, source_NL2SD)
     pool_L2PSD[:, :, page_N.long()] = source_NL2SD.permute(1, 2, 0, 3, 4)
 
 
@@ -29,10 +31,7 @@ def page_gather(
 
     pool_L2PSD: contiguous. page_N: int32. out_NL2SD: contiguous, same dtype and device. Raises ValueError otherwise.
     """
-    _check(pool_L2PSD, page_N, out_NL2SD)
-    dispatch(
-        "page_gather", backend, pool_L2PSD.device, page_gather_ref, _launch_gather, (pool_L2PSD, page_N, out_NL2SD)
-    )
+    select("page_gather", backend, pool_L2PSD.device, page_gather_ref, _launch_gather)(pool_L2PSD, page_N, out_NL2SD)
 
 
 def page_scatter(
@@ -42,9 +41,8 @@ def page_scatter(
 
     source_NL2SD: contiguous. page_N: int32. pool_L2PSD: contiguous, same dtype and device. Raises ValueError otherwise.
     """
-    _check(pool_L2PSD, page_N, source_NL2SD)
-    arguments = (source_NL2SD, page_N, pool_L2PSD)
-    dispatch("page_scatter", backend, pool_L2PSD.device, page_scatter_ref, _launch_scatter, arguments)
+    run = select("page_scatter", backend, pool_L2PSD.device, page_scatter_ref, _launch_scatter)
+    run(source_NL2SD, page_N, pool_L2PSD)
 
 
 def _check(pool_L2PSD: torch.Tensor, page_N: torch.Tensor, buffer_NL2SD: torch.Tensor) -> None:
@@ -82,6 +80,7 @@ def _page_copy_kernel(
 def _launch_gather(
     pool_L2PSD: torch.Tensor, page_N: torch.Tensor, buffer_NL2SD: torch.Tensor, scatter: bool = False
 ) -> None:
+    _check(pool_L2PSD, page_N, buffer_NL2SD)
     num_layers, _, num_pages, page_size, head_dim = pool_L2PSD.shape
     num_values = page_size * head_dim
     if page_N.shape[0] == 0:

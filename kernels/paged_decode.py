@@ -1,7 +1,10 @@
 """Decode attention over paged lanes: U independent problems of M queries against one lane's cached tokens.
 
-U lanes, N rows of q and out, M query heads per group, D head_dim, P pages, S tokens per page, B rows of the page table,
-W entries of a row.
+A long lane is cut into pieces with a softmax each, which are merged exactly: with lse2 = log2 of a piece's sum of
+weights, out = sum of 2^lse2 out over the pieces / sum of 2^lse2.
+
+U lanes to attend over, N (token, head group) entries of q and out, M query heads per group, D head_dim, P pages, S
+tokens per page, B lanes of the page table, W pages of a lane.
 """
 
 import math
@@ -13,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .attention import accumulate, attention_ref, lane_tokens
-from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch
+from .dispatch import Backend, check_floats, check_indices, check_shape, select
 
 # A lane of up to MIN_SPLIT tokens is one piece of work; a longer one is cut into pieces of MIN_SPLIT tokens, or into
 # MAX_SPLITS equal ones, whichever is fewer. 32 pieces for each of 8 head groups keep 256 programs busy.
@@ -26,19 +29,18 @@ def paged_decode_ref(
     pool_2PSD: torch.Tensor,
     page_table_BW: torch.Tensor,
     lane_U: torch.Tensor,
-    row_U: torch.Tensor,
+    qkv_U: torch.Tensor,
     length_U: torch.Tensor,
     scale: float,
     window: int,
     out_NMD: torch.Tensor,
-    lse2_NM: torch.Tensor,
 ) -> None:
     """The formula of `paged_decode`, one lane after the other."""
-    for lane, row, length in zip(lane_U.tolist(), row_U.tolist(), length_U.tolist(), strict=True):
+    _check(q_NMD, pool_2PSD, page_table_BW, lane_U, qkv_U, length_U, window, out_NMD)
+    for lane, qkv, length in zip(lane_U.tolist(), qkv_U.tolist(), length_U.tolist(), strict=True):
         first = max(0, length - window) if window else 0
         k, v = lane_tokens(pool_2PSD, page_table_BW[lane], first, length)
-        out, lse2_NM[row] = attention_ref(q_NMD[row], k, v, scale)
-        out_NMD[row] = out.to(out_NMD.dtype)
+        out_NMD[qkv] = attention_ref(q_NMD[qkv], k, v, scale).to(out_NMD.dtype)
 
 
 def paged_decode(
@@ -46,23 +48,22 @@ def paged_decode(
     pool_2PSD: torch.Tensor,
     page_table_BW: torch.Tensor,
     lane_U: torch.Tensor,
-    row_U: torch.Tensor,
+    qkv_U: torch.Tensor,
     length_U: torch.Tensor,
     scale: float,
     window: int,
     out_NMD: torch.Tensor,
-    lse2_NM: torch.Tensor,
     *,
     max_length: int | None = None,
     scratch: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> None:
-    """out[row_U[u]] = softmax(scale q k) v over the cached tokens of table row lane_U[u], for every u, in place.
+    """out[qkv_U[u]] = softmax(scale q k) v over the cached tokens of lane lane_U[u], for every u, in place.
 
-    q_NMD, out_NMD: [N, M, D], last dimension contiguous (views into fused QKV rows are fine), of one float dtype.
+    q_NMD, out_NMD: [N, M, D], last dimension contiguous (views into fused QKV are fine), of one float dtype.
     pool_2PSD: [2, P, S, D], one layer of the pool, same dtype. page_table_BW: int32 page ids; token i of a lane lies in
-    page table[lane, i // S] at offset i % S. lane_U, row_U, length_U: int32, on the same device. lse2_NM: float32, the
-    base-2 log-sum-exp of scale q k log2(e). Rows that row_U does not name stay untouched; length 0 gives 0 and -inf.
+    page table[lane, i // S] at offset i % S. lane_U, qkv_U, length_U: int32, on the same device. Entries of out that
+    qkv_U does not name stay untouched; length 0 gives 0.
     window: queries see the last `window` tokens of the lane; 0 means all of them.
     max_length: a bound of length_U known on the host; on CUDA it saves empty programs and scratch memory (without it,
     the width of the page table is the bound) and it never changes a result.
@@ -72,10 +73,9 @@ def paged_decode(
     What is computed for a lane depends on its length and the window alone, not on the other lanes of the call.
     Bytes read: 2 * min(length, window) * D values per lane. Raises ValueError for wrong shapes, dtypes or devices.
     """
-    _check(q_NMD, pool_2PSD, page_table_BW, lane_U, row_U, length_U, window, out_NMD, lse2_NM)
-    arguments = (q_NMD, pool_2PSD, page_table_BW, lane_U, row_U, length_U, scale, window, out_NMD, lse2_NM)
     launch = partial(_launch, max_length=max_length, scratch=scratch)
-    dispatch("paged_decode", backend, q_NMD.device, paged_decode_ref, launch, arguments)
+    run = select("paged_decode", backend, q_NMD.device, paged_decode_ref, launch)
+    run(q_NMD, pool_2PSD, page_table_BW, lane_U, qkv_U, length_U, scale, window, out_NMD)
 
 
 def _check(
@@ -83,22 +83,18 @@ def _check(
     pool_2PSD: torch.Tensor,
     page_table_BW: torch.Tensor,
     lane_U: torch.Tensor,
-    row_U: torch.Tensor,
+    qkv_U: torch.Tensor,
     length_U: torch.Tensor,
     window: int,
     out_NMD: torch.Tensor,
-    lse2_NM: torch.Tensor,
 ) -> None:
     num_lanes = lane_U.shape[0]
     check_floats(q_NMD=q_NMD, pool_2PSD=pool_2PSD, out_NMD=out_NMD)
-    check_indices(torch.int32, q_NMD.device, page_table_BW=page_table_BW, lane_U=lane_U, row_U=row_U, length_U=length_U)
-    check_shape("row_U", row_U, num_lanes)
+    check_indices(torch.int32, q_NMD.device, page_table_BW=page_table_BW, lane_U=lane_U, qkv_U=qkv_U, length_U=length_U)
+    check_shape("qkv_U", qkv_U, num_lanes)
     check_shape("length_U", length_U, num_lanes)
     check_shape("out_NMD", out_NMD, *q_NMD.shape)
-    check_shape("lse2_NM", lse2_NM, *q_NMD.shape[:2])
     check_shape("pool_2PSD", pool_2PSD, 2, *pool_2PSD.shape[1:3], q_NMD.shape[2])
-    if lse2_NM.dtype != torch.float32:
-        raise ValueError(f"lse2_NM has dtype {lse2_NM.dtype}; it must be float32")
     if window < 0:
         raise ValueError(f"window is {window}; use 0 for no window or a positive number of tokens")
 
@@ -118,10 +114,9 @@ def _paged_decode_kernel(
     pool_pointer,
     page_table_pointer,
     lane_pointer,
-    row_pointer,
+    qkv_pointer,
     length_pointer,
     out_pointer,
-    lse2_pointer,
     partial_out_pointer,
     partial_lse2_pointer,
     scale_log2,
@@ -132,7 +127,6 @@ def _paged_decode_kernel(
     q_stride_m,
     out_stride_n,
     out_stride_m,
-    lse2_stride_n,
     M: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
@@ -157,9 +151,9 @@ def _paged_decode_kernel(
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     inside_MD = (m < M)[:, None] & (d < D)[None, :]
-    row = tl.load(row_pointer + u).to(tl.int64)
+    qkv = tl.load(qkv_pointer + u).to(tl.int64)
     page_table_pointer += tl.load(lane_pointer + u).to(tl.int64) * page_table_stride
-    q_MD = tl.load(q_pointer + row * q_stride_n + m[:, None] * q_stride_m + d[None, :], mask=inside_MD, other=0.0)
+    q_MD = tl.load(q_pointer + qkv * q_stride_n + m[:, None] * q_stride_m + d[None, :], mask=inside_MD, other=0.0)
 
     largest_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total_M = tl.full([BLOCK_M], 0.0, tl.float32)
@@ -179,16 +173,14 @@ def _paged_decode_kernel(
         score_MK = tl.where((token_K < end)[None, :], score_MK, float("-inf"))
         largest_M, total_M, sum_MD = accumulate(score_MK, v_KD, largest_M, total_M, sum_MD)
     out_MD = sum_MD / tl.where(total_M == 0.0, 1.0, total_M)[:, None]
-    lse2_M = largest_M + tl.log2(total_M)
 
     if length - first <= split_tokens:
-        out_offset_MD = row * out_stride_n + m[:, None] * out_stride_m + d[None, :]
+        out_offset_MD = qkv * out_stride_n + m[:, None] * out_stride_m + d[None, :]
         tl.store(out_pointer + out_offset_MD, out_MD.to(out_pointer.dtype.element_ty), mask=inside_MD)
-        tl.store(lse2_pointer + row * lse2_stride_n + m, lse2_M, mask=m < M)
     else:
-        slot = (u.to(tl.int64) * tl.num_programs(1) + split) * M + m
-        tl.store(partial_out_pointer + slot[:, None] * D + d[None, :], out_MD, mask=inside_MD)
-        tl.store(partial_lse2_pointer + slot, lse2_M, mask=m < M)
+        part = (u.to(tl.int64) * tl.num_programs(1) + split) * M + m
+        tl.store(partial_out_pointer + part[:, None] * D + d[None, :], out_MD, mask=inside_MD)
+        tl.store(partial_lse2_pointer + part, largest_M + tl.log2(total_M), mask=m < M)
 
 
 @triton.jit(do_not_specialize=["window", "num_splits"])
@@ -196,15 +188,13 @@ def _paged_decode_kernel(
 def _merge_splits_kernel(
     partial_out_pointer,
     partial_lse2_pointer,
-    row_pointer,
+    qkv_pointer,
     length_pointer,
     out_pointer,
-    lse2_pointer,
     window,
     num_splits,
     out_stride_n,
     out_stride_m,
-    lse2_stride_n,
     M: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -223,17 +213,14 @@ def _merge_splits_kernel(
     split = tl.arange(0, MAX_SPLITS)
     d = tl.arange(0, BLOCK_D)
     used = split * split_tokens < span
-    slot = (u.to(tl.int64) * num_splits + split) * M + m
-    lse2 = tl.load(partial_lse2_pointer + slot, mask=used, other=float("-inf"))
+    part = (u.to(tl.int64) * num_splits + split) * M + m
+    lse2 = tl.load(partial_lse2_pointer + part, mask=used, other=float("-inf"))
     inside = used[:, None] & (d < D)[None, :]
-    partial_out = tl.load(partial_out_pointer + slot[:, None] * D + d[None, :], mask=inside, other=0.0)
-    largest = tl.max(lse2, axis=0)
-    weight = tl.exp2(lse2 - largest)
-    total = tl.sum(weight, axis=0)
-    out = tl.sum(partial_out * weight[:, None], axis=0) / total
-    row = tl.load(row_pointer + u).to(tl.int64)
-    tl.store(out_pointer + row * out_stride_n + m * out_stride_m + d, out.to(out_pointer.dtype.element_ty), mask=d < D)
-    tl.store(lse2_pointer + row * lse2_stride_n + m, largest + tl.log2(total))
+    partial_out = tl.load(partial_out_pointer + part[:, None] * D + d[None, :], mask=inside, other=0.0)
+    weight = tl.exp2(lse2 - tl.max(lse2, axis=0))
+    out = tl.sum(partial_out * weight[:, None], axis=0) / tl.sum(weight, axis=0)
+    qkv = tl.load(qkv_pointer + u).to(tl.int64)
+    tl.store(out_pointer + qkv * out_stride_n + m * out_stride_m + d, out.to(out_pointer.dtype.element_ty), mask=d < D)
 
 
 def _num_splits(longest: int) -> int:
@@ -269,15 +256,15 @@ def _launch(
     pool_2PSD: torch.Tensor,
     page_table_BW: torch.Tensor,
     lane_U: torch.Tensor,
-    row_U: torch.Tensor,
+    qkv_U: torch.Tensor,
     length_U: torch.Tensor,
     scale: float,
     window: int,
     out_NMD: torch.Tensor,
-    lse2_NM: torch.Tensor,
     max_length: int | None = None,
     scratch: torch.Tensor | None = None,
 ) -> None:
+    _check(q_NMD, pool_2PSD, page_table_BW, lane_U, qkv_U, length_U, window, out_NMD)
     num_lanes, num_queries, head_dim = lane_U.shape[0], q_NMD.shape[1], q_NMD.shape[2]
     if num_lanes == 0:
         return
@@ -299,10 +286,9 @@ def _launch(
         pool_2PSD,
         page_table_BW,
         lane_U,
-        row_U,
+        qkv_U,
         length_U,
         out_NMD,
-        lse2_NM,
         partial_out,
         partial_lse2,
         scale * math.log2(math.e),
@@ -313,7 +299,6 @@ def _launch(
         q_NMD.stride(1),
         out_NMD.stride(0),
         out_NMD.stride(1),
-        lse2_NM.stride(0),
         S=page_size,
         enable_fp_fusion=True,
         **shape,
@@ -323,15 +308,13 @@ def _launch(
         _merge_splits_kernel[(num_lanes, num_queries)](
             partial_out,
             partial_lse2,
-            row_U,
+            qkv_U,
             length_U,
             out_NMD,
-            lse2_NM,
             window,
             num_splits,
             out_NMD.stride(0),
             out_NMD.stride(1),
-            lse2_NM.stride(0),
             BLOCK_D=tile["BLOCK_D"],
             BLOCK_K=tile["BLOCK_K"],
             enable_fp_fusion=True,

@@ -1,4 +1,4 @@
-"""Root-mean-square norm, alone or after adding to the residual stream.
+"""Root-mean-square norm, optionally after an addition to the residual stream.
 
 T tokens, H hidden size.
 """
@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import Backend, check_floats, check_shape, dispatch
+from .dispatch import Backend, check_floats, check_shape, select
 
 
 def rms_norm_ref(x_TH: torch.Tensor, weight_H: torch.Tensor, epsilon: float, out_TH: torch.Tensor) -> None:
     """The formula of `rms_norm`, rounded where LlamaRMSNorm of transformers rounds."""
+    _check(x_TH, None, weight_H, out_TH)
     x = x_TH.float()
     normalised_TH = (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + epsilon)).to(x_TH.dtype)
     out_TH.copy_(weight_H * normalised_TH)
@@ -23,6 +24,7 @@ def add_rms_norm_ref(
     x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, epsilon: float, out_TH: torch.Tensor
 ) -> None:
     """The formula of `add_rms_norm`."""
+    _check(x_TH, residual_TH, weight_H, out_TH)
     residual_TH += x_TH
     rms_norm_ref(residual_TH, weight_H, epsilon, out_TH)
 
@@ -35,10 +37,7 @@ def rms_norm(
     The norm is computed in float32, rounded to the dtype, then multiplied by the weight in the dtype. All tensors have
     one float dtype and contiguous rows. Raises ValueError for wrong shapes, dtypes or devices.
     """
-    check_floats(x_TH=x_TH, weight_H=weight_H, out_TH=out_TH)
-    check_shape("out_TH", out_TH, *x_TH.shape)
-    check_shape("weight_H", weight_H, x_TH.shape[1])
-    dispatch("rms_norm", backend, x_TH.device, rms_norm_ref, _launch, (x_TH, weight_H, epsilon, out_TH))
+    select("rms_norm", backend, x_TH.device, rms_norm_ref, _launch)(x_TH, weight_H, epsilon, out_TH)
 
 
 def add_rms_norm(
@@ -54,12 +53,17 @@ def add_rms_norm(
 
     Raises ValueError for wrong shapes, dtypes or devices.
     """
-    check_floats(x_TH=x_TH, residual_TH=residual_TH, weight_H=weight_H, out_TH=out_TH)
-    check_shape("residual_TH", residual_TH, *x_TH.shape)
+    run = select("add_rms_norm", backend, x_TH.device, add_rms_norm_ref, _launch_add)
+    run(x_TH, residual_TH, weight_H, epsilon, out_TH)
+
+
+def _check(x_TH: torch.Tensor, residual_TH: torch.Tensor | None, weight_H: torch.Tensor, out_TH: torch.Tensor) -> None:
+    check_floats(x_TH=x_TH, weight_H=weight_H, out_TH=out_TH)
     check_shape("out_TH", out_TH, *x_TH.shape)
     check_shape("weight_H", weight_H, x_TH.shape[1])
-    arguments = (x_TH, residual_TH, weight_H, epsilon, out_TH)
-    dispatch("add_rms_norm", backend, x_TH.device, add_rms_norm_ref, _launch_add, arguments)
+    if residual_TH is not None:
+        check_floats(x_TH=x_TH, residual_TH=residual_TH)
+        check_shape("residual_TH", residual_TH, *x_TH.shape)
 
 
 @triton.jit
@@ -99,6 +103,7 @@ def _launch(x_TH: torch.Tensor, weight_H: torch.Tensor, epsilon: float, out_TH: 
 def _launch_add(
     x_TH: torch.Tensor, residual_TH: torch.Tensor | None, weight_H: torch.Tensor, epsilon: float, out_TH: torch.Tensor
 ) -> None:
+    _check(x_TH, residual_TH, weight_H, out_TH)
     num_tokens, num_values = x_TH.shape
     if num_tokens == 0:
         return

@@ -1,6 +1,6 @@
-"""Query and key norm (where the model has one) and rotary positions, in place on the fused QKV rows.
+"""Query and key norm (where the model has one) and rotary positions, in place on fused qkv.
 
-T tokens, G head groups, M query heads per group, H = M + 2 heads of a fused row (queries, key, value), D head_dim,
+T tokens, G head groups, M query heads per group, H = M + 2 heads of a group (queries, key, value), D head_dim,
 P positions of the table, R rotary dimensions.
 """
 
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch
+from .dispatch import Backend, check_floats, check_indices, check_shape, select
 
 
 def qk_norm_rope_ref(
@@ -23,6 +23,7 @@ def qk_norm_rope_ref(
     position_T: torch.Tensor,
 ) -> None:
     """The formula of `qk_norm_rope`: norm as LlamaRMSNorm rounds, then the rotation in float32."""
+    _check(qkv_TGHD, num_queries, q_weight_D, k_weight_D, cos_sin_PR, position_T)
     qk_TGHD = qkv_TGHD[:, :, : num_queries + 1]
     if q_weight_D is not None and k_weight_D is not None:
         x = qk_TGHD.float()
@@ -48,7 +49,7 @@ def qk_norm_rope(
     *,
     backend: Backend = "auto",
 ) -> None:
-    """Norms and rotates the queries and the key of every fused row in place; the value is not touched.
+    """Normalises and rotates queries and keys in place; values are not touched.
 
     Norm (both weights or neither): x / sqrt(mean(x^2) + epsilon) over D in float32, rounded to the dtype, times the
     weight in the dtype. Rotation (when cos_sin_PR is given) of the first R values, halves (x1, x2), in float32 with one
@@ -57,9 +58,8 @@ def qk_norm_rope(
     qkv_TGHD: [T, G, M + 2, D] contiguous. cos_sin_PR: float32 [positions, R], R/2 cosines then R/2 sines. position_T:
     int64. Raises ValueError for wrong shapes, dtypes or devices.
     """
-    _check(qkv_TGHD, num_queries, q_weight_D, k_weight_D, cos_sin_PR, position_T)
-    arguments = (qkv_TGHD, num_queries, q_weight_D, k_weight_D, epsilon, cos_sin_PR, position_T)
-    dispatch("qk_norm_rope", backend, qkv_TGHD.device, qk_norm_rope_ref, _launch, arguments)
+    run = select("qk_norm_rope", backend, qkv_TGHD.device, qk_norm_rope_ref, _launch)
+    run(qkv_TGHD, num_queries, q_weight_D, k_weight_D, epsilon, cos_sin_PR, position_T)
 
 
 def _check(
@@ -109,21 +109,21 @@ def _qk_norm_rope_kernel(
     BLOCK_REST: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
-    row = t * tl.num_programs(1) + tl.program_id(1)
+    group = t * tl.num_programs(1) + tl.program_id(1)
     dtype = qkv_pointer.dtype.element_ty
     head = tl.arange(0, BLOCK_H)[:, None]
     half = tl.arange(0, BLOCK_HALF)[None, :]
     rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
     in_half = (head <= NUM_QUERIES) & (half < HALF)
     in_rest = (head <= NUM_QUERIES) & (rest < D)
-    base = qkv_pointer + (row * (NUM_QUERIES + 2) + head) * D
+    base = qkv_pointer + (group * (NUM_QUERIES + 2) + head) * D
     x1 = tl.load(base + half, mask=in_half, other=0.0).to(tl.float32)
     x2 = tl.load(base + HALF + half, mask=in_half, other=0.0).to(tl.float32)
     if q_weight_pointer is not None:
         x3 = tl.load(base + rest, mask=in_rest, other=0.0).to(tl.float32)
         squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1) + tl.sum(x3 * x3, axis=1)
         inverse = tl.rsqrt(squares / D + epsilon)[:, None]
-        # one row of weights for the queries, another for the key
+        # the queries share one weight, the key has another
         weight = tl.where(head == NUM_QUERIES, k_weight_pointer, q_weight_pointer)
         w1 = tl.load(weight + half, mask=in_half, other=0.0).to(tl.float32)
         w2 = tl.load(weight + HALF + half, mask=in_half, other=0.0).to(tl.float32)
@@ -150,6 +150,7 @@ def _launch(
     cos_sin_PR: torch.Tensor | None,
     position_T: torch.Tensor,
 ) -> None:
+    _check(qkv_TGHD, num_queries, q_weight_D, k_weight_D, cos_sin_PR, position_T)
     num_tokens, num_groups, _, head_dim = qkv_TGHD.shape
     if qkv_TGHD.numel() == 0 or (q_weight_D is None and cos_sin_PR is None):
         return

@@ -1,7 +1,7 @@
 """Prefill attention of packed prompt chunks over paged lanes, causal, with keys and values read from the pool.
 
-T tokens of all chunks, C chunks, G head groups, M query heads per group, D head_dim, P pages, S tokens per page, B rows
-of the page table, W entries of a row.
+T tokens of all chunks, C chunks, G head groups, M query heads per group, D head_dim, P pages, S tokens per page, B
+lanes of the page table, W pages of a lane.
 """
 
 import math
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .attention import accumulate, attention_ref, lane_tokens
-from .dispatch import Backend, check_floats, check_indices, check_shape, dispatch
+from .dispatch import Backend, check_floats, check_indices, check_shape, select
 
 
 def paged_prefill_ref(
@@ -25,9 +25,9 @@ def paged_prefill_ref(
     scale: float,
     window: int,
     out_TGMD: torch.Tensor,
-    lse2_TGM: torch.Tensor,
 ) -> None:
     """The formula of `paged_prefill`, one head group of one chunk after the other."""
+    _check(q_TGMD, pool_2PSD, page_table_BW, query_start_C1, lane_CG, context_C, window, out_TGMD)
     num_queries, head_dim = q_TGMD.shape[2:]
     starts = query_start_C1.tolist()
     for chunk, context in enumerate(context_C.tolist()):
@@ -45,9 +45,8 @@ def paged_prefill_ref(
             # keys behind every window of the chunk may be gone from the cache, their pages reused
             gone = ~visible_QK.any(dim=0)
             k[gone], v[gone] = 0, 0
-            out, lse2 = attention_ref(q_QD, k, v, scale, visible_QK)
+            out = attention_ref(q_QD, k, v, scale, visible_QK)
             out_TGMD[tokens, group] = out.view(num_tokens, num_queries, head_dim).to(out_TGMD.dtype)
-            lse2_TGM[tokens, group] = lse2.view(num_tokens, num_queries)
 
 
 def paged_prefill(
@@ -60,7 +59,6 @@ def paged_prefill(
     scale: float,
     window: int,
     out_TGMD: torch.Tensor,
-    lse2_TGM: torch.Tensor,
     *,
     backend: Backend = "auto",
 ) -> None:
@@ -68,18 +66,14 @@ def paged_prefill(
 
     Chunk c holds the tokens query_start_C1[c]:query_start_C1[c + 1], n_c >= 1 of them, at positions
     context_C[c] - n_c ... context_C[c] - 1; K and V of all context_C[c] tokens are already in the pool, head group g of
-    chunk c in table row lane_CG[c, g]. A query at position p sees the keys at (p - window, p], at [0, p] for window 0.
+    chunk c in lane lane_CG[c, g]. A query at position p sees the keys at (p - window, p], at [0, p] for window 0.
 
     q_TGMD, out_TGMD: [T, G, M, D], last dimension contiguous, one float dtype. pool_2PSD: [2, P, S, D] same dtype.
-    page_table_BW, query_start_C1, lane_CG, context_C: int32 on the same device. lse2_TGM: float32, base-2 log-sum-exp.
-    Raises ValueError for wrong shapes, dtypes or devices.
+    page_table_BW, query_start_C1, lane_CG, context_C: int32 on the same device. Raises ValueError for wrong shapes,
+    dtypes or devices.
     """
-    _check(q_TGMD, pool_2PSD, page_table_BW, query_start_C1, lane_CG, context_C, window, out_TGMD, lse2_TGM)
-    arguments = (
-        *(q_TGMD, pool_2PSD, page_table_BW, query_start_C1, lane_CG, context_C),
-        *(scale, window, out_TGMD, lse2_TGM),
-    )
-    dispatch("paged_prefill", backend, q_TGMD.device, paged_prefill_ref, _launch, arguments)
+    run = select("paged_prefill", backend, q_TGMD.device, paged_prefill_ref, _launch)
+    run(q_TGMD, pool_2PSD, page_table_BW, query_start_C1, lane_CG, context_C, scale, window, out_TGMD)
 
 
 def _check(
@@ -91,7 +85,6 @@ def _check(
     context_C: torch.Tensor,
     window: int,
     out_TGMD: torch.Tensor,
-    lse2_TGM: torch.Tensor,
 ) -> None:
     num_chunks = context_C.shape[0]
     check_floats(q_TGMD=q_TGMD, pool_2PSD=pool_2PSD, out_TGMD=out_TGMD)
@@ -106,10 +99,7 @@ def _check(
     check_shape("query_start_C1", query_start_C1, num_chunks + 1)
     check_shape("lane_CG", lane_CG, num_chunks, q_TGMD.shape[1])
     check_shape("out_TGMD", out_TGMD, *q_TGMD.shape)
-    check_shape("lse2_TGM", lse2_TGM, *q_TGMD.shape[:3])
     check_shape("pool_2PSD", pool_2PSD, 2, *pool_2PSD.shape[1:3], q_TGMD.shape[3])
-    if lse2_TGM.dtype != torch.float32:
-        raise ValueError(f"lse2_TGM has dtype {lse2_TGM.dtype}; it must be float32")
     if window < 0:
         raise ValueError(f"window is {window}; use 0 for no window or a positive number of tokens")
 
@@ -137,7 +127,6 @@ def _paged_prefill_kernel(
     lane_pointer,
     context_pointer,
     out_pointer,
-    lse2_pointer,
     num_chunks,
     scale_log2,
     window,
@@ -149,8 +138,6 @@ def _paged_prefill_kernel(
     out_stride_t,
     out_stride_g,
     out_stride_m,
-    lse2_stride_t,
-    lse2_stride_g,
     M: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
@@ -206,12 +193,9 @@ def _paged_prefill_kernel(
         score_QK = tl.where(visible_QK, score_QK, float("-inf"))
         largest_Q, total_Q, sum_QD = accumulate(score_QK, v_KD, largest_Q, total_Q, sum_QD)
     out_QD = sum_QD / tl.where(total_Q == 0.0, 1.0, total_Q)[:, None]
-    lse2_Q = largest_Q + tl.log2(total_Q)
 
     out_offset_Q = token_Q * out_stride_t + group * out_stride_g + (row_Q % M) * out_stride_m
     tl.store(out_pointer + out_offset_Q[:, None] + d[None, :], out_QD.to(out_pointer.dtype.element_ty), mask=inside_QD)
-    lse2_offset_Q = token_Q * lse2_stride_t + group * lse2_stride_g + row_Q % M
-    tl.store(lse2_pointer + lse2_offset_Q, lse2_Q, mask=inside_Q)
 
 
 def prefill_tile(num_queries: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
@@ -238,8 +222,8 @@ def _launch(
     scale: float,
     window: int,
     out_TGMD: torch.Tensor,
-    lse2_TGM: torch.Tensor,
 ) -> None:
+    _check(q_TGMD, pool_2PSD, page_table_BW, query_start_C1, lane_CG, context_C, window, out_TGMD)
     num_tokens, num_groups, num_queries, head_dim = q_TGMD.shape
     num_chunks = context_C.shape[0]
     tile = prefill_tile(num_queries, head_dim, q_TGMD.dtype)
@@ -256,7 +240,6 @@ def _launch(
         lane_CG,
         context_C,
         out_TGMD,
-        lse2_TGM,
         num_chunks,
         scale * math.log2(math.e),
         window,
@@ -264,7 +247,6 @@ def _launch(
         page_table_BW.stride(0),
         *q_TGMD.stride()[:3],
         *out_TGMD.stride()[:3],
-        *lse2_TGM.stride()[:2],
         M=num_queries,
         D=head_dim,
         S=pool_2PSD.shape[2],

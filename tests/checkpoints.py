@@ -1,7 +1,7 @@
 """Tiny random Hugging Face checkpoints for tests, and what transformers computes with them.
 
-Matrices are six times as large as default initialisation makes them, so that an early token moves the last logits by
-about 1: with default weights attention hardly matters and its bugs stay hidden. Norm weights and biases are random too.
+Matrices have six times the default deviation, so that an early token changes the last logits by about 1: with default
+weights attention hardly matters and its bugs stay hidden. Norm weights and biases are random too.
 """
 
 from functools import cache
@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
+
+from tests.byte_level import train_byte_level
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -19,7 +21,7 @@ _LLAMA3_ROPE = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,  # so that short prompts meet all three ranges of wavelengths
+    "original_max_position_embeddings": 32,  # so that short prompts cover all three ranges of wavelengths
 }
 _YARN = {  # positions of short prompts lie beyond the original length; 2048 in all
     "rope_type": "yarn",
@@ -65,7 +67,7 @@ _SMALL: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 256,
     "initializer_range": 0.12,
-    "init_std": 0.12,  # the same, in OPT's words
+    "init_std": 0.12,  # the same in OPT's config
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": None,
@@ -82,7 +84,7 @@ _TEXT = (
 def make_checkpoint(
     directory: Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> Path:
-    """Write a checkpoint (config, safetensors, tokenizer) of a row of `FAMILIES`; `overrides` go to its config."""
+    """Writes a checkpoint (config, safetensors, tokenizer) of an entry of `FAMILIES`; `overrides` change its config."""
     kind, differences = FAMILIES[family]
     values = _SMALL | differences | overrides
     if kind == "OPTConfig":
@@ -106,23 +108,14 @@ def make_checkpoint(
 
 @cache
 def make_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with at most `vocab_size` tokens, ids 0 and 1 being <s> and </s>; any text is tokenised."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_TEXT], trainer)
+    """Byte-level BPE with at most `vocab_size` tokens; ids 0 and 1 are <s> and </s>."""
+    tokenizer = train_byte_level([_TEXT], vocab_size, ["<s>", "</s>"])
     assert tokenizer.get_vocab_size() <= vocab_size, "a byte-level tokenizer has at least 258 tokens"
     return tokenizer
 
 
 def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model as transformers runs it, with plain attention."""
+    """Model of transformers, with eager attention."""
     return transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation="eager", local_files_only=True
     ).eval()
@@ -130,7 +123,7 @@ def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 @torch.inference_mode()
 def reference_logits(model: Any, token_ids: list[int]) -> Tensor:
-    """float32 [T, V]: the logits after every token."""
+    """Logits after every token, float32 [T, V]."""
     logits: Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0].float()
     return logits
 

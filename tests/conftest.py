@@ -1,9 +1,9 @@
-"""Set before anything imports triton: without a GPU its kernels run under the interpreter.
+"""Environment and fixtures of all tests.
 
-Examples of hypothesis are the same in every run, and may take as long as other work on the machine makes them.
-What devices were measured to do is kept for the tests of one run, and never in the user's own cache. Without its C++
-extensions hetis would pass on slower twins of what it ships, so no test starts then; but for those of a GPU (-m gpu),
-which are about other kernels and may run while the extensions are built.
+Triton's kernels run under its interpreter if there is no GPU (set before triton is imported). Hypothesis draws the same
+examples in every run, without a deadline, since other work slows the machine. Device profiles are cached for one run,
+never in the user's cache. Without the C++ extensions no test starts, since hetis would run on slower replacements of
+them; GPU tests (-m gpu) are excepted: they test other kernels, and may run while the extensions are built.
 """
 
 import os
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hetis import LLM
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# a shell's background job starts with Ctrl-C ignored, and what it starts inherits that: the fleets under test must not
+# a shell's background job ignores Ctrl-C, and its children inherit that: fleets under test must not
 signal.signal(signal.SIGINT, signal.default_int_handler)
 _cache = tempfile.TemporaryDirectory(prefix="hetis-tests-")  # removed when this process ends
 os.environ["XDG_CACHE_HOME"] = _cache.name
@@ -39,12 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     from hetis.dispatcher import native
     from hetis_kernels import extension
 
-    if (problem := extension.problem() or native.find()[1]) is not None:
+    if (problem := extension.problem() or native.problem()) is not None:
         raise pytest.UsageError(problem)
 
 
 def own_group(controller: str) -> Path:
-    """Of version 1, as this machine mounts it."""
+    """The directory of this process's control group (version 1) of `controller`; skips the test if there is none."""
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     path = next((line.split(":", 2)[2] for line in lines if controller in line.split(":")[1].split(",")), None)
     if path is None:
@@ -54,7 +54,7 @@ def own_group(controller: str) -> Path:
 
 @pytest.fixture
 def groups() -> Iterator[dict[str, Path]]:
-    """New groups below our own; skipped where they cannot be made."""
+    """New control groups below that of this process, by controller; skips the test if they cannot be made."""
     made = {name: own_group(name) / f"hetis-test-{os.getpid()}" for name in ("memory", "cpu")}
     try:
         for path in made.values():
@@ -70,7 +70,7 @@ def groups() -> Iterator[dict[str, Path]]:
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """A short path, for sockets; nothing may be left in it."""
+    """A new directory with a path short enough for sockets."""
     path = Path(tempfile.mkdtemp(prefix="t"))
     yield path
     shutil.rmtree(path)
@@ -78,7 +78,7 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator["LLM"]:
-    """The model in the package on one primary and two workers, all of which get lanes, whatever their speed today."""
+    """The model in the package on one primary and two workers, all of which get lanes, independent of their speed."""
     from hetis import LLM
 
     options = {"device": "cpu", "dtype": "float32", "kv_cache_memory": "32MiB", "dispatch": "even"}

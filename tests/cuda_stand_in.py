@@ -1,7 +1,7 @@
-"""A GPU for tests on a host without one: tensors that say they are on "cuda:0" and hold their values in CPU memory.
+"""A GPU for tests on a host without one: tensors whose device is "cuda:0" and whose values are in CPU memory.
 
-It shows what Python does wrong on a GPU: tensors of two devices in one operation, values read by the host without a
-copy, names of `torch.cuda` that do not exist. Kernels compute with the C++ operations; order on streams is not shown.
+It finds errors of Python code on a GPU: tensors of two devices in one operation, values read by the host without a
+copy, wrong names in `torch.cuda`. Kernels compute with the C++ operations. The order on streams is not checked.
 """
 
 import threading
@@ -19,18 +19,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 GPU = torch.device("cuda:0")
-META = torch.device("meta")  # where torch is told that these tensors are: for CUDA it wants to be built
-MAY_MIX = ("copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_impl_")  # devices, or CPU indices
+META = torch.device("meta")  # their device in torch's view, since "cuda" needs a build with CUDA
+MAY_MIX = (
+    "copy_",
+    "_to_copy",
+    "index",
+    "index_put_",
+    "index_put",
+    "_index_put_impl_",
+)  # operations that take tensors of two devices, or CPU indices
 
 
 class OnGpu(Tensor):
-    """Any operation on it goes through `compute`."""
+    """A tensor on the GPU. All operations are dispatched to `compute`."""
 
     inner: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "OnGpu":
-        with torch.inference_mode(False):  # views of tensors that were made outside of it are made in it
+        with torch.inference_mode(False):  # views of tensors from outside inference mode are made within it
             made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
                 device=META,
@@ -58,13 +65,13 @@ class OnGpu(Tensor):
 
 
 class Names(TorchFunctionMode):
-    """Devices that are called "cuda" by those who call torch. Of one thread."""
+    """Replaces device "cuda" in arguments of torch functions, in one thread."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.device:
             return function(*args, **kwargs)
-        if function is torch.tensor:  # no operation: makes a tensor of its own on any device
+        if function is torch.tensor:  # not an operation: it makes a tensor on any device
             device = _renamed(kwargs.pop("device", "cpu"))
             return function(*args, **kwargs).to(device)
         return function(*map(_renamed, args), **{name: _renamed(value) for name, value in kwargs.items()})
@@ -77,19 +84,19 @@ def _renamed(argument: Any) -> Any:
 
 
 class Factories(TorchDispatchMode):
-    """Operations that name the GPU, without a tensor that is there. Of one thread."""
+    """Dispatches operations that name the GPU but have no tensor on it, in one thread."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(function, args, kwargs or {})
 
 
 def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The result of one operation of torch, on the device where CUDA would have it."""
+    """The result of one operation of torch, on the device on which CUDA would have it."""
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     here = [x for x in tensors if isinstance(x, OnGpu)]
     name = function._schema.name.removeprefix("aten::")
     if any(x.device == META for x in tensors):
-        raise NotImplementedError(f"{name}: a tensor of which torch has no values; lists as indices make such")
+        raise NotImplementedError(f"{name}: a tensor without values, such as from a list of indices")
     if here and name not in MAY_MIX:
         strangers = [x for x in tensors if not isinstance(x, OnGpu) and x.dim() > 0]
         if strangers:
@@ -117,7 +124,7 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class Stream:
-    """Does nothing, as work is done when a call returns."""
+    """A stream without effect, since work is done when a call returns."""
 
     def __init__(self, device: Any = None) -> None:
         assert torch.device(device or GPU).type == "cuda"
@@ -127,7 +134,7 @@ class Stream:
 
 
 class Event:
-    """Its time is the host's."""
+    """An event with the time of the host."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self._has_time, self._time = enable_timing, 0.0
@@ -150,21 +157,23 @@ class Event:
         return (later._time - self._time) * 1e3
 
 
-def _dispatch(name: str, backend: str, device: torch.device, reference: Any, triton: Any, arguments: Any) -> None:
-    """In the place of `hetis_kernels.dispatch.dispatch`."""
+def _select(name: str, backend: str, device: torch.device, reference: Any, triton: Any) -> Callable[..., None]:
+    """Replacement for `hetis_kernels.dispatch.select`."""
     if device.type != "cuda":
-        original_dispatch(name, backend, device, reference, triton, arguments)
-        return
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    assert all(isinstance(x, OnGpu) for x in tensors), f"{name}: {[x.device for x in tensors]}"
-    plain = tuple(x.inner if isinstance(x, OnGpu) else x for x in arguments)
-    original_dispatch(name, backend, torch.device("cpu"), reference, triton, plain)
+        return original_select(name, backend, device, reference, triton)
+    selected = original_select(name, backend, torch.device("cpu"), reference, triton)
+
+    def run(*arguments: Any) -> None:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        assert all(isinstance(x, OnGpu) for x in tensors), f"{name}: {[x.device for x in tensors]}"
+        selected(*(x.inner if isinstance(x, OnGpu) else x for x in arguments))
+
+    return run
 
 
-original_dispatch: Callable[..., None] = import_module("hetis_kernels.dispatch").dispatch
+original_select: Callable[..., Callable[..., None]] = import_module("hetis_kernels.dispatch").select
 _KERNELS = (
-    "gated_activation", "kv_append", "lane_pack", "merge_states", "page_copy", "paged_decode", "rms_norm", "rope",
-    "varlen_prefill",
+    "gated_activation", "kv_append", "lane_pack", "page_copy", "paged_decode", "rms_norm", "rope", "varlen_prefill",
 )  # fmt: skip
 
 
@@ -200,11 +209,11 @@ def _torch_cuda() -> dict[str, Any]:
 
 @contextmanager
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """All threads that are started in this context have a GPU."""
+    """Gives this thread, and threads started in the context, a GPU."""
     for name, value in _torch_cuda().items():
         monkeypatch.setattr(torch.cuda, name, value)
     for name in _KERNELS:
-        monkeypatch.setattr(import_module(f"hetis_kernels.{name}"), "dispatch", _dispatch)
+        monkeypatch.setattr(import_module(f"hetis_kernels.{name}"), "select", _select)
     run = threading.Thread.run
 
     def run_with_gpu(thread: threading.Thread) -> None:

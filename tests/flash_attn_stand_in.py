@@ -1,7 +1,7 @@
-"""A stand-in for the package flash-attn on CPUs: its documented contract, checked, over torch's own attention.
+"""A stand-in for the package flash-attn on CPUs: checks its documented contract and computes with torch's attention.
 
-Takes only what FlashAttention-2's `flash_attn_varlen_func` takes: packed [tokens, heads, head_dim] with contiguous last
-dimensions, int32 offsets that begin at 0 and end at the number of tokens, query heads a multiple of the key heads.
+Accepts the arguments of FlashAttention-2's `flash_attn_varlen_func`: packed [tokens, heads, head_dim] with contiguous
+last dimensions, int32 offsets that begin at 0 and end at the number of tokens, query heads a multiple of the key heads.
 """
 
 import sys
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 class FlashAttention:
-    """The module's function, and how often it was called with how many prompts."""
+    """The module's function; records the number of prompts of each call."""
 
     def __init__(self) -> None:
         self.prompts_of_calls: list[int] = []
@@ -66,7 +66,7 @@ class FlashAttention:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FlashAttention:
-    """Makes `import flash_attn` give the stand-in; the caller clears the cache of `load_flash` before and after."""
+    """Makes `import flash_attn` import the stand-in. The caller clears the cache of `load_flash` before and after."""
     module, function = ModuleType("flash_attn"), FlashAttention()
     module.flash_attn_varlen_func = function  # type: ignore[attr-defined]
     module.__version__ = "2.8.3"  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""hetis is found wherever Python starts, beside a folder of its name as well."""
+"""The installed package is imported from any working directory, also beside a folder of the same name."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# what a shell would do; PYTHONPATH and friends of whoever runs the tests must not help
+# without PYTHONPATH and other variables of Python, which could hide an incomplete installation
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
@@ -21,7 +21,7 @@ def run(where: Path, *arguments: str) -> str:
 
 @pytest.fixture(params=["checkout", "empty folder", "nothing"])
 def beside(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A working directory: what in it is called `hetis`, and `hetis_kernels`, and is not the package."""
+    """A working directory with other folders called `hetis` and `hetis_kernels`, or without."""
     if request.param == "checkout":
         (tmp_path / "hetis").symlink_to(ROOT)
     elif request.param == "empty folder":
@@ -40,8 +40,8 @@ def test_the_module_runs(beside: Path) -> None:
     assert "usage: hetis" in run(beside, "-m", "hetis", "--help")
 
 
-def test_nothing_but_the_packages_is_on_the_path() -> None:
-    """`tests`, `bench`, `kernels` are names that other projects use, too."""
+def test_only_the_packages_are_on_the_path() -> None:
+    """Other projects may have modules called `tests`, `bench` and `kernels`."""
     assert sorted(path.name for path in (ROOT / "build" / "packages").iterdir() if path.is_symlink()) == [
         "hetis",
         "hetis_kernels",
@@ -57,7 +57,7 @@ EXTENSIONS = {"hetis_kernels/_cpu", "hetis/dispatcher/_solver"}
 
 
 def build(where: Path, **variables: str) -> tuple[int, str, dict[str, str]]:
-    """Builds the extensions into a folder. Exit code; what was said last; causes of what is missing there."""
+    """Builds the extensions into a folder; (exit code, last line of stderr, cause of each missing extension)."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", f"--build-lib={where}", f"--build-temp={where}/temp"]
     environment = ENVIRONMENT | {"CC": "false", "CXX": "false"} | variables
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -65,7 +65,7 @@ def build(where: Path, **variables: str) -> tuple[int, str, dict[str, str]]:
     return done.returncode, done.stderr.strip().splitlines()[-1], causes
 
 
-def test_what_cannot_be_built_is_explained(tmp_path: Path) -> None:
+def test_the_cause_of_a_failed_build_is_stored(tmp_path: Path) -> None:
     stale = tmp_path / "hetis_kernels" / "_cpu.so"
     stale.parent.mkdir()
     stale.write_text("of an earlier build")
@@ -83,7 +83,7 @@ def test_without_torch_the_cause_is_torch(tmp_path: Path) -> None:
     assert causes["hetis_kernels/_cpu"] == "torch was not installed in this environment when hetis was"
 
 
-def test_where_they_are_required_one_sentence_ends_the_installation(tmp_path: Path) -> None:
+def test_required_extensions_that_cannot_be_built_end_the_installation(tmp_path: Path) -> None:
     code, last, causes = build(tmp_path, HETIS_REQUIRE_EXTENSIONS="1")
     assert code != 0
     assert last.startswith("hetis: the C++ extension ")

@@ -1,7 +1,7 @@
-"""Who may import whom, what must never be imported, and what the driver must not load.
+"""Layers: which package may import which, that nothing uses pickle, and which modules a process must not load.
 
-Imports are read from the syntax tree, so those inside functions count as well. A part may import itself, the standard
-library (less clocks, sockets and processes for the policies, which are functions of data) and what its rule names.
+Imports are read from the syntax tree, also those inside functions. A package may import itself, the standard library
+(without clocks, sockets, processes and files where its rule excludes them) and the modules named by its rule.
 """
 
 import ast
@@ -20,7 +20,7 @@ PICKLERS = ("pickle", "_pickle", "cPickle", "pickletools", "cloudpickle", "dill"
 
 
 class Rule(NamedTuple):
-    """Dotted prefixes. `never` wins over `may`."""
+    """Dotted prefixes of modules that a package may import; `never` has precedence over `may`."""
 
     may: tuple[str, ...]
     never: tuple[str, ...] = ()
@@ -29,8 +29,9 @@ class Rule(NamedTuple):
 POLICIES = ("hetis.dispatcher", "hetis.scheduler", "hetis.cache")
 PURE = ("hetis.core", "hetis.cost", *POLICIES, "hetis.engine")
 DATA = ("numpy", "msgspec")
-RULES = {  # the longest prefix counts
+RULES = {  # the longest matching prefix applies
     "hetis.core": Rule(("msgspec",), IMPURE),
+    "hetis.core.messages.step_command": Rule(("hetis.core", *DATA), IMPURE),  # packs and unpacks arrays
     "hetis.processes": Rule(("hetis.core", "msgspec", "psutil")),
     "hetis.cost": Rule(("hetis.core", *DATA), (*IMPURE, *FILES)),
     "hetis.dispatcher": Rule(("hetis.core", "hetis.cost", *DATA), IMPURE),
@@ -41,7 +42,7 @@ RULES = {  # the longest prefix counts
         ("hetis.core", "hetis_kernels", "torch", "numpy", "safetensors", "huggingface_hub", "rich", "msgspec"),
         ("torch.distributed",),
     ),
-    # The extension holds what links need to wait and to signal: `hetis_kernels` besides torch.
+    # `hetis_kernels` besides torch: its C++ extension has the waits and signals of shared-memory links.
     "hetis.comm": Rule(("hetis.core", "hetis.processes", "torch", "zmq", "hetis_kernels", *DATA)),
     "hetis.ranks": Rule(
         ("hetis.core", "hetis.processes", "hetis.comm", "hetis.models", "hetis_kernels", "torch", "psutil", *DATA),
@@ -69,7 +70,7 @@ RULES = {  # the longest prefix counts
     ),
     "hetis_kernels": Rule(("torch", "triton", "numpy", "flash_attn"), ("hetis", "torch.distributed")),
 }
-EVERYTHING = ("hetis.__main__",)  # and the package itself, which names what users import
+EVERYTHING = ("hetis.__main__",)  # may import everything, as may the package `hetis`, which exports public names
 
 
 class Found(NamedTuple):
@@ -78,7 +79,7 @@ class Found(NamedTuple):
 
 
 def imports(source: str, package: str) -> Iterator[Found]:
-    """All that `source`, a module of `package`, imports, at whatever depth."""
+    """Imports of `source`, a module of `package`, at any depth."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (Found(node.lineno, alias.name) for alias in node.names)
@@ -95,7 +96,7 @@ def imports(source: str, package: str) -> Iterator[Found]:
 
 
 def dotted(node: ast.expr) -> str:
-    """`a.b.c` of a chain of attributes; "" for the rest."""
+    """ "a.b.c" for a chain of attributes; "" for other expressions."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
@@ -108,10 +109,10 @@ def within(name: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def part_of(module: str) -> str | None:
-    """The rule for `module`; None for what may import everything."""
+    """The key of the rule for `module`; None if it may import everything."""
     parts = [part for part in RULES if within(module, (part,))]
     if not parts:
-        assert within(module, EVERYTHING) or module == "hetis", f"no rule says who may import what in {module}"
+        assert within(module, EVERYTHING) or module == "hetis", f"no rule applies to {module}; add one to RULES"
     return max(parts, key=len, default=None)
 
 
@@ -129,7 +130,7 @@ def violations(module: str, source: str, package: str) -> list[str]:
 
 
 def modules() -> list[tuple[str, Path]]:
-    """(dotted name, file) of all that is installed."""
+    """(dotted name, file) of every installed module."""
     files = [("hetis", ROOT / "hetis"), ("hetis_kernels", ROOT / "kernels")]
     return [
         (".".join([name, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"), path)
@@ -138,7 +139,7 @@ def modules() -> list[tuple[str, Path]]:
     ]
 
 
-def test_every_part_imports_only_what_its_level_may() -> None:
+def test_every_package_follows_its_rule() -> None:
     wrong = []
     for module, path in modules():
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
@@ -146,7 +147,7 @@ def test_every_part_imports_only_what_its_level_may() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_rule_is_about_something() -> None:
+def test_every_rule_applies_to_a_module() -> None:
     assert {part_of(module) for module, _ in modules()} - {None} == RULES.keys()
 
 
@@ -154,12 +155,13 @@ def test_every_rule_is_about_something() -> None:
     ("module", "source"),
     [
         ("hetis.core.plan", "import numpy"),
+        ("hetis.core.messages.ranks", "import numpy"),
         ("hetis.cost.fit", "from pathlib import Path"),
         ("hetis.scheduler.scheduler", "def f():\n    import torch"),
         ("hetis.scheduler.scheduler", "from hetis.dispatcher import dispatcher"),
         ("hetis.scheduler.scheduler", "from time import monotonic"),
-        ("hetis.cache.lane_table", "from .pool import PagePool"),
-        ("hetis.cache.lane_table", "from . import pool"),
+        ("hetis.cache.cache_manager", "from .pool import PagePool"),
+        ("hetis.cache.cache_manager", "from . import pool"),
         ("hetis.ranks.pool", "import torch.distributed as dist"),
         ("hetis.models.decoder", "import torch\ntorch.distributed.all_reduce(x)"),
         ("hetis.models.decoder", "from hetis.comm import groups"),
@@ -179,7 +181,7 @@ def test_a_planted_import_is_found(module: str, source: str) -> None:
 
 
 def unsafe(source: str) -> list[str]:
-    """Ways to run what comes from outside as code: pickle in all its names, eval and exec."""
+    """Uses of functions that may run data as code: pickle under all its names, eval and exec."""
     wrong = []
     for node in ast.walk(ast.parse(source)):
         what = ""
@@ -252,11 +254,11 @@ def test_harmless_code_is_not_reported(source: str) -> None:
     assert not unsafe(source)
 
 
-# --- what is loaded ---------------------------------------------------------------------------------------------------
+# --- loaded modules ---------------------------------------------------------------------------------------------------
 
 
 def loaded_by(names: list[str]) -> set[str]:
-    """Top-level modules that a fresh interpreter has loaded after importing `names`."""
+    """Top-level modules loaded by a new interpreter after importing `names`."""
     code = "import sys\n" + "".join(f"import {name}\n" for name in names) + "print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
@@ -274,7 +276,7 @@ def test_the_driver_never_imports_torch() -> None:
     assert loaded.isdisjoint({"torch", "triton", "hetis_kernels", "transformers"})
 
 
-def test_the_engine_and_its_policies_load_neither_torch_nor_sockets() -> None:
+def test_the_engine_and_its_policies_load_neither_torch_nor_zmq() -> None:
     policies = names_within(*PURE)
     assert loaded_by(policies).isdisjoint({"torch", "triton", "hetis_kernels", "transformers", "zmq"})
 

@@ -12,7 +12,7 @@ import msgspec
 from hetis.core.config import EngineConfig
 from hetis.core.messages import FleetQuery, FleetStats
 from hetis.frontend.client import EngineClient
-from hetis.launch.member import plan_for
+from hetis.launch.checks import plan_for
 
 from .board import Board, Column
 from .fleet import Emulation, Fleet

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hetis.core.messages import AddRequest
-from hetis.core.plan import resolve_plan
+from hetis.core.plan_sources import resolve_plan
 from hetis.core.sampling_params import SamplingParams
 from hetis.models.decoder import Decoder
 from hetis.models.families import read_model_spec
@@ -92,7 +92,6 @@ class _PlainAttention:
         self.length_U = torch.full((lanes,), CONTEXT, dtype=torch.int32, device=device)
         last = (CONTEXT - 1) % PAGE
         self.cell_U = self.table_BW[:, -1].long() * PAGE + last
-        self.lse2_NM = torch.empty(lanes, queries, device=device)
         self.scratch = torch.empty(decode_scratch_numel(lanes, queries, head_dim, CONTEXT), device=device)
 
     def attend(self, layer: int, qkv_TGHD: Tensor, out_TGMD: Tensor) -> None:
@@ -101,7 +100,7 @@ class _PlainAttention:
         kv_append(qkv_NHD[:, M], qkv_NHD[:, M + 1], pages, self.lane_U, self.cell_U)
         paged_decode(
             qkv_NHD[:, :M], pages, self.table_BW, self.lane_U, self.lane_U, self.length_U, 0.1, 0, out_NMD,
-            self.lse2_NM, max_length=CONTEXT, scratch=self.scratch,
+            max_length=CONTEXT, scratch=self.scratch,
         )  # fmt: skip
 
 

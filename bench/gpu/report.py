@@ -78,7 +78,7 @@ def extensions() -> None:
     from hetis.dispatcher import native
     from hetis_kernels import extension
 
-    problems = [problem for problem in (extension.problem(), native.find()[1]) if problem]
+    problems = [problem for problem in (extension.problem(), native.problem()) if problem]
     print("\n".join(problems))
     sys.exit(bool(problems))
 

@@ -19,18 +19,16 @@ def main() -> None:
     pool = random(2, lanes * width, PAGE, HEAD_DIM)
     table = torch.randperm(lanes * width).int().view(lanes, width)
     cells, table = (table[:, 0].long() * PAGE).cuda(), table.cuda()
-    qkv, out, lse2 = random(lanes, QUERIES + 2, HEAD_DIM), random(lanes, QUERIES, HEAD_DIM), scores(lanes, QUERIES)
+    qkv, out = random(lanes, QUERIES + 2, HEAD_DIM), random(lanes, QUERIES, HEAD_DIM)
     order = torch.arange(lanes).int().cuda()
     length = torch.tensor(LENGTHS).int().repeat_interleave(GROUPS).cuda()
     hk.kv_append(qkv[:, QUERIES], qkv[:, QUERIES + 1], pool, order, cells)
-    hk.paged_decode(qkv[:, :QUERIES], pool, table, order, order, length, 0.125, 0, out, lse2)
+    hk.paged_decode(qkv[:, :QUERIES], pool, table, order, order, length, 0.125, 0, out)
     rows = random(TOKENS, GROUPS, QUERIES + 2, HEAD_DIM)
     attended = random(TOKENS, GROUPS, QUERIES, HEAD_DIM)
     start, context = torch.tensor([0, TOKENS]).int().cuda(), torch.tensor([TOKENS + 5]).int().cuda()
     lane = order[None, :GROUPS]
-    hk.paged_prefill(
-        rows[:, :, :QUERIES], pool, table, start, lane, context, 0.125, 0, attended, scores(TOKENS, GROUPS, QUERIES)
-    )
+    hk.paged_prefill(rows[:, :, :QUERIES], pool, table, start, lane, context, 0.125, 0, attended)
     hk.lane_pack(qkv.flatten(1), order, random(lanes, (QUERIES + 2) * HEAD_DIM))
     hk.add_rms_norm(random(9, 512), random(9, 512), random(512), 1e-6, random(9, 512))
     torch.cuda.synchronize()
@@ -40,10 +38,6 @@ def main() -> None:
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape).bfloat16().cuda()
-
-
-def scores(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape).cuda()
 
 
 if __name__ == "__main__":

@@ -19,18 +19,17 @@ def migrate_at_random() -> None:
     random = Random(0)
     plain = Engine._move_lanes
 
-    def move_lanes(self: Engine) -> None:
-        plain(self)
+    def move_lanes(self: Engine, now: float) -> None:
+        plain(self, now)
         if self._num_steps % (rest + moving) < rest:
             return
         plan, cache = self._setup.plan, self.cache
-        ranks = [member.rank for member in plan.members()]
         free = [s for s in self.scheduler.running if not s.is_prefilling and not cache.is_moving(s.slot)]
         for sequence in random.sample(free, min(len(free), lanes - len(cache.transits()))):
             group = random.randrange(self._setup.spec.num_head_groups)
             source = cache.owners(sequence.slot)[0][group]
-            target = random.choice([rank for rank in ranks if rank != source])
-            self.hauler.start([Move(slot=sequence.slot, stage=0, group=group, source=source, target=target)])
+            target = random.choice([rank for rank in plan.ranks if rank != source])
+            self.migrator.start([Move(slot=sequence.slot, stage=0, group=group, source=source, target=target)])
 
     Engine._move_lanes = move_lanes  # type: ignore[method-assign]
 

@@ -41,10 +41,8 @@ void check_index_tensor(const at::Tensor& tensor, int64_t dim, const char* name)
       name, " must be a contiguous int32 CPU tensor of ", dim, " dimensions");
 }
 
-void check_lse2(const at::Tensor& lse2, int64_t dim) {
-  TORCH_CHECK_VALUE(lse2.dim() == dim && lse2.device().is_cpu() && lse2.scalar_type() == at::kFloat &&
-                        (lse2.stride(-1) == 1 || lse2.size(-1) <= 1),
-                    "lse2 must be a float32 CPU tensor of ", dim, " dimensions, the last one contiguous");
+void check_window(int64_t window) {
+  TORCH_CHECK_VALUE(window >= 0, "window is ", window, "; use 0 for no window or a positive number of tokens");
 }
 
 void check_pool(const at::Tensor& pool_2PSD, const at::Tensor& q, int64_t num_queries) {

@@ -16,10 +16,10 @@ namespace hetis {
 
 Element element_of(const at::Tensor& tensor);
 
-// TORCH_CHECK with ValueError; the launchers in Python check everything and say more, this only keeps memory safe.
+// TORCH_CHECK with ValueError. These are the only checks of a call on the CPU: launchers in Python leave them to us.
 void check_value_tensor(const at::Tensor& tensor, const at::Tensor& like, int64_t dim, const char* name);
 void check_index_tensor(const at::Tensor& tensor, int64_t dim, const char* name);
-void check_lse2(const at::Tensor& lse2, int64_t dim);
+void check_window(int64_t window);
 void check_pool(const at::Tensor& pool_2PSD, const at::Tensor& q, int64_t num_queries);
 
 // Memory that grows and is kept, one per thread and purpose: no allocation once the largest call has been seen.

@@ -1,7 +1,7 @@
 // paged_decode on the CPU: cuts lanes into splits, shares the splits over torch's threads, merges each lane's splits.
 //
-// U lanes, N rows of q and out, M query heads per group, D head_dim, P pages, S tokens per page, B rows of the page
-// table, W entries of a row.
+// U lanes to attend over, N (token, head group) entries of q and out, M query heads per group, D head_dim, P pages, S
+// tokens per page, B lanes of the page table, W pages of a lane.
 
 #include <algorithm>
 #include <vector>
@@ -25,23 +25,21 @@ struct Call {
   int64_t value_bytes, row_bytes, page_size;
   const int32_t* table;
   int64_t table_stride;
-  const int32_t *lane_U, *row_U, *length_U;
+  const int32_t *lane_U, *qkv_U, *length_U;
   int64_t window;
   float scale_log2;
   int M, D, element_size;
   char* out;
   int64_t out_stride_n, out_stride_m;
-  float* lse2;
-  int64_t lse2_stride;
 
-  int64_t num_rows, num_lanes, max_length;
+  int64_t num_entries, num_lanes, max_length;
 
   // Indices are read here anyway; a wrong one would read or write memory that is not ours.
   void check_lane(int64_t u) const {
-    TORCH_CHECK_VALUE(lane_U[u] >= 0 && lane_U[u] < num_lanes && row_U[u] >= 0 && row_U[u] < num_rows &&
+    TORCH_CHECK_VALUE(lane_U[u] >= 0 && lane_U[u] < num_lanes && qkv_U[u] >= 0 && qkv_U[u] < num_entries &&
                           length_U[u] >= 0 && length_U[u] <= max_length,
-                      "paged_decode: lane ", lane_U[u], " of ", num_lanes, ", row ", row_U[u], " of ", num_rows,
-                      ", length ", length_U[u], " of ", max_length, "; an index is out of range");
+                      "paged_decode: lane ", lane_U[u], " of ", num_lanes, ", entry of q ", qkv_U[u], " of ",
+                      num_entries, ", length ", length_U[u], " of ", max_length, "; an index is out of range");
   }
   int64_t first_token(int64_t u) const { return window > 0 ? std::max<int64_t>(0, length_U[u] - window) : 0; }
 };
@@ -106,10 +104,9 @@ class SplitRows {
 };
 
 void merge_lane(const Call& call, const Plan& plan, int64_t u, int64_t num_parts, const float* parts) {
-  const int64_t row = call.row_U[u];
   call.kernels.decode_merge({parts + plan.first_split[u] * decode_part_floats(call.M, call.D), num_parts, call.M,
-                             call.D, call.out + row * call.out_stride_n * call.element_size, call.out_stride_m,
-                             call.lse2 + row * call.lse2_stride});
+                             call.D, call.out + call.qkv_U[u] * call.out_stride_n * call.element_size,
+                             call.out_stride_m});
 }
 
 // One thread's work. It claims a split ahead of its work, so as to fetch the rows of the next one in time.
@@ -132,7 +129,7 @@ void run_splits(const Call& call, Plan& plan, float* parts, const Claim& claim) 
     if (next_split < num_splits) find(next_split, next);
     current.follow_with(next_split < num_splits ? next : current);
     const int32_t u = plan.lane[split];
-    const char* q = call.q + call.row_U[u] * call.q_stride_n * call.element_size;
+    const char* q = call.q + call.qkv_U[u] * call.q_stride_n * call.element_size;
     call.kernels.decode_split({q, call.q_stride_m, current.rows(), current.tokens(), call.M, call.D, call.scale_log2,
                                parts + split * part_floats, floats});
     if (__atomic_sub_fetch(&plan.splits_left[u], 1, __ATOMIC_ACQ_REL) == 0) {
@@ -160,19 +157,19 @@ void run(const Call& call, int64_t num_lanes) {
 }  // namespace
 
 void paged_decode(const at::Tensor& q_NMD, const at::Tensor& pool_2PSD, const at::Tensor& page_table_BW,
-                  const at::Tensor& lane_U, const at::Tensor& row_U, const at::Tensor& length_U, double scale,
-                  int64_t window, const at::Tensor& out_NMD, const at::Tensor& lse2_NM) {
+                  const at::Tensor& lane_U, const at::Tensor& qkv_U, const at::Tensor& length_U, double scale,
+                  int64_t window, const at::Tensor& out_NMD) {
   const int64_t num_lanes = lane_U.numel();
   check_value_tensor(q_NMD, q_NMD, 3, "q");
   check_value_tensor(out_NMD, q_NMD, 3, "out");
-  check_lse2(lse2_NM, 2);
+  check_window(window);
   check_pool(pool_2PSD, q_NMD, q_NMD.size(1));
   check_index_tensor(page_table_BW, 2, "page_table");
-  for (const at::Tensor* index : {&lane_U, &row_U, &length_U}) check_index_tensor(*index, 1, "an index of lanes");
-  TORCH_CHECK_VALUE(out_NMD.sizes() == q_NMD.sizes() && lse2_NM.sizes() == q_NMD.sizes().slice(0, 2) &&
-                        row_U.numel() == num_lanes && length_U.numel() == num_lanes,
-                    "paged_decode: shapes of q ", q_NMD.sizes(), ", out ", out_NMD.sizes(), ", lse2 ", lse2_NM.sizes(),
-                    ", lanes, rows and lengths do not fit together");
+  for (const at::Tensor* index : {&lane_U, &qkv_U, &length_U}) check_index_tensor(*index, 1, "an index of lanes");
+  TORCH_CHECK_VALUE(
+      out_NMD.sizes() == q_NMD.sizes() && qkv_U.numel() == num_lanes && length_U.numel() == num_lanes,
+      "paged_decode: shapes of q ", q_NMD.sizes(), ", out ", out_NMD.sizes(), ", ", num_lanes, " lanes, ",
+      qkv_U.numel(), " entries of q and ", length_U.numel(), " lengths do not fit together");
   if (num_lanes == 0) return;
   const Element element = element_of(q_NMD);
   const auto element_size = static_cast<int>(q_NMD.element_size());
@@ -188,7 +185,7 @@ void paged_decode(const at::Tensor& q_NMD, const at::Tensor& pool_2PSD, const at
        page_table_BW.const_data_ptr<int32_t>(),
        page_table_BW.stride(0),
        lane_U.const_data_ptr<int32_t>(),
-       row_U.const_data_ptr<int32_t>(),
+       qkv_U.const_data_ptr<int32_t>(),
        length_U.const_data_ptr<int32_t>(),
        window,
        static_cast<float>(scale * 1.4426950408889634),
@@ -198,8 +195,6 @@ void paged_decode(const at::Tensor& q_NMD, const at::Tensor& pool_2PSD, const at
        static_cast<char*>(out_NMD.mutable_data_ptr()),
        out_NMD.stride(0),
        out_NMD.stride(1),
-       lse2_NM.mutable_data_ptr<float>(),
-       lse2_NM.stride(0),
        q_NMD.size(0),
        page_table_BW.size(0),
        page_table_BW.size(1) * pool_2PSD.size(2)},

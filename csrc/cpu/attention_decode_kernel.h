@@ -260,6 +260,5 @@ void decode_merge(const DecodeMerge& merge) {
     Dot::order_columns(sums, D);
     auto* out = static_cast<typename Dot::Element*>(merge.out) + m * merge.out_stride;
     for (int d = 0; d < D; d += kWidth) narrow(out + d, load(sums + d) * shrink);
-    merge.lse2[m] = best + __builtin_log2f(total);
   }
 }

@@ -50,14 +50,13 @@ struct DecodeSplit {
 inline int64_t decode_part_floats(int M, int D) { return int64_t{M} * (D + 2); }
 inline int64_t decode_scratch_floats(int M, int D) { return int64_t{M} * (kSplitTokens + D); }
 
-// All splits of one lane, in order; none at all gives 0 and -inf.
+// All splits of one lane, in order; none at all gives 0.
 struct DecodeMerge {
   const float* parts;
   int64_t num_parts;
   int M, D;
   void* out;  // [M, D]
   int64_t out_stride;
-  float* lse2;  // [M]
 };
 
 // Consecutive new tokens of one head group of one chunk. Query t stands at position first_position + t.
@@ -67,14 +66,12 @@ struct PrefillBlock {
   int64_t tokens, first_position, window;
   const char* keys;  // K of page 0; V lies value_bytes behind
   int64_t value_bytes;
-  const int32_t* pages;  // row of the page table
+  const int32_t* pages;  // of the lane
   int64_t page_size;
   int M, D;
   float scale_log2;
   void* out;  // [tokens, M, D]
   int64_t out_stride_t, out_stride_m;
-  float* lse2;  // [tokens, M]
-  int64_t lse2_stride_t;
   char* scratch;  // prefill_scratch_bytes, aligned to 64
 };
 

@@ -1,7 +1,7 @@
 // paged_prefill on the CPU: cuts chunks into blocks of queries and shares them over torch's threads.
 //
 // T tokens of all chunks, C chunks, G head groups, M query heads per group, D head_dim, P pages, S tokens per page, B
-// rows of the page table.
+// lanes of the page table.
 
 #include <algorithm>
 #include <vector>
@@ -49,29 +49,29 @@ int64_t count_products(const std::vector<TokenBlock>& blocks, int64_t M, int64_t
 }
 
 void check(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const at::Tensor& page_table_BW,
-           const at::Tensor& query_start_C1, const at::Tensor& lane_CG, const at::Tensor& context_C,
-           const at::Tensor& out_TGMD, const at::Tensor& lse2_TGM) {
+           const at::Tensor& query_start_C1, const at::Tensor& lane_CG, const at::Tensor& context_C, int64_t window,
+           const at::Tensor& out_TGMD) {
   check_value_tensor(q_TGMD, q_TGMD, 4, "q");
   check_value_tensor(out_TGMD, q_TGMD, 4, "out");
-  check_lse2(lse2_TGM, 3);
+  check_window(window);
   check_pool(pool_2PSD, q_TGMD, q_TGMD.size(2));
   check_index_tensor(page_table_BW, 2, "page_table");
   check_index_tensor(query_start_C1, 1, "query_start");
   check_index_tensor(lane_CG, 2, "lane");
   check_index_tensor(context_C, 1, "context");
   const int64_t C = context_C.numel();
-  TORCH_CHECK_VALUE(out_TGMD.sizes() == q_TGMD.sizes() && lse2_TGM.sizes() == q_TGMD.sizes().slice(0, 3) &&
-                        query_start_C1.numel() == C + 1 && lane_CG.size(0) == C && lane_CG.size(1) == q_TGMD.size(1),
-                    "paged_prefill: shapes of q ", q_TGMD.sizes(), ", out ", out_TGMD.sizes(), ", lse2 ",
-                    lse2_TGM.sizes(), ", lanes ", lane_CG.sizes(), " and ", C, " contexts do not fit together");
+  TORCH_CHECK_VALUE(out_TGMD.sizes() == q_TGMD.sizes() && query_start_C1.numel() == C + 1 && lane_CG.size(0) == C &&
+                        lane_CG.size(1) == q_TGMD.size(1),
+                    "paged_prefill: shapes of q ", q_TGMD.sizes(), ", out ", out_TGMD.sizes(), ", lanes ",
+                    lane_CG.sizes(), " and ", C, " contexts do not fit together");
 }
 
 }  // namespace
 
 void paged_prefill(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const at::Tensor& page_table_BW,
                    const at::Tensor& query_start_C1, const at::Tensor& lane_CG, const at::Tensor& context_C,
-                   double scale, int64_t window, const at::Tensor& out_TGMD, const at::Tensor& lse2_TGM) {
-  check(q_TGMD, pool_2PSD, page_table_BW, query_start_C1, lane_CG, context_C, out_TGMD, lse2_TGM);
+                   double scale, int64_t window, const at::Tensor& out_TGMD) {
+  check(q_TGMD, pool_2PSD, page_table_BW, query_start_C1, lane_CG, context_C, window, out_TGMD);
   const AttentionKernels& kernels = attention_kernels(element_of(q_TGMD));
   const int64_t G = q_TGMD.size(1), M = q_TGMD.size(2), D = q_TGMD.size(3), element_size = q_TGMD.element_size();
   const auto* q = static_cast<const char*>(q_TGMD.const_data_ptr());
@@ -79,11 +79,10 @@ void paged_prefill(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const 
   const auto* table = page_table_BW.const_data_ptr<int32_t>();
   const auto* lanes = lane_CG.const_data_ptr<int32_t>();
   auto* out = static_cast<char*>(out_TGMD.mutable_data_ptr());
-  auto* lse2 = lse2_TGM.mutable_data_ptr<float>();
 
   for (int64_t i = 0; i < lane_CG.numel(); ++i)
     TORCH_CHECK_VALUE(lanes[i] >= 0 && lanes[i] < page_table_BW.size(0), "paged_prefill: lane ", lanes[i],
-                      " is not a row of the page table");
+                      " is not in the page table of ", page_table_BW.size(0), " lanes");
 
   static thread_local std::vector<TokenBlock> thread_blocks;
   std::vector<TokenBlock>& blocks = thread_blocks;
@@ -102,7 +101,7 @@ void paged_prefill(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const 
            table + lanes[block.chunk * G + g] * page_table_BW.stride(0), pool_2PSD.size(2), static_cast<int>(M),
            static_cast<int>(D), static_cast<float>(scale * 1.4426950408889634),
            out + (t * out_TGMD.stride(0) + g * out_TGMD.stride(1)) * element_size, out_TGMD.stride(0),
-           out_TGMD.stride(2), lse2 + t * lse2_TGM.stride(0) + g * lse2_TGM.stride(1), lse2_TGM.stride(0), memory});
+           out_TGMD.stride(2), memory});
     }
   });
 }

@@ -171,8 +171,8 @@ struct Prefill {
     for (int i = 0; i < kKeyBlock; ++i) {
       const int64_t key = first_key + i;
       const bool seen = key >= from && key < to;
-      const int64_t slot = seen ? block.pages[key / block.page_size] * block.page_size + key % block.page_size : 0;
-      const char* row = block.keys + slot * row_bytes;
+      const int64_t cell = seen ? block.pages[key / block.page_size] * block.page_size + key % block.page_size : 0;
+      const char* row = block.keys + cell * row_bytes;
       rows[i] = seen ? reinterpret_cast<const Element*>(row) : zeros;
       rows[kKeyBlock + i] = seen ? reinterpret_cast<const Element*>(row + block.value_bytes) : zeros;
     }
@@ -208,7 +208,6 @@ struct Prefill {
       const float* sums = memory.sums + row * block.D;
       const Vector shrink = set(1.0f / memory.total[row]);
       for (int d = 0; d < block.D; d += kWidth) narrow(out + d, load(sums + d) * shrink);
-      block.lse2[t * block.lse2_stride_t + m] = memory.largest[row] + __builtin_log2f(memory.total[row]);
     }
   }
 

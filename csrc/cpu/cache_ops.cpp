@@ -1,13 +1,10 @@
-// Copies between the cache, messages and buffers, and the exact merge of two partial attentions.
+// Copies between the KV cache, messages and buffers.
 //
-// A appended rows, N rows, U rows of a message, F values per row, L layers, P pages, S tokens per page, M query heads
-// per group, D head_dim.
+// A appended (token, head group) pairs, N vectors of such pairs, U vectors of a message, F values per vector, L layers,
+// P pages, S tokens per page, D head_dim.
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-
-#include <ATen/Dispatch.h>
 
 #include "attention.h"
 #include "operations.h"
@@ -15,7 +12,7 @@
 namespace hetis {
 namespace {
 
-// One thread copies so many bytes before another is worth waking.
+// Bytes that one thread copies before waking another one pays.
 constexpr int64_t kGrainBytes = 128 * 1024;
 
 // Copies `count` pieces of `bytes`; address(i) gives destination and source of piece i.
@@ -70,30 +67,10 @@ struct PagePieces {
   int64_t in_buffer(int64_t i) const { return i * bytes; }
 };
 
-// lse2 of -inf means an empty part, whose values may be anything, NaN included.
-template <class T>
-void merge_row(const T* a, float lse2_a, const T* b, float lse2_b, int64_t D, T* out, float* lse2) {
-  const float best = std::max(lse2_a, lse2_b);
-  const float base = std::isinf(best) && best < 0 ? 0.0f : best;
-  const float weight_a = std::exp2(lse2_a - base), weight_b = std::exp2(lse2_b - base);
-  const float total = weight_a + weight_b;
-  if (total == 0.0f) {
-    std::fill(out, out + D, T(0.0f));
-  } else if (weight_b == 0.0f) {
-    std::memmove(out, a, D * sizeof(T));
-  } else if (weight_a == 0.0f) {
-    std::memmove(out, b, D * sizeof(T));
-  } else {
-    for (int64_t d = 0; d < D; ++d)
-      out[d] = static_cast<T>((static_cast<float>(a[d]) * weight_a + static_cast<float>(b[d]) * weight_b) / total);
-  }
-  *lse2 = base + std::log2(total);
-}
-
 }  // namespace
 
 void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor& pool_2PSD, const at::Tensor& row_A,
-               const at::Tensor& slot_A) {
+               const at::Tensor& cell_A) {
   check_value_tensor(k_ND, k_ND, 2, "k");
   check_value_tensor(v_ND, k_ND, 2, "v");
   check_value_tensor(pool_2PSD, k_ND, 4, "pool");
@@ -103,18 +80,18 @@ void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor&
                         pool_2PSD.stride(2) == D && pool_2PSD.stride(1) == pool_2PSD.size(2) * D,
                     "kv_append: k is ", k_ND.sizes(), ", v ", v_ND.sizes(), ", the pool ", pool_2PSD.sizes(),
                     "; they must be [N, D], [N, D] and [2, P, S, D] with contiguous halves");
-  TORCH_CHECK_VALUE(slot_A.dim() == 1 && slot_A.size(0) == A && slot_A.scalar_type() == at::kLong &&
-                        slot_A.device().is_cpu() && slot_A.is_contiguous(),
-                    "kv_append: slot must be a contiguous int64 CPU tensor of ", A, " values");
+  TORCH_CHECK_VALUE(cell_A.dim() == 1 && cell_A.size(0) == A && cell_A.scalar_type() == at::kLong &&
+                        cell_A.device().is_cpu() && cell_A.is_contiguous(),
+                    "kv_append: cell must be a contiguous int64 CPU tensor of ", A, " values");
   const int64_t size = k_ND.element_size(), row_bytes = D * size;
   const auto* row = row_A.const_data_ptr<int32_t>();
-  const auto* slot = slot_A.const_data_ptr<int64_t>();
+  const auto* cell = cell_A.const_data_ptr<int64_t>();
   char* pool[2] = {bytes_of(pool_2PSD), bytes_of(pool_2PSD) + pool_2PSD.stride(0) * size};
   const char* source[2] = {static_cast<const char*>(k_ND.const_data_ptr()),
                            static_cast<const char*>(v_ND.const_data_ptr())};
   const int64_t stride[2] = {k_ND.stride(0) * size, v_ND.stride(0) * size};
   copy_pieces(2 * A, row_bytes, [&](int64_t i) {
-    return Piece{pool[i & 1] + slot[i / 2] * row_bytes, source[i & 1] + row[i / 2] * stride[i & 1]};
+    return Piece{pool[i & 1] + cell[i / 2] * row_bytes, source[i & 1] + row[i / 2] * stride[i & 1]};
   });
 }
 
@@ -152,31 +129,6 @@ void page_scatter(const at::Tensor& source_NL2SD, const at::Tensor& page_N, cons
   char* pool = bytes_of(pool_L2PSD);
   copy_pieces(page_N.size(0) * pieces.planes, pieces.bytes,
               [&](int64_t i) { return Piece{pool + pieces.in_pool(i), source + pieces.in_buffer(i)}; });
-}
-
-void merge_states(const at::Tensor& out_a_NMD, const at::Tensor& lse2_a_NM, const at::Tensor& out_b_NMD,
-                  const at::Tensor& lse2_b_NM, const at::Tensor& out_NMD, const at::Tensor& lse2_NM) {
-  for (const at::Tensor* tensor : {&out_a_NMD, &out_b_NMD, &out_NMD}) {
-    check_value_tensor(*tensor, out_a_NMD, 3, "a partial result");
-    TORCH_CHECK_VALUE(tensor->is_contiguous() && tensor->sizes() == out_a_NMD.sizes(),
-                      "merge_states: partial results must be contiguous and of one shape");
-  }
-  for (const at::Tensor* tensor : {&lse2_a_NM, &lse2_b_NM, &lse2_NM}) {
-    check_lse2(*tensor, 2);
-    TORCH_CHECK_VALUE(tensor->is_contiguous() && tensor->sizes() == out_a_NMD.sizes().slice(0, 2),
-                      "merge_states: lse2 must be contiguous [N, M]");
-  }
-  const int64_t D = out_NMD.size(2);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out_NMD.scalar_type(), "merge_states", [&] {
-    const auto *a = out_a_NMD.const_data_ptr<scalar_t>(), *b = out_b_NMD.const_data_ptr<scalar_t>();
-    const auto *lse2_a = lse2_a_NM.const_data_ptr<float>(), *lse2_b = lse2_b_NM.const_data_ptr<float>();
-    auto* out = out_NMD.mutable_data_ptr<scalar_t>();
-    auto* lse2 = lse2_NM.mutable_data_ptr<float>();
-    at::parallel_for(0, lse2_NM.numel(), 256, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        merge_row(a + i * D, lse2_a[i], b + i * D, lse2_b[i], D, out + i * D, lse2 + i);
-    });
-  });
 }
 
 }  // namespace hetis

@@ -31,7 +31,7 @@ Isa detect() {
 
 std::atomic<Isa> limit{Isa::avx512_bf16};
 
-// Tests and benchmarks run every path that the machine has; the names tell what is in use afterwards.
+// For tests and benchmarks, which run every path that the machine has. Returns the instruction set in use.
 std::string limit_dense_isa(const std::string& name) {
   const auto* found = std::find(kNames.begin(), kNames.end(), name);
   TORCH_CHECK_VALUE(found != kNames.end(), "unknown instruction set ", name,

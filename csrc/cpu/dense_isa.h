@@ -1,8 +1,8 @@
 // Instruction sets of the dense operations: chosen once at run time, compiled side by side in one file.
 //
-// HETIS_TARGET_BEGIN(...) ... HETIS_TARGET_END compiles what stands between for one instruction set, so that no file
-// needs flags of its own. Templates and inline functions that intrinsics are inlined into must stand between them;
-// standard headers must not (the linker might keep their AVX-512 copy for all).
+// HETIS_TARGET_BEGIN(...) ... HETIS_TARGET_END compiles the code between them for one instruction set, so that no file
+// needs flags of its own. Templates and inline functions that intrinsics are inlined into must be between them;
+// standard headers must not be (the linker might keep their AVX-512 copy for all callers).
 #pragma once
 
 #if defined(__x86_64__)
@@ -31,10 +31,10 @@ namespace hetis {
 
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
-// What this processor has, or less if `limit_dense_isa` asked for less.
+// Instruction set of this processor, or the limit of `limit_dense_isa` if that is lower.
 Isa dense_isa();
 
-// Matrix units for bfloat16, which only oneDNN uses here.
+// Whether the processor has matrix units for bfloat16 (AMX), which only oneDNN uses here.
 bool has_amx();
 
 }  // namespace hetis

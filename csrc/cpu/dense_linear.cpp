@@ -19,10 +19,10 @@ namespace hetis {
 namespace {
 
 constexpr int64_t kSlabTokens = 512;       // bounds the packed copy of x: 3 MB for 3,072 inputs in bfloat16
-constexpr int64_t kGrainWeights = 1 << 18;  // weights that keep one thread busy for about 10 us, several wake-ups long
-constexpr int64_t kGrainPacked = 1 << 15;   // values of x to pack, likewise
+constexpr int64_t kGrainWeights = 1 << 18;  // weights of about 10 us of work, several times a wake-up
+constexpr int64_t kGrainPacked = 1 << 15;   // values of x to pack, for the same work
 
-// Memory of the calling thread for packed x, kept between calls.
+// Memory of the calling thread for packed x, reused by later calls.
 void* scratch(size_t bytes) {
   constexpr size_t kAlignment = 64;
   thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
@@ -41,7 +41,7 @@ void run(const LinearProblem<T>& problem, const LinearKernel<T>& kernel) {
   const int64_t panels = kernel.num_panels(problem.tokens), panel_values = problem.tokens * problem.inputs / panels;
   at::parallel_for(0, panels, std::max<int64_t>(1, kGrainPacked / std::max<int64_t>(1, panel_values)),
                    [&](int64_t begin, int64_t end) { kernel.pack(problem, packed, begin, end); });
-  // the last two blocks share rows, hence a thread
+  // the last two blocks share rows, so one thread computes both
   const int64_t blocks = (problem.outputs + kBlockRows - 1) / kBlockRows, units = std::max<int64_t>(1, blocks - 1);
   const int64_t block_weights = std::max<int64_t>(1, kBlockRows * problem.inputs * (1 + problem.tokens / 16));
   at::parallel_for(0, units, std::max<int64_t>(1, kGrainWeights / block_weights), [&](int64_t begin, int64_t end) {
@@ -92,7 +92,7 @@ void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<a
   });
 }
 
-// The number of tokens up to which this kernel is the fastest one: oneDNN has matrix units (AMX) to itself.
+// Number of tokens up to which this kernel is fastest; with matrix units (AMX), oneDNN is faster beyond.
 int64_t linear_max_tokens(at::ScalarType dtype) {
   constexpr int64_t kNone = 0, kFew = 32, kAll = std::numeric_limits<int64_t>::max();
   if (linear_kernel<float>().multiply == nullptr) return kNone;

@@ -21,8 +21,8 @@ struct LinearProblem {
   int64_t tokens, outputs, inputs;
 };
 
-// How one instruction set does it: `pack` copies x, panel by panel, in the order in which `multiply` reads it for
-// blocks of weight rows. The last two blocks may share rows, so that one thread must do both.
+// Kernel of one instruction set: `pack` copies x, panel by panel, into the order in which `multiply` reads it for
+// blocks of weight rows. The last two blocks may share rows, so that one thread must compute both.
 template <class T>
 struct LinearKernel {
   int64_t (*packed_bytes)(int64_t tokens, int64_t inputs);

@@ -1,4 +1,4 @@
-// Vectors of `linear` for each instruction set, and the choice among them.
+// Vectors of `linear` for each instruction set, and the choice of one.
 
 #include <type_traits>
 
@@ -15,7 +15,7 @@ namespace avx2 {
 
 #include "dense_linear_tile.h"
 
-// 8 floats: 2 tokens x 4 chains. Weights narrower than float are widened piece by piece.
+// 8 floats: 2 tokens x 4 chains. Weights narrower than float are widened as they are loaded.
 template <class T>
 struct WideLanes {
   using Element = T;

@@ -1,15 +1,15 @@
 // The kernel of `linear`, compiled once for each instruction set: included between HETIS_TARGET_BEGIN and
 // HETIS_TARGET_END, inside a namespace of its own. No include guard, for that reason.
 //
-// A vector holds `kTokens` tokens times four chains of K: lane 4 t + j adds up every fourth group of inputs of token
-// t. One 4-lane piece of a weight row, broadcast to all tokens of the vector, meets several vectors of x, so that a
-// tile of 6 rows x 4 vectors needs 10 loads for 24 multiply-adds at any number of tokens. The chains are joined at
-// the end in one fixed order: the result for a token depends on its own x alone, not on the tokens beside it or on
-// the thread that computes it, and decode at T = 1 equals prefill bit for bit.
+// A vector holds `kTokens` tokens times four chains (partial sums over K): lane 4 t + j sums every fourth group of
+// inputs of token t. A 4-lane piece of a weight row, broadcast to all tokens of the vector, is multiplied with several
+// vectors of x, so that a tile of 6 rows x 4 vectors needs 10 loads for 24 multiply-adds at any number of tokens. The
+// chains are joined at the end in one fixed order: the result for a token depends on its own x only, not on other
+// tokens or on the thread that computes it, and decode at T = 1 equals prefill bit for bit.
 //
-// Traffic: rows are taken in chunks that stay in the L2 cache while all panels of x, each about as large as the L1
-// cache, pass over them. So the weight is read from memory once per call; the next rows are prefetched while these
-// are in work.
+// Traffic: weight rows are processed in chunks that stay in the L2 cache while all panels of x, each about as large as
+// the L1 cache, are multiplied with them. So the weight is read from memory once per call; the next rows are prefetched
+// meanwhile.
 
 template <class Lanes>
 struct LinearTile {
@@ -21,7 +21,7 @@ struct LinearTile {
   static constexpr int kTokens = Lanes::kTokens, kStep = Lanes::kStep, kMaxVectors = Lanes::kMaxVectors;
   static constexpr int64_t kChunkBytes = 384 * 1024, kLineBytes = 64;
 
-  // Vectors are spread evenly over the fewest panels: a panel of one vector would waste most of the tile.
+  // Vectors are divided evenly among the fewest panels: a panel of one vector would waste most of the tile.
   struct Panels {
     int64_t vectors, count;
 
@@ -82,9 +82,8 @@ struct LinearTile {
     }
   }
 
-  // The chains of R weight rows times V vectors of x. Prefetches 24 cache lines ahead in every row, at its end in the
-  // rows that follow: 16 or 48 lines are 5 to 10 % slower, a whole block of long rows would push x out of the L1
-  // cache.
+  // Chains of R weight rows times V vectors of x. Prefetches 24 cache lines ahead in every row, at its end in the next
+  // rows: 16 or 48 lines are 5 to 10 % slower, and a whole block of long rows would evict x from the L1 cache.
   template <int R, int V>
   static HETIS_INLINE void multiply_tile(const Element* weight, int64_t stride, const Packed* x, int64_t inputs,
                                          Vector (&sum)[R][V]) {
@@ -136,7 +135,7 @@ struct LinearTile {
   template <int R, int V>
   static void multiply_panel(const Problem& problem, const Packed* x, int64_t token, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      // the last block steps back to be whole: the rows it shares with the one before get the same values again
+      // the last block begins earlier to be whole: rows that it shares with the previous block get equal values again
       const int64_t row = block * R + R <= problem.outputs ? block * R : problem.outputs - R;
       Vector sum[R][V];
       multiply_tile<R, V>(problem.weight + row * problem.weight_stride, problem.weight_stride, x, problem.inputs, sum);

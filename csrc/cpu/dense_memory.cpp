@@ -1,5 +1,4 @@
-// Huge pages for weights: a stream of 4 KB pages loses a quarter of the memory bandwidth to page walks (measured, Zen
-// 5).
+// Huge pages for weights: with 4 KB pages a quarter of the memory bandwidth is lost to page walks (measured on Zen 5).
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -14,12 +13,12 @@ namespace {
 
 constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 
-// Asks the kernel to keep the whole huge pages inside `tensor` as such; with `now`, to gather them before it returns
-// (the tensor must be filled, for that makes all of it resident). Advice: nothing changes where the system declines.
+// Advises the kernel to use huge pages inside `tensor`; with `now`, to gather them before it returns (the tensor must
+// be filled, since this makes all of it resident). Has no effect where the system declines.
 void advise_huge_pages(const at::Tensor& tensor, bool now) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (tensor.numel() == 0) return;
-  int64_t elements = 1;  // from the first to the last one, rows of a slice included
+  int64_t elements = 1;  // from the first to the last one, with gaps between rows of a slice
   for (int64_t d = 0; d < tensor.dim(); ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
   const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;

@@ -1,5 +1,5 @@
 // The operations rms_norm, add_rms_norm, qk_norm_rope and gated_activation: checks and threads around the loops.
-// Shapes are checked by the Python launchers; what is checked here keeps a direct call from reading out of bounds.
+// The Python launchers check shapes; the checks here keep direct calls from out-of-bounds access.
 
 #include "dense_rows.h"
 
@@ -20,7 +20,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kGrainValues = 24 * 1024;  // values worth waking a thread for: 5 to 10 us of work
+constexpr int64_t kGrainValues = 24 * 1024;  // values that are worth a wake-up of a thread: 5 to 10 us of work
 
 void check_rows(const char* name, const Tensor& tensor, const Tensor& like) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.scalar_type() == like.scalar_type() &&

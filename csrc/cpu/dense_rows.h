@@ -18,7 +18,7 @@ struct NormProblem {
   float epsilon;
 };
 
-// Rows are the (token, head group) pairs of a contiguous qkv_TGHD; either weights or cos_sin may be null.
+// Rows are the (token, head group) pairs of a contiguous qkv_TGHD. Both weights, or cos_sin, may be null.
 template <class T>
 struct RopeProblem {
   T* qkv;
@@ -40,7 +40,7 @@ struct GateProblem {
   Activation activation;
 };
 
-// One instruction set's loops over a range of rows.
+// Loops over a range of rows, for one instruction set.
 template <class T>
 struct RowKernels {
   void (*norm)(const NormProblem<T>& problem, int64_t begin, int64_t end);

@@ -1,4 +1,4 @@
-// The loops over rows for each instruction set, and the choice among them.
+// Loops over rows for each instruction set, and the choice of one.
 
 #include <type_traits>
 

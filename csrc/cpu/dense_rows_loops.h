@@ -89,7 +89,7 @@ void rope_rows(const RopeProblem<T>& problem, int64_t begin, int64_t end) {
   }
 }
 
-// e^x within 2 units in the last place: 2^n times a polynomial in the rest; saturates instead of overflowing.
+// e^x within 2 units in the last place: 2^n times a polynomial of the remainder; saturates instead of overflowing.
 HETIS_INLINE Floats exponential(Floats x) {
   x = x > 88.0f ? all(88.0f) : x;
   x = x < -87.0f ? all(-87.0f) : x;

@@ -1,7 +1,7 @@
-// Vectors of floats, and how the three dtypes get in and out of them, for each instruction set.
+// Vectors of floats, and their conversions from and to the three dtypes, for each instruction set.
 //
 // `Floats` is a compiler vector, so that + - * / and comparisons work on it everywhere; each namespace adds
-//   load(const T*) -> Floats, store(Floats, T*), rounded<T>(Floats): the value after a trip through T.
+//   load(const T*) -> Floats, store(Floats, T*), rounded<T>(Floats): the value rounded to T.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -17,7 +17,7 @@
 #endif
 
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 finds it in its own headers, once per intrinsic
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own headers, once per intrinsic
 #pragma GCC diagnostic ignored "-Wpsabi"                // all functions that pass vectors are inlined
 #endif
 
@@ -71,7 +71,7 @@ HETIS_INLINE Floats load(const BFloat16* x) {
 }
 HETIS_INLINE Floats load(const Half* x) { return _mm256_cvtph_ps(load_halves(x)); }
 
-// Round to nearest even, as torch does; a NaN becomes a quiet one (the carry could turn it into zero or infinity).
+// Rounds to nearest even, as torch does; any NaN becomes a quiet NaN (the carry could turn it into zero or infinity).
 HETIS_INLINE __m256i bfloat16_bits(Floats x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -150,7 +150,7 @@ HETIS_INLINE Floats rounded(Floats x) {
 }  // namespace avx512
 HETIS_TARGET_END
 
-// bfloat16 alone, rounded by an instruction instead of seven (denormals become zero: far below any activation's size).
+// bfloat16 only, rounded by one instruction instead of seven (denormals become zero: far below any activation).
 HETIS_TARGET_BEGIN(HETIS_AVX512_BF16)
 namespace avx512_bf16 {
 

@@ -1,4 +1,4 @@
-// The operations that registration.cpp registers; their contracts are the docstrings of the launchers in kernels/.
+// Operations registered by registration.cpp. Their contracts are the docstrings of the launchers in kernels/.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,23 +6,21 @@
 namespace hetis {
 
 void paged_decode(const at::Tensor& q_NMD, const at::Tensor& pool_2PSD, const at::Tensor& page_table_BW,
-                  const at::Tensor& lane_U, const at::Tensor& row_U, const at::Tensor& length_U, double scale,
-                  int64_t window, const at::Tensor& out_NMD, const at::Tensor& lse2_NM);
+                  const at::Tensor& lane_U, const at::Tensor& qkv_U, const at::Tensor& length_U, double scale,
+                  int64_t window, const at::Tensor& out_NMD);
 void paged_prefill(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const at::Tensor& page_table_BW,
                    const at::Tensor& query_start_C1, const at::Tensor& lane_CG, const at::Tensor& context_C,
-                   double scale, int64_t window, const at::Tensor& out_TGMD, const at::Tensor& lse2_TGM);
+                   double scale, int64_t window, const at::Tensor& out_TGMD);
 
 void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor& pool_2PSD, const at::Tensor& row_A,
-               const at::Tensor& slot_A);
+               const at::Tensor& cell_A);
 void lane_pack(const at::Tensor& source_NF, const at::Tensor& row_U, const at::Tensor& out_UF);
 void lane_unpack(const at::Tensor& source_UF, const at::Tensor& row_U, const at::Tensor& out_NF);
 void page_gather(const at::Tensor& pool_L2PSD, const at::Tensor& page_N, const at::Tensor& out_NL2SD);
 void page_scatter(const at::Tensor& source_NL2SD, const at::Tensor& page_N, const at::Tensor& pool_L2PSD);
-void merge_states(const at::Tensor& out_a_NMD, const at::Tensor& lse2_a_NM, const at::Tensor& out_b_NMD,
-                  const at::Tensor& lse2_b_NM, const at::Tensor& out_NMD, const at::Tensor& lse2_NM);
 
-// Reads all of a contiguous tensor with torch's threads and returns the sum of its 64-bit words: how fast memory can be
-// read, the yardstick of benchmarks.
+// Reads a contiguous tensor with torch's threads and returns the sum of its 64-bit words. Used to measure memory
+// bandwidth.
 int64_t stream_read(const at::Tensor& tensor);
 
 }  // namespace hetis

@@ -1,8 +1,8 @@
-// Names and signatures of the attention and cache operations in torch.ops.hetis. Other files add theirs with
-// TORCH_LIBRARY_FRAGMENT.
+// Names and signatures of the attention and cache operations in torch.ops.hetis. Other files register their operations
+// with TORCH_LIBRARY_FRAGMENT.
 //
-// They are registered without a dispatch key: a call goes straight to the function, which checks that its tensors are
-// on the CPU.
+// Operations here have no dispatch key: a call goes straight to the function, which checks that its tensors are on the
+// CPU.
 
 #include <torch/library.h>
 #include <torch/version.h>
@@ -11,24 +11,19 @@
 
 TORCH_LIBRARY(hetis, m) {
   m.def(
-      "paged_decode(Tensor q_NMD, Tensor pool_2PSD, Tensor page_table_BW, Tensor lane_U, Tensor row_U, Tensor "
-      "length_U, "
-      "float scale, int window, Tensor(a!) out_NMD, Tensor(b!) lse2_NM) -> ()",
+      "paged_decode(Tensor q_NMD, Tensor pool_2PSD, Tensor page_table_BW, Tensor lane_U, Tensor qkv_U, "
+      "Tensor length_U, float scale, int window, Tensor(a!) out_NMD) -> ()",
       &hetis::paged_decode);
   m.def(
       "paged_prefill(Tensor q_TGMD, Tensor pool_2PSD, Tensor page_table_BW, Tensor query_start_C1, Tensor lane_CG, "
-      "Tensor context_C, float scale, int window, Tensor(a!) out_TGMD, Tensor(b!) lse2_TGM) -> ()",
+      "Tensor context_C, float scale, int window, Tensor(a!) out_TGMD) -> ()",
       &hetis::paged_prefill);
-  m.def("kv_append(Tensor k_ND, Tensor v_ND, Tensor(a!) pool_2PSD, Tensor row_A, Tensor slot_A) -> ()",
+  m.def("kv_append(Tensor k_ND, Tensor v_ND, Tensor(a!) pool_2PSD, Tensor row_A, Tensor cell_A) -> ()",
         &hetis::kv_append);
   m.def("lane_pack(Tensor source_NF, Tensor row_U, Tensor(a!) out_UF) -> ()", &hetis::lane_pack);
   m.def("lane_unpack(Tensor source_UF, Tensor row_U, Tensor(a!) out_NF) -> ()", &hetis::lane_unpack);
   m.def("page_gather(Tensor pool_L2PSD, Tensor page_N, Tensor(a!) out_NL2SD) -> ()", &hetis::page_gather);
   m.def("page_scatter(Tensor source_NL2SD, Tensor page_N, Tensor(a!) pool_L2PSD) -> ()", &hetis::page_scatter);
-  m.def(
-      "merge_states(Tensor out_a_NMD, Tensor lse2_a_NM, Tensor out_b_NMD, Tensor lse2_b_NM, Tensor(a!) out_NMD, "
-      "Tensor(b!) lse2_NM) -> ()",
-      &hetis::merge_states);
   m.def("stream_read(Tensor tensor) -> int", &hetis::stream_read);
   m.def("built_for_torch() -> str", [] { return std::string(TORCH_VERSION); });
 }

@@ -1,14 +1,14 @@
 // Waiting and waking between processes of one host that share memory.
 //
-// A word in shared memory counts events: its writer adds one and wakes, others wait until it differs from the count they
-// know. They spin first, because a message between two busy cores takes less than a microsecond, and then sleep on a
-// futex, because ranks may outnumber cores. `waiting` lets the writer skip the system call while no reader sleeps; the
-// fences on both sides (sequentially consistent operations) make sure that either the writer sees the sleeper or the
-// sleeper sees the new count. `core` is where the writer ran last: who finds itself there too does not spin, because the
-// writer could not run meanwhile.
+// A word in shared memory counts events: its writer adds one and wakes the waiters, which wait until the count differs
+// from the one they know. Waiters spin first, because a message between two busy cores takes less than a microsecond,
+// and then sleep on a futex, because ranks may outnumber cores. `waiting` lets the writer skip the system call while no
+// reader sleeps; the fences on both sides (sequentially consistent operations) ensure that either the writer sees the
+// sleeper or the sleeper sees the new count. `core` is where the writer ran last: a waiter on that core does not spin,
+// because the writer could not run meanwhile.
 //
-// The ops take an address instead of a tensor: they are called twice per message, and a call without tensors passes
-// none of torch's dispatch machinery. Torch releases Python's global lock around them.
+// The ops take an address instead of a tensor: they are called twice per message, and a call without tensors bypasses
+// torch's dispatcher. Torch releases the GIL around them.
 
 #include <linux/futex.h>
 #include <sched.h>
@@ -54,7 +54,7 @@ bool spin(const Word& word, uint32_t known, int64_t nanoseconds) {
   if (nanoseconds <= 0 || word.core.load(std::memory_order_relaxed) == sched_getcpu()) return false;
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::nanoseconds(nanoseconds);
   do {
-    for (int i = 0; i < 32; ++i) {  // the clock costs as much as several looks
+    for (int i = 0; i < 32; ++i) {  // reading the clock costs as much as several checks
       pause_core();
       if (differs(word, known)) return true;
     }
@@ -62,8 +62,8 @@ bool spin(const Word& word, uint32_t known, int64_t nanoseconds) {
   return false;
 }
 
-// True as soon as the word differs from `known`; false after the timeout or a signal, for the caller to look around
-// (is the peer alive? does Python have a signal to handle?) and to call again.
+// Returns true once the word differs from `known`; false after the timeout or a signal, so that the caller can check
+// whether the peer is alive, let Python handle signals, and call again.
 bool shm_wait(int64_t address, int64_t known, int64_t spin_ns, int64_t timeout_ms) {
   Word& word = word_at(address);
   const auto value = static_cast<uint32_t>(known);
@@ -75,7 +75,7 @@ bool shm_wait(int64_t address, int64_t known, int64_t spin_ns, int64_t timeout_m
   return differs(word, value);
 }
 
-// Adds one to the word and wakes all who wait for it. All earlier writes of this thread are visible to them.
+// Adds one to the word and wakes all its waiters, to which all earlier writes of this thread are visible.
 void shm_publish(int64_t address) {
   Word& word = word_at(address);
   word.core.store(sched_getcpu(), std::memory_order_relaxed);

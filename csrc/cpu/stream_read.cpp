@@ -16,7 +16,7 @@ namespace {
 #define HETIS_CLONES
 #endif
 
-// 32 sums, which is enough for any vector unit to wait for memory only.
+// 32 independent sums: enough for any vector unit to be limited by memory only.
 HETIS_CLONES int64_t sum_of(const int64_t* words, int64_t count) {
   constexpr int64_t kSums = 32;
   uint64_t sums[kSums] = {};

@@ -1,3 +1,8 @@
+// Local search by ejection chains. A lane of the slowest device goes elsewhere; where it does not fit, other lanes make
+// room and go on to a third device, and so on, until every device of the chain is below the old makespan. Moves, swaps,
+// one for several and rings over several devices are all such chains. Depth, width and the number of places visited are
+// bounded, by counts and not by a clock, so that equal problems have equal solutions.
+
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -7,39 +12,40 @@
 namespace hetis {
 namespace {
 
-// As in exchange.py.
-constexpr double kStep = 2e-3;
-constexpr int kDepth = 4, kWidth = 12;
-constexpr int64_t kLooks = 8000, kLooksPerChain = 2500;
+constexpr double kStep = 2e-3;  // the least fraction by which a chain lowers the makespan
+constexpr int kDepth = 4;       // moves of a chain after the first
+constexpr int kWidth = 12;      // ejections that are tried for each move, those first that eject least
+constexpr int64_t kVisits = 8000, kVisitsPerChain = 2500;  // of devices, or of sequences on devices
 
-struct Way {
-  double weight_us;  // of what is driven away
-  int64_t device, other, driven;
+// Lanes of another sequence that leave a device to make room there.
+struct Ejection {
+  double weight_us;
+  int64_t device, other, count;
 
-  bool operator<(const Way& way) const {
-    return std::tie(weight_us, device, other, driven) < std::tie(way.weight_us, way.device, way.other, way.driven);
+  bool operator<(const Ejection& e) const {
+    return std::tie(weight_us, device, other, count) < std::tie(e.weight_us, e.device, e.other, e.count);
   }
 };
 
-// The `kWidth` ways that drive away least, ascending.
-class Ways {
+// The `kWidth` ejections of least weight, ascending.
+class Ejections {
  public:
-  void offer(const Way& way) {
-    if (count_ == kWidth) {
-      if (!(way < ways_[kWidth - 1])) return;
+  void offer(const Ejection& ejection) {
+    if (size_ == kWidth) {
+      if (!(ejection < ejections_[kWidth - 1])) return;
     } else {
-      ++count_;
+      ++size_;
     }
-    int at = count_ - 1;
-    for (; at > 0 && way < ways_[at - 1]; --at) ways_[at] = ways_[at - 1];
-    ways_[at] = way;
+    int at = size_ - 1;
+    for (; at > 0 && ejection < ejections_[at - 1]; --at) ejections_[at] = ejections_[at - 1];
+    ejections_[at] = ejection;
   }
-  const Way* begin() const { return ways_; }
-  const Way* end() const { return ways_ + count_; }
+  const Ejection* begin() const { return ejections_; }
+  const Ejection* end() const { return ejections_ + size_; }
 
  private:
-  Way ways_[kWidth];
-  int count_ = 0;
+  Ejection ejections_[kWidth];
+  int size_ = 0;
 };
 
 class Exchange {
@@ -64,14 +70,15 @@ class Exchange {
     by_weight_.reserve(problem.num_sequences);
   }
 
+  // Relieves the slowest device again and again.
   void descend() {
-    int64_t looks = kLooks;
-    while (looks > 0) {
+    int64_t visits = kVisits;
+    while (visits > 0) {
       int64_t slowest = 0;
       for (int64_t device = 1; device < problem_.num_devices; ++device) {
         if (time_us(device) > time_us(slowest)) slowest = device;
       }
-      if (!relieve(slowest, looks)) return;
+      if (!relieve(slowest, visits)) return;
     }
   }
 
@@ -104,7 +111,8 @@ class Exchange {
     free_[device] -= count * problem_.pages(device)[j];
   }
 
-  bool relieve(int64_t slowest, int64_t& looks) {
+  // Finds a chain for one lane of the slowest device, short lanes first.
+  bool relieve(int64_t slowest, int64_t& visits) {
     const double limit_us = time_us(slowest) * (1 - kStep);
     by_weight_ = present_[slowest];
     std::sort(by_weight_.begin(), by_weight_.end(), [this](int64_t j, int64_t k) {
@@ -113,9 +121,9 @@ class Exchange {
     for (const int64_t j : by_weight_) {
       put(j, slowest, -1);
       if (time_us(slowest) <= limit_us) {
-        const int64_t allowed = looks_ = std::min(looks, kLooksPerChain);
+        const int64_t allowed = visits_ = std::min(visits, kVisitsPerChain);
         const bool relieved = place(j, 1, slowest, limit_us, kDepth);
-        looks -= allowed - looks_;
+        visits -= allowed - visits_;
         if (relieved) return true;
       }
       put(j, slowest, 1);
@@ -123,8 +131,9 @@ class Exchange {
     return false;
   }
 
+  // Places lanes that left `origin` with no device above `limit_us`. False: not found, and nothing is changed.
   bool place(int64_t j, int64_t count, int64_t origin, double limit_us, int depth) {
-    looks_ -= problem_.num_devices;
+    visits_ -= problem_.num_devices;
     std::pair<int64_t, int64_t>* const placed = placed_.data() + depth * problem_.num_devices;
     auto* last = placed;
     for (int64_t device = 0; device < problem_.num_devices; ++device) {
@@ -136,20 +145,21 @@ class Exchange {
       count -= fitting;
       if (!count) return true;
     }
-    if (depth && looks_ > 0) {
-      for (const Way& way : ways(j, count, origin, limit_us)) {
-        put(way.other, way.device, -way.driven);
-        put(j, way.device, count);
-        if (place(way.other, way.driven, way.device, limit_us, depth - 1)) return true;
-        put(j, way.device, -count);
-        put(way.other, way.device, way.driven);
-        if (looks_ <= 0) break;
+    if (depth && visits_ > 0) {
+      for (const Ejection& each : ejections(j, count, origin, limit_us)) {
+        put(each.other, each.device, -each.count);
+        put(j, each.device, count);
+        if (place(each.other, each.count, each.device, limit_us, depth - 1)) return true;
+        put(j, each.device, -count);
+        put(each.other, each.device, each.count);
+        if (visits_ <= 0) break;
       }
     }
     for (auto* each = placed; each != last; ++each) put(j, each->first, -each->second);
     return false;
   }
 
+  // Lanes of `j` that a device can take as it is; one of them fits into its time.
   int64_t room(int64_t j, int64_t device, double limit_us) {
     if (problem_.floor_us[device] > limit_us) return 0;
     const auto most = static_cast<double>(problem_.most_lanes[device] - held(device, j));
@@ -159,8 +169,9 @@ class Exchange {
     return pages ? std::min(fitting, free_[device] / pages) : fitting;
   }
 
-  Ways ways(int64_t j, int64_t count, int64_t origin, double limit_us) {
-    Ways ways;
+  // Ejections after which `count` lanes of `j` fit.
+  Ejections ejections(int64_t j, int64_t count, int64_t origin, double limit_us) {
+    Ejections found;
     for (int64_t device = 0; device < problem_.num_devices; ++device) {
       if (present_[device].empty() || device == origin || problem_.floor_us[device] > limit_us) continue;
       if (held(device, j) + count > problem_.most_lanes[device]) continue;
@@ -168,25 +179,25 @@ class Exchange {
       const int64_t* pages = problem_.pages(device);
       const double over_us = busy_us_[device] + static_cast<double>(count) * costs[j] - limit_us;
       const int64_t lacking = count * pages[j] - free_[device];
-      looks_ -= static_cast<int64_t>(present_[device].size());
+      visits_ -= static_cast<int64_t>(present_[device].size());
       for (const int64_t other : present_[device]) {
         const int64_t present = held(device, other);
         if (other == j) continue;
-        int64_t driven = 1;
+        int64_t ejected = 1;
         if (over_us > 0) {
           const double needed = std::ceil(over_us / costs[other]);
           if (needed > static_cast<double>(present)) continue;
-          driven = static_cast<int64_t>(needed);
+          ejected = static_cast<int64_t>(needed);
         }
         if (lacking > 0) {
           if (!pages[other]) continue;
-          driven = std::max(driven, (lacking + pages[other] - 1) / pages[other]);
+          ejected = std::max(ejected, (lacking + pages[other] - 1) / pages[other]);
         }
-        if (driven > present) continue;
-        ways.offer({static_cast<double>(driven) * problem_.weight_us[other], device, other, driven});
+        if (ejected > present) continue;
+        found.offer({static_cast<double>(ejected) * problem_.weight_us[other], device, other, ejected});
       }
     }
-    return ways;
+    return found;
   }
 
   const Problem& problem_;
@@ -197,7 +208,7 @@ class Exchange {
   std::vector<int64_t> free_;                           // [N]
   std::vector<std::pair<int64_t, int64_t>> placed_;     // [depth][N] (device, lanes)
   std::vector<int64_t> by_weight_;
-  int64_t looks_ = 0;
+  int64_t visits_ = 0;                                   // left for the chain that is being built
 };
 
 }  // namespace

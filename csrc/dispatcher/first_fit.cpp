@@ -1,3 +1,8 @@
+// First fit under a limit. Devices are visited by increasing cost of a long lane relative to a short one; each takes
+// the longest remaining lanes that fit. Several homes, which can take only their share of each sequence, are visited
+// before the workers, and each prefers the sequences that would fall to it in the order of all devices; if that fails,
+// homes wait their turn.
+
 #include <algorithm>
 #include <cmath>
 
@@ -7,14 +12,14 @@ namespace hetis {
 namespace {
 
 struct Rated {
-  double price;
+  double relative_cost;  // of a long lane, in short ones; a lane costs its share of the device's time and of its pages
   int64_t device;
-  double fitting;
+  double fitting;  // lanes of middle length that fit
 };
 
-struct Wish {
+struct Visit {
   int64_t device;
-  std::vector<int64_t> liked;
+  std::vector<int64_t> preferred;  // sequences
 };
 
 std::vector<Rated> rate(const Problem& problem, double limit_us) {
@@ -34,54 +39,59 @@ std::vector<Rated> rate(const Problem& problem, double limit_us) {
     rated.push_back({shares[0] / shares[2], device, 1 / shares[1]});
   }
   std::sort(rated.begin(), rated.end(), [](const Rated& a, const Rated& b) {
-    return a.price != b.price ? a.price < b.price : a.device < b.device;
+    return a.relative_cost != b.relative_cost ? a.relative_cost < b.relative_cost : a.device < b.device;
   });
   return rated;
 }
 
-std::vector<Wish> homes_first(const Problem& problem, const std::vector<Rated>& rated) {
+// Sequences by distance from the place `at` in the order of all sequences.
+std::vector<int64_t> nearest_to(const std::vector<int64_t>& order, double at) {
+  std::vector<std::pair<double, int64_t>> nearest(order.size());
+  for (size_t place = 0; place < order.size(); ++place) {
+    nearest[place] = {std::abs(static_cast<double>(place) + 0.5 - at), order[place]};
+  }
+  std::sort(nearest.begin(), nearest.end());
+  std::vector<int64_t> sequences;
+  sequences.reserve(order.size());
+  for (const auto& [distance, j] : nearest) sequences.push_back(j);
+  return sequences;
+}
+
+std::vector<Visit> homes_first(const Problem& problem, const std::vector<Rated>& rated) {
   const auto& order = problem.order;
   double total = 0.0, passed = 0.0;
   for (const Rated& each : rated) total += each.fitting;
-  std::vector<Wish> wishes, others;
-  std::vector<std::pair<double, int64_t>> nearest(order.size());
-  for (const auto& [price, device, fitting] : rated) {
-    if (device < problem.num_homes) {
-      const double at =
-          static_cast<double>(order.size()) * passed / std::max(std::max(total - fitting, passed), 1e-300);
-      for (size_t rank = 0; rank < order.size(); ++rank) {
-        nearest[rank] = {std::abs(static_cast<double>(rank) + 0.5 - at), order[rank]};
-      }
-      std::sort(nearest.begin(), nearest.end());
-      Wish wish{device, {}};
-      wish.liked.reserve(order.size());
-      for (const auto& [distance, j] : nearest) wish.liked.push_back(j);
-      wishes.push_back(std::move(wish));
+  std::vector<Visit> visits, others;
+  for (const Rated& each : rated) {
+    if (each.device < problem.num_homes) {
+      const double others_fitting = std::max(std::max(total - each.fitting, passed), 1e-300);
+      const double at = static_cast<double>(order.size()) * passed / others_fitting;
+      visits.push_back({each.device, nearest_to(order, at)});
     } else {
-      others.push_back({device, order});
+      others.push_back({each.device, order});
     }
-    passed += fitting;
+    passed += each.fitting;
   }
-  std::move(others.begin(), others.end(), std::back_inserter(wishes));
-  return wishes;
+  std::move(others.begin(), others.end(), std::back_inserter(visits));
+  return visits;
 }
 
-// `counts` is overwritten; false: not all lanes found a place.
-class Taking {
+// Fills `counts`, which it overwrites, device by device.
+class Filling {
  public:
-  Taking(const Problem& problem, double limit_us, Counts& counts)
+  Filling(const Problem& problem, double limit_us, Counts& counts)
       : problem_(problem), limit_us_(limit_us), counts_(counts), left_(problem.num_sequences, problem.num_lanes) {
     counts_.assign(problem.size(), 0);
   }
 
-  void take(int64_t device, const std::vector<int64_t>& liked) {
+  void visit(int64_t device, const std::vector<int64_t>& preferred) {
     double budget_us = limit_us_ - problem_.start_us[device];
     int64_t free = problem_.free_pages[device];
     const double* costs = problem_.lanes(device);
     const int64_t* pages = problem_.pages(device);
     const auto most = static_cast<double>(problem_.most_lanes[device]);
     int64_t* held = counts_.data() + device * problem_.num_sequences;
-    for (const int64_t j : liked) {
+    for (const int64_t j : preferred) {
       if (costs[j] > budget_us || !left_[j]) continue;
       int64_t count = std::min(static_cast<int64_t>(std::min(budget_us / costs[j], most)), left_[j]);
       if (pages[j] * count > free) count = free / pages[j];
@@ -100,7 +110,7 @@ class Taking {
   const Problem& problem_;
   double limit_us_;
   Counts& counts_;
-  std::vector<int64_t> left_;
+  std::vector<int64_t> left_;  // [J] lanes without a device
 };
 
 }  // namespace
@@ -109,13 +119,13 @@ Counts first_fit(const Problem& problem, double limit_us) {
   const std::vector<Rated> rated = rate(problem, limit_us);
   Counts counts;
   if (problem.num_homes > 1) {
-    Taking taking(problem, limit_us, counts);
-    for (const Wish& wish : homes_first(problem, rated)) taking.take(wish.device, wish.liked);
-    if (taking.is_done()) return counts;
+    Filling filling(problem, limit_us, counts);
+    for (const Visit& each : homes_first(problem, rated)) filling.visit(each.device, each.preferred);
+    if (filling.is_done()) return counts;
   }
-  Taking taking(problem, limit_us, counts);
-  for (const Rated& each : rated) taking.take(each.device, problem.order);
-  return taking.is_done() ? counts : Counts();
+  Filling filling(problem, limit_us, counts);
+  for (const Rated& each : rated) filling.visit(each.device, problem.order);
+  return filling.is_done() ? counts : Counts();
 }
 
 }  // namespace hetis

@@ -1,7 +1,8 @@
-// What hetis/dispatcher/native.py calls: plain functions over flat arrays. Nothing is thrown across the border.
+// The C interface that hetis/dispatcher/native.py calls through ctypes. No exception leaves it.
 //
 // `arrays`, 8 bytes each: start_us[N], floor_us[N], lane_us[N][J] float64; most_lanes[N], free_pages[N],
-// home_pages[J], worker_pages[J] int64. N and J are at least 1.
+// home_pages[J], worker_pages[J] int64. N and J are at least 1. A function whose arguments change needs a new name, so
+// that a library from an earlier build is refused when it is loaded.
 
 #include <algorithm>
 #include <limits>
@@ -9,9 +10,6 @@
 #include "solver.h"
 
 namespace {
-
-// To be raised with every change of what the functions below take or return; INTERFACE in native.py is the same.
-constexpr int64_t kInterface = 1;
 
 using hetis::Bound;
 using hetis::Counts;
@@ -30,7 +28,7 @@ Problem read(const Sizes* sizes, const void* arrays) {
   problem.start_us = static_cast<const double*>(arrays);
   problem.floor_us = problem.start_us + problem.num_devices;
   problem.lane_us = problem.floor_us + problem.num_devices;
-  // Integers lie behind the floats in one buffer of the caller's.
+  // The integers follow the floats in the same buffer.
   problem.most_lanes = reinterpret_cast<const int64_t*>(problem.lane_us + problem.size());
   problem.free_pages = problem.most_lanes + problem.num_devices;
   problem.home_pages = problem.free_pages + problem.num_devices;
@@ -43,29 +41,19 @@ Problem read(const Sizes* sizes, const void* arrays) {
 
 extern "C" {
 
-int64_t hetis_interface() noexcept { return kInterface; }
-
 // 1: `counts` [N][J] holds the placement; 0: none was found; -1: out of memory.
-int hetis_balance(const Sizes* sizes, const void* arrays, int64_t* counts) noexcept try {
-  const Counts found = hetis::balance(read(sizes, arrays));
+int hetis_solve(const Sizes* sizes, const void* arrays, int64_t* counts) noexcept try {
+  const Counts found = hetis::solve(read(sizes, arrays));
   std::copy(found.begin(), found.end(), counts);
   return !found.empty();
 } catch (...) {
   return -1;
 }
 
-// 1: unknown; 0: impossible; -1: out of memory.
-int hetis_is_possible(const Sizes* sizes, const void* arrays, double limit_us) noexcept try {
+// See Bound::lower_bound_us. NaN: out of memory.
+double hetis_lower_bound_us(const Sizes* sizes, const void* arrays, double reached_us, double enough_us) noexcept try {
   const Problem problem = read(sizes, arrays);
-  return Bound(problem).is_possible(limit_us);
-} catch (...) {
-  return -1;
-}
-
-// Not a number: out of memory.
-double hetis_least_possible_us(const Sizes* sizes, const void* arrays, double highest_us) noexcept try {
-  const Problem problem = read(sizes, arrays);
-  return Bound(problem).least_possible_us(highest_us);
+  return Bound(problem).lower_bound_us(reached_us, enough_us);
 } catch (...) {
   return std::numeric_limits<double>::quiet_NaN();
 }

@@ -25,15 +25,15 @@ double lanes_us(const Problem& problem, const Counts& counts, int64_t device) {
   return total;
 }
 
-double peak_us(const Problem& problem, const Counts& counts) {
-  double peak = 0.0;
+double makespan_us(const Problem& problem, const Counts& counts) {
+  double longest_us = 0.0;
   for (int64_t device = 0; device < problem.num_devices; ++device) {
     const auto held = counts.begin() + device * problem.num_sequences;
     if (std::all_of(held, held + problem.num_sequences, [](int64_t count) { return count == 0; })) continue;
-    peak = std::max(
-        peak, std::max(problem.floor_us[device], problem.start_us[device] + lanes_us(problem, counts, device)));
+    const double line_us = problem.start_us[device] + lanes_us(problem, counts, device);
+    longest_us = std::max(longest_us, std::max(problem.floor_us[device], line_us));
   }
-  return peak;
+  return longest_us;
 }
 
 }  // namespace hetis

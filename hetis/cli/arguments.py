@@ -1,4 +1,4 @@
-"""Command-line options that more than one command has, and what becomes of them."""
+"""Command-line options that several commands share, and their conversion to `EngineConfig` and `SamplingParams`."""
 
 import argparse
 from typing import Any, get_args, get_type_hints
@@ -7,12 +7,13 @@ from hetis.cli.numbers import field_of, size_or_none, sizes_of_ranks
 from hetis.core.config import EngineConfig
 from hetis.core.logs import LEVELS, level_of_environment
 from hetis.core.sampling_params import SamplingParams
+from hetis.frontend.options import make_config
 
 Group = argparse._ArgumentGroup
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `EngineConfig`, with vLLM's names where the meaning is the same."""
+    """Adds the options of `EngineConfig`, with vLLM's names where the meaning is the same."""
     default = EngineConfig()
     parser.usage = f"{parser.prog} [options] [MODEL]"
     _add_model(parser, default)
@@ -23,38 +24,38 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _choices(field: str) -> tuple[str, ...]:
-    """The values that a field of `EngineConfig` may have."""
+    """The allowed values of a field of `EngineConfig`."""
     return get_args(get_type_hints(EngineConfig)[field])
 
 
 def _add_model(parser: argparse.ArgumentParser, default: EngineConfig) -> None:
-    model = "directory or Hugging Face id of the model; left out: the small model in the package"
+    model = "directory or Hugging Face id of the model; default: the small model in the package"
     parser.add_argument("model", nargs="?", metavar="MODEL", help=model)
     add = parser.add_argument_group("model").add_argument
-    add("--revision", help="branch, tag or commit on the Hugging Face hub; left out: main")
-    add("--tokenizer", metavar="NAME", help="directory or Hugging Face id of the tokenizer; left out: the model's")
-    dtype = "of weights and cache; auto: as in the checkpoint"
+    add("--revision", help="branch, tag or commit on the Hugging Face hub; default: main")
+    add("--tokenizer", metavar="NAME", help="directory or Hugging Face id of the tokenizer; default: that of the model")
+    dtype = "of weights, activations and KV cache; auto: as in the checkpoint"
     add("--dtype", default=default.dtype, choices=_choices("dtype"), help=dtype)
-    load = "dummy: random weights, nothing is read"
+    load = "auto, safetensors: read the checkpoint; dummy: random weights"
     add("--load-format", default=default.load_format, choices=_choices("load_format"), help=load)
-    seed = "random seed of requests that have none of their own, and of dummy weights"
+    seed = "random seed for requests without a seed, and for dummy weights"
     add("--seed", type=field_of(EngineConfig, "seed", int), metavar="N", default=default.seed, help=seed)
-    eager = "do not use hetis's own kernels for linear layers (for debugging; slower)"
+    eager = "compute linear layers with plain torch, not with hetis's kernels; slower, for debugging"
     add("--enforce-eager", action="store_true", help=eager)
 
 
 def _add_fleet(group: Group, default: EngineConfig) -> None:
     add = group.add_argument
-    plan = "P+A: P primaries (hold the weights) and A attention workers (hold cache only); or a plan file (JSON)"
+    plan = "P+A: P primaries (hold the weights) and A attention workers (hold KV cache only); or a plan file (JSON)"
     add("--plan", default=default.plan, help=plan)
-    devices = "where every process computes: cpu, cuda, or auto (a GPU if there is one); a plan file may say otherwise"
+    devices = "device of each rank: cpu, cuda, cuda:N, or auto (a GPU if there is one); unless the plan file names one"
     add("--device", default=default.device, help=devices)
-    timeout = "seconds without an answer after which a process counts as dead"
+    timeout = "seconds without an answer after which a rank counts as failed"
     timeout_type = field_of(EngineConfig, "step_timeout", float)
     add("--step-timeout", type=timeout_type, metavar="SECONDS", default=default.step_timeout, help=timeout)
-    more = "start more processes than this host has memory and cores for"
+    more = "start more ranks than this host has memory and cores for"
     add("--oversubscribe", action="store_true", help=more)
-    trace = "write what every process did at every moment to FILE, for ui.perfetto.dev"
+    trace = "write a trace of every rank's activities to FILE, for ui.perfetto.dev"
     add("--trace", metavar="FILE", help=trace)
 
 
@@ -64,72 +65,72 @@ def _add_sizes(group: Group, default: EngineConfig) -> None:
         number = field_of(EngineConfig, field, int)
         group.add_argument(name, type=number, metavar="N", default=getattr(default, field), help=text)
 
-    add("--max-model-len", "most tokens of a prompt and its answer together; left out: what model and memory allow")
+    add("--max-model-len", "most tokens of a prompt and its output; default: what the model and the memory allow")
     add("--max-num-seqs", "most sequences that run at once; others wait")
-    add("--max-num-batched-tokens", "most tokens that are computed in one step")
-    add("--block-size", "tokens in one page of the KV cache")
-    memory = "KV cache of every process, like 2GiB, or of each, like 0=1GiB,1=4GiB; left out: from free memory"
+    add("--max-num-batched-tokens", "most tokens computed at once, in all pipeline stages together")
+    add("--block-size", "tokens in a page of the KV cache")
+    memory = "KV cache of every rank, like 2GiB, or by rank, like 0=1GiB,1=4GiB; default: from free memory"
     group.add_argument("--kv-cache-memory", type=sizes_of_ranks, metavar="SIZE", help=memory)
-    add("--max-logprobs", "most logprobs that a request may ask for; -1: no limit")
+    add("--max-logprobs", "most log-probabilities per token that a request may ask for; -1: no limit")
 
 
 def _add_placement(group: Group, default: EngineConfig) -> None:
     add = group.add_argument
     how = (
-        "which device gets which head: by measured speed (hetis; highs: the same, solved by HiGHS), by free memory "
-        "(proportional), the same number each (even), or none outside the primaries (primary-only)"
+        "which device gets which head: by measured speed (hetis), by free memory (proportional), the same number each "
+        "(even), or none outside the primaries (primary-only)"
     )
     add("--dispatch", default=default.dispatch, choices=_choices("dispatch"), help=how)
-    imbalance = "move heads when the slowest device needs this much longer than a perfect balance (0.5: 50 %%)"
+    imbalance = "hysteresis threshold: migrate heads if the slowest device exceeds the ideal time by this fraction"
     add("--theta", type=field_of(EngineConfig, "theta", float), metavar="X", default=default.theta, help=imbalance)
-    budget = "most bytes of cache per second that move between devices for balance, like 256MiB; 0: none"
+    budget = "most bytes of KV cache per second that migrate to balance the fleet, like 256MiB; 0: none"
     megabytes = f"{default.migration_budget >> 20}MiB"
     add("--migration-budget", type=size_or_none, metavar="SIZE", default=megabytes, help=budget)
-    profile = "device speeds from `hetis profile --output FILE`; left out: from earlier starts, or measured now"
+    profile = "device speeds from `hetis profile --output FILE`; default: from earlier starts, or measured now"
     add("--profile", metavar="FILE", help=profile)
-    anew = "measure the speed of every process anew, each by itself, and keep nothing for later starts"
+    anew = "measure the speed of every rank anew and by itself, and keep nothing for later starts"
     add("--no-profile-cache", dest="profile_cache", action="store_false", help=anew)
 
 
 def _add_messages(group: Group) -> None:
-    level = "least level of messages on stderr"
+    level = "lowest level of messages on stderr"
     group.add_argument("--log-level", default=level_of_environment() or "info", choices=LEVELS, help=level)
     group.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars on terminals")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
+    """Adds the options of `SamplingParams`, with these defaults."""
     group, default = parser.add_argument_group("sampling"), SamplingParams()
 
     def add(name: str, text: str, kind: type[int] | type[float], value: float | None, field: str = "") -> None:
         number = field_of(SamplingParams, field or name.removeprefix("--").replace("-", "_"), kind)
         group.add_argument(name, type=number, metavar="N" if kind is int else "X", default=value, help=text)
 
-    add("--max-tokens", "most new tokens for each prompt", int, max_tokens)
-    add("--temperature", "randomness; 0: always the most likely token", float, temperature)
-    add("--top-p", "draw from the fewest tokens that reach this probability together; 1: all", float, default.top_p)
-    add("--top-k", "draw from this many most likely tokens; 0: all", int, default.top_k)
-    add("--min-p", "leave out tokens below this share of the best token's probability; 0: none", float, default.min_p)
-    penalty = "above 1: make tokens less likely that are in the prompt or were generated; 1: off"
+    add("--max-tokens", "most tokens of each output", int, max_tokens)
+    add("--temperature", "divides logits; 0: greedy, always the most likely token", float, temperature)
+    add("--top-p", "sample from the fewest tokens whose probabilities add up to this; 1: all", float, default.top_p)
+    add("--top-k", "sample from this many most likely tokens; 0: all", int, default.top_k)
+    add("--min-p", "sample from tokens of at least this fraction of the best probability; 0: all", float, default.min_p)
+    penalty = "above 1: makes tokens of the prompt and the output less likely; 1: off"
     add("--repetition-penalty", penalty, float, default.repetition_penalty)
-    add("--sampling-seed", "one random seed for all prompts; left out: each its own, from --seed", int, None, "seed")
-    go_on = "do not stop at the model's end-of-sequence token"
+    add("--sampling-seed", "random seed of every prompt; default: different ones, from --seed", int, None, "seed")
+    go_on = "continue after the model's end-of-sequence token"
     group.add_argument("--ignore-eos", action="store_true", help=go_on)
 
 
 def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `LLM`, from parsed options."""
+    """Keyword arguments of `LLM` from parsed options."""
     names = {*EngineConfig.__struct_fields__} & {*vars(options)}
-    return {name: getattr(options, name) for name in sorted(names)} | {"measure": options.command == "profile"}
+    return {name: getattr(options, name) for name in sorted(names)}
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """ValueError for options that do not fit together."""
-    from hetis.frontend.llm import make_config
-
+    """The configuration from parsed options. Raises ValueError for options that do not fit together."""
     return make_config(**engine_arguments(options))
 
 
 def sampling_params(options: argparse.Namespace) -> SamplingParams:
+    """The sampling parameters from parsed options."""
     return SamplingParams(
         max_tokens=options.max_tokens,
         temperature=options.temperature,

@@ -1,8 +1,8 @@
-"""`hetis bench throughput | latency`: random prompts of given lengths; the JSON has vLLM's key names.
+"""`hetis bench throughput | latency`: benchmarks with random prompts of fixed length.
 
 throughput: all requests at once; requests and tokens per second, from the first request sent to the last token.
 latency: one batch at a time, from sending to the last token; average and percentiles over the iterations.
-The JSON goes to standard output, a table of the same figures to standard error.
+JSON with vLLM's key names goes to standard output, a table of the same figures to standard error.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from hetis.frontend.console import new_table, render, write, write_message
 from hetis.frontend.progress import progress_bar
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
-DIGITS = 6  # of a measured number that are written
+DIGITS = 6  # significant digits of measured numbers in the JSON
 OUTPUT = "--output-json"
 EXAMPLES = """examples:
   hetis bench throughput ./model --num-prompts 64 --input-len 256 --output-len 64
@@ -32,39 +32,41 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the two kinds of benchmark with their options."""
     parser.set_defaults(run=lambda _: parser.print_help())
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", title="kinds")
-    text = "measure many requests at once: requests and tokens per second"
+    text = "measure throughput: requests and tokens per second with many requests at once"
     throughput = kinds.add_parser("throughput", help=text, description=f"{text.capitalize()}.", epilog=EXAMPLES)
     add = throughput.add_argument_group("load").add_argument
-    add("--num-prompts", type=count(1), metavar="N", default=16, help="requests")
+    add("--num-prompts", type=count(1), metavar="N", default=16, help="number of requests")
     _add_lengths(throughput, add)
     throughput.set_defaults(run=run_throughput)
-    text = "measure one batch of requests at a time: seconds until its last token"
+    text = "measure latency: seconds until the last token of one batch at a time"
     latency = kinds.add_parser("latency", help=text, description=f"{text.capitalize()}.", epilog=EXAMPLES)
     add = latency.add_argument_group("load").add_argument
     add("--batch-size", type=count(1), metavar="N", default=1, help="requests in a batch")
-    add("--num-iters-warmup", type=count(0), metavar="N", default=1, help="batches that do not count")
-    add("--num-iters", type=count(1), metavar="N", default=5, help="batches that count")
+    add("--num-iters-warmup", type=count(0), metavar="N", default=1, help="batches before the measurement")
+    add("--num-iters", type=count(1), metavar="N", default=5, help="measured batches")
     _add_lengths(latency, add)
     latency.set_defaults(run=run_latency)
 
 
 def _add_lengths(parser: argparse.ArgumentParser, add: Any) -> None:
     add("--input-len", type=count(1), metavar="N", default=256, help="tokens of each prompt")
-    add("--output-len", type=count(1), metavar="N", default=64, help="new tokens of each request")
-    add(OUTPUT, type=Path, metavar="FILE", help="write the JSON there, too")
+    add("--output-len", type=count(1), metavar="N", default=64, help="tokens of each output")
+    add(OUTPUT, type=Path, metavar="FILE", help="write the JSON to FILE as well")
     add_engine_arguments(parser)
 
 
 def run_throughput(options: argparse.Namespace) -> None:
+    """Runs `hetis bench throughput`."""
     _check(options)
     result = _measure_throughput(options)
     rows = [
         ("requests", f"{options.num_prompts} of {options.input_len} + {options.output_len} tokens"),
         ("time", f"{result['elapsed_time']:.2f} s"),
         ("requests per second", f"{result['requests_per_second']:.3g}"),
-        ("tokens per second, prompts and output", f"{result['tokens_per_second']:.1f}"),
+        ("tokens per second, prompts and outputs", f"{result['tokens_per_second']:.1f}"),
         ("output tokens per second", f"{result['output_tokens_per_second']:.1f}"),
         ("start of the fleet", f"{result['startup_seconds']:.1f} s"),
         ("start of the fleet to first token", f"{result['startup_to_first_token_seconds']:.1f} s"),
@@ -73,6 +75,7 @@ def run_throughput(options: argparse.Namespace) -> None:
 
 
 def _measure_throughput(options: argparse.Namespace) -> dict[str, float]:
+    """Figures under vLLM's key names; times in seconds."""
     from hetis.frontend.llm import LLM
 
     begin = time.perf_counter()
@@ -102,6 +105,7 @@ def _measure_throughput(options: argparse.Namespace) -> dict[str, float]:
 
 
 def run_latency(options: argparse.Namespace) -> None:
+    """Runs `hetis bench latency`."""
     _check(options)
     latencies = _measure_latencies(options)
     percentiles = percentiles_of(latencies)
@@ -117,7 +121,7 @@ def run_latency(options: argparse.Namespace) -> None:
 
 
 def _measure_latencies(options: argparse.Namespace) -> list[float]:
-    """Seconds of each batch that counts."""
+    """Seconds of each measured batch."""
     from hetis.frontend.llm import LLM
 
     latencies, num_batches = [], options.num_iters_warmup + options.num_iters
@@ -135,8 +139,8 @@ def _measure_latencies(options: argparse.Namespace) -> list[float]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What can be seen before a fleet starts: ValueError for it."""
-    from hetis.launch.member import plan_for
+    """Raises ValueError for errors that can be found before the fleet starts."""
+    from hetis.launch.checks import plan_for
 
     if options.output_json is not None:
         check_writable(options.output_json, OUTPUT, (options.plan, options.profile, options.trace))
@@ -145,33 +149,33 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def check_lengths(options: argparse.Namespace, max_model_len: int) -> None:
-    """ValueError for sequences of more tokens than the model and the memory allow."""
+    """Raises ValueError for sequences longer than `max_model_len`, which the model and the memory allow."""
     total = options.input_len + options.output_len
     if total > max_model_len:
         raise ValueError(
             f"--input-len {options.input_len} and --output-len {options.output_len} make sequences of {total} tokens, "
-            f"but the longest that this model and this memory allow has {max_model_len}; lower one of them."
+            f"but the model and the memory allow {max_model_len}; lower one of them."
         )
 
 
 def _workload(
     options: argparse.Namespace, vocab_size: int, count: int, salt: int = 0
 ) -> tuple[list[list[int]], SamplingParams]:
-    """Random token ids; greedy; every request runs to its full length."""
+    """Random token ids and greedy parameters with which every request reaches its full length."""
     draw = random.Random(options.seed + salt)
     prompts = [[draw.randrange(vocab_size) for _ in range(options.input_len)] for _ in range(count)]
     return prompts, SamplingParams(max_tokens=options.output_len, temperature=0, ignore_eos=True, detokenize=False)
 
 
 def percentiles_of(values: Sequence[float]) -> dict[str, float]:
-    """By their number, interpolated linearly between the closest values, as vLLM's are."""
+    """Percentiles by their number, with linear interpolation between the closest values, as in vLLM."""
     import numpy as np
 
     return dict(zip(map(str, PERCENTILES), np.percentile(values, PERCENTILES).tolist(), strict=True))
 
 
 def publish(options: argparse.Namespace, result: dict[str, Any], rows: Sequence[tuple[str, str]]) -> None:
-    """`result` as JSON to standard output and to the file named by the user; `rows` as a table to standard error."""
+    """Writes `result` as JSON to standard output and the user's file, `rows` as a table to standard error."""
     text = json.dumps(rounded(result), indent=2) + "\n"
     if options.output_json is not None:
         write_file(options.output_json, text.encode(), OUTPUT)
@@ -184,7 +188,7 @@ def publish(options: argparse.Namespace, result: dict[str, Any], rows: Sequence[
 
 
 def rounded(value: Any) -> Any:
-    """The same JSON, measured numbers with the digits that mean something."""
+    """The same JSON with measured numbers rounded to their significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, dict):

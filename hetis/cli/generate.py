@@ -1,4 +1,4 @@
-"""`hetis generate`: texts for prompts, streamed to standard output; what each device did, on standard error."""
+"""`hetis generate`: texts for prompts, streamed to standard output; statistics per device on standard error."""
 
 import argparse
 import logging
@@ -20,9 +20,9 @@ from hetis.frontend.requests import Piece
 if TYPE_CHECKING:
     from rich.table import Table
 
-TEMPERATURE = 0.7  # small models wander off at 1
+TEMPERATURE = 0.7  # texts of small models are incoherent at 1
 EXAMPLES = """examples:
-  hetis generate                                              the small model in the package, some prompts
+  hetis generate                                              the small model in the package, example prompts
   hetis generate Qwen/Qwen3-0.6B --prompt "Once upon a time" --max-tokens 200 > story.txt
   hetis generate ./model --prompt-file prompts.txt --json > answers.jsonl
   echo "Once upon a time" | hetis generate ./model --plan 1+2
@@ -32,20 +32,21 @@ _log = logging.getLogger("hetis")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `hetis generate`."""
     group = parser.add_argument_group("prompts and texts")
     sources = group.add_mutually_exclusive_group()
-    prompt = "may be given several times; left out: standard input if it is a pipe or file, else some examples"
+    prompt = "text of a prompt; may be repeated; default: standard input if it is a pipe or file, else examples"
     sources.add_argument("--prompt", action="append", metavar="TEXT", help=prompt)
     file = (
-        'prompts, one a line: text, or JSON objects {"prompt": "text"} or {"prompt_token_ids": [1, 2]}; '
+        'file with one prompt per line: text, or JSON objects {"prompt": "text"} or {"prompt_token_ids": [1, 2]}; '
         "-: standard input"
     )
     sources.add_argument("--prompt-file", metavar="FILE", help=file)
-    lines = "write a JSON object a line for each prompt: index, prompt, text, token_ids, finish_reason"
+    lines = "write one line of JSON per prompt: index, prompt, text, token_ids, finish_reason"
     group.add_argument("--json", action="store_true", help=lines)
-    echo = "write each prompt before its text, or not; left out: on terminals only"
+    echo = "write each prompt before its text; default: on terminals only"
     group.add_argument("--echo", action=argparse.BooleanOptionalAction, default=None, help=echo)
-    no_stats = "no table of what each device did (on standard error, when all is done)"
+    no_stats = "write no table of statistics per device to standard error at the end"
     group.add_argument("--no-stats", dest="stats", action="store_false", help=no_stats)
     add_sampling_arguments(parser, max_tokens=96, temperature=TEMPERATURE)
     add_engine_arguments(parser)
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The exit code: 1 if a prompt has no answer, or not all of it, because of an error."""
+    """Runs the command; returns the exit code, 1 if the output of a prompt is missing or incomplete after an error."""
     from hetis.frontend.llm import LLM
 
     prompts, params = prompts_of(options), sampling_params(options)
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
             write_message(f"\n{summary(llm.fleet_stats(), options.block_size)}")
             write_message(
                 f"{plural(num_tokens, 'token')} for {plural(len(prompts), 'prompt')} in {seconds:.2f} s: "
-                f"{num_tokens / seconds:.1f} tokens/s, after {ready - begin:.1f} s of starting."
+                f"{num_tokens / seconds:.1f} tokens/s, after a start of {ready - begin:.1f} s."
             )
     for index, reason in sorted(errors.items()):
         write_message(f"hetis: prompt {index}: {reason}")
@@ -76,10 +77,10 @@ def run(options: argparse.Namespace) -> int:
 def _write_texts(
     options: argparse.Namespace, prompts: Sequence[SourcePrompt], pieces: Iterable[Piece]
 ) -> tuple[int, dict[int, str]]:
-    """(number of tokens, what went wrong by prompt)."""
+    """Writes the texts; returns (number of tokens, errors by prompt)."""
     num_tokens, errors, begin = 0, {}, time.perf_counter()
     writer = make_writer(prompts, as_json=options.json, echo=options.echo)
-    show = options.progress and len(prompts) > 1 and not is_terminal(sys.stdout)  # there texts show how far it is
+    show = options.progress and len(prompts) > 1 and not is_terminal(sys.stdout)  # there the texts show the progress
     with progress_bar("prompts", len(prompts), show=show) as bar, closing(writer):
         for piece in pieces:
             writer.add(piece)
@@ -91,32 +92,32 @@ def _write_texts(
     return num_tokens, errors
 
 
-# --- what each device did ---------------------------------------------------------------------------------------------
+# --- statistics per device --------------------------------------------------------------------------------------------
 
 
 def summary(stats: FleetStats, block_size: int) -> str:
-    """A table with a line per device, what its columns mean, and what was placed and moved."""
+    """A table with a line per rank, the meaning of its columns, and counts of placements and migrations."""
     caption = (
-        f"heads: query heads held at the busiest moment; KV pages: most in use / all, {block_size} tokens of a KV head "
-        "each;\nattention: time in attention, share of the fleet's"
+        f"heads: most query heads held at once; KV pages: most in use / all, each with {block_size} tokens of a KV "
+        "head;\nattention: time in attention, share of the fleet's"
     )
     if _is_followed(stats):
-        caption += "; us/layer: attention of a layer in a step, measured (predicted)"
-    return render(fleet_table(stats), caption + ".", moves(stats))
+        caption += "; us/layer: attention time of a layer in a step, measured (predicted)"
+    return render(fleet_table(stats), caption + ".", counts(stats))
 
 
-def moves(stats: FleetStats) -> str:
-    """What was placed and moved, in one sentence."""
+def counts(stats: FleetStats) -> str:
+    """Numbers of placements, migrations and preemptions, in one sentence."""
     text = f"{plural(stats.num_dispatches, 'sequence')} placed on devices"
     if stats.num_migrations:
-        text += f", {plural(stats.num_migrations, 'KV head')} moved between them ({format_bytes(stats.migrated_bytes)})"
+        text += f", {plural(stats.num_migrations, 'KV head')} migrated ({format_bytes(stats.migrated_bytes)})"
     if stats.num_preemptions:
-        text += f", {plural(stats.num_preemptions, 'sequence')} started over for want of KV pages"
+        text += f", {plural(stats.num_preemptions, 'preemption')} for lack of KV pages"
     return text + "."
 
 
 def fleet_table(stats: FleetStats) -> "Table":
-    """Columns in which no device has anything are left out."""
+    """The table of statistics. Columns that are empty for every rank are left out."""
     is_followed, is_sent = _is_followed(stats), any(any(member.bytes_sent.values()) for member in stats.members)
     numbers = ["heads", "KV pages", "attention", *(["us/layer"] if is_followed else [])]
     table = new_table(("rank", "role", "device"), numbers)
@@ -140,11 +141,11 @@ def fleet_table(stats: FleetStats) -> "Table":
 
 
 def _is_followed(stats: FleetStats) -> bool:
-    """Whether speeds are predicted, and measured while the fleet serves."""
+    """Whether the fleet predicts attention times and measures them while it serves."""
     return any(member.measured_us for member in stats.members)
 
 
 def _sent(member: MemberStats) -> str:
-    """A line for each link."""
+    """Bytes sent, one line per link."""
     links = [f"{link.partition('->')[2]}: {format_bytes(count)}" for link, count in member.bytes_sent.items()]
     return "\n".join(links) or "-"

@@ -1,4 +1,4 @@
-"""`hetis generate | bench | profile`. Under torchrun the same command line makes a process one rank of the fleet."""
+"""The command `hetis generate | bench | profile`. Under torchrun the same command line runs one rank of the fleet."""
 
 import argparse
 import os
@@ -12,19 +12,20 @@ from hetis.cli.parser import CommandParser
 from hetis.cli.version import version_text
 from hetis.core.logs import VARIABLE, set_up_logging
 from hetis.frontend.console import drop_output, prepare_streams, write, write_message
-from hetis.launch import member as launch
-from hetis.launch.torchrun import under_torchrun
+from hetis.launch import torchrun
+from hetis.launch.member import run_member
 
-# exit codes, as shells give them to processes that these signals end
+# exit codes: those that shells report for processes killed by these signals
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     from hetis.cli import bench, generate, profile
 
     parser = CommandParser(
         prog="hetis",
-        description="Runs a large language model on several unlike devices at once, split by attention head.",
+        description="Serves a large language model on several unlike devices at once, split by attention head.",
         epilog="`hetis COMMAND --help` shows the options of a command, with examples.",
     )
     parser.add_argument("--version", action="version", version=version_text(), help="show versions and exit")
@@ -42,23 +43,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Parses, then runs the command; errors of the user and of the fleet end as one sentence and exit code 1.
+    """Parses the command line and runs the command. Errors of the user and of the fleet are one sentence, exit code 1.
 
-    Ctrl-C ends with 130, and a reader that went away (`hetis generate | head`) with 141, neither with a message.
+    Ctrl-C exits with 130, and a closed reader of standard output (`hetis generate | head`) with 141, without a message.
     """
     is_interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_interruptible:  # nothing is started yet: end at once, without the traceback of an import
+    if is_interruptible:  # nothing is started yet: end at once, without a traceback from an import
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     prepare_streams()
     code = _exit_code(sys.argv[1:] if argv is None else argv, is_interruptible)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # no traceback out of the interpreter's end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # no traceback from the interpreter's shutdown
     sys.exit(code)
 
 
 def _exit_code(argv: list[str], is_interruptible: bool) -> int:
     try:
         code = _run(argv, is_interruptible)
-        write("")  # what is still buffered
+        write("")  # flushes buffered output
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -73,14 +74,14 @@ def _exit_code(argv: list[str], is_interruptible: bool) -> int:
 def _run(argv: list[str], is_interruptible: bool) -> int:
     try:
         options = parse(argv)
-    except SystemExit as end:  # of --help, --version and what cannot be
+    except SystemExit as end:  # of --help, --version and errors
         return int(end.code or 0)
     if "model" in options:
-        os.environ[VARIABLE] = options.log_level  # for all that is started from here
+        os.environ[VARIABLE] = options.log_level  # inherited by the processes of the fleet
         set_up_logging("")
-        if under_torchrun():
-            launch.run_member(engine_config(options), argv)
-    is_child = launch.fleet_directory is not None
+        if torchrun.under_torchrun():
+            run_member(engine_config(options), measure=options.command == "profile", front_argv=argv)
+    is_child = torchrun.fleet_directory is not None
     from hetis.frontend.channel import EngineDeadError
 
     if is_interruptible:
@@ -88,15 +89,18 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
     try:
         return options.run(options) or 0
     except EngineDeadError as error:
-        if not is_child:  # else the driver has said it
+        if not is_child:  # else the driver has reported the error
             write_message(f"hetis: {error}")
         return 1
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Under torchrun every rank reads the same command line; one is enough to complain about it."""
+    """Parses the command line; exits with a message if it is wrong.
+
+    Under torchrun every rank parses the same command line, and only rank 0 writes.
+    """
     with ExitStack() as silence:
-        if under_torchrun() and os.environ.get("RANK") != "0":
+        if torchrun.under_torchrun() and os.environ.get("RANK") != "0":
             nowhere = silence.enter_context(open(os.devnull, "w"))
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))

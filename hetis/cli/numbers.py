@@ -1,7 +1,7 @@
-"""Numbers on the command line: types for argparse that refuse what an option cannot mean.
+"""Types of argparse for numbers and sizes, with checks of their range.
 
-Their messages continue the name of the option, which `CommandParser` puts before them: "--num-iters" "is 0: it must be
-at least 1."
+Their error messages continue the name of the option, which `CommandParser` puts in front: "--num-iters" "is 0: it must
+be at least 1."
 """
 
 from argparse import ArgumentTypeError
@@ -14,7 +14,7 @@ from hetis.core.sizes import parse_bytes
 
 
 def count(least: int) -> Callable[[str], int]:
-    """An integer from `least` to 2^31 - 1."""
+    """The type of integers from `least` to 2^31 - 1."""
 
     def parse(text: str) -> int:
         value = _number(text, int)
@@ -28,7 +28,7 @@ def count(least: int) -> Callable[[str], int]:
 
 
 def field_of(kind: type[msgspec.Struct], field: str, convert: type[int] | type[float]) -> Callable[[str], float]:
-    """A number that `kind` takes as its `field`: limits and messages are those of the structure."""
+    """The type of numbers that the structure `kind` accepts as its `field`, with its limits and messages."""
 
     def parse(text: str) -> float:
         value = _number(text, convert)
@@ -42,12 +42,12 @@ def field_of(kind: type[msgspec.Struct], field: str, convert: type[int] | type[f
 
 
 def size_or_none(text: str) -> int:
-    """Bytes, like "2GiB", or 0."""
+    """Bytes from text like "2GiB", or 0."""
     return 0 if text.strip() == "0" else _size(text)
 
 
 def sizes_of_ranks(text: str) -> int | dict[int, int]:
-    """Bytes for every rank ("2GiB"), or by rank ("0=1GiB,1=4GiB")."""
+    """Bytes for every rank (from "2GiB") or by rank (from "0=1GiB,1=4GiB")."""
     if "=" not in text:
         return _size(text)
     found: dict[int, int] = {}

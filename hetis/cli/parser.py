@@ -1,4 +1,4 @@
-"""How `hetis` reads its command line: argparse with one sentence for what is wrong, and help for newcomers."""
+"""The command line parser: argparse with errors in one sentence, suggestions for typing errors, and examples."""
 
 import argparse
 import re
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-USAGE_ERROR = 2  # exit code, as of other tools
+USAGE_ERROR = 2  # exit code
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that say something; for the others the help text does. Examples keep their lines."""
+    """Appends defaults to help texts, except None and booleans, which the texts explain. Examples keep their lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or isinstance(action.default, bool)
@@ -18,7 +18,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A command, whose options are its own: it refuses those that it does not know, and names the nearest."""
+    """Parser of a command. Refuses unknown options, and suggests the nearest known one."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, **options)
@@ -32,13 +32,13 @@ class CommandParser(argparse.ArgumentParser):
         return found, []
 
     def error(self, message: str) -> NoReturn:
-        """Prints one sentence and exits with code 2."""
+        """Prints the error as one sentence and exits with code 2."""
         self.exit(USAGE_ERROR, f"hetis: {sentence(message, self.prog, self._option_string_actions)}\n")
 
 
 def sentence(message: str, command: str, options: Iterable[str] = ()) -> str:
-    """argparse's message in our words. `command`: that was called, for its help; `options`: that it has."""
-    see_help = f"`{command} --help` shows what there is."
+    """An error message of argparse as a sentence. `command`: its name; `options`: those that it has."""
+    see_help = f"see `{command} --help`."
     if found := re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL):
         name = found[1].partition("=")[0]
         what = "unknown option" if name.startswith("-") else "unexpected argument"
@@ -48,7 +48,7 @@ def sentence(message: str, command: str, options: Iterable[str] = ()) -> str:
 
 
 def _about(name: str, what: str, see_help: str) -> str:
-    """argparse's complaint `what` about the argument `name`, as a sentence."""
+    """The error `what` of argparse about the argument `name`, as a sentence."""
     if found := re.fullmatch(r"invalid choice: (.+) \(choose from (.+)\)", what, re.DOTALL):
         value, choices = found[1].strip("'\""), found[2].replace("'", "")
         nearest = _did_you_mean(value, choices.split(", "))

@@ -1,4 +1,4 @@
-"""Prompts of `hetis generate`: from the command line, a file or standard input."""
+"""Prompts of `hetis generate` from the command line, a file or standard input."""
 
 import argparse
 import json
@@ -10,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hetis.launch import member as launch
+from hetis.launch import torchrun
 
 SourcePrompt = str | list[int]
 
-EXAMPLES = (  # the model in the package has read the documentation of Python
+EXAMPLES = (  # the model in the package was trained on the documentation of Python
     "The function returns",
     "If the file does not exist,",
     "A list is a sequence of",
@@ -24,9 +24,9 @@ STANDARD_INPUT = "-"
 
 
 def prompts_of(options: argparse.Namespace) -> list[SourcePrompt]:
-    """Those of --prompt or --prompt-file; else of standard input where that is a pipe or a file; else examples.
+    """Prompts from --prompt or --prompt-file, else from standard input if it is a pipe or a file, else examples.
 
-    Raises ValueError for a file that cannot be read or holds something else than prompts.
+    Raises ValueError for a file that cannot be read, is empty or has a line without a prompt.
     """
     if options.prompt:
         return [text_of_argument(argument) for argument in options.prompt]
@@ -36,7 +36,7 @@ def prompts_of(options: argparse.Namespace) -> list[SourcePrompt]:
 
 
 def text_of_argument(argument: str) -> str:
-    """Bytes that the locale's encoding lacks come as lone surrogates: they are read as UTF-8, if they are that."""
+    """Text of a command-line argument: bytes that the locale cannot decode (lone surrogates) are decoded as UTF-8."""
     try:
         argument.encode()
     except UnicodeEncodeError:
@@ -46,8 +46,8 @@ def text_of_argument(argument: str) -> str:
 
 
 def input_is_redirected() -> bool:
-    """Whether standard input is a pipe or file. Under torchrun it is the launcher's, and nothing is read unasked."""
-    if launch.fleet_directory is not None:
+    """Whether standard input is a pipe or file. Under torchrun it belongs to torchrun and is read on request only."""
+    if torchrun.fleet_directory is not None:
         return False
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
@@ -57,12 +57,12 @@ def input_is_redirected() -> bool:
 
 
 def read_prompt_file(name: str) -> list[SourcePrompt]:
-    """Prompts in the file `name` ("-": standard input), UTF-8: see `parse_prompts`."""
+    """Prompts in the UTF-8 file `name` ("-": standard input), in the form of `parse_prompts`."""
     what = "standard input" if name == STANDARD_INPUT else f"prompt file {name}"
     try:
         content = sys.stdin.buffer.read() if name == STANDARD_INPUT else Path(name).read_bytes()
     except OSError as error:
-        raise ValueError(f"{what} cannot be read ({error.strerror}).") from error
+        raise ValueError(f"{what} cannot be read ({error.strerror}); name a text file.") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -70,15 +70,16 @@ def read_prompt_file(name: str) -> list[SourcePrompt]:
         raise ValueError(f"{what} is not UTF-8 text (line {line}); save it as UTF-8.") from error
     prompts = list(parse_prompts(text, what))
     if not prompts:
-        raise ValueError(f"{what} holds no prompt: give one a line.")
+        raise ValueError(f"{what} has no prompt; write one per line.")
     return prompts
 
 
 def parse_prompts(text: str, what: str) -> Iterator[SourcePrompt]:
-    """One prompt a line; empty lines are skipped.
+    """Yields one prompt per line; empty lines are skipped.
 
-    If the first line is a JSON object with a prompt, all lines are: {"prompt": "text"} or {"prompt_token_ids": [1, 2]};
-    other keys are ignored. That form holds prompts of several lines. ValueError names a line that is not of this form.
+    If the first line is a JSON object with a prompt, all lines must be: {"prompt": "text"}, where the text may have
+    several lines, or {"prompt_token_ids": [1, 2]}; other keys are ignored. Raises ValueError, with the number of the
+    line, for a line of another form.
     """
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
     lines = [(number, line) for number, line in lines if line.strip()]
@@ -87,14 +88,14 @@ def parse_prompts(text: str, what: str) -> Iterator[SourcePrompt]:
         prompt = _prompt_of(line) if is_json else line
         if prompt is None:
             raise ValueError(
-                f'{what}, line {number}: not a JSON object with "prompt" (text) or "prompt_token_ids" (a list of '
-                f"numbers), which line {lines[0][0]} is."
+                f'{what}, line {number} is not a JSON object with "prompt" (text) or "prompt_token_ids" (a list of '
+                f"integers) like line {lines[0][0]}; use one form for all lines."
             )
         yield prompt
 
 
 def _prompt_of(line: str) -> SourcePrompt | None:
-    """The prompt in a line of JSON; None if it has none."""
+    """The prompt in a line of JSON; None if it is not JSON or has no prompt."""
     try:
         found: Any = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""`hetis --version`: what a report of a fault should name. Imports none of what it names."""
+"""`hetis --version`: versions for bug reports, found without importing the packages."""
 
 import platform
 from importlib import metadata, util
@@ -10,7 +10,7 @@ _EXTENSIONS = (("hetis_kernels", "_cpu*.so", "C++ kernels"), ("hetis.dispatcher"
 
 
 def version_text() -> str:
-    """One line: versions of hetis, Python and torch, and which extensions are built."""
+    """One line with the versions of hetis, Python, torch and triton, and the extensions that are built."""
     parts = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in ("torch", "triton"))]
     parts += [
         f"{what} {'built' if _is_built(package, pattern) else 'not built'}" for package, pattern, what in _EXTENSIONS

@@ -1,4 +1,4 @@
-"""How `hetis generate` writes texts to standard output while they come."""
+"""Writers of `hetis generate`: texts go to standard output while they are generated."""
 
 import json
 import shutil
@@ -10,21 +10,23 @@ from hetis.cli.prompt_sources import SourcePrompt
 from hetis.frontend.console import is_terminal, write
 from hetis.frontend.requests import Piece
 
-WIDTH = 100  # most characters of a line on a terminal
+WIDTH = 100  # characters; limit of a line on a terminal
 
 
 class Writer(Protocol):
+    """Writes the pieces of all prompts to standard output."""
+
     def add(self, piece: Piece) -> None:
-        """What one prompt's text gained."""
+        """Takes over the next piece of a prompt's text."""
 
     def close(self) -> None:
-        """After the last piece, or when there will be none."""
+        """Writes what is pending; called after the last piece, also of an interrupted run."""
 
 
 def make_writer(prompts: Sequence[SourcePrompt], *, as_json: bool, echo: bool | None) -> Writer:
-    """JSON lines; or the text itself for one prompt, and lines with the number of their prompt for several.
+    """A writer of JSON lines, of the text itself for one prompt, or of lines with their prompt's number for several.
 
-    `echo`: whether a prompt stands before its text; None: on terminals.
+    `echo`: write each prompt before its text; None: on terminals only.
     """
     on_terminal = is_terminal(sys.stdout)
     if as_json:
@@ -39,7 +41,7 @@ def make_writer(prompts: Sequence[SourcePrompt], *, as_json: bool, echo: bool | 
 
 
 class TextWriter:
-    """One text, as it comes and as it is. `ends_line`: and a line's end behind it."""
+    """Writes one text unchanged. `ends_line`: with a newline at the end, if it has none."""
 
     def __init__(self, beginning: str, ends_line: bool) -> None:
         self._ends_line, self._last = ends_line, beginning
@@ -56,9 +58,9 @@ class TextWriter:
 
 
 class LineWriter:
-    """Several texts at once, line by line, each line with the number of its prompt.
+    """Writes several texts line by line, each line with the number of its prompt.
 
-    `width`: lines that are longer break at words; None: they do not.
+    `width`: longer lines are broken at words; None: they are not.
     """
 
     def __init__(self, beginnings: Sequence[str], width: int | None) -> None:
@@ -75,7 +77,7 @@ class LineWriter:
             self._write(index, self._pending[index], "")
 
     def _split(self, text: str) -> tuple[str, str] | None:
-        """(a line, the rest); None while the line may go on."""
+        """(line, rest); None while the line may continue."""
         line, newline, rest = text.partition("\n")
         if self._width is None or len(line) <= self._width:
             return (line, rest) if newline else None
@@ -88,14 +90,14 @@ class LineWriter:
         write(f"{self._prefixes[index]}{line}".rstrip() + "\n")
 
     def close(self) -> None:
-        """Lines that were not finished."""
+        """Writes unfinished lines."""
         for index, line in enumerate(self._pending):
             if line:
                 self._write(index, line, "")
 
 
 class JsonWriter:
-    """A JSON object a line for every prompt, in the order of the prompts, as soon as those before are finished."""
+    """Writes one line of JSON per prompt, in the order of the prompts, as soon as earlier ones are finished."""
 
     def __init__(self, prompts: Sequence[SourcePrompt]) -> None:
         self._prompts = prompts
@@ -129,6 +131,6 @@ class JsonWriter:
         return json.dumps(result, ensure_ascii=self._ascii) + "\n"
 
     def close(self) -> None:
-        """Those that are finished though one before is not: the run was interrupted."""
+        """Writes finished prompts that follow an unfinished one, after an interrupt."""
         for index in sorted(self._finished):
             write(self._finished.pop(index))

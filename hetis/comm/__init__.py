@@ -1,1 +1,1 @@
-"""Level 3: the data plane (links, collectives) and the control plane: the only home of torch.distributed and zmq."""
+"""Level 3: data plane (links, collectives) and control plane; the only package that uses torch.distributed and zmq."""

@@ -1,6 +1,6 @@
-"""What primaries say to each other: sums and logits within a stage, hidden states from one stage to the next.
+"""Communication among primaries: sums and logits within a stage, hidden states from one stage to the next.
 
-Sums are taken in rank order on every rank, so all ranks of a stage hold the same bits, run after run.
+Every rank adds in rank order, so that all ranks of a stage hold the same bits in every run.
 """
 
 from abc import ABC, abstractmethod
@@ -13,11 +13,11 @@ from torch import Tensor
 from hetis.comm.links.base import Link
 from hetis.comm.process_groups import lost_peer
 
-SHARED_SUM_BYTES = 1 << 16  # from here on each of three or more ranks sums its own share only
+SHARED_SUM_BYTES = 1 << 16  # from this size on, three or more ranks reduce-scatter and all-gather
 
 
 class TensorParallel(ABC):
-    """The ranks of one stage. `ConnectionError`, naming ranks, when one of them is lost."""
+    """Tensor-parallel group of one stage. Operations raise ConnectionError, naming ranks, when a rank is lost."""
 
     index: int
     size: int
@@ -31,15 +31,15 @@ class TensorParallel(ABC):
 
     @abstractmethod
     def gather_columns(self, x_NV: Tensor, widths: Sequence[int]) -> Tensor | None:
-        """Columns of all ranks side by side on index 0, None elsewhere. `widths`: of each rank, any, summing to V."""
+        """Columns of all ranks side by side on index 0, None elsewhere. `widths`: number of columns of each rank."""
 
     @abstractmethod
     def close(self) -> None:
         """Leaves the group."""
 
 
-class Alone(TensorParallel):
-    """A stage of one rank."""
+class SingleRank(TensorParallel):
+    """Stage of one rank."""
 
     index, size = 0, 1
 
@@ -55,17 +55,17 @@ class Alone(TensorParallel):
 
 
 class GroupTensorParallel(TensorParallel):
-    """Over a process group: NCCL between GPUs, gloo between CPU ranks on different hosts."""
+    """Tensor parallelism over a process group: NCCL between GPUs, gloo between CPU ranks on different hosts."""
 
     def __init__(self, group: Any, ranks: Sequence[int]) -> None:
-        """`ranks`: global ranks of the members, for messages."""
+        """`ranks`: global ranks of the members, for error messages."""
         self.index, self.size = group.rank(), group.size()
         self._group = group
         self._others = "ranks " + ", ".join(str(rank) for i, rank in enumerate(ranks) if i != self.index)
 
     def all_reduce(self, x: Tensor) -> None:
-        """With NCCL, two ranks leave the sum to it: it has one order, and is rounded once. Of more it would add in
-        the dtype and in the order of its ring, so these gather the parts and sum them here."""
+        """Sums by NCCL for two ranks, with one possible order and one rounding. For more ranks NCCL would add in the
+        dtype and in ring order, so the parts are gathered and summed here."""
         if x.numel() == 0:
             return
         with lost_peer(self._others):
@@ -79,7 +79,7 @@ class GroupTensorParallel(TensorParallel):
                 sum_in_order(parts_RN.unbind(), x.view(-1))
 
     def _sum_shares(self, x_N: Tensor) -> None:
-        """Every rank sums its share of `x_N` and shows it to the others: as many bytes as a ring would send."""
+        """Reduce-scatter, then all-gather: every rank sums one share of `x_N`. Sends as many bytes as a ring would."""
         size = -(-x_N.numel() // self.size)
         whole_RN = x_N.new_empty(self.size, size)
         whole_RN.view(-1)[: x_N.numel()] = x_N
@@ -94,19 +94,19 @@ class GroupTensorParallel(TensorParallel):
         if len(x_NV) == 0:
             return x_NV.new_empty(0, sum(widths)) if self.index == 0 else None
         mine_B = _bytes(x_NV.contiguous())
-        to = [len(mine_B), *[0] * (self.size - 1)]
-        row_bytes = len(x_NV) * x_NV.element_size()
-        of = [row_bytes * width for width in widths] if self.index == 0 else [0] * self.size
-        whole_B = mine_B.new_empty(sum(of))
+        send_sizes = [len(mine_B), *[0] * (self.size - 1)]
+        column_bytes = len(x_NV) * x_NV.element_size()
+        recv_sizes = [column_bytes * width for width in widths] if self.index == 0 else [0] * self.size
+        whole_B = mine_B.new_empty(sum(recv_sizes))
         with lost_peer(self._others):
-            self._group.alltoall_base(whole_B, mine_B, of, to).wait()
+            self._group.alltoall_base(whole_B, mine_B, recv_sizes, send_sizes).wait()
         if self.index > 0:
             return None
-        parts = [part.view(x_NV.dtype).view(len(x_NV), -1) for part in torch.split(whole_B, of) if len(part)]
+        parts = [part.view(x_NV.dtype).view(len(x_NV), -1) for part in torch.split(whole_B, recv_sizes) if len(part)]
         return torch.cat(parts, dim=1)
 
-    def greet(self, device: torch.device) -> None:
-        """Each operation once; what NCCL needs for them is there afterwards. `device`: of the tensors to come."""
+    def connect(self, device: torch.device) -> None:
+        """Runs each operation once, in which NCCL makes its communicator. `device`: that of later tensors."""
         ones_11 = torch.ones(1, 1, device=device)
         self.all_reduce(ones_11)
         assert float(ones_11) == self.size, f"a sum of {self.size} ones is {float(ones_11)}"
@@ -117,7 +117,7 @@ class GroupTensorParallel(TensorParallel):
 
 
 class StagedTensorParallel(TensorParallel):
-    """A CUDA rank of a CPU group: ranks of unlike devices, or several on one GPU."""
+    """CUDA rank of a CPU group, for stages of unlike devices or with several ranks on one GPU."""
 
     def __init__(self, inner: TensorParallel, device: torch.device) -> None:
         self.index, self.size = inner.index, inner.size
@@ -137,10 +137,10 @@ class StagedTensorParallel(TensorParallel):
 
 
 class Pipeline:
-    """This rank's place between the previous stage and the next one.
+    """Transfer of hidden states from the previous stage to this rank, and from it to the next stage.
 
-    All ranks of a stage hold the same hidden states, so rank j of a stage gets them from rank j modulo P of the P ranks
-    before it, over a link of its own; stages may have different numbers of ranks.
+    All ranks of a stage hold the same hidden states. Index j of a stage receives them from index j modulo P of the P
+    ranks of the previous stage, over a link of its own; stages may differ in size.
     """
 
     def __init__(
@@ -155,14 +155,14 @@ class Pipeline:
         self._hidden_size, self._dtype, self._device = hidden_size, dtype, device
 
     def send(self, hidden_TH: Tensor) -> None:
-        """Hands `hidden_TH` on to the ranks of the next stage that this rank serves."""
+        """Sends `hidden_TH` to the ranks of the next stage that receive from this rank."""
         for link in self._following:
             message = link.send_buffer(hidden_TH.numel() * hidden_TH.element_size())
             message.view(self._dtype).view(hidden_TH.shape).copy_(hidden_TH)
             link.send()
 
     def recv(self, num_tokens: int) -> Tensor:
-        """hidden_TH of the previous stage; the caller's own."""
+        """Hidden states [T, H] of the previous stage, in a new tensor."""
         assert self._previous is not None, "there is no stage before the first one"
         hidden_TH = torch.empty(num_tokens, self._hidden_size, dtype=self._dtype, device=self._device)
         message = self._previous.recv(hidden_TH.numel() * hidden_TH.element_size())
@@ -179,7 +179,7 @@ class Pipeline:
 def sum_in_order(parts: Sequence[Tensor], out: Tensor) -> None:
     """out = parts[0] + parts[1] + ..., from the left in fp32, rounded once to out's dtype. `out` may be one of them."""
     if len(parts) == 2:
-        torch.add(parts[0], parts[1], out=out)  # which computes in fp32 whatever the dtype
+        torch.add(parts[0], parts[1], out=out)  # adds in fp32 for every dtype
         return
     total = parts[0].to(torch.float32, copy=True)
     for part in parts[1:]:
@@ -188,5 +188,5 @@ def sum_in_order(parts: Sequence[Tensor], out: Tensor) -> None:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """Gloo and NCCL need not know our dtypes."""
+    """Flat view of `x` as bytes, which gloo and NCCL transfer for every dtype."""
     return x.view(-1).view(torch.uint8)

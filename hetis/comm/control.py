@@ -1,16 +1,10 @@
 """The control plane: typed messages over zmq, one ROUTER per kind of client at the driver, one DEALER at each client.
 
-Unix sockets in a private directory inside a host, one configured address between hosts. Once everyone has connected
-the socket files are removed (`ControlServer.hide`): established connections stay, and no other process can connect.
+Within a host they use unix sockets in a private directory, between hosts one configured address. When all clients have
+connected, the socket files are removed (`ControlServer.hide`): connections stay, and no other process can connect.
 """
 
-import os
-import queue
-import sys
-import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +13,9 @@ import zmq
 
 from hetis.core import messages as m
 from hetis.core.config import Endpoints
-from hetis.processes import supervision
 
 Client = Literal["ranks", "health", "front"]
+CLIENTS: tuple[Client, ...] = ("ranks", "health", "front")
 
 _FROM_RANK = m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Stats | m.Failure | m.Heartbeat
 _TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
@@ -30,9 +24,7 @@ _TO_FRONT = m.Measuring | m.EngineReady | m.Outputs | m.FleetStats | m.ProfileRe
 
 MAX_MESSAGE_BYTES = 1 << 30
 RECONNECT_MILLISECONDS = 10  # clients start before the driver listens
-HEARTBEAT_SECONDS = 0.25
-VERDICT_SECONDS = 5.0  # a rank that must end waits so long for the driver to say why
-TOLD_TO_END = "was told to end by its launcher"
+LINGER_SECONDS = 1.0  # that messages may take to be sent when a socket is closed
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -45,7 +37,7 @@ class ControlServer:
     """The driver's end of all control sockets."""
 
     def __init__(self, run_directory: str, address: str | None) -> None:
-        """Binds. `address`: the interface for ranks on other hosts, on free ports; None: unix sockets only."""
+        """Binds. `address`: the interface to which ranks on other hosts connect, on free ports; None: unix sockets."""
         self._context = zmq.Context()
         self._directory = Path(run_directory)
         self._sockets: dict[Client, zmq.Socket[bytes]] = {}
@@ -55,18 +47,14 @@ class ControlServer:
             "front": msgspec.msgpack.Decoder(_FROM_FRONT),
         }
         self.poller = zmq.Poller()
-        places: dict[str, str] = {}
-        clients: tuple[Client, ...] = ("ranks", "health", "front")
-        for client in clients:
+        endpoints: dict[str, str] = {}
+        for client in CLIENTS:
             socket = self._context.socket(zmq.ROUTER)
-            socket.setsockopt(zmq.LINGER, 1000)
-            socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
-            places[client] = self._bind(socket, client, address)
+            _set_limits(socket)
+            endpoints[client] = self._bind(socket, client, address)
             self._sockets[client] = socket
             self.poller.register(socket, zmq.POLLIN)
-        self.endpoints = Endpoints(**places)
+        self.endpoints = Endpoints(**endpoints)
 
     def _bind(self, socket: "zmq.Socket[bytes]", client: Client, address: str | None) -> str:
         if address is None or client == "front":
@@ -79,15 +67,14 @@ class ControlServer:
         return f"tcp://{host}:{port}"
 
     def hide(self) -> None:
-        """Removes the socket files; what is connected stays connected."""
-        clients: tuple[Client, ...] = ("ranks", "health", "front")
-        for client in clients:
+        """Removes the socket files; connections stay."""
+        for client in CLIENTS:
             (self._directory / client).unlink(missing_ok=True)
 
     def receive(self, client: Client) -> tuple[bytes, Any] | None:
-        """The next message of one kind of client, with the sender's identity; None if there is none now.
+        """(identity, message) of the next message from one kind of client; None if none has come.
 
-        Frames that are no message are dropped, so that they cannot stop the others; a front end is answered `Refused`.
+        Frames that are no message are dropped, so that they cannot harm other clients; a front end gets `Refused`.
         """
         while True:
             try:
@@ -108,21 +95,18 @@ class ControlServer:
 
     def close(self) -> None:
         self.hide()
-        self._context.destroy(linger=1000)
+        self._context.destroy(linger=int(1000 * LINGER_SECONDS))
 
 
 class ControlClient:
-    """A rank's or a front end's end. Used by one thread."""
+    """A rank's or a front end's end of the control plane. For one thread."""
 
     def __init__(self, endpoint: str, identity: str, side: Literal["rank", "front"]) -> None:
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
+        _set_limits(self.socket)
         self.socket.setsockopt(zmq.IDENTITY, identity.encode())
-        self.socket.setsockopt(zmq.LINGER, 1000)
         self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MILLISECONDS)
-        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self.socket.setsockopt(zmq.SNDHWM, 0)
-        self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
         self._losses = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.connect(endpoint)
@@ -131,16 +115,19 @@ class ControlClient:
 
     @property
     def is_lost(self) -> bool:
-        """Whether there was a connection and the driver's end of it closed: it ended, however that happened."""
+        """Whether there was a connection and the driver's end of it has closed: the driver has ended."""
         return bool(self._losses.poll(0))
 
     def send(self, message: m.Message | bytes) -> None:
-        """`bytes`: encoded already."""
+        """`message`: as bytes, it is encoded already."""
         self.socket.send(message if isinstance(message, bytes) else encode(message))
 
     def waiter(self, *others: int, until_lost: bool) -> Callable[[float | None], object]:
-        """A function that returns when there is something to receive, one of the `others` (descriptors) is readable or,
-        with `until_lost`, the connection is lost; at the latest after as many seconds as it is given."""
+        """A function that waits, at most as many seconds as it is given (None: without limit).
+
+        It returns when there is a message, when one of the descriptors `others` is readable, or, with `until_lost`,
+        when the connection is lost.
+        """
         poller = zmq.Poller()
         for each in (self.socket, *others, *((self._losses,) if until_lost else ())):
             poller.register(each, zmq.POLLIN)
@@ -152,101 +139,16 @@ class ControlClient:
             return None
         return self._decoder.decode(self.socket.recv())
 
-    def close(self, linger: float = 1.0) -> None:
-        """`linger`: seconds that unsent messages may take."""
+    def close(self, linger: float = LINGER_SECONDS) -> None:
+        """`linger`: seconds that messages may take to be sent."""
         self.socket.disable_monitor()
         self._losses.close()
         self._context.destroy(linger=int(1000 * linger))
 
 
-class Heart(threading.Thread):
-    """A rank's sign of life, on a socket of its own so that a long step does not silence it, and the rank's end.
-
-    Whatever ends a rank before its time goes through here, and ends the process: `Abort` from the driver, a driver
-    that is gone or silent for `timeout` seconds, a failure of the rank itself (`report`), a signal of its launcher.
-    In the last two cases it waits a little for the driver's verdict, so that the first explanation is also the last
-    line. A stopped process (SIGSTOP) cannot end itself, so other ranks on its host do it.
-    """
-
-    def __init__(
-        self,
-        endpoint: str,
-        rank: int,
-        waker: supervision.Waker,
-        on_lost_driver: Callable[[str], None],
-        prints_verdict: bool = False,
-    ) -> None:
-        """`on_lost_driver` is told how the driver was lost. `prints_verdict`: no other process of this host does."""
-        super().__init__(name="heart", daemon=True)
-        self._endpoint, self._rank, self._waker = endpoint, rank, waker
-        self._on_lost_driver, self._prints_verdict = on_lost_driver, prints_verdict
-        self.timeout = 120.0  # until Setup says otherwise
-        self.host = supervision.host_id()  # until it is proven
-        self.step = -1
-        self._stopping = threading.Event()
-        self._failures: queue.SimpleQueue[m.Failure] = queue.SimpleQueue()
-        self._deadline: float | None = None  # of the verdict, once this rank must end
-        self._last_answer = 0.0
-
-    def report(self, failure: m.Failure) -> None:
-        """Hands a failure of this rank to the driver, from any thread. The process ends soon after."""
-        self._failures.put(failure)
-        self._waker.wake()
-
-    def stop(self) -> None:
-        """In good order: this rank has done its work."""
-        self._stopping.set()
-        self._waker.wake()
-        self.join()
-
-    def run(self) -> None:
-        client = ControlClient(self._endpoint, str(self._rank), "rank")
-        poller = zmq.Poller()
-        poller.register(client.socket, zmq.POLLIN)
-        poller.register(self._waker.fileno(), zmq.POLLIN)
-        self._last_answer = next_beat = time.monotonic()
-        while not self._stopping.is_set():
-            now = time.monotonic()
-            if now >= next_beat:
-                client.send(m.Heartbeat(rank=self._rank, step=self.step))
-                next_beat = now + HEARTBEAT_SECONDS
-            poller.poll(max(0, int((next_beat - now) * 1000)))
-            self._read(client)
-            self._report_own(client)
-            self._check(client)
-        client.close(linger=0)
-
-    def _read(self, client: ControlClient) -> None:
-        while (message := client.receive(0)) is not None:
-            self._last_answer = time.monotonic()
-            if isinstance(message, m.Abort):
-                if message.host == self.host:
-                    supervision.kill(pid for pid in message.culprits if pid != os.getpid())
-                self._end(message.reason)
-
-    def _report_own(self, client: ControlClient) -> None:
-        """Reports of this process: a failure, or that its launcher wants it to end."""
-        if any(self._waker.drain()):
-            client.send(m.Failure(rank=self._rank, reason=TOLD_TO_END, is_consequence=True))
-            self._deadline = self._deadline or time.monotonic() + VERDICT_SECONDS
-        with suppress(queue.Empty):
-            client.send(self._failures.get_nowait())
-            self._deadline = self._deadline or time.monotonic() + VERDICT_SECONDS
-
-    def _check(self, client: ControlClient) -> None:
-        now = time.monotonic()
-        if self._deadline is not None and now > self._deadline:
-            os._exit(1)
-        if client.is_lost and not self._stopping.is_set():
-            self._on_lost_driver("ended")
-            self._end("the driver ended.")
-        if now - self._last_answer > self.timeout:
-            how = f"has not answered for {self.timeout:g} s (stopped, or its host is gone)"
-            self._on_lost_driver(how)
-            self._end(f"the driver {how}.")
-
-    def _end(self, reason: str) -> None:
-        supervision.report_to_torchrun(reason)
-        if self._prints_verdict:
-            print(f"hetis: {reason}", file=sys.stderr, flush=True)
-        os._exit(1)
+def _set_limits(socket: "zmq.Socket[bytes]") -> None:
+    """Messages of a limited size, queues without limit: a slow reader must not block the driver."""
+    socket.setsockopt(zmq.LINGER, int(1000 * LINGER_SECONDS))
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)

@@ -1,6 +1,6 @@
-"""The groups that one primary belongs to: its stage, and its neighbours in the stages before and after.
+"""Communication groups of one primary: its stage, and the ranks of neighbouring stages that it exchanges with.
 
-Attention workers belong to none, so they may come and go. Nothing here is a global default group.
+Attention workers belong to no group, so that they can join and leave. No global default group is made.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 
-from hetis.comm.collectives import Alone, GroupTensorParallel, Pipeline, StagedTensorParallel, TensorParallel
+from hetis.comm.collectives import GroupTensorParallel, Pipeline, SingleRank, StagedTensorParallel, TensorParallel
 from hetis.comm.links import choose_link, open_link
 from hetis.comm.links.base import Link
 from hetis.comm.process_groups import lost_peer, make_process_group
@@ -43,12 +43,12 @@ def init_groups(
 ) -> Groups:
     """Joins the groups of primary `rank`; every primary of the plan must call it. `fleet`: every rank's device.
 
-    `max_tokens` of a step, `hidden_size` and `dtype` size the messages between stages. `timeout`: for the others to
-    come, and for single operations of gloo and NCCL. TimeoutError or ConnectionError, naming who is missing.
+    `max_tokens` of a step, `hidden_size` and `dtype` size the messages between stages. `timeout`: for the other ranks
+    to join, and for single operations of gloo and NCCL. TimeoutError or ConnectionError, naming the missing rank.
     """
     infos = {info.rank: info for info in fleet}
     stage, index = plan.position_of(rank)
-    members = [infos[primary.rank] for primary in plan.stages[stage].primaries]
+    members = [infos[rank] for rank in plan.stages[stage].ranks]
     tensor_parallel = _join_stage(f"stage/{stage}", members, index, rendezvous, device, timeout)
 
     def open_between(sender: int, receiver: int) -> Link:
@@ -67,7 +67,7 @@ def init_groups(
         )
 
     previous, following = None, []
-    for sender, receiver in plan.handovers():  # one order for all, so that no two wait for each other
+    for sender, receiver in plan.handovers:  # one global order, so that no two ranks wait for each other
         if rank == receiver:
             previous = open_between(sender, receiver)
         elif rank == sender:
@@ -83,9 +83,9 @@ def _join_stage(
     device: torch.device,
     timeout: timedelta,
 ) -> TensorParallel:
-    """Over NCCL if it can join all members; else over CPU memory, shared where all are on one host."""
+    """Group over NCCL if it can join all members; else over CPU memory, shared if all are on one host."""
     if len(members) == 1:
-        return Alone()
+        return SingleRank()
     ranks = [member.rank for member in members]
     over_nccl = joined_by_nccl(members)
     if not over_nccl and len({member.host for member in members}) == 1:
@@ -95,5 +95,5 @@ def _join_stage(
     with lost_peer(f"ranks {ranks}"):
         group = make_process_group(rendezvous, name, index, len(members), transport, timeout, members[index].address)
     joined = GroupTensorParallel(group, ranks)
-    joined.greet(transport)
+    joined.connect(transport)
     return StagedTensorParallel(joined, device) if transport != device else joined

@@ -1,4 +1,4 @@
-"""torch.distributed process groups of our own: made from a store, no global group, so that ranks may join and leave."""
+"""Process groups of torch.distributed, made from a store without a global group, so that ranks can join and leave."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,15 +22,15 @@ def make_process_group(
     *,
     num_ctas: int | None = None,
 ) -> Any:
-    """The group `name` of `size` members, seen from member `index`: NCCL for a CUDA device, else gloo.
+    """Group `name` of `size` members, as member `index`: NCCL for a CUDA device, else gloo.
 
-    All members must call it. `address`: of this host, for gloo to listen on; "": as its name resolves. `num_ctas`:
-    thread blocks of an NCCL kernel; None: as many as NCCL likes. TimeoutError, naming the rendezvous key, for a member
-    that does not come within `timeout`.
+    All members must call it. `address`: of this host, for gloo to listen on; "": as the host's name resolves.
+    `num_ctas`: thread blocks of an NCCL kernel; None: NCCL's default. TimeoutError, naming the rendezvous key, for a
+    member that does not call within `timeout`.
 
-    NCCL makes a communicator in a group's first operation, and waits for the others without a limit: hence all show up
-    here first, and the caller then uses the group once (`greet`). Its stream has high priority: a message of a few
-    microseconds must not wait until a grid of attention, for which it should not wait at all, leaves a place.
+    NCCL makes a communicator in a group's first operation and waits there for the other members without a limit. Hence
+    members wait for each other here first, and callers then run an operation at once (`connect`). NCCL's stream has
+    high priority: a message of a few microseconds must not queue behind an attention kernel that it does not depend on.
     """
     rendezvous.set(f"{name}/here/{index}", b"")
     for member in range(size):
@@ -50,9 +50,9 @@ def make_process_group(
 
 
 @contextmanager
-def lost_peer(who: str) -> Iterator[None]:
-    """Turns torch.distributed's errors into a ConnectionError that names `who`."""
+def lost_peer(peer: str) -> Iterator[None]:
+    """Context that turns errors of torch.distributed into a ConnectionError that names `peer`."""
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError(f"the connection to {who} was lost: {str(error).partition(chr(10))[0]}") from None
+        raise ConnectionError(f"the connection to {peer} was lost: {str(error).partition(chr(10))[0]}") from None

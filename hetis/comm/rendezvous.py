@@ -1,4 +1,4 @@
-"""Where ranks leave each other small notes at start: addresses, process ids, descriptors."""
+"""Key-value store in which ranks publish addresses, process ids and descriptors at start."""
 
 import os
 import time
@@ -8,35 +8,35 @@ from typing import Any, Protocol
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
 DEFAULT_TIMEOUT = 300.0  # seconds
-# Seconds between two looks. The store's own wait cannot be interrupted by signals, blocks other threads, and warns.
-_LONGEST_PAUSE = 0.02
+# Seconds between two polls. The store's own wait cannot be interrupted by signals, blocks other threads, and warns.
+_MAX_PAUSE = 0.02
 
 
 class Rendezvous(Protocol):
-    """Notes by key, written once, seen by all ranks of one run."""
+    """Values by key, each written once and visible to all ranks of one run."""
 
     @property
     def store(self) -> Any:
-        """The torch.distributed store underneath, for process groups."""
+        """Underlying store of torch.distributed, for process groups."""
 
     def set(self, key: str, value: bytes) -> None:
-        """Leaves a note."""
+        """Publishes a value."""
 
     def get(self, key: str, timeout: float | None = None) -> bytes:
-        """The note at `key`; waits for it up to `timeout` seconds, then TimeoutError naming the key."""
+        """Value of `key`; waits for it up to `timeout` seconds, then raises TimeoutError, naming the key."""
 
 
 class StoreRendezvous:
-    """Over any torch.distributed store."""
+    """Rendezvous over any store of torch.distributed."""
 
     def __init__(self, store: Any, timeout: float = DEFAULT_TIMEOUT) -> None:
-        """`timeout`: seconds that `get` waits unless told otherwise."""
+        """`timeout`: seconds that `get` waits by default."""
         self.store = store
         self._timeout = timeout
 
     @classmethod
     def from_environment(cls, timeout: float = DEFAULT_TIMEOUT) -> "StoreRendezvous":
-        """The store at MASTER_ADDR:MASTER_PORT, with a key space of this run and restart.
+        """Rendezvous over the store at MASTER_ADDR:MASTER_PORT, with a key space of this run and restart.
 
         torchrun's agent hosts it (TORCHELASTIC_USE_AGENT_STORE=True) and every rank is a client; without that, rank 0
         hosts. ValueError if a variable is missing.
@@ -60,7 +60,7 @@ class StoreRendezvous:
         return cls(PrefixStore(f"hetis/{run}/{restart}", store), timeout)
 
     def within(self, prefix: str) -> "StoreRendezvous":
-        """The same store with a key space of its own."""
+        """Rendezvous over the same store, with keys below `prefix`."""
         return StoreRendezvous(PrefixStore(prefix, self.store), self._timeout)
 
     def set(self, key: str, value: bytes) -> None:
@@ -75,7 +75,7 @@ class StoreRendezvous:
                 if time.monotonic() >= deadline:
                     raise TimeoutError(f"no rank set {key!r} at the rendezvous within {limit:g} s.")
                 time.sleep(pause)
-                pause = min(1.5 * pause, _LONGEST_PAUSE)
+                pause = min(1.5 * pause, _MAX_PAUSE)
             return bytes(self.store.get(key))
         except RuntimeError as error:
             raise ConnectionError(
@@ -84,7 +84,7 @@ class StoreRendezvous:
 
 
 class LocalRendezvous(StoreRendezvous):
-    """Between threads of one process, for tests."""
+    """Rendezvous between threads of one process, for tests."""
 
     def __init__(self, timeout: float = 10.0) -> None:
         super().__init__(HashStore(), timeout)

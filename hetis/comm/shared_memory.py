@@ -1,7 +1,7 @@
-"""Memory shared by processes of one host, with counters in it to wait for.
+"""Memory shared by processes of one host, with counters that processes wait on.
 
 The memory is a memfd, which has no name: the peer opens `/proc/<pid>/fd/<descriptor>` of its creator, and the kernel
-frees it with the last process that maps it, however that process ends. Nothing can be left over.
+frees it with the last process that maps it, however that process ends. Nothing is left behind.
 """
 
 import ctypes
@@ -17,16 +17,16 @@ from typing import cast
 import msgspec
 import torch
 
-from hetis.processes import supervision
+from hetis.processes import failure, supervision
 from hetis.processes.limits import usable_cores
 
-WORD_BYTES = 128  # a counter has its cache line to itself, and the neighbour that the processor fetches with it
+WORD_BYTES = 128  # a counter has its cache line to itself, and the line that processors prefetch with it
 PAGE_BYTES = 4096
-LOOK_AROUND_MS = 100  # longest sleep before the peer's life and Python's signals are looked at
+CHECK_INTERVAL_MS = 100  # longest sleep before the peer's state and Python's signals are checked
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Where another process of this host finds a segment."""
+    """Location of a segment, for other processes of this host."""
 
     pid: int
     descriptor: int
@@ -34,10 +34,10 @@ class Address(msgspec.Struct, frozen=True):
 
 
 class Segment:
-    """A stretch of shared memory, zero at first: `num_words` counters, then whatever the user lays out from `start`."""
+    """Shared memory, initially zero. Its user lays it out: counters at the beginning (`word`), then data."""
 
     def __init__(self, descriptor: int, num_bytes: int) -> None:
-        """Maps `descriptor`, which the segment owns from now on."""
+        """Maps `descriptor` and takes ownership of it."""
         self._descriptor = descriptor
         self.num_bytes = num_bytes
         self.memory_B = torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
@@ -50,7 +50,7 @@ class Segment:
 
     @classmethod
     def attach(cls, address: Address) -> "Segment":
-        """ConnectionError if the creator is gone; ValueError if it is not ours to look into."""
+        """Maps the segment at `address`. ConnectionError if its creator has ended; ValueError without permission."""
         try:
             descriptor = os.open(f"/proc/{address.pid}/fd/{address.descriptor}", os.O_RDWR | os.O_CLOEXEC)
         except PermissionError:
@@ -66,18 +66,18 @@ class Segment:
         return Address(os.getpid(), self._descriptor, self.num_bytes)
 
     def word(self, index: int) -> int:
-        """The address of counter `index` in this process, for as long as the segment lives."""
+        """Address of counter `index` in this process; valid while the segment exists."""
         return int(self.memory_B.data_ptr()) + index * WORD_BYTES
 
     def close(self) -> None:
-        """The memory itself goes with the last tensor that shows it."""
+        """Closes the descriptor. The memory is unmapped with the last tensor that views it."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 class Peer:
-    """A process of this host on whose counters we wait."""
+    """Process of this host on whose counters this process waits."""
 
     def __init__(self, rank: int, pid: int) -> None:
         self.rank, self.pid = rank, pid
@@ -90,8 +90,9 @@ class Peer:
         return not (supervision.has_ended(self.pid) if self._pidfd is None else self._poll.poll(0))
 
     def check(self) -> None:
+        """Raises ConnectionError, naming rank, pid and cause, if the process has ended."""
         if not self.is_alive():
-            raise ConnectionError(f"rank {self.rank} (pid {self.pid}) {supervision.end_of(self.pid)}.")
+            raise ConnectionError(f"rank {self.rank} (pid {self.pid}) {failure.end_of(self.pid)}.")
 
     def close(self) -> None:
         if self._pidfd is not None:
@@ -100,32 +101,32 @@ class Peer:
 
 
 class Waiter:
-    """Waits for counters to change, for `spin_us` with the core and then asleep."""
+    """Waits for counters to change: spins for `spin_us`, then sleeps."""
 
     def __init__(self, spin_us: int) -> None:
         self._spin_ns = 1000 * spin_us
         self._wait, self.publish = operations()
 
     def wait(self, word: int, known: int, check: Callable[[], None]) -> None:
-        """Until the counter differs from `known`. `check` raises once no process will change it any more."""
-        while not self._wait(word, known, self._spin_ns, LOOK_AROUND_MS):
+        """Returns once the counter differs from `known`. `check` raises once no process will change it any more."""
+        while not self._wait(word, known, self._spin_ns, CHECK_INTERVAL_MS):
             try:
                 check()
             except ConnectionError:
-                if self._wait(word, known, 0, 0):  # its last act
+                if self._wait(word, known, 0, 0):  # changed before the peer ended
                     return
                 raise
 
     def differs(self, word: int, known: int) -> bool:
-        """Without waiting."""
+        """Whether the counter differs from `known`, without waiting."""
         return self._wait(word, known, 0, 0)
 
 
 def default_spin_us() -> int:
-    """How long to wait with the core: 0 where ranks outnumber the cores they may use, for it steals from the peer then.
+    """Microseconds to spin: 0 if ranks outnumber usable cores, where spinning takes a core that the peer needs.
 
     Measured with two ranks on two cores, 16 KB: 8 us a round trip with spinning, 39 us without. With three ranks that
-    work 60 to 160 us per message: 256 us a step without, 336 us with 50 us of spinning.
+    compute 60 to 160 us per message: 256 us a step without, 336 us with 50 us of spinning.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return 100 if ranks <= usable_cores() else 0
@@ -137,7 +138,7 @@ Publish = Callable[[int], None]  # (address of counter)
 
 @functools.cache
 def operations() -> tuple[Wait, Publish]:
-    """(wait, publish): from the extension, or through plain system calls where it is not built."""
+    """(wait, publish) of the C++ extension, or through system calls where it is not built."""
     from hetis_kernels.dispatch import cpu_op
 
     wait, publish = cpu_op("shm_wait"), cpu_op("shm_publish")
@@ -146,11 +147,11 @@ def operations() -> tuple[Wait, Publish]:
     return plain_wait, plain_publish
 
 
-# --- the same through ctypes: every wait and every publication is a system call ---------------------------------------
+# --- wait and publish through ctypes: every call is a system call -----------------------------------------------------
 
 _FUTEX_WAIT, _FUTEX_WAKE_OP = 0, 5
 _FUTEX_OP_ADD = 1
-_EVERYBODY = 2**31 - 1
+_ALL_WAITERS = 2**31 - 1
 _SYS_FUTEX = {"x86_64": 202, "i686": 240, "armv7l": 240, "ppc64le": 221, "s390x": 238}.get(platform.machine(), 98)
 
 
@@ -159,7 +160,7 @@ class _Timespec(ctypes.Structure):
 
 
 def plain_wait(address: int, known: int, spin_ns: int, timeout_ms: int) -> bool:
-    """As `csrc/cpu/shm.cpp`, without spinning."""
+    """Wait with the contract of `shm_wait` in csrc/cpu/shm.cpp, without spinning."""
     del spin_ns
     count = ctypes.c_uint32.from_address(address)
     known &= 0xFFFFFFFF
@@ -175,9 +176,9 @@ def plain_publish(address: int) -> None:
 
 
 def _add(address: int, amount: int) -> None:
-    """Atomically `*address += amount`, and wake all who wait for it: the kernel can do both in one call."""
+    """Atomically adds `amount` to the counter and wakes all its waiters, in one system call."""
     operation = _FUTEX_OP_ADD << 28 | (amount & 0xFFF) << 12
-    _futex(address, _FUTEX_WAKE_OP, _EVERYBODY, 0, address, operation)
+    _futex(address, _FUTEX_WAKE_OP, _ALL_WAITERS, 0, address, operation)
 
 
 def _futex(address: int, operation: int, value: int, timeout: int, second: int, last: int) -> None:

@@ -1,11 +1,11 @@
 """Tensor parallelism of CPU ranks on one host, through shared memory.
 
     counters   one per rank: its arrivals;  one per rank: closed
-    slots      per rank two, used in turn
+    buffers    two per rank, used in turn
 
-An exchange: write your part into your slot, announce your arrival, wait for all others, read all parts. No rank writes
-a slot again before all have arrived at the exchange after it, hence has read it; so two slots per rank are enough,
-and no rank ever waits for readers.
+In an exchange, a rank writes its part into its buffer, counts its arrival, waits for all others and reads all parts.
+A buffer is written again only after all ranks have arrived at the next exchange, hence have read it. So two buffers
+per rank suffice, and no rank waits for readers.
 """
 
 import math
@@ -22,7 +22,7 @@ from hetis.comm.collectives import TensorParallel, sum_in_order
 from hetis.comm.rendezvous import Rendezvous
 from hetis.comm.shared_memory import PAGE_BYTES, WORD_BYTES, Address, Peer, Segment, Waiter, default_spin_us
 
-SLOT_BYTES = 1 << 20  # larger tensors take several turns, which keeps all slots inside the shared cache
+BUFFER_BYTES = 1 << 20  # larger tensors take several exchanges, which keeps all buffers in the shared cache
 _MASK = 0xFFFFFFFF
 _ALIGNMENT = 16  # elements, between shares
 
@@ -35,17 +35,17 @@ class SharedTensorParallel(TensorParallel):
         self._arrived = [segment.word(i) for i in range(self.size)]
         self._closed = [segment.word(self.size + i) for i in range(self.size)]
         first = _header_bytes(self.size)
-        self._slots = [
-            [segment.memory_B[first + (2 * i + turn) * SLOT_BYTES :][:SLOT_BYTES] for turn in range(2)]
+        self._buffers = [
+            [segment.memory_B[first + (2 * i + turn) * BUFFER_BYTES :][:BUFFER_BYTES] for turn in range(2)]
             for i in range(self.size)
         ]
         self._waiter = Waiter(default_spin_us() if spin_us is None else spin_us)
         self._count = 0  # exchanges so far
-        self._part = lru_cache(256)(self._make_part)  # making a view costs more than the exchange itself
+        self._part = lru_cache(256)(self._make_part)  # making a view costs more than the exchange
 
     def all_reduce(self, x: Tensor) -> None:
         assert x.is_contiguous()
-        for part_N in torch.split(x.view(-1), SLOT_BYTES // x.element_size()):
+        for part_N in torch.split(x.view(-1), BUFFER_BYTES // x.element_size()):
             if self.size > 2 and part_N.numel() * part_N.element_size() >= collectives.SHARED_SUM_BYTES:
                 self._sum_shares(part_N)
             elif part_N.numel() > 0:
@@ -54,11 +54,11 @@ class SharedTensorParallel(TensorParallel):
 
     def gather_columns(self, x_NV: Tensor, widths: Sequence[int]) -> Tensor | None:
         assert x_NV.shape[1] == widths[self.index]
-        num_rows, widest, most = len(x_NV), max(widths), SLOT_BYTES // x_NV.element_size()
+        num_rows, widest, capacity = len(x_NV), max(widths), BUFFER_BYTES // x_NV.element_size()
         out_NV = x_NV.new_empty(num_rows, sum(widths)) if self.index == 0 else None
-        num_columns = min(widest, most)
-        for top in range(0, num_rows, most // num_columns):
-            rows = slice(top, min(num_rows, top + most // num_columns))
+        num_columns = min(widest, capacity)
+        for top in range(0, num_rows, capacity // num_columns):
+            rows = slice(top, min(num_rows, top + capacity // num_columns))
             for left in range(0, widest, num_columns):
                 turn = self._exchange(x_NV[rows, left : left + num_columns])
                 if out_NV is not None:
@@ -72,7 +72,7 @@ class SharedTensorParallel(TensorParallel):
         self._segment.close()
 
     def _exchange(self, mine: Tensor) -> int:
-        """Shows `mine` to all and waits until all have shown theirs; which of each rank's slots holds them."""
+        """Publishes `mine` and waits for the parts of all ranks; returns which of their two buffers holds them."""
         turn = self._count % 2
         self._part(self.index, turn, mine.shape, mine.dtype).copy_(mine)
         self._waiter.publish(self._arrived[self.index])
@@ -83,12 +83,12 @@ class SharedTensorParallel(TensorParallel):
         return turn
 
     def _make_part(self, index: int, turn: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """What rank `index` shows or showed in this turn."""
+        """View of the part that rank `index` publishes in this turn."""
         num_bytes = math.prod(shape) * dtype.itemsize
-        return self._slots[index][turn][:num_bytes].view(dtype).view(shape)
+        return self._buffers[index][turn][:num_bytes].view(dtype).view(shape)
 
     def _sum_shares(self, x_N: Tensor) -> None:
-        """As a plain sum, but every rank sums one share of `x_N` and shows it to the others."""
+        """Reduce-scatter, then all-gather: every rank sums one share of `x_N`."""
         turn, size = self._exchange(x_N), x_N.numel()
         step = -(-size // (self.size * _ALIGNMENT)) * _ALIGNMENT
         shares = [slice(min(size, i * step), min(size, (i + 1) * step)) for i in range(self.size)]
@@ -102,7 +102,7 @@ class SharedTensorParallel(TensorParallel):
                 target.copy_(self._part(i, turn, target.shape, x_N.dtype))
 
     def _collect(self, turn: int, out_NV: Tensor, widths: Sequence[int], left: int, num_columns: int) -> None:
-        """Columns `left`, `left` + 1, ... of every rank, at their places in `out_NV`."""
+        """Copies columns `left` to `left + num_columns` of every rank to their places in `out_NV`."""
         begin = 0
         for i, width in enumerate(widths):
             here = min(max(0, width - left), num_columns)
@@ -120,12 +120,12 @@ class SharedTensorParallel(TensorParallel):
 def open_shared(
     rendezvous: Rendezvous, key: str, ranks: Sequence[int], index: int, timeout: float, spin_us: int | None = None
 ) -> SharedTensorParallel:
-    """Joins the stage of `ranks` as member `index`; returns when all members have the memory. Index 0 creates it.
+    """Joins the stage of `ranks` as member `index`; returns when all members have mapped the memory of index 0.
 
-    TimeoutError, naming the rendezvous key, if one does not come within `timeout` seconds.
+    TimeoutError, naming the rendezvous key, if a member does not join within `timeout` seconds.
     """
     if index == 0:
-        segment = Segment.create(_header_bytes(len(ranks)) + 2 * len(ranks) * SLOT_BYTES)
+        segment = Segment.create(_header_bytes(len(ranks)) + 2 * len(ranks) * BUFFER_BYTES)
         rendezvous.set(f"{key}/memory", msgspec.msgpack.encode(segment.address))
     else:
         segment = Segment.attach(msgspec.msgpack.decode(rendezvous.get(f"{key}/memory", timeout), type=Address))

@@ -1,6 +1,6 @@
-"""CUDA streams: work of one thread on a stream of its own, and points in it that other streams or the host wait for.
+"""CUDA streams of single threads, and events in them that other streams or the host wait for.
 
-On a CPU work is done when a call returns: there all of this does nothing.
+On a CPU, where work is done when a call returns, all of these are no-ops.
 """
 
 import threading
@@ -11,7 +11,7 @@ import torch
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """A new stream, current for the thread that enters the context; may be entered again and again."""
+    """Context with a new stream, current for the thread that enters it; may be entered repeatedly."""
     if device.type != "cuda":
         return nullcontext()
     with torch.cuda.device(device):
@@ -19,7 +19,7 @@ def own_stream(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class _IdleStreams(threading.local):
-    """Of one thread."""
+    """Idle streams of one thread."""
 
     def __init__(self) -> None:
         self.by_device: dict[torch.device, AbstractContextManager[Any]] = {}
@@ -29,9 +29,9 @@ _idle = _IdleStreams()
 
 
 def idle_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """A stream of this thread that gets no work, for what must not wait for the thread's work.
+    """Context with a stream of this thread that has no work of its own, for what must not wait for the thread's work.
 
-    Not one for each link: torch hands out the same 32 streams again and again, so many links would meet others' work.
+    Links of a thread share it: torch cycles through 32 streams, so that a stream per link might have other work.
     """
     if device not in _idle.by_device:
         _idle.by_device[device] = own_stream(device)
@@ -39,23 +39,23 @@ def idle_stream(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class StreamEvent:
-    """A point in a stream of `device`. Waiting for one that was never recorded returns at once."""
+    """Event in a stream of `device`. Waiting for one that was never recorded returns at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._event: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def record(self) -> None:
-        """After all that the current stream has to do so far."""
+        """Records the event after all work that is now queued on the current stream."""
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
-        """The current stream goes on after that point; the host does not wait."""
+        """Makes the current stream wait for the event; the host does not wait."""
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
 
     def synchronize(self) -> None:
-        """The host waits until the device has reached that point."""
+        """Makes the host wait for the event."""
         if self._event is not None:
             self._event.synchronize()

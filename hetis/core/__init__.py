@@ -1,1 +1,1 @@
-"""Level 0: plain frozen data that every other part shares. Imports the standard library and msgspec only."""
+"""Level 0: plain data that all other parts share. Imports the standard library and msgspec; the step command numpy."""

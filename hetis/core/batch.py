@@ -14,17 +14,36 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     count: int
 
     @property
+    def token_ids(self) -> list[int]:
+        """The new tokens."""
+        return self.sequence.token_ids[self.start : self.start + self.count]
+
+    @property
     def is_decode(self) -> bool:
         """Attention of decode rows runs where the lanes live, that of prefill rows on the primaries.
 
-        They have one token, or several of a sequence that starts over.
+        A decode row has one token, or several of a preempted sequence that recomputes its output.
         """
         return self.start >= self.sequence.prompt_len
 
     @property
     def samples(self) -> bool:
-        """Whether the row reaches the end of the known tokens, so that a new one is drawn."""
+        """Whether the row reaches the end of the known tokens, so that it samples a new one."""
         return self.start + self.count == len(self.sequence.token_ids)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the row's prompt tokens are asked for and still to be delivered, which happens
+        with the first output token."""
+        sequence = self.sequence
+        is_wanted = sequence.params.prompt_logprobs is not None and sequence.num_output == 0
+        return is_wanted and self.start < sequence.prompt_len
+
+    @property
+    def prompt_targets(self) -> list[int]:
+        """The prompt token that follows each of the row's; nothing for the prompt's last token and what comes after."""
+        stop = min(self.start + self.count + 1, self.sequence.prompt_len)
+        return self.sequence.token_ids[self.start + 1 : stop]
 
 
 class Batch(msgspec.Struct, kw_only=True):
@@ -44,7 +63,7 @@ class Batch(msgspec.Struct, kw_only=True):
 
 
 class NewToken(msgspec.Struct, frozen=True, kw_only=True):
-    """What a row that samples brought: `sequence.finish_reason` says whether it was the last one."""
+    """Result of a sampling row: `sequence.finish_reason` says whether it was the last one."""
 
     sequence: Sequence
     token: int | None  # None: aborted meanwhile, or the logits were not finite (finish_reason "error")

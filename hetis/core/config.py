@@ -1,4 +1,4 @@
-"""One frozen configuration, as the user gave it; "auto" values are resolved once, at start, into `Setup`."""
+"""The configuration of a fleet as the user gave it; "auto" values are resolved once, at start, into `Setup`."""
 
 from math import isfinite
 from typing import Any, Literal
@@ -9,37 +9,39 @@ from hetis.core.model_spec import ModelSpec
 from hetis.core.plan import Plan
 
 LARGEST_COUNT = 2**31 - 1
-LONGEST_TIMEOUT = 1_000_000  # seconds; systems count milliseconds in 31 bits
+LONGEST_TIMEOUT = 1_000_000  # seconds; operating systems count milliseconds in 31 bits
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Names are vLLM's where the meaning is the same."""
+    """Options of a fleet. `help(hetis.LLM)` lists their meanings and defaults.
 
-    model: str | None = None  # directory or hub id; None: the small model in the package
-    revision: str | None = None  # branch, tag or commit of a model on the hub
-    tokenizer: str | None = None  # directory or hub id; None: the model's
-    plan: str | dict[str, Any] = "1+0"  # "P+A", the path of a plan file, or what stands in one
-    device: str = "auto"  # "cpu", "cuda", "auto"
+    Raises ValueError for a number out of range. Types and choices are checked by `hetis.frontend.options`.
+    """
+
+    model: str | None = None  # None: the small model in the package
+    revision: str | None = None
+    tokenizer: str | None = None  # None: that of the model
+    plan: str | dict[str, Any] = "1+0"  # "P+A", a path, or the content of a plan file
+    device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     max_model_len: int | None = None  # None: what the model and the memory allow
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     block_size: int = 32  # tokens per page; measured in bench/bench_cpu_attention.py
-    kv_cache_memory: int | dict[int, int] | None = None  # bytes per rank, or by rank; None: from free memory
+    kv_cache_memory: int | dict[int, int] | None = None  # bytes for every rank, or by rank; None: from free memory
     seed: int = 0
-    enforce_eager: bool = False  # plain torch linears: for debugging
+    enforce_eager: bool = False
     max_logprobs: int = 20  # -1: no limit
     logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs"
-    dispatch: Literal["hetis", "highs", "proportional", "even", "primary-only"] = "hetis"
-    theta: float = 0.5  # lanes move when the slowest device exceeds the lower bound by this fraction
-    migration_budget: int = 256 << 20  # bytes of lanes per second that may move to balance the fleet
+    dispatch: Literal["hetis", "proportional", "even", "primary-only"] = "hetis"
+    theta: float = 0.5  # hysteresis threshold: lanes migrate when the makespan exceeds its lower bound by this fraction
+    migration_budget: int = 256 << 20  # bytes of lanes per second that may migrate to balance the fleet
     profile: str | None = None  # file of a FleetProfile; None: measured at start where there are attention workers
     profile_cache: bool = True  # False: every rank is measured anew and by itself, and nothing is kept
-    measure: bool = False  # anew, also where nothing depends on it: what `hetis profile` wants
     trace: str | None = None  # file for a Chrome trace of what every rank does
-    step_timeout: float = 60.0  # seconds without a sign of life before a rank counts as dead
-    oversubscribe: bool = False  # start more ranks than the host has room for
+    step_timeout: float = 60.0  # seconds without an answer after which a rank counts as failed
+    oversubscribe: bool = False  # start more ranks than the host has memory and cores for
     progress: bool = True  # bars on terminals while the fleet starts
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"seed is {self.seed}: it must be a 64-bit integer.")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ValueError(f"max_model_len is {self.max_model_len}: it must be at least 1, or left out.")
-        if not 1 <= self.step_timeout <= LONGEST_TIMEOUT:  # ranks beat four times a second; NaN fails too
+        if not 1 <= self.step_timeout <= LONGEST_TIMEOUT:  # four heartbeats a second; NaN fails too
             raise ValueError(
                 f"step_timeout is {self.step_timeout}: it must be a number of seconds from 1 to {LONGEST_TIMEOUT}."
             )
@@ -66,27 +68,28 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DriverArgs(msgspec.Struct, frozen=True, kw_only=True):
-    """What rank 0 hands to the driver it starts."""
+    """Arguments of the driver process, which rank 0 starts."""
 
     config: EngineConfig
+    measure: bool = False  # every device and link anew, also where placement does not depend on it: `hetis profile`
     spec: ModelSpec
     plan: Plan
     eos_token_ids: list[int]
-    run_directory: str  # private directory for unix sockets
-    address: str | None  # address to bind for ranks on other hosts; None: unix sockets only
-    announce: bool  # print the verdict of a failure (under torchrun no other process does)
+    run_directory: str  # private directory of the unix sockets
+    address: str | None  # to bind for ranks on other hosts; None: unix sockets only
+    announce: bool  # print the reason of a failure: under torchrun no front end reads it
     parent: int  # pid of rank 0
 
 
 class Joining(msgspec.Struct, frozen=True, kw_only=True):
-    """What every rank must know to join: where the driver listens, and its device ("auto": the rank's choice)."""
+    """Arguments of every rank: the driver's endpoints, and the rank's device ("auto": chosen by the rank)."""
 
     endpoints: "Endpoints"
     devices: list[str]  # by rank
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the driver listens."""
+    """Addresses on which the driver listens."""
 
     ranks: str
     health: str

@@ -1,4 +1,4 @@
-"""What each rank reports about itself when it joins."""
+"""Reports of a rank about itself: its device when it joins, and its counters."""
 
 from collections.abc import Sequence
 
@@ -17,11 +17,11 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     total_memory: int  # bytes
     free_memory: int  # bytes
-    driver: str = ""  # versions of driver and libraries that its speed depends on
+    driver: str = ""  # versions of the GPU driver and of libraries that its speed depends on
     backend: str = ""  # of attention: "triton" (and "flash-attn 2.8.3"), "cpu", "reference"
     gpu: str = ""  # UUID; "" on a CPU. "cuda:0" of one rank may be another rank's "cuda:1", or another GPU
     capability: tuple[int, int] = (0, 0)  # compute capability of the GPU
-    nccl: str = ""  # version; ranks with different ones cannot talk over it
+    nccl: str = ""  # version; ranks with different ones cannot communicate over NCCL
 
     @property
     def is_gpu(self) -> bool:
@@ -34,7 +34,7 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def joined_by_nccl(members: Sequence[DeviceInfo]) -> bool:
-    """Whether NCCL can join these ranks: a GPU each, for it refuses two ranks on one, and one version of it for all."""
+    """Whether NCCL can join these ranks: each has a GPU, none shares it (NCCL refuses that), and versions are equal."""
     if not all(member.is_gpu and member.nccl for member in members):
         return False
     return len({member.place for member in members}) == len(members) and len({member.nccl for member in members}) == 1

@@ -1,10 +1,10 @@
-"""What ranks measure, before anything is fitted to it. Times are microseconds for one layer, or for one message."""
+"""Raw measurements by ranks, to which profiles are fitted. Times are microseconds for one layer, or for one message."""
 
 from typing import NamedTuple
 
 
 class AttentionSample(NamedTuple):
-    """Decode attention of one call."""
+    """One call of decode attention."""
 
     heads: int  # query heads, over all lanes
     kv_bytes: int  # that they read
@@ -12,7 +12,7 @@ class AttentionSample(NamedTuple):
 
 
 class DenseSample(NamedTuple):
-    """Everything in a layer but attention. Ranks know tokens; bytes and operations follow from the model."""
+    """A layer without attention. Ranks know the tokens; bytes and operations follow from the model."""
 
     num_tokens: int
     time_us: float

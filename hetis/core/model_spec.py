@@ -1,4 +1,4 @@
-"""What a decoder is, as data: all that must be known about a model, and nothing about the values of its weights."""
+"""Architecture of a decoder as data: sizes, norms, position encoding, attention windows; no values of weights."""
 
 from typing import Literal, cast
 
@@ -10,9 +10,9 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary position embedding (halves rotated, as in Llama). `scaling` names the frequency correction.
+    """Rotary position embedding (halves rotated, as in Llama). `scaling` names the correction of frequencies.
 
-    Dynamic NTK rope needs none: with a fixed table it is a larger `theta`.
+    Dynamic NTK scaling needs none: with a fixed table it is a larger `theta`.
     """
 
     theta: float
@@ -24,14 +24,14 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn: rotations within the original length above which a frequency stays
     beta_slow: float = 1.0  # yarn: rotations below which it is divided by `factor`
-    truncate: bool = True  # yarn: the passage between both begins and ends at whole pairs
+    truncate: bool = True  # yarn: the ramp between both begins and ends at whole pairs
     attention_factor: float = 1.0  # yarn: cosines and sines are multiplied by it
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One decoder-only transformer. A new architecture of the family is a new row of values, not a new file."""
+    """One decoder-only transformer. A new architecture is a new set of values, not a new class."""
 
-    family: str  # HF `model_type`: names the checkpoint's tensors in models/families.py; no code may branch on it
+    family: str  # `model_type` of Hugging Face: selects tensor names in models/families.py; no code branches on it
     num_layers: int
     hidden_size: int
     num_query_heads: int
@@ -39,7 +39,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     intermediate_size: int
     vocab_size: int
-    max_position: int  # positions that a sequence may have; what rope scaling adds is included
+    max_position: int  # most tokens of a sequence, with what rope scaling adds
     dtype: Dtype  # of the checkpoint
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = 1e-6
@@ -50,9 +50,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     activation: Literal["silu", "relu", "gelu", "gelu_tanh"] = "silu"
     gated: bool = True
     rope: RopeSpec | None = None
-    learned_position_offset: int | None = None  # learned position table, read at position + offset (OPT: 2)
+    learned_position_offset: int | None = None  # of a learned position table, read at position + offset (OPT: 2)
     tied_embeddings: bool = False
-    windows: tuple[int, ...] = ()  # per layer: newest tokens a query sees, itself included; 0 = all
+    windows: tuple[int, ...] = ()  # per layer: newest tokens that a query sees, its own included; 0: all
 
     @property
     def queries_per_group(self) -> int:
@@ -61,7 +61,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rows_per_group(self) -> int:
-        """H = M + 2, the heads that QKV projects per head group: M queries, key, value."""
+        """Heads that QKV projects per head group: M queries, key, value."""
         return self.queries_per_group + 2
 
     @property
@@ -71,16 +71,16 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def attention_scale(self) -> float:
-        """What q.k is multiplied by before the softmax: D ** -0.5."""
+        """Factor of q.k before the softmax: D ** -0.5."""
         return float(self.head_dim**-0.5)
 
     def kv_bytes_per_token(self, num_layers: int, dtype: str) -> int:
-        """Bytes of K and V that one token of ONE lane takes in `num_layers` layers."""
+        """Bytes of K and V of one token of one lane in `num_layers` layers."""
         return num_layers * 2 * self.head_dim * DTYPE_BYTES[dtype]
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec) -> Dtype:
-    """The dtype to run in: "auto" is the checkpoint's own. Raises ValueError for a name that is not a dtype of ours."""
+    """The dtype to run in; "auto" is the checkpoint's. Raises ValueError for a name that is not supported."""
     resolved = spec.dtype if dtype == "auto" else dtype
     if resolved not in DTYPE_BYTES:
         raise ValueError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPE_BYTES)}.")

@@ -1,4 +1,4 @@
-"""What a caller gets back. Attribute names are vLLM's, so that code written for it reads these as well."""
+"""Results of generation. Attribute names are vLLM's, so that code written for it reads these as well."""
 
 from dataclasses import dataclass
 

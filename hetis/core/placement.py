@@ -1,4 +1,4 @@
-"""Where the lanes of a sequence live, and what a dispatcher gets to see when it decides that."""
+"""Where lanes live: placements, moves, pools of pages, and the interfaces of the policies that decide."""
 
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -10,13 +10,13 @@ from hetis.core.request import Sequence
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
-    """`owners[stage][group]` is a rank: the group's home primary or any attention worker."""
+    """Where the lanes of a sequence live: `owners[stage][group]` is the group's home or any attention worker."""
 
     owners: tuple[tuple[int, ...], ...]
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):
-    """One lane goes to another rank."""
+    """The decision that a lane migrates from rank `source` to rank `target`."""
 
     slot: int
     stage: int
@@ -26,14 +26,20 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoolId(msgspec.Struct, frozen=True, order=True):
-    """One page pool: the pages of `rank` for the layers of `stage`. A home has one, a worker one per stage."""
+    """One pool: the pages of `rank` for the layers of `stage`. A home has one, a worker one per stage."""
 
     rank: int
     stage: int
 
 
+def pools_of(plan: Plan) -> list[PoolId]:
+    """Pools of all homes, stage by stage, then those of each worker."""
+    homes = [PoolId(home.rank, stage) for stage, home in plan.homes]
+    return homes + [PoolId(rank, stage) for rank in plan.worker_ranks for stage in range(len(plan.stages))]
+
+
 class Shortage(msgspec.Struct, frozen=True):
-    """Pages that are missing, per pool."""
+    """Pages that are missing, by pool."""
 
     missing: Mapping[PoolId, int]
 
@@ -46,49 +52,49 @@ class Shortage(msgspec.Struct, frozen=True):
 
 
 class FleetView(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of the cache when sequences are to be placed."""
+    """The state of the cache that dispatchers see."""
 
     plan: Plan
     page_size: int
-    free_pages: Mapping[PoolId, int]  # less one page for every lane there, for running sequences to grow; may be < 0
-    held_lanes: Mapping[PoolId, int]  # lanes that live there, or will when they arrive; staging does not count
+    free_pages: Mapping[PoolId, int]  # less a page to grow for each lane there; may be < 0
+    held_lanes: Mapping[PoolId, int]  # that live there, or will after their migration; staging does not count
     held_tokens: Mapping[PoolId, int]  # of these lanes
 
 
 class Dispatcher(Protocol):
-    """Decides where lanes live. A function of data: the same view gives the same placements."""
+    """Decides where the lanes of new sequences live. A function of data: one view always gives one result."""
 
     def assign(self, sequences: list[Sequence], view: FleetView) -> list[Placement | None]:
-        """A placement for each new sequence, in order of arrival; None where there is none now.
+        """A placement for each new sequence, in order of arrival; None for those that do not fit now.
 
-        All placements together fit into `view.free_pages`: the pages of `token_ids` and some to grow with the owners,
-        and of `token_ids` in staging with the homes of lanes that live elsewhere.
+        All placements together fit into `view.free_pages`: for each lane the pages of `token_ids` and some to grow at
+        its owner, and the pages of `token_ids` for staging at its home, if that is another rank.
         """
         ...
 
     def why_not(self, sequence: Sequence, view: FleetView) -> str:
-        """Why a sequence that got no placement waits, in words for the log."""
+        """Why a sequence got no placement, in words for the log."""
         ...
 
 
 class Relief(Protocol):
-    """Makes room where pages run out, without making a sequence start over."""
+    """Frees pages of pools that run out of them by migration, so that fewer sequences are preempted."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether lanes are on the move, so that steps without rows bring them on."""
+        """Whether lanes are migrating, so that steps without rows have pages to transfer."""
         ...
 
     def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> Mapping[PoolId, int]:
-        """Has lanes move off these pools. What it cannot find: for that a sequence has to start over (or to wait).
+        """Starts migrations that free these pages. Returns those it cannot free: a sequence must be preempted, or wait.
 
-        The rest is there when it returns, or comes with lanes that leave; then `is_busy` is true.
+        The others are free when it returns, or will be when migrations are committed; then `is_busy` is true.
         """
         ...
 
 
 class NoRelief:
-    """Lanes stay where they are."""
+    """For fleets whose lanes never migrate."""
 
     is_busy = False
 
@@ -98,5 +104,5 @@ class NoRelief:
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
-    """Pages of one lane of `num_tokens` tokens."""
+    """Pages that a lane of `num_tokens` tokens takes."""
     return -(-num_tokens // page_size)

@@ -1,40 +1,21 @@
-"""The work of every rank: which rank holds which layers, head groups, MLP columns and vocabulary rows, on which device.
+"""Which rank holds which layers, head groups, MLP columns and vocabulary rows, and on which device.
 
-Spans are half-open `[start, stop)`. A plan comes from `P+A` (`split_evenly`) or from a JSON file (`load_plan`); both
-end as the same `Plan`. Nothing here must divide anything: 8 groups over two ranks as 5+3 is fine. A primary may have no
-head groups (then it needs no KV memory), no columns or no rows, but not nothing at all.
-
-A plan file has counts where `Plan` has spans; what it leaves out is split evenly over those that left it out:
-
-    {"stages": [{"layers": 3, "primaries": [{"rank": 0, "device": "cpu", "head_groups": 5, "mlp_columns": 700,
-                                             "vocab_rows": 500, "kv_memory": "2GiB"}, ...]}, ...],
-     "attention": [{"rank": 2, "device": "cpu", "kv_memory": "1GiB"}]}
+Spans are half-open `[start, stop)`. Nothing here must divide anything: 8 groups over two ranks as 5+3 is fine. A
+primary may have no head groups (then it is no home and needs no KV memory), no columns or no rows, but not nothing at
+all. Plans are made in `plan_sources.py`.
 """
 
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from hetis.core.model_spec import ModelSpec
-from hetis.core.plan_file import FileMember, FilePrimary, FileStage, PlanFile, explain, read_plan_file
-from hetis.core.sizes import parse_bytes
-from hetis.core.spans import Span, complete, spans
-
-Devices = str | Sequence[str] | Callable[[int], str]  # one name for all ranks, a name per rank, or rank -> name
-KvMemory = int | str | Mapping[int, int | str] | None  # of every rank, by rank, or None: decided from free memory
-
-_SPLIT = re.compile(r"(\d+)\+(\d+)")
-_MOST_DIGITS = 4
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+from hetis.core.spans import Span
 
 
 class Primary(msgspec.Struct, frozen=True, kw_only=True):
-    """One tensor-parallel rank of one stage."""
+    """One tensor-parallel rank of one stage. It is the home of its head groups: it computes their q, k and v."""
 
     rank: int
     device: str
@@ -56,66 +37,132 @@ class Primary(msgspec.Struct, frozen=True, kw_only=True):
         return self.vocab_rows[1] - self.vocab_rows[0]
 
 
-class Stage(msgspec.Struct, frozen=True, kw_only=True):
+class AttentionWorker(msgspec.Struct, frozen=True, kw_only=True):
+    """A rank that holds KV pages of all stages and no weights."""
+
+    rank: int
+    device: str
+    kv_memory: int | None = None  # bytes; None: decided from the device's free memory
+
+
+Member = Primary | AttentionWorker
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """Consecutive layers and the primaries that split each of them."""
+
     layers: Span
-    primaries: tuple[Primary, ...]
+    primaries: tuple[Primary, ...]  # in tensor-parallel order
 
     @property
     def num_layers(self) -> int:
         return self.layers[1] - self.layers[0]
 
     @property
+    def num_groups(self) -> int:
+        """G, the head groups of the model."""
+        return len(self.home_ranks)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks of the primaries, in tensor-parallel order."""
+        return tuple(primary.rank for primary in self.primaries)
+
+    @cached_property
     def homes(self) -> tuple[Primary, ...]:
         """The primaries with head groups, in tensor-parallel order. The others have neither pages nor links."""
         return tuple(primary for primary in self.primaries if primary.num_groups)
 
-    def home(self, group: int) -> Primary:
-        """The primary that computes q, k and v of `group`."""
-        return next(p for p in self.primaries if p.groups[0] <= group < p.groups[1])
+    @cached_property
+    def home_ranks(self) -> tuple[int, ...]:
+        """[G] rank of each head group's home."""
+        return tuple(home.rank for home in self.homes for _ in range(home.num_groups))
 
 
-class AttentionWorker(msgspec.Struct, frozen=True, kw_only=True):
-    rank: int
-    device: str
-    kv_memory: int | None = None
+class Plan(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """The work of every rank. What follows from the two fields is computed once per object, when first asked for."""
 
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
     stages: tuple[Stage, ...]
     workers: tuple[AttentionWorker, ...] = ()
 
     @property
     def world_size(self) -> int:
-        return sum(len(stage.primaries) for stage in self.stages) + len(self.workers)
+        return len(self.members)
 
-    def device_of(self, rank: int) -> str:
-        return next(m.device for m in self.members() if m.rank == rank)
+    @property
+    def num_groups(self) -> int:
+        """G, the head groups of the model: every stage has all of them."""
+        return self.stages[0].num_groups
 
-    def role_of(self, rank: int) -> str:
-        return "attention worker" if any(w.rank == rank for w in self.workers) else "primary"
+    @cached_property
+    def primaries(self) -> tuple[Primary, ...]:
+        """Stage by stage, in tensor-parallel order."""
+        return tuple(primary for stage in self.stages for primary in stage.primaries)
 
-    def members(self) -> list[Primary | AttentionWorker]:
-        """All ranks of the plan in rank order."""
-        primaries = [p for stage in self.stages for p in stage.primaries]
-        return sorted([*primaries, *self.workers], key=lambda member: member.rank)
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        """Primaries and attention workers, in rank order."""
+        return tuple(sorted((*self.primaries, *self.workers), key=lambda member: member.rank))
 
-    def links(self) -> list[tuple[Primary, AttentionWorker]]:
-        """(home, worker) of every link, in the order in which they are opened."""
-        return [(home, worker) for stage in self.stages for home in stage.homes for worker in self.workers]
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks, ascending."""
+        return tuple(member.rank for member in self.members)
 
-    def position_of(self, rank: int) -> tuple[int, int]:
-        """(stage index, tensor-parallel index) of a primary."""
-        return next(
-            (s, t) for s, stage in enumerate(self.stages) for t, p in enumerate(stage.primaries) if p.rank == rank
+    @cached_property
+    def worker_ranks(self) -> tuple[int, ...]:
+        """Ranks of the attention workers, in the order of the plan."""
+        return tuple(worker.rank for worker in self.workers)
+
+    @cached_property
+    def homes(self) -> tuple[tuple[int, Primary], ...]:
+        """(stage index, home) of all homes, stage by stage, in tensor-parallel order."""
+        return tuple((index, home) for index, stage in enumerate(self.stages) for home in stage.homes)
+
+    @cached_property
+    def home_ranks(self) -> tuple[tuple[int, ...], ...]:
+        """[stage][G] rank of each head group's home."""
+        return tuple(stage.home_ranks for stage in self.stages)
+
+    @cached_property
+    def links(self) -> tuple[tuple[Primary, AttentionWorker], ...]:
+        """(home, worker) of every link between these two, in the order in which links are opened."""
+        return tuple((home, worker) for _, home in self.homes for worker in self.workers)
+
+    @cached_property
+    def handovers(self) -> tuple[tuple[int, int], ...]:
+        """(sender, receiver) ranks between stages: every rank receives from one rank of the stage before."""
+        return tuple(
+            (before.ranks[index % len(before.ranks)], receiver)
+            for before, after in pairwise(self.stages)
+            for index, receiver in enumerate(after.ranks)
         )
 
-    def handovers(self) -> list[tuple[int, int]]:
-        """(sender, receiver) ranks between stages: every rank receives from one rank of the stage before."""
-        return [
-            (before.primaries[j % len(before.primaries)].rank, receiver.rank)
-            for before, after in pairwise(self.stages)
-            for j, receiver in enumerate(after.primaries)
-        ]
+    @cached_property
+    def _positions(self) -> dict[int, tuple[int, int]]:
+        return {rank: (s, t) for s, stage in enumerate(self.stages) for t, rank in enumerate(stage.ranks)}
+
+    def position_of(self, rank: int) -> tuple[int, int]:
+        """(stage index, tensor-parallel index) of a primary. KeyError for another rank."""
+        return self._positions[rank]
+
+    def primary(self, rank: int) -> Primary:
+        """The primary of this rank. KeyError for another rank."""
+        stage, index = self.position_of(rank)
+        return self.stages[stage].primaries[index]
+
+    def stage_of(self, primary: Primary) -> Stage:
+        return self.stages[self.position_of(primary.rank)[0]]
+
+    def is_worker(self, rank: int) -> bool:
+        return rank in self.worker_ranks
+
+    def role_of(self, rank: int) -> str:
+        """For messages to people."""
+        return "attention worker" if self.is_worker(rank) else "primary"
+
+    def device_of(self, rank: int) -> str:
+        return next(member.device for member in self.members if member.rank == rank)
 
     def is_first(self, stage_index: int) -> bool:
         return stage_index == 0
@@ -123,156 +170,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     def is_last(self, stage_index: int) -> bool:
         return stage_index == len(self.stages) - 1
 
-
-def resolve_plan(
-    plan: str | dict[str, Any],
-    spec: ModelSpec,
-    device: Devices = "auto",
-    kv_memory: KvMemory = None,
-    world_size: int | None = None,
-) -> Plan:
-    """The plan named by `P+A` or by the path of a plan file, or given as what stands in such a file, for `spec`.
-
-    `device` and `kv_memory` (bytes or "2GiB", for every rank or by rank) apply to ranks for which the file names none.
-    Raises ValueError with the numbers when the plan does not fit the model or `world_size`.
-    """
-    if isinstance(plan, dict):
-        resolved = _from_dict(plan, spec, device, kv_memory)
-    elif plan.endswith(".json") or os.path.isfile(plan):
-        resolved = load_plan(Path(plan), spec, device, kv_memory)
-    else:
-        resolved = split_evenly(plan, spec, device, kv_memory)
-    if world_size is not None and resolved.world_size != world_size:
-        raise ValueError(
-            f"plan {plan!r} has {resolved.world_size} ranks, but the world size is {world_size}; start "
-            f"{resolved.world_size} processes."
+    def with_devices(self, devices: Mapping[int, str]) -> "Plan":
+        """The same work on other devices, given by rank."""
+        replace = msgspec.structs.replace
+        stages = tuple(
+            replace(stage, primaries=tuple(replace(each, device=devices[each.rank]) for each in stage.primaries))
+            for stage in self.stages
         )
-    return resolved
-
-
-def split_evenly(plan: str, spec: ModelSpec, devices: Devices = "auto", kv_memory: KvMemory = None) -> Plan:
-    """`P+A`: one stage of P tensor-parallel primaries (ranks 0 .. P-1) and A attention workers, all shares even.
-
-    With more primaries than head groups the last ones have none. Raises ValueError for text that is not P+A, for P = 0
-    and for primaries that would have nothing at all.
-    """
-    match = _SPLIT.fullmatch(plan.strip())
-    if match is None:
-        raise ValueError(f"plan {plan!r} is neither P+A (as 1+2) nor the path of an existing plan file.")
-    if max(len(match[1]), len(match[2])) > _MOST_DIGITS:
-        raise ValueError(f"plan {plan!r} has more ranks than any fleet; use at most {10**_MOST_DIGITS - 1} of a kind.")
-    num_primaries, num_workers = int(match[1]), int(match[2])
-    if num_primaries < 1:
-        raise ValueError(f"plan {plan!r} has no primary; at least one rank must hold weights, as in 1+{num_workers}.")
-    members = [FileMember()] * num_workers
-    file = PlanFile(stages=[FileStage(primaries=[FilePrimary()] * num_primaries)], attention=members)
-    try:
-        return _build(file, spec, devices, kv_memory)
-    except ValueError as error:
-        raise ValueError(f"plan {plan!r}: {error}") from error
-
-
-def load_plan(path: Path | str, spec: ModelSpec, devices: Devices = "auto", kv_memory: KvMemory = None) -> Plan:
-    """The plan in a JSON file (format above), completed and checked against the model.
-
-    Raises ValueError, naming the file and the numbers, for a file that cannot be read, unknown or misspelt fields,
-    counts that do not add up to the model's, stages without layers, primaries without anything, and ranks that are not
-    0 .. world size - 1.
-    """
-    file = read_plan_file(Path(path))
-    try:
-        return _build(file, spec, devices, kv_memory)
-    except ValueError as error:
-        raise ValueError(f"plan file {path}: {error}") from error
-
-
-def _from_dict(plan: dict[str, Any], spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:
-    try:
-        return _build(msgspec.convert(plan, PlanFile), spec, devices, kv_memory)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"the plan is not one: {explain(str(error))}.") from error
-    except ValueError as error:
-        raise ValueError(f"the plan: {error}") from error
-
-
-def _build(file: PlanFile, spec: ModelSpec, devices: Devices, kv_memory: KvMemory) -> Plan:
-    if not file.stages:
-        raise ValueError("there is no stage; give at least one stage with one primary.")
-    layers = spans(complete([stage.layers for stage in file.stages], spec.num_layers, "layers", "the stages", least=1))
-    ranks = iter(_ranks([*(p for stage in file.stages for p in stage.primaries), *file.attention]))
-
-    def place(member: FileMember) -> tuple[int, str, int | None]:
-        rank = next(ranks)
-        device = device_name(devices if member.device in (None, "auto") else str(member.device), rank)
-        return rank, device, kv_memory_of(kv_memory if member.kv_memory is None else member.kv_memory, rank)
-
-    stages = []
-    for index, (span, stage) in enumerate(zip(layers, file.stages, strict=True)):
-        if not stage.primaries:
-            raise ValueError(f"stage {index} has no primary; give at least one.")
-        primaries = []
-        for member, g, c, r in zip(stage.primaries, *_shares(index, stage, spec), strict=True):
-            rank, device, memory = place(member)
-            primaries.append(Primary(rank=rank, device=device, groups=g, mlp_columns=c, vocab_rows=r, kv_memory=memory))
-            _refuse_idle(primaries[-1], index, reads_vocabulary=index in (0, len(file.stages) - 1))
-        stages.append(Stage(layers=span, primaries=tuple(primaries)))
-    workers = []
-    for worker in file.attention:
-        rank, device, memory = place(worker)
-        workers.append(AttentionWorker(rank=rank, device=device, kv_memory=memory))
-    return Plan(stages=tuple(stages), workers=tuple(workers))
-
-
-def _shares(index: int, stage: FileStage, spec: ModelSpec) -> list[list[Span]]:
-    """Spans of head groups, MLP columns and vocabulary rows of a stage's primaries."""
-    where = f"the primaries of stage {index}"
-    wanted = (
-        ([p.head_groups for p in stage.primaries], spec.num_head_groups, "head_groups"),
-        ([p.mlp_columns for p in stage.primaries], spec.intermediate_size, "mlp_columns"),
-        ([p.vocab_rows for p in stage.primaries], spec.vocab_size, "vocab_rows"),
-    )
-    return [spans(complete(counts, total, name, where, least=0)) for counts, total, name in wanted]
-
-
-def _refuse_idle(primary: Primary, stage: int, *, reads_vocabulary: bool) -> None:
-    """ValueError for a primary without work. `reads_vocabulary`: the stage has the embedding or the LM head."""
-    if primary.num_groups or primary.num_mlp_columns or (primary.num_vocab_rows and reads_vocabulary):
-        return
-    rows = f"{primary.num_vocab_rows} vocabulary rows"
-    rows += "" if reads_vocabulary else ", which only the first and the last stage read"
-    raise ValueError(
-        f"rank {primary.rank}, a primary of stage {stage}, has nothing to do: 0 head groups, 0 MLP columns and {rows}; "
-        f"give it a share, or use fewer primaries."
-    )
-
-
-def _ranks(members: Sequence[FileMember]) -> list[int]:
-    """The rank of every member; those without one take the free ranks in order."""
-    given = [member.rank for member in members if member.rank is not None]
-    if len(set(given)) != len(given) or any(not 0 <= rank < len(members) for rank in given):
-        raise ValueError(
-            f"the ranks given are {given}; each of the {len(members)} members needs its own, 0 to {len(members) - 1}."
-        )
-    free = iter(rank for rank in range(len(members)) if rank not in given)
-    return [next(free) if member.rank is None else member.rank for member in members]
-
-
-def device_name(devices: Devices, rank: int) -> str:
-    """The checked device of `rank`. Raises ValueError for a name that no rank can have."""
-    if isinstance(devices, str):
-        name = devices
-    elif callable(devices):
-        name = devices(rank)
-    elif rank < len(devices):
-        name = devices[rank]
-    else:
-        raise ValueError(f"{len(devices)} devices are given, but the plan has a rank {rank}; give one device per rank.")
-    if not _DEVICE.fullmatch(name):
-        raise ValueError(f"device {name!r} of rank {rank} is unknown; use cpu, cuda, cuda:N or auto.")
-    return name
-
-
-def kv_memory_of(kv_memory: KvMemory, rank: int) -> int | None:
-    """Bytes for KV pages on `rank`. Raises ValueError for a size that is not understood."""
-    size = kv_memory.get(rank) if isinstance(kv_memory, Mapping) else kv_memory
-    return None if size is None else parse_bytes(size)
+        workers = tuple(replace(worker, device=devices[worker.rank]) for worker in self.workers)
+        return Plan(stages=stages, workers=workers)

@@ -1,4 +1,4 @@
-"""The plan file as JSON has it (format: `plan.py`), or a sentence that says what to change where."""
+"""Plan files as JSON: their structure (format: `plan_sources.py`), reading, and errors with the place to change."""
 
 import difflib
 import json
@@ -10,12 +10,16 @@ import msgspec
 
 
 class FileMember(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An attention worker, and what primaries have as well. None: left out."""
+
     rank: int | None = None
     device: str | None = None
     kv_memory: int | str | None = None
 
 
 class FilePrimary(FileMember, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A primary with the counts of its shares."""
+
     head_groups: int | None = None
     mlp_columns: int | None = None
     vocab_rows: int | None = None
@@ -56,7 +60,7 @@ def read_plan_file(path: Path) -> PlanFile:
 
 
 def explain(error: str) -> str:
-    """msgspec's words for a value of a wrong kind, its place first; for a field that is unknown with those that are."""
+    """A message of msgspec with the place first; for an unknown field with the known ones and the closest of them."""
     found = _INVALID.fullmatch(error)
     assert found is not None
     what, where = found["what"], found["where"] or ""
@@ -71,7 +75,7 @@ def explain(error: str) -> str:
 
 
 def _check_syntax(text: str) -> None:
-    """ValueError with line and column, which msgspec does not give. The sentence follows the name of the file."""
+    """Raises ValueError with line and column, which msgspec does not give. Its text follows the name of the file."""
     if not text.strip():
         raise ValueError("is empty")
     try:

@@ -1,8 +1,8 @@
-"""What was measured of devices and links.
+"""Measured speeds of devices and links, as coefficients of the formulas that predict times.
 
 Times are microseconds (`_us`) for one layer. Heads are query heads. Bytes of KV are those of one layer, over all lanes.
-Coefficients say how the prediction is made; `accuracy` how good it was on points left out of the fit (1 is perfect).
-Bounds are checked where a profile is read: they leave room for any device, and none for what would end in infinity.
+`accuracy` is that of predictions for points left out of the fit (1 is perfect). Bounds are checked where a profile is
+decoded: they leave room for any device, and keep sums and products finite.
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,20 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from hetis.core.attention_rates import AttentionRates
+
 Amount = Annotated[float, Meta(ge=0, le=1e12)]
 Accuracy = Annotated[float, Meta(le=1)]
 Rank = Annotated[int, Meta(ge=0, le=1 << 31)]
 Count = Annotated[int, Meta(ge=1, le=1 << 62)]
 
-LEAST_US = 1e-12  # of all terms of a prediction together: where nothing takes time nothing can be compared or followed
+LEAST_US = 1e-12  # of all terms of a prediction together: times of 0 cannot be compared, nor corrected by a factor
+
+_NAMES_IN_FILES = {"us_per_head": "a_us_per_head", "us_per_byte": "b_us_per_byte", "constant_us": "c_us"}  # the paper's
 
 
 class ProfileKey(msgspec.Struct, frozen=True, kw_only=True, order=True, forbid_unknown_fields=True):
-    """What a device's measurements hold for."""
+    """All that measurements of a device depend on."""
 
     device: str  # "NVIDIA A100-SXM4-80GB", "AMD EPYC 9555, 16 threads"
     driver: str  # driver and library versions that matter
@@ -35,39 +39,30 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True, order=True, forbid_u
 
     @property
     def file_name(self) -> str:
-        """Readable, and different for every key."""
+        """A readable name that is different for every key."""
         digest = sha256(msgspec.json.encode(self)).hexdigest()[:12]
         words = "".join(c if c.isalnum() else "-" for c in f"{self.device}-{self.dtype}-{self.backend}".lower())
         return f"{words}-{digest}.json"
 
 
-class AttentionProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Decode attention: max(floor_us, a_us_per_head * heads + b_us_per_byte * kv_bytes + c_us); 0 without heads.
+class AttentionProfile(AttentionRates, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=_NAMES_IN_FILES):
+    """Decode attention of a device as measured. A fit leaves the floor at 0 where it is not needed."""
 
-    The straight line is equation (3) of the paper. The floor is the one term more: as long as lanes are too few or too
-    short to keep a GPU busy they run side by side, below full bandwidth, and the call takes as long as one of them. A
-    fit leaves it at 0 where it is not needed, as on CPUs.
-    """
-
-    a_us_per_head: Amount
-    b_us_per_byte: Amount
-    c_us: Amount
+    us_per_head: Amount
+    us_per_byte: Amount
+    constant_us: Amount
     floor_us: Amount = 0.0
     accuracy: Accuracy = 0.0
 
     def __post_init__(self) -> None:
-        if self.a_us_per_head + self.b_us_per_byte + self.c_us + self.floor_us < LEAST_US:
+        if self.us_per_head + self.us_per_byte + self.constant_us + self.floor_us < LEAST_US:
             raise ValueError("attention that takes no time was not measured; a, b, c or the floor must be above 0")
-
-    def time_us(self, heads: float, kv_bytes: float) -> float:
-        line_us = self.a_us_per_head * heads + self.b_us_per_byte * kv_bytes + self.c_us
-        return max(self.floor_us, line_us) if heads else 0.0
 
 
 class DenseProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything in a layer but attention: fixed_us + max(time to read the weights, time to compute the tokens).
+    """Non-attention time of a layer: fixed_us + max(time to read the weights, time to compute the tokens).
 
-    Where primaries split a layer, their sums are in it: they cannot be measured one by one.
+    Where primaries split a layer, the sums over them are included: a primary cannot be measured without the others.
     """
 
     fixed_us: Amount
@@ -76,7 +71,7 @@ class DenseProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     accuracy: Accuracy = 0.0
 
     def time_us(self, weight_bytes: float, flops: float) -> float:
-        """`flops`: of all tokens together, 2 per weight and token."""
+        """`flops`: 2 per weight and token, of all tokens."""
         return self.fixed_us + max(self.us_per_weight_byte * weight_bytes, self.us_per_flop * flops)
 
 
@@ -92,7 +87,7 @@ class PrefillProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class LayerShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a primary has of a layer."""
+    """The part of a layer that a primary holds."""
 
     num_ranks: Count  # that split the layer
     num_groups: Annotated[int, Meta(ge=0, le=1 << 62)]  # head groups, of this rank
@@ -100,7 +95,7 @@ class LayerShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class LayerProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that a primary does in a layer beside decode attention. Holds for one share of one model's layers."""
+    """Times of a primary in a layer, except decode attention. Valid for one share of the layers of one model."""
 
     share: LayerShare
     dense: DenseProfile
@@ -113,7 +108,7 @@ class LayerProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class KindProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that was measured of devices of one kind: what the cache keeps."""
+    """All measurements of devices of one kind, as the profile cache keeps them."""
 
     key: ProfileKey
     attention: AttentionProfile
@@ -122,7 +117,7 @@ class KindProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One rank of a fleet."""
+    """Measurements of one rank of a fleet."""
 
     key: ProfileKey
     attention: AttentionProfile
@@ -134,9 +129,9 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class TransferProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One direction of a link: alpha_us + beta_us_per_byte * bytes, equation (4) of the paper, and one term more.
 
-    Large messages do not stay in the processors' caches between sender and receiver: each of their bytes takes
-    `more_us_per_byte` longer, wholly from twice `large_bytes` on and in part from there. A fit leaves both at 0 where a
-    straight line is enough. Only the messages of prompts are so large.
+    Large messages do not stay in the processors' caches between sender and receiver: from `large_bytes` on their bytes
+    take longer, by up to `more_us_per_byte` at twice that size and beyond. A fit leaves both at 0 where a straight line
+    is enough. Only the messages of prompts are so large.
     """
 
     alpha_us: Amount
@@ -160,7 +155,7 @@ class LinkProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class FleetProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that the cost model starts from: what `--profile FILE` reads and writes."""
+    """All that the cost model starts from. `--profile FILE` reads it, `hetis profile --output FILE` writes it."""
 
     devices: Mapping[Rank, DeviceProfile]
     links: tuple[LinkProfile, ...] = ()

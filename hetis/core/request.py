@@ -1,4 +1,4 @@
-"""A sequence on its way through the engine: host-side state, owned by the driver."""
+"""A sequence in the engine: host-side state, owned by the driver."""
 
 from collections import abc
 
@@ -11,8 +11,8 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     """One generation stream. A request with n > 1 is n sequences.
 
     `token_ids` holds prompt and output. `num_computed` tokens have K and V in the cache. The prompt's tokens are
-    prefill, computed in chunks on the primaries; every later token is decode. A preempted sequence starts over with
-    `num_computed = 0`: its output goes through decode again, many tokens in a step, and comes out with the same bits.
+    prefill, computed in chunks on the primaries; every later token is decode. A preempted sequence is recomputed from
+    `num_computed = 0`: its known output is decode too, many tokens in a step, and its K and V get the same bits again.
     """
 
     id: str
@@ -46,7 +46,7 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
 
 
 def check_token_ids(name: str, token_ids: abc.Sequence[int], vocab_size: int) -> None:
-    """ValueError for a prompt, called `name`, that is empty or has a token that the model does not."""
+    """Raises ValueError for a prompt, called `name`, that is empty or has a token outside the vocabulary."""
     if not token_ids:
         raise ValueError(f"{name} is empty: give at least one token.")
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:

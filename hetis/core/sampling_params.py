@@ -1,4 +1,4 @@
-"""How to continue a prompt: the request parameters that clients know from vLLM, with its names, defaults and limits."""
+"""Sampling parameters of a request, with vLLM's names, defaults and limits."""
 
 from collections.abc import Iterable
 from math import inf
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-GREEDY_BELOW = 1e-5  # temperatures below mean: take the best token
+GREEDY_BELOW = 1e-5  # lower temperatures are greedy: the token of the highest logit
 LOWEST_TEMPERATURE = 0.01  # other temperatures are raised to this, so that logits divided by it stay finite
 MAX_SEQUENCES = 16_384
 BIAS_LIMIT = 100.0
@@ -16,11 +16,11 @@ _INT64_MAX = 2**63 - 1
 
 
 class _Limit(NamedTuple):
-    """The values a number may take: integers unless `real`; `low` itself is excluded when `is_open`."""
+    """Range of a number: integers unless `real`; `low` is excluded if `is_open`; None is allowed if `optional`."""
 
     low: float
     high: float
-    allowed: str  # for the error
+    allowed: str  # for the error message
     real: bool = False
     is_open: bool = False
     optional: bool = False
@@ -51,7 +51,7 @@ _SWITCHES = (
 
 
 class _KnownFieldsOnly(msgspec.StructMeta):
-    """Construction names a field that does not exist, and those that do."""
+    """Metaclass that refuses unknown and positional arguments with a ValueError that names the fields."""
 
     if not TYPE_CHECKING:  # type checkers see the fields themselves
 
@@ -61,33 +61,55 @@ class _KnownFieldsOnly(msgspec.StructMeta):
             if unknown:
                 raise ValueError(f"{cls.__name__} has no {unknown[0]}; known: {known}.")
             if values:
-                raise ValueError(f"{cls.__name__} takes names with values, as in temperature=0; known: {known}.")
+                raise ValueError(f"{cls.__name__} takes keyword arguments only, as in temperature=0; known: {known}.")
             return super().__call__(**fields)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, metaclass=_KnownFieldsOnly):
-    """Parameters of one request; ValueError when one is out of range, naming it, its value and what is allowed.
+    """Parameters of one request. Raises ValueError for one that is out of range, with its value and what is allowed.
 
-    Forgiving on input, one form afterwards: `stop` and `stop_token_ids` also take lists or None (and `stop` a single
-    string), `top_k=-1` becomes 0, `seed=-1` becomes None, temperatures between greedy and 0.01 become 0.01, and biases
-    are clamped to +-100.
+    Several inputs are normalised: `stop` and `stop_token_ids` also take lists or None (and `stop` a single string),
+    `top_k=-1` becomes 0, `seed=-1` becomes None, temperatures between greedy and 0.01 become 0.01, and biases are
+    clamped to +-100.
+
+    - n: sequences per prompt.
+    - temperature: divides logits; 0: greedy.
+    - top_p: sample from the fewest tokens whose probabilities add up to this; 1: all.
+    - top_k: sample from this many most likely tokens; 0: all.
+    - min_p: sample from tokens of at least this fraction of the best token's probability.
+    - presence_penalty: subtracted from the logits of tokens that are in the output.
+    - frequency_penalty: subtracted for every occurrence of a token in the output.
+    - repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
+    - seed: of the random numbers; None: derived from the seed of the fleet.
+    - stop: strings that end the output.
+    - stop_token_ids: token ids that end the output.
+    - max_tokens: most tokens of the output; None: what the context allows.
+    - min_tokens: tokens before which neither end-of-sequence nor stop tokens and strings end the output.
+    - ignore_eos: continue after the model's end-of-sequence token.
+    - logprobs: number of best tokens per output token with log-probabilities, besides the chosen one; -1: all.
+    - prompt_logprobs: the same for every token of the prompt but the first.
+    - logit_bias: added to logits, by token id.
+    - skip_special_tokens: leave special tokens out of the text.
+    - spaces_between_special_tokens: False: join adjacent special tokens without a space.
+    - include_stop_str_in_output: keep the stop string or stop token in the text.
+    - detokenize: make text of the tokens.
     """
 
-    n: int = 1  # sequences per prompt
-    temperature: float = 1.0  # 0: greedy
+    n: int = 1
+    temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    min_p: float = 0.0  # keep tokens of at least this share of the best token's probability
-    presence_penalty: float = 0.0  # subtracted once from tokens that are in the output
-    frequency_penalty: float = 0.0  # subtracted for every time a token is in the output
-    repetition_penalty: float = 1.0  # divides (negative logits: multiplies) tokens in prompt or output
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    max_tokens: int | None = 16  # None: fill the context
-    min_tokens: int = 0  # no end before that many tokens
+    max_tokens: int | None = 16
+    min_tokens: int = 0
     ignore_eos: bool = False
-    logprobs: int | None = None  # this many best tokens beside the chosen one; -1: the whole vocabulary
+    logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] = {}
     skip_special_tokens: bool = True
@@ -126,24 +148,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def is_greedy(self) -> bool:
+        """Whether the token of the highest logit is chosen."""
         return self.temperature < GREEDY_BELOW
 
     @property
     def has_penalties(self) -> bool:
+        """Whether logits depend on the tokens before."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     def for_completion(self, index: int) -> "SamplingParams":
-        """Parameters of the `index`-th of the n sequences: its own seed, and only the first scores the prompt."""
+        """Parameters of the `index`-th of the n sequences: each has its own seed, and the first scores the prompt."""
         if self.n == 1:
             return self
         seed = self.seed
-        if seed is not None:  # away from -1, which means none, and within 64 bits
+        if seed is not None:  # never -1, which would mean None, and within 64 bits
             seed = (seed + (index if seed >= 0 else -index) + 2**63) % 2**64 - 2**63
         scored = self.prompt_logprobs if index == 0 else None
         return msgspec.structs.replace(self, n=1, seed=seed, prompt_logprobs=scored)
 
     def validate_for(self, vocab_size: int, max_logprobs: int = 20) -> None:
-        """Checks what needs the model: token ids inside the vocabulary; logprobs <= `max_logprobs` (-1: no limit)."""
+        """Raises ValueError for token ids outside the vocabulary and for more than `max_logprobs` (-1: no limit)."""
         for field, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             outside = [token for token in ids if not 0 <= token < vocab_size]
             if outside:
@@ -185,7 +209,7 @@ def _stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text can be written as UTF-8: it has no lone surrogates."""
+    """Whether the text can be encoded as UTF-8, that is, has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -207,7 +231,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _biases(biases: Any) -> dict[int, float]:
-    """Keys may be decimal strings, as in JSON."""
+    """Biases by token id, clamped. Keys may be decimal strings, as in JSON."""
     if biases is None:
         return {}
     if not isinstance(biases, dict):

@@ -1,4 +1,4 @@
-"""Sizes in bytes and counts, as people write and read them."""
+"""Sizes in bytes and counts as text for people."""
 
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 def parse_bytes(text: str | int) -> int:
     """Bytes of "2GiB", "512M", "1.5 GB" or a plain number. K, M, G, T and KiB .. TiB are powers of 1024; GB is 10^9.
 
-    Raises ValueError for anything else, for negative numbers, less than one byte, and what 64 bits do not hold.
+    Raises ValueError for other text, other types, less than one byte, and sizes of 2^63 bytes or more.
     """
     if isinstance(text, bool) or not isinstance(text, int | str):
         raise ValueError(f"size {text!r} is neither a number nor text; write for example 2GiB.")
@@ -33,7 +33,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(size: float, rounding: Callable[[float], int] = round) -> str:
-    """Short form with a binary unit: "1.50 GiB", "512 B". `rounding`: `ceil` for what is needed, `floor` for limits."""
+    """Short text with a binary unit: "1.50 GiB", "512 B". `rounding`: `ceil` for needs, `floor` for limits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{rounding(size)} B" if unit == "B" else f"{rounding(100 * size) / 100:.2f} {unit}"
@@ -42,5 +42,5 @@ def format_bytes(size: float, rounding: Callable[[float], int] = round) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """ "1 prompt", "2 prompts"."""
+    """Number and noun, as in "1 prompt" or "2 prompts"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

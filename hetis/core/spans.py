@@ -1,4 +1,4 @@
-"""Shares of something that is divided among ranks or stages: what is not given is split evenly."""
+"""Shares of layers, head groups, columns or rows among stages or ranks; what is not given is split evenly."""
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
@@ -7,9 +7,9 @@ Span = tuple[int, int]  # [start, stop)
 
 
 def complete(counts: Sequence[int | None], total: int, name: str, where: str, least: int) -> list[int]:
-    """`counts` with its gaps filled evenly, so that the sum is `total` and every share is at least `least`.
+    """`counts` with None replaced by even shares, so that the sum is `total` and every share is at least `least`.
 
-    Raises ValueError, with the `name` of what is shared and `where`, for counts with which that cannot be.
+    Raises ValueError, with the `name` of what is shared and `where`, if the given counts do not allow that.
     """
     given = [count for count in counts if count is not None]
     if any(count < least for count in given):
@@ -31,10 +31,10 @@ def _show(counts: Sequence[int | None]) -> str:
 
 
 def even_split(total: int, parts: int) -> list[int]:
-    """`parts` counts with the sum `total` that differ by at most one, larger ones first."""
+    """`parts` counts that differ by at most one, larger ones first, with the sum `total`."""
     return [total // parts + (index < total % parts) for index in range(parts)]
 
 
 def spans(counts: Iterable[int]) -> list[Span]:
-    """Counts laid end to end from 0."""
+    """Consecutive spans of these lengths, from 0."""
     return list(pairwise(accumulate(counts, initial=0)))

@@ -1,4 +1,4 @@
-"""Where the time of a step goes on one rank, as it reports it with every step."""
+"""The time of a step on one rank, by activity, as the rank reports it after every step."""
 
 from enum import IntEnum
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class Activity(IntEnum):
-    """What a rank does at a time. Exactly one of these at every moment of a step."""
+    """Activities of a rank: exactly one of these at every moment of a step."""
 
     OTHER = 0  # planning, embedding, logits, sampling
     DENSE = 1  # projections, MLP, norms, and sums over tensor-parallel ranks
@@ -14,9 +14,9 @@ class Activity(IntEnum):
     APPEND = 3  # new K and V into pages
     ATTENTION = 4  # decode attention
     PROMPT = 5  # attention of prompt chunks
-    MIGRATION = 6  # pages of lanes on the move
-    WAIT = 7  # for a message of a lane's other end
-    STAGE = 8  # waiting for the stage before, and handing on to the next one
+    MIGRATION = 6  # transferring pages of migrating lanes
+    WAIT = 7  # for a message from the other end of a link
+    STAGE = 8  # waiting for the stage before, and sending to the next one
 
     @property
     def label(self) -> str:
@@ -30,8 +30,6 @@ class StageTimes(msgspec.Struct, frozen=True, kw_only=True):
     heads: int  # query heads of decode lanes
     kv_tokens: float  # that attention reads in a layer, over these lanes; averaged over the layers, for windows
     activity_us: list[float]  # by `Activity`
-    round_trip_us: dict[int, float] = {}  # worker -> of a layer's message, on average; only where the primary waited
-    num_page_layers: int = 0  # pages that were on the move, times layers; sent and received
-    trace: bytes = (
-        b""  # float64 [n, 3] (activity, begin, end) in seconds since the epoch; only where a trace is written
-    )
+    round_trip_us: dict[int, float] = {}  # worker -> mean over layers of message and reply; where the primary waited
+    num_page_layers: int = 0  # pages transferred for migrations, sent and received, times layers
+    trace: bytes = b""  # float64 [n, 3] (activity, begin, end), seconds since the epoch; only where a trace is written

@@ -1,129 +1,118 @@
-"""How many bytes a rank needs besides weights, activations and KV pages: page tables, messages, and on a GPU memory for
-decode attention and for libraries. Pure functions of plan, model and devices.
+"""Bytes of a rank besides weights, activations and KV pages: page tables, buffers of links and of sums over ranks,
+scratch memory of attention, and what libraries take of a GPU. Pure functions of plan, model and devices.
 
-All of it is allocated before the pools, or when ranks meet and warm up, so a rank that is `Ready` has it. What NCCL,
-cuBLAS and CUDA take is an estimate from their documentation: it has not been measured.
-
-G head groups of a home, M query heads per group, D head_dim, S tokens per page.
+What NCCL, cuBLAS and CUDA take is an estimate from their documentation: it has not been measured. Only memory of the
+rank's own device is counted: not what GPU ranks have on their host. The index arrays of a step (some hundred bytes per
+token) and memory for measuring speeds before the first step are left to the share of the device that is not planned.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import msgspec
-
 from hetis.core.device_info import DeviceInfo, joined_by_nccl
-from hetis.core.model_spec import DTYPE_BYTES, ModelSpec
+from hetis.core.model_spec import ModelSpec
 from hetis.core.placement import pages_for
-from hetis.core.plan import AttentionWorker, Plan, Primary
-from hetis.cost.footprint import page_bytes
+from hetis.core.plan import Member, Plan, Primary
+from hetis.cost.footprint import FLOAT32_BYTES, hidden_bytes, logit_rows
+from hetis.cost.limits import Limits
+from hetis.cost.links import SHARED_PAGE_BYTES, PlannedLink, aligned, link_bytes, links_of, transfer_bytes
 
-HAUL_BYTES = 1 << 20  # of lanes on the move, that a link carries with a message at most
 COMMUNICATOR_BYTES = 64 << 20  # of NCCL, between GPUs over PCIe; on machines with NVLink it may take up to 512 MiB
 CUBLAS_BYTES = 32 << 20  # workspace of one stream at compute capability 9.0; 8 MiB before
 LIBRARY_BYTES = 256 << 20  # code that CUDA loads after a rank has reported its free memory
-_NUM_SLOTS = 2  # messages in either direction of a link
-_NUM_GROUPS = 2  # of NCCL for a link, one for each direction
-_MIN_SPLIT, _MAX_SPLITS = 256, 32  # as in kernels/paged_decode.py: tokens of a piece at least, pieces at most
-_ALIGNMENT = 16  # of pages in a message
+SUM_BUFFER_BYTES = 1 << 20  # of sums through shared memory, two for each rank
+COUNTER_BYTES = 128  # of sums through shared memory, two for each rank
+_COMMUNICATORS_OF_LINK = 2  # one for each direction
+_MIN_SPLIT, _MAX_SPLITS = 256, 32  # as in kernels/paged_decode.py: least tokens of a piece, most pieces
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    dtype: str
-    block_size: int
-    max_num_batched_tokens: int
-    max_num_seqs: int
-    max_model_len: int
+class Buffers(NamedTuple):
+    """Bytes by purpose."""
+
+    page_tables: int
+    links: int
+    sums: int  # over the ranks of a stage, and their logits side by side
+    scratch: int  # of attention, and pages on their way from worker to worker
+    libraries: int
 
     @property
-    def max_num_decodes(self) -> int:
-        return min(self.max_num_seqs, self.max_num_batched_tokens)
+    def total(self) -> int:
+        return sum(self)
 
 
-def buffer_bytes(
-    spec: ModelSpec, plan: Plan, infos: Mapping[int, DeviceInfo], member: Primary | AttentionWorker, limits: Limits
-) -> int:
-    """Of one rank, on its device."""
-    is_primary, info = isinstance(member, Primary), infos[member.rank]
-    links = _links(spec, plan, member, limits)
-    total = sum(link.num_bytes for link in links if link.is_first or not _share_memory(info, infos[link.peer]))
-    total += (1 if is_primary else len(plan.stages)) * table_bytes(spec, limits)
-    if info.is_gpu:
-        total += _scratch_bytes(spec, plan, member, limits) + LIBRARY_BYTES + (CUBLAS_BYTES if is_primary else 0)
-        total += COMMUNICATOR_BYTES * _num_communicators(plan, infos, member, [link.peer for link in links])
-    return total
+def buffers_of(spec: ModelSpec, plan: Plan, infos: Mapping[int, DeviceInfo], member: Member, limits: Limits) -> Buffers:
+    """The buffers of one rank on its device. `infos`: by rank."""
+    links = links_of(spec, plan, member.rank, limits)
+    num_pools = 1 if isinstance(member, Primary) else len(plan.stages)
+    return Buffers(
+        page_tables=num_pools * table_bytes(spec, limits),
+        links=sum(link_bytes(link, member.rank, infos) for link in links),
+        sums=sum_bytes(spec, plan, infos, member, limits) if isinstance(member, Primary) else 0,
+        scratch=_scratch_bytes(spec, plan, infos[member.rank], member, limits),
+        libraries=_library_bytes(plan, infos, member, links) if infos[member.rank].is_gpu else 0,
+    )
 
 
 def table_bytes(spec: ModelSpec, limits: Limits) -> int:
-    """The page table of one pool: int32, a row for each lane."""
+    """The page table of one pool: int32, for each lane of each slot the pages of the longest sequence."""
     return 4 * limits.max_num_seqs * spec.num_head_groups * pages_for(limits.max_model_len, limits.block_size)
 
 
-def message_bytes(spec: ModelSpec, num_groups: int, limits: Limits) -> tuple[int, int]:
-    """Largest (request, reply) on a link of a home with so many groups: all lanes, all prompt tokens, pages."""
-    value, queries, head_dim = DTYPE_BYTES[limits.dtype], spec.queries_per_group, spec.head_dim
-    lanes, prompt = limits.max_num_decodes * num_groups, limits.max_num_batched_tokens * num_groups
-    request = (lanes * (queries + 2) * head_dim + prompt * 2 * head_dim) * value
-    reply = lanes * queries * (head_dim * value + 4)
-    one_layer = page_bytes(spec, 1, limits.block_size, limits.dtype)
-    pages = pages_per_haul(spec, limits.block_size, limits.dtype) * one_layer
-    return _aligned(request) + pages, _aligned(reply) + pages
+def sum_bytes(spec: ModelSpec, plan: Plan, infos: Mapping[int, DeviceInfo], primary: Primary, limits: Limits) -> int:
+    """Sums over the primaries of a stage, and the logits of all vocabulary rows on the one that samples.
 
-
-def pages_per_haul(spec: ModelSpec, block_size: int, dtype: str) -> int:
-    """Most pages of lanes on the move in a message: of one layer."""
-    return max(1, HAUL_BYTES // page_bytes(spec, 1, block_size, dtype))
+    Ranks of one host that NCCL does not join sum through shared memory, which is counted at the first one on the CPU.
+    Others sum in a group, where each holds the parts of all; only two that NCCL joins leave that to it. A GPU outside
+    NCCL takes part with a copy in host memory (`hetis.comm.collectives`).
+    """
+    stage_index, tp_index = plan.position_of(primary.rank)
+    members = [infos[rank] for rank in plan.stages[stage_index].ranks]
+    size = len(members)
+    if size == 1:
+        return 0
+    over_nccl = joined_by_nccl(members)
+    over_memory = not over_nccl and len({member.host for member in members}) == 1
+    in_group = over_nccl or not (over_memory or infos[primary.rank].is_gpu)
+    total = 0
+    if over_memory and primary.rank == next((member.rank for member in members if not member.is_gpu), None):
+        total += aligned(2 * size * COUNTER_BYTES, SHARED_PAGE_BYTES) + 2 * size * SUM_BUFFER_BYTES
+    if in_group and not (over_nccl and size == 2):
+        total += _parts_bytes(hidden_bytes(spec, limits), size, limits.value_bytes)
+    if plan.is_last(stage_index) and tp_index == 0:
+        total += logit_rows(limits) * spec.vocab_size * limits.value_bytes * (2 if in_group else 1)
+    return total
 
 
 def scratch_bytes(spec: ModelSpec, num_groups: int, limits: Limits) -> int:
-    """For pieces of long lanes in decode attention: out and lse2 of each, in float32."""
+    """Results of the pieces of long lanes in decode attention on a GPU: out and lse2 of each, in float32."""
     pieces = min(_MAX_SPLITS, max(1, -(-limits.max_model_len // _MIN_SPLIT)))
-    return 4 * limits.max_num_decodes * num_groups * pieces * spec.queries_per_group * (spec.head_dim + 1)
+    return FLOAT32_BYTES * limits.max_num_decodes * num_groups * pieces * spec.queries_per_group * (spec.head_dim + 1)
 
 
-def _scratch_bytes(spec: ModelSpec, plan: Plan, member: Primary | AttentionWorker, limits: Limits) -> int:
-    """A primary's own; a worker has one per stage, for the largest home."""
-    if isinstance(member, Primary):
-        return scratch_bytes(spec, member.num_groups, limits)
-    largest = (max(home.num_groups for home in stage.homes) for stage in plan.stages)
-    return sum(scratch_bytes(spec, groups, limits) for groups in largest)
+def _parts_bytes(num_bytes: int, size: int, value_bytes: int) -> int:
+    """A sum of `num_bytes` in a group: both parts; of more ranks a share of each, the whole, and the share's sum."""
+    if size == 2:
+        return 2 * num_bytes
+    share = -(-num_bytes // (value_bytes * size))  # values
+    return 2 * size * share * value_bytes + share * (value_bytes + FLOAT32_BYTES)
 
 
-class _Link(NamedTuple):
-    peer: int
-    num_bytes: int  # of all messages on their way, both ways
-    is_first: bool  # the end that makes the memory of a link inside a host
-
-
-def _links(spec: ModelSpec, plan: Plan, member: Primary | AttentionWorker, limits: Limits) -> list[_Link]:
-    def to_workers(num_groups: int) -> int:
-        return _NUM_SLOTS * sum(message_bytes(spec, num_groups, limits))
-
+def _scratch_bytes(spec: ModelSpec, plan: Plan, info: DeviceInfo, member: Member, limits: Limits) -> int:
+    """A primary's own; a worker has one per stage, for the largest home. Homes relay pages between workers as well."""
     if not isinstance(member, Primary):
-        homes = [home for home, worker in plan.links() if worker.rank == member.rank]
-        return [_Link(home.rank, to_workers(home.num_groups), False) for home in homes]
-    hidden = _NUM_SLOTS * limits.max_num_batched_tokens * spec.hidden_size * DTYPE_BYTES[limits.dtype]
-    links = [_Link(receiver, hidden, True) for sender, receiver in plan.handovers() if sender == member.rank]
-    links += [_Link(sender, hidden, False) for sender, receiver in plan.handovers() if receiver == member.rank]
-    workers = [worker for home, worker in plan.links() if home.rank == member.rank]
-    return links + [_Link(worker.rank, to_workers(member.num_groups), True) for worker in workers]
+        largest = (max(home.num_groups for home in stage.homes) for stage in plan.stages)
+        return sum(scratch_bytes(spec, groups, limits) for groups in largest) if info.is_gpu else 0
+    relays = len(plan.workers) * transfer_bytes(spec, limits) if member.num_groups and len(plan.workers) > 1 else 0
+    return relays + (scratch_bytes(spec, member.num_groups, limits) if info.is_gpu else 0)
 
 
-def _share_memory(one: DeviceInfo, other: DeviceInfo) -> bool:
-    """Whether a link between the two is one memory for both."""
-    return not one.is_gpu and not other.is_gpu and one.host == other.host
-
-
-def _num_communicators(
-    plan: Plan, infos: Mapping[int, DeviceInfo], member: Primary | AttentionWorker, peers: list[int]
-) -> int:
-    links = sum(joined_by_nccl((infos[member.rank], infos[peer])) for peer in peers)
-    is_split = False
+def _library_bytes(plan: Plan, infos: Mapping[int, DeviceInfo], member: Member, links: Iterable[PlannedLink]) -> int:
+    """What CUDA, cuBLAS and NCCL take of a GPU."""
+    own = infos[member.rank]
+    joined = sum(joined_by_nccl((own, infos[link.other(member.rank)])) for link in links)
+    total = LIBRARY_BYTES + _COMMUNICATORS_OF_LINK * COMMUNICATOR_BYTES * joined
     if isinstance(member, Primary):
-        stage = plan.stages[plan.position_of(member.rank)[0]]
-        is_split = len(stage.primaries) > 1 and joined_by_nccl([infos[primary.rank] for primary in stage.primaries])
-    return _NUM_GROUPS * links + is_split
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        ranks = plan.stage_of(member).ranks
+        is_split = len(ranks) > 1 and joined_by_nccl([infos[rank] for rank in ranks])
+        total += CUBLAS_BYTES + COMMUNICATOR_BYTES * is_split
+    return total

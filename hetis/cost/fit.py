@@ -1,8 +1,8 @@
-"""Coefficients from measurements: least squares of the relative error, no coefficient below zero.
+"""Coefficients of profiles from measurements: least squares of the relative error, without negative coefficients.
 
-Relative, because decisions are about ratios and the points span four orders of magnitude; not below zero, because more
-work never takes less time and an extrapolation must not say so. Accuracy is that of points left out of the fit: every
-point is left out once, in one of a few folds.
+Relative, because decisions compare ratios and the points span four orders of magnitude; not negative, because more work
+never takes less time, and an extrapolation must not say so. Accuracy is cross-validated: every point is left out of the
+fit once, in one of a few folds.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Sample = TypeVar("Sample", bound=tuple[float, ...])  # the last field is the mea
 Fitted = TypeVar("Fitted", bound=msgspec.Struct)
 
 FOLDS = 4
-CLEAR_GAIN = 0.8  # a term more must bring the squared error down to this, or it is noise
+CLEAR_GAIN = 0.8  # one term more must reduce the squared error to this fraction, or it is taken for noise
 
 
 class _LayerSample(NamedTuple):
@@ -31,7 +31,7 @@ class _LayerSample(NamedTuple):
 
 
 def fit_attention(samples: Sequence[AttentionSample]) -> AttentionProfile:
-    """a, b, c, and a floor where one is clearly there. The grid must vary heads and bytes independently."""
+    """The line, and a floor where there clearly is one. The samples must vary heads and bytes independently."""
     return _fitted(samples, _fit_attention, lambda fitted, p: fitted.time_us(p.heads, p.kv_bytes))
 
 
@@ -45,9 +45,9 @@ def fit_prefill(samples: Sequence[PrefillSample]) -> PrefillProfile:
 
 
 def fit_dense(samples: Sequence[DenseSample], num_weights: int, weight_bytes: int) -> DenseProfile:
-    """Two pieces: few tokens are bound by reading the weights, many by computing. The border is searched for.
+    """Two pieces: few tokens are bound by reading the weights, many by computing. All borders between are tried.
 
-    `num_weights`: values in this rank's share of the layer; `weight_bytes`: what they take.
+    `num_weights`: values in this rank's share of the layer, which take `weight_bytes`.
     """
     layers = [_LayerSample(weight_bytes, 2.0 * num_weights * p.num_tokens, p.time_us) for p in samples]
     return _fitted(layers, _fit_dense, lambda fitted, p: fitted.time_us(p.weight_bytes, p.flops))
@@ -64,9 +64,9 @@ def _fitted(
     fit: Callable[[Sequence[Sample]], Fitted],
     predict: Callable[[Fitted, Sample], float],
 ) -> Fitted:
-    """The fit to all samples, with the accuracy that fits to some have on the others.
+    """The fit to all samples, with the cross-validated accuracy.
 
-    Raises ValueError where there are too few samples to leave some out.
+    Raises ValueError if there are too few samples to leave some out.
     """
     if len(samples) < 2 * FOLDS:
         raise ValueError(f"{len(samples)} measurements are too few for a fit; measure at least {2 * FOLDS} points.")
@@ -81,7 +81,7 @@ def _fitted(
 
 
 def _fit_transfer(samples: Sequence[TransferSample]) -> TransferProfile:
-    """A line, or two with one alpha, for sizes up to some border and from twice that, if they are clearly better."""
+    """A line, or one whose slope grows from some size to twice that size, if that is clearly better."""
     times, sizes = _times(samples), np.array([float(p.num_bytes) for p in samples])
     line = np.stack([np.ones_like(sizes), sizes], axis=1)
     alpha, beta = non_negative(line, times)
@@ -108,11 +108,11 @@ def _fit_dense(samples: Sequence[_LayerSample]) -> DenseProfile:
     intensity = [p.flops / p.weight_bytes for p in samples]
     best, best_error = DenseProfile(fixed_us=0.0, us_per_weight_byte=0.0, us_per_flop=0.0), float("inf")
     for border in sorted(set(intensity)):
-        rows = [
+        features = [
             [1.0, p.weight_bytes, 0.0] if at <= border else [1.0, 0.0, p.flops]
             for p, at in zip(samples, intensity, strict=True)
         ]
-        fixed, weight, flop = non_negative(np.array(rows), times)
+        fixed, weight, flop = non_negative(np.array(features), times)
         fitted = DenseProfile(fixed_us=fixed, us_per_weight_byte=weight, us_per_flop=flop)
         error = _squared_error(np.array([fitted.time_us(p.weight_bytes, p.flops) for p in samples]), times)
         if error < best_error:
@@ -121,7 +121,7 @@ def _fit_dense(samples: Sequence[_LayerSample]) -> DenseProfile:
 
 
 def _fit_attention(samples: Sequence[AttentionSample]) -> AttentionProfile:
-    """The points up to some time are taken for the floor, the others for the line; the best such border is kept."""
+    """Points up to some time count as the floor, the others as the line; all borders between are tried."""
     features, times = np.array([[p.heads, p.kv_bytes, 1.0] for p in samples]), _times(samples)
     line, floor = non_negative(features, times), 0.0
     best_error = _squared_error(features @ line, times) * CLEAR_GAIN
@@ -132,15 +132,15 @@ def _fit_attention(samples: Sequence[AttentionSample]) -> AttentionProfile:
         error = _squared_error(np.maximum(level, features @ above), times)
         if error < best_error:
             line, floor, best_error = above, level, error
-    a, b, c = line
-    return AttentionProfile(a_us_per_head=a, b_us_per_byte=b, c_us=c, floor_us=floor)
+    per_head, per_byte, constant = line
+    return AttentionProfile(us_per_head=per_head, us_per_byte=per_byte, constant_us=constant, floor_us=floor)
 
 
 def non_negative(features_NK: Floats, times_N: Floats) -> list[float]:
-    """Coefficients >= 0 that minimise the sum of ((prediction - time) / time)^2.
+    """[K] coefficients >= 0 that minimise the sum over N of ((prediction - time) / time)^2.
 
-    Every subset of the few features is solved without bounds; the best one without a negative coefficient is the
-    optimum, since at the optimum the coefficients above zero solve their own subset.
+    Every subset of the few features is solved without bounds; the best solution without a negative coefficient is the
+    optimum, since at the optimum the positive coefficients solve their own subset.
     """
     relative_NK = features_NK / times_N[:, None]
     scale_K = relative_NK.max(axis=0)

@@ -1,28 +1,26 @@
-"""The memory ledger: what every rank's memory is used for, and what contexts that allows. Pure functions of data.
+"""The memory ledger: how the memory of every rank is used, and what contexts that allows. Pure functions of data.
 
 Sizes are bytes unless their name says otherwise.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from math import ceil, floor
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from hetis.core.device_info import DeviceInfo
 from hetis.core.model_spec import ModelSpec
 from hetis.core.placement import pages_for
-from hetis.core.plan import AttentionWorker, Plan, Primary
-from hetis.core.sizes import format_bytes, plural
-from hetis.cost.buffers import Limits, buffer_bytes
-from hetis.cost.footprint import fixed_bytes, page_bytes_of
+from hetis.core.plan import Member, Plan, Primary
+from hetis.core.sizes import format_bytes
+from hetis.cost.buffers import buffers_of
+from hetis.cost.footprint import activation_bytes, page_bytes_of, weight_bytes
+from hetis.cost.limits import Limits
+from hetis.cost.needs import Needs, does_not_fit, too_few_pages, too_long, usable_share
 
-GPU_SHARE = 0.9  # of free memory that hetis takes when no KV memory is given: the rest is for kernels' own needs
-CPU_SHARE = 0.5  # a host has other things to do, and its page cache holds the checkpoint
 
-
-class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank. A worker has one pool per stage, each of `pages` pages; a primary has one if it has head groups."""
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """How one rank uses memory. A worker has a pool per stage, a primary has one if it has head groups."""
 
     rank: int
     role: str
@@ -30,40 +28,40 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
     free: int  # before anything is loaded; ranks that share a device see the same bytes
     weights: int
     activations: int
-    buffers: int  # page tables, messages, and what a GPU's libraries need
+    buffers: int  # page tables, links, sums, scratch memory and libraries: `cost/buffers.py`
     kv: int
     page_bytes: int  # of one page in every pool of the rank
-    pages: int
+    pages: int  # of each pool
     tokens: int  # whole sequences' tokens whose lanes of this rank fit: all groups on a worker, its own on a primary
 
 
 class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
-    """What fits where. `str()` gives the table."""
+    """How memory is used, rank by rank. `str()` gives the table."""
 
-    rows: tuple[LedgerRow, ...]  # in rank order
+    ranks: tuple[RankMemory, ...]  # in rank order
     largest_context: int  # tokens of the longest sequence that can run alone
     total_tokens: int  # of many sequences together, over the whole fleet
 
     @property
     def num_pages(self) -> dict[int, int]:
         """Rank -> pages of each of its pools."""
-        return {row.rank: row.pages for row in self.rows}
+        return {rank.rank: rank.pages for rank in self.ranks}
 
     def __str__(self) -> str:
-        cells = [["rank", "role", "device", "free", "weights", "activations", "buffers", "KV", "pages", "tokens"]]
-        for row in self.rows:
-            sizes = [format_bytes(size) for size in (row.free, row.weights, row.activations, row.buffers, row.kv)]
-            cells.append([str(row.rank), row.role, row.device, *sizes, str(row.pages), str(row.tokens)])
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column < 3 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in cells
-        ]
-        lines.append(f"largest context {self.largest_context} tokens; room for {self.total_tokens} tokens in all")
-        return "\n".join(lines)
+        lines = [["rank", "role", "device", "free", "weights", "activations", "buffers", "KV", "pages", "tokens"]]
+        for rank in self.ranks:
+            sizes = [format_bytes(size) for size in (rank.free, rank.weights, rank.activations, rank.buffers, rank.kv)]
+            lines.append([str(rank.rank), rank.role, rank.device, *sizes, str(rank.pages), str(rank.tokens)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join(_padded(line, widths)) for line in lines]
+        text.append(f"largest context {self.largest_context} tokens; room for {self.total_tokens} tokens in all")
+        return "\n".join(text)
+
+
+def _padded(line: Iterable[str], widths: Iterable[int]) -> list[str]:
+    """Rank, role and device to the left, numbers to the right."""
+    columns = enumerate(zip(line, widths, strict=True))
+    return [text.ljust(width) if column < 3 else text.rjust(width) for column, (text, width) in columns]
 
 
 def plan_memory(
@@ -82,73 +80,87 @@ def plan_memory(
     Raises ValueError, one sentence and the ledger, when weights, activations and KV memory do not fit a device, when KV
     memory gives less than one page per lane, and when a context of `max_model_len` tokens cannot be held.
     """
-    infos = {info.rank: info for info in fleet}
-    fixed = {
-        member.rank: fixed_bytes(spec, plan, member, dtype, max_num_batched_tokens, max_num_seqs, max_model_len)
-        for member in plan.members()
-    }
-    page = {member.rank: page_bytes_of(spec, plan, member, block_size, dtype) for member in plan.members()}
-    longest = min(max_model_len or spec.max_position, spec.max_position)
     limits = Limits(
         dtype=dtype,
         block_size=block_size,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
-        max_model_len=longest,
+        max_model_len=min(max_model_len or spec.max_position, spec.max_position),
     )
-    buffers = {member.rank: buffer_bytes(spec, plan, infos, member, limits) for member in plan.members()}
-    most_pages = max_num_seqs * pages_for(longest, block_size)  # for one lane of each sequence
-    useful = {member.rank: page[member.rank] * most_pages * _num_lanes(spec, member) for member in plan.members()}
-    kv, refusals = _divide(plan, infos, {rank: sum(fixed[rank]) + buffers[rank] for rank in fixed}, useful)
-    if refusals:  # a table of what does not exist would not explain it
-        raise ValueError(refusals[0])
-    num_pages = {rank: kv[rank] // page[rank] for rank in kv}
+    infos = {info.rank: info for info in fleet}
+    needs = [_needs_of(spec, plan, infos, member, limits) for member in plan.members]
+    kv = _divide(needs)
+    num_pages = {need.rank: kv[need.rank] // need.page_bytes for need in needs}
     context = min(largest_context(plan, num_pages, block_size), spec.max_position)
     ledger = MemoryLedger(
-        rows=_rows(spec, plan, infos, fixed, buffers, page, num_pages, block_size),
+        ranks=tuple(_entry(plan, need, num_pages[need.rank], block_size) for need in needs),
         largest_context=context,
         total_tokens=total_tokens(spec, plan, num_pages, block_size),
     )
-    refusals = _too_few_pages(plan, infos, kv, page, num_pages)
-    if max_model_len is not None and max_model_len > context:
-        refusals.append(_too_long(spec, plan, infos, page, num_pages, block_size, max_model_len))
-    if refusals:
-        raise ValueError(f"{refusals[0]}\n{ledger}")
+    refusal = next(
+        (too_few_pages(need, kv[need.rank]) for need in needs if num_pages[need.rank] < need.least_pages), ""
+    )
+    if not refusal and max_model_len is not None and max_model_len > context:
+        refusal = too_long(spec, plan, needs, num_pages, block_size, max_model_len, context)
+    if refusal:
+        raise ValueError(f"{refusal}\n{ledger}")
     return ledger
 
 
-def _rows(
-    spec: ModelSpec,
-    plan: Plan,
-    infos: Mapping[int, DeviceInfo],
-    fixed: Mapping[int, tuple[int, int]],
-    buffers: Mapping[int, int],
-    page: Mapping[int, int],
-    num_pages: Mapping[int, int],
-    block_size: int,
-) -> tuple[LedgerRow, ...]:
-    """`fixed`: bytes of weights and activations; `page`: bytes of a page in every pool of a rank."""
-    return tuple(
-        LedgerRow(
-            rank=member.rank,
-            role=plan.role_of(member.rank),
-            device=infos[member.rank].device,
-            free=infos[member.rank].free_memory,
-            weights=fixed[member.rank][0],
-            activations=fixed[member.rank][1],
-            buffers=buffers[member.rank],
-            kv=num_pages[member.rank] * page[member.rank],
-            page_bytes=page[member.rank],
-            pages=num_pages[member.rank],
-            tokens=num_pages[member.rank] // max(1, _num_lanes(spec, member)) * block_size,
-        )
-        for member in plan.members()
+def _needs_of(spec: ModelSpec, plan: Plan, infos: Mapping[int, DeviceInfo], member: Member, limits: Limits) -> Needs:
+    if isinstance(member, Primary):
+        num_lanes, weights = member.num_groups, weight_bytes(spec, plan, member, limits.dtype)
+        activations = activation_bytes(spec, plan, member, limits)
+    else:  # computes inside its messages
+        num_lanes, weights, activations = plan.num_groups, 0, 0
+    page = page_bytes_of(spec, plan, member, limits.block_size, limits.dtype)
+    return Needs(
+        member=member,
+        info=infos[member.rank],
+        weights=weights,
+        activations=activations,
+        buffers=buffers_of(spec, plan, infos, member, limits).total,
+        page_bytes=page,
+        num_lanes=num_lanes,
+        most_kv=page * limits.max_num_seqs * pages_for(limits.max_model_len, limits.block_size) * num_lanes,
     )
 
 
-def usable_share(device: str) -> float:
-    """Of a device's free memory, what hetis takes if it is not told."""
-    return CPU_SHARE if device == "cpu" else GPU_SHARE
+def _entry(plan: Plan, need: Needs, num_pages: int, block_size: int) -> RankMemory:
+    return RankMemory(
+        rank=need.rank,
+        role=plan.role_of(need.rank),
+        device=need.info.device,
+        free=need.info.free_memory,
+        weights=need.weights,
+        activations=need.activations,
+        buffers=need.buffers,
+        kv=num_pages * need.page_bytes,
+        page_bytes=need.page_bytes,
+        pages=num_pages,
+        tokens=num_pages // max(1, need.num_lanes) * block_size,
+    )
+
+
+def _divide(needs: Iterable[Needs]) -> dict[int, int]:
+    """KV memory by rank, in bytes. ValueError for what does not fit."""
+    shared: dict[tuple[str, str], list[Needs]] = defaultdict(list)
+    for need in needs:
+        shared[need.info.place].append(need)
+    return {rank: kv for members in shared.values() for rank, kv in _divide_device(members).items()}
+
+
+def _divide_device(needs: Sequence[Needs]) -> dict[int, int]:
+    """KV memory of ranks that draw on the same free memory. Those that can use none get none."""
+    free = min(need.info.free_memory for need in needs)
+    share = 1.0 if all(need.member.kv_memory is not None for need in needs) else usable_share(needs[0].info.device)
+    given = {need.rank: need.member.kv_memory for need in needs if need.most_kv and need.member.kv_memory is not None}
+    others = [need for need in needs if need.most_kv and need.rank not in given]
+    left = int(free * share) - sum(need.fixed for need in needs) - sum(given.values())
+    if left < 0:
+        raise ValueError(does_not_fit(needs, sum(given.values()), free, share))
+    rest = {need.rank: min(left // len(others), need.most_kv) for need in others}
+    return dict.fromkeys((need.rank for need in needs), 0) | given | rest
 
 
 def largest_context(plan: Plan, num_pages: Mapping[int, int], block_size: int) -> int:
@@ -158,113 +170,13 @@ def largest_context(plan: Plan, num_pages: Mapping[int, int], block_size: int) -
     preemption for the output as well), also where the lanes live elsewhere: staging. So groups * pages(n) <= its pages.
     Then the lanes may live there too, on those same pages. Attention workers let more sequences run, not longer ones.
     """
-    return min(num_pages[home.rank] // home.num_groups * block_size for stage in plan.stages for home in stage.homes)
+    return min(num_pages[home.rank] // home.num_groups * block_size for _, home in plan.homes)
 
 
 def total_tokens(spec: ModelSpec, plan: Plan, num_pages: Mapping[int, int], block_size: int) -> int:
     """Tokens of all sequences together that the fleet holds: the least over the stages, pages being free to place."""
-    on_workers = sum(num_pages[worker.rank] for worker in plan.workers)
+    on_workers = sum(num_pages[rank] for rank in plan.worker_ranks)
     return min(
         (sum(num_pages[home.rank] for home in stage.homes) + on_workers) // spec.num_head_groups * block_size
         for stage in plan.stages
-    )
-
-
-def _num_lanes(spec: ModelSpec, member: Primary | AttentionWorker) -> int:
-    """Lanes of one sequence (per stage) that may need pages of a rank."""
-    return member.num_groups if isinstance(member, Primary) else spec.num_head_groups
-
-
-def _divide(
-    plan: Plan, infos: Mapping[int, DeviceInfo], fixed: Mapping[int, int], useful: Mapping[int, int]
-) -> tuple[dict[int, int], list[str]]:
-    """KV memory of every rank, and what does not fit. Ranks that share a device draw on the same free memory.
-
-    A rank for which none is `useful` gets none.
-    """
-    shared: dict[tuple[str, str], list[Primary | AttentionWorker]] = defaultdict(list)
-    for member in plan.members():
-        shared[infos[member.rank].place].append(member)
-    kv: dict[int, int] = dict.fromkeys(infos, 0)
-    refusals: list[str] = []
-    for members in shared.values():
-        device = infos[members[0].rank].device
-        free = min(infos[member.rank].free_memory for member in members)
-        needed = sum(fixed[member.rank] for member in members)
-        takers = [member for member in members if useful[member.rank]]
-        given = {member.rank: member.kv_memory for member in takers if member.kv_memory is not None}
-        others = [member.rank for member in takers if member.rank not in given]
-        share = 1.0 if all(member.kv_memory is not None for member in members) else usable_share(device)
-        left = int(free * share) - needed - sum(given.values())
-        if left < 0:
-            refusals.append(_does_not_fit(device, members, needed, sum(given.values()), free, share))
-        kv |= given | {rank: min(max(left, 0) // len(others), useful[rank]) for rank in others}
-    return kv, refusals
-
-
-def _does_not_fit(
-    device: str, members: Sequence[Primary | AttentionWorker], needed: int, given: int, free: int, share: float
-) -> str:
-    ranks = f"{'ranks' if len(members) > 1 else 'rank'} {', '.join(str(member.rank) for member in members)} on {device}"
-    left = int(free * share) - needed
-    if left > 0:  # only the KV memory is too much
-        of_each = " together" if len(members) > 1 else ""
-        return (
-            f"--kv-cache-memory (or kv_memory in the plan) gives {ranks} {format_bytes(given)}{of_each}, which is more "
-            f"than the {format_bytes(left)} that are left there: {format_bytes(free)} are free, and weights, "
-            f"activations and buffers take {format_bytes(needed)}. Give at most {format_bytes(left, floor)}{of_each}."
-        )
-    return (
-        f"{ranks}: {format_bytes(needed)} of weights, activations and buffers do not fit into {share:.0%} of "
-        f"{format_bytes(free)} free memory; give layers, head groups or columns to other ranks, or lower "
-        f"max_num_batched_tokens."
-    )
-
-
-def _too_few_pages(
-    plan: Plan,
-    infos: Mapping[int, DeviceInfo],
-    kv: Mapping[int, int],
-    page: Mapping[int, int],
-    num_pages: Mapping[int, int],
-) -> list[str]:
-    """What is said of ranks without one page for every lane that they are home of, or, on a worker, one page at all."""
-    refusals = []
-    for member in plan.members():
-        rank = member.rank
-        least = member.num_groups if isinstance(member, Primary) else 1
-        if num_pages[rank] < least:
-            refusals.append(
-                f"rank {rank} on {infos[rank].device} has {format_bytes(kv[rank])} for KV, which is {num_pages[rank]} "
-                f"pages of {format_bytes(page[rank])}, but needs at least {least}, one per head group that it is home "
-                f"of; give it {format_bytes(least * page[rank], ceil)} or more, or lower the block size."
-            )
-    return refusals
-
-
-def _too_long(
-    spec: ModelSpec,
-    plan: Plan,
-    infos: Mapping[int, DeviceInfo],
-    page: Mapping[int, int],
-    num_pages: Mapping[int, int],
-    block_size: int,
-    wanted: int,
-) -> str:
-    if wanted > spec.max_position:
-        return f"max_model_len is {wanted}, but the model has {spec.max_position} positions; lower max_model_len."
-    tightest = min(
-        (home for stage in plan.stages for home in stage.homes),
-        key=lambda home: num_pages[home.rank] // home.num_groups,
-    )
-    least = pages_for(wanted, block_size) * tightest.num_groups * page[tightest.rank]
-    given = "as given"
-    if tightest.kv_memory is None:
-        given = f"what the rest leaves of {usable_share(infos[tightest.rank].device):.0%} of the free memory"
-    context = largest_context(plan, num_pages, block_size)
-    has = format_bytes(num_pages[tightest.rank] * page[tightest.rank])
-    return (
-        f"max_model_len is {wanted}, but the largest context is {context}: rank {tightest.rank} has {has} of KV memory "
-        f"({given}) for {plural(tightest.num_groups, 'head group')}; give it {format_bytes(least, ceil)} by "
-        f"--kv-cache-memory (or kv_memory in the plan), or lower max_model_len."
     )

@@ -1,1 +1,1 @@
-"""Level 2: where the lanes of a sequence live. Functions of data: no clock, no socket, no tensor."""
+"""Placement: which device holds which lane. Functions of data: no clock, no socket, no tensor."""

@@ -1,17 +1,16 @@
-"""From new sequences and the state of the fleet to min-max problems, one per pipeline stage, and back to placements."""
+"""Admission of new sequences: placement problems, one per pipeline stage, from the state of the fleet, and back."""
 
-from collections.abc import Callable, Sequence
+from collections import abc
 from enum import Enum, auto
 from typing import NamedTuple
 
 from hetis.core.placement import FleetView, Placement
-from hetis.core.request import Sequence as Request
+from hetis.core.request import Sequence
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.load import FleetLoad, StageDevices, is_worth, stage_devices, weak_workers
 from hetis.dispatcher.problem import UNLIMITED, Counts, Problem
 from hetis.dispatcher.room import Pages, Room, pages_of, reserve
-
-Solve = Callable[[Problem], Counts | None]
+from hetis.dispatcher.solver import Solver
 
 HORIZON = 256  # steps over which sending a prompt's KV to a worker is spread
 TOKENS_AHEAD = 64  # lanes are weighed as they will be after so many steps: on slow devices they grow faster in time
@@ -22,7 +21,7 @@ class Lane(NamedTuple):
 
     pages: Pages
     kv_bytes: float  # that attention reads in a layer
-    sent_bytes: float  # of its prompt, in a layer, if it goes to a worker; per step over the horizon
+    sent_bytes: float  # of its prompt in a layer, if it goes to a worker; per step over the horizon
 
 
 class Decision(NamedTuple):
@@ -33,32 +32,32 @@ class Decision(NamedTuple):
 
 
 class Memory(Enum):
-    """How much of it lanes may take."""
+    """Which pages new lanes may take; those of weak workers (`load.weak_workers`) only with the last one."""
 
-    POOLED = auto()  # as if it were no matter
-    CAREFUL = auto()  # homes keep some pages for the next prompts
+    POOLED = auto()  # memory is ignored
+    RESERVED = auto()  # all but those that homes keep for the next prompts
     ALL = auto()
-    ALL_EVERYWHERE = auto()  # weak devices' too
+    ALL_WITH_WEAK = auto()
 
 
 class Admission:
-    """One call of `HetisDispatcher.assign`: what could be done with the first n of the new sequences."""
+    """One call of `HetisDispatcher.assign`: placements of the first n of the new sequences."""
 
-    def __init__(self, cost: CostModel, solve: Solve, sequences: Sequence[Request], view: FleetView) -> None:
-        self._cost, self._solve, self._view = cost, solve, view
+    def __init__(self, cost: CostModel, solver: Solver, sequences: abc.Sequence[Sequence], view: FleetView) -> None:
+        self._cost, self._solver, self._view = cost, solver, view
         self._stages = stage_devices(view.plan)
         self._layers = [stage.num_layers for stage in view.plan.stages]
         self._load = FleetLoad.of_view(view, cost, TOKENS_AHEAD)
         self._dense_us = [self._load.dense_us(stage) for stage in self._stages]
         self._lanes = [self._lane(sequence) for sequence in sequences]
-        self._homeward = self._first_fitting()
+        self._most_at_home = self._first_fitting()
         self._decided: dict[int, Decision] = {}
         self._reserved_tokens = max((len(sequence.token_ids) for sequence in sequences), default=0)
 
     @property
     def num_fitting(self) -> int:
-        """Sequences, from the first on, for which there is room."""
-        return len(self._homeward)
+        """Sequences, from the first on, for which there are pages."""
+        return len(self._most_at_home)
 
     @property
     def num_running(self) -> int:
@@ -67,25 +66,26 @@ class Admission:
         return sum(self._view.held_lanes[pool] for pool in first.pools) // first.num_lanes
 
     def decide(self, count: int) -> Decision:
-        """The best placement of the first `count` sequences."""
+        """The placement of the first `count` <= `num_fitting` sequences. It fits, whatever the solver finds."""
         if count not in self._decided:
-            self._decided[count] = self._decide_carefully(count)
+            self._decided[count] = self._decide_with_reserve(count)
         return self._decided[count]
 
-    def _decide_carefully(self, count: int) -> Decision:
-        decision = self._decide(count, Memory.ALL) or self._decide(count, Memory.ALL_EVERYWHERE)
-        assert decision is not None, "a placement that fits is at hand"
+    def _decide_with_reserve(self, count: int) -> Decision:
+        """Keeps pages of homes for the next prompt, unless a longer step costs more than one more sequence brings."""
+        decision = self._decide(count, Memory.ALL) or self._decide(count, Memory.ALL_WITH_WEAK)
+        assert decision is not None, "placements at home fit"
         if self._keeps_reserve(decision):
             return decision
-        careful = self._decide(count, Memory.CAREFUL)
-        if careful is None or not is_worth(1, self.num_running + count, careful.cycle_us, decision.cycle_us):
-            return decision  # one more sequence, for which the pages are kept, would not make up for it
-        return careful
+        reserving = self._decide(count, Memory.RESERVED)
+        if reserving is None or not is_worth(1, self.num_running + count, reserving.cycle_us, decision.cycle_us):
+            return decision
+        return reserving
 
-    def ideal_us(self, count: int) -> float:
-        """The time of a step if memory were no matter."""
+    def pooled_cycle_us(self, count: int) -> float:
+        """The time of a step of the slowest stage with memory ignored."""
         decision = self._decide(count, Memory.POOLED)
-        assert decision is not None
+        assert decision is not None, "homes can take all lanes"
         return decision.cycle_us
 
     def placements(self, decision: Decision) -> list[Placement]:
@@ -95,7 +95,7 @@ class Admission:
         ]
         return [Placement(owners=owners) for owners in zip(*by_stage, strict=True)]
 
-    def _lane(self, sequence: Request) -> Lane:
+    def _lane(self, sequence: Sequence) -> Lane:
         num_tokens = len(sequence.token_ids)
         return Lane(
             pages=pages_of(sequence, self._view.page_size),
@@ -104,10 +104,10 @@ class Admission:
         )
 
     def _first_fitting(self) -> list[list[list[int]]]:
-        """For each sequence up to the first that does not fit: lanes per stage and device, at home if possible."""
+        """[sequence][stage][N] lanes, at home if possible, of each sequence up to the first that does not fit."""
         room, found = Room(self._stages, self._view), []
         for lane in self._lanes:
-            counts = room.homeward(lane.pages) if room.take_prompt(lane.pages) else None
+            counts = room.most_at_home(lane.pages) if room.take_prompt(lane.pages) else None
             if counts is None:
                 break
             room.take_lanes(counts, lane.pages)
@@ -117,72 +117,89 @@ class Admission:
     # --- problems -----------------------------------------------------------------------------------------------------
 
     def _decide(self, count: int, memory: Memory) -> Decision | None:
-        """Stage by stage, and once more where stages share workers, since the first did not know of the others.
+        """Places the first `count` sequences stage by stage; None if a stage has no placement within such memory.
 
-        None if nothing was found within such memory; with all of it everywhere there is always something.
+        Stages that share workers are solved once more, since the first ones did not know what workers do for the last.
         """
-        load, room, lanes = self._load.copy(), Room(self._stages, self._view), self._lanes[:count]
-        for lane in lanes:
-            room.take_prompt(lane.pages)
+        load, lanes = self._load.copy(), self._lanes[:count]
+        free = self._free_after_prompts(lanes)
         chosen: list[Counts] = []
-        for turn in range(len(self._stages) * (2 if len(self._stages) > 1 and self._view.plan.workers else 1)):
-            index = turn % len(self._stages)
-            if turn >= len(self._stages):
+        for index in self._order_of_stages():
+            if index < len(chosen):
                 self._add(load, index, chosen[index], -1)
-            counts = self._solve_stage(index, lanes, load, room, memory)
+            counts = self._place(index, lanes, load, free[index], memory)
             if counts is None:
                 return None
             self._add(load, index, counts, 1)
             chosen[index : index + 1] = [counts]
-        peaks_us = [self._peak_us(load, stage, lanes, memory) for stage in self._stages]
-        cycles = zip(self._layers, self._dense_us, peaks_us, strict=True)
-        return Decision(chosen, max(layers * (dense_us + peak_us) for layers, dense_us, peak_us in cycles))
+        makespans_us = [self._makespan_us(load, stage, lanes, memory) for stage in self._stages]
+        cycles = zip(self._layers, self._dense_us, makespans_us, strict=True)
+        return Decision(chosen, max(layers * (dense_us + makespan_us) for layers, dense_us, makespan_us in cycles))
 
-    def _peak_us(self, load: FleetLoad, stage: StageDevices, lanes: list[Lane], memory: Memory) -> float:
-        """The slowest device's time. Weak devices' is added to it: most of the time they will be in the way."""
-        if memory is not Memory.ALL_EVERYWHERE:
-            return load.peak_us(stage.pools)
-        lane_us = [self._lane_us(load, stage, device, lanes) for device in range(len(stage.pools))]
-        weak = {stage.pools[device] for device in weak_workers(stage, lane_us)}
-        return load.peak_us(set(stage.pools) - weak) + load.peak_us(weak)
+    def _order_of_stages(self) -> list[int]:
+        share_workers = len(self._stages) > 1 and bool(self._view.plan.workers)
+        return list(range(len(self._stages))) * (2 if share_workers else 1)
 
-    def _solve_stage(self, index: int, lanes: list[Lane], load: FleetLoad, room: Room, memory: Memory) -> Counts | None:
-        stage, free = self._stages[index], [max(0, pages) for pages in room.free[index]]
+    def _free_after_prompts(self, lanes: list[Lane]) -> list[list[int]]:
+        """[stage][N] pages left when homes hold the prompts of all these lanes."""
+        room = Room(self._stages, self._view)
+        for lane in lanes:
+            room.take_prompt(lane.pages)
+        return room.free
+
+    def _place(self, index: int, lanes: list[Lane], load: FleetLoad, free: list[int], memory: Memory) -> Counts | None:
+        """Lanes of one stage. With all memory a placement exists, if only the one at home."""
+        stage = self._stages[index]
         if not lanes:
             return [[] for _ in stage.pools]
-        if memory is Memory.POOLED:
-            free = [UNLIMITED] * len(free)
-        if memory is Memory.CAREFUL:
-            free[: stage.num_homes] = [max(0, left) for left in self._beyond_reserve(stage)]
-        lane_us = [self._lane_us(load, stage, device, lanes) for device in range(len(stage.pools))]
-        weak = weak_workers(stage, lane_us) if memory is not Memory.ALL_EVERYWHERE else set()
-        problem = Problem(
+        counts = self._solver.solve(self._problem(stage, lanes, load, free, memory))
+        if counts is None and memory is Memory.ALL_WITH_WEAK:
+            at_home = [counts_of_sequence[index] for counts_of_sequence in self._most_at_home[: len(lanes)]]
+            return [list(row) for row in zip(*at_home, strict=True)]
+        if memory is Memory.RESERVED and counts is not None and not _grows_at_home(stage, free, counts, lanes):
+            return None
+        return counts
+
+    def _problem(
+        self, stage: StageDevices, lanes: list[Lane], load: FleetLoad, free: list[int], memory: Memory
+    ) -> Problem:
+        """With a reserve the problem is that after staging: lanes at home take all their pages, others none there."""
+        lane_us = self._lanes_us(stage, lanes, load)
+        weak = weak_workers(stage, lane_us) if memory is not Memory.ALL_WITH_WEAK else set()
+        return Problem(
             num_lanes=stage.num_lanes,
             num_homes=stage.num_homes,
             start_us=[load.start_us(pool) for pool in stage.pools],
             floor_us=[load.rates(pool.rank).floor_us for pool in stage.pools],
             lane_us=lane_us,
             most_lanes=[0 if device in weak else most for device, most in enumerate(stage.most_lanes)],
-            home_pages=[lane.pages.later if memory is Memory.CAREFUL else lane.pages.growth for lane in lanes],
+            home_pages=[lane.pages.later if memory is Memory.RESERVED else lane.pages.growth for lane in lanes],
             worker_pages=[lane.pages.later for lane in lanes],
-            free_pages=free,
+            free_pages=self._free_pages(stage, free, memory),
         )
-        counts = self._solve(problem)
-        if counts is None and memory is Memory.ALL_EVERYWHERE:
-            return [
-                list(row) for row in zip(*(at_home[index] for at_home in self._homeward[: len(lanes)]), strict=True)
-            ]
-        if counts is None or (memory is Memory.CAREFUL and not _grows_at_home(stage, room.free[index], counts, lanes)):
-            return None
-        return counts
 
-    def _lane_us(self, load: FleetLoad, stage: StageDevices, device: int, lanes: list[Lane]) -> list[float]:
-        rank = stage.pools[device].rank
-        attention_us = load.lanes_us(rank, [lane.kv_bytes for lane in lanes])
-        if device < stage.num_homes:
-            return attention_us
-        sending = self._cost.prompt_us_per_byte(rank)
-        return [lane_us + sending * lane.sent_bytes for lane_us, lane in zip(attention_us, lanes, strict=True)]
+    def _free_pages(self, stage: StageDevices, free: list[int], memory: Memory) -> list[int]:
+        """[N] pages that new lanes may take. `free`: what the prompts leave."""
+        if memory is Memory.POOLED:
+            return [UNLIMITED] * len(free)
+        at_home = self._beyond_reserve(stage) if memory is Memory.RESERVED else free[: stage.num_homes]
+        return [max(0, pages) for pages in (*at_home, *free[stage.num_homes :])]
+
+    def _lanes_us(self, stage: StageDevices, lanes: list[Lane], load: FleetLoad) -> list[list[float]]:
+        """[N][J] time that a lane of each sequence adds to each device; on workers its way there counts as well."""
+        kv_bytes = [lane.kv_bytes for lane in lanes]
+        times_us = [load.lanes_us(pool.rank, kv_bytes) for pool in stage.pools]
+        for pool, row in zip(stage.pools[stage.num_homes :], times_us[stage.num_homes :], strict=True):
+            us_per_byte = self._cost.prompt_us_per_byte(pool.rank)
+            row[:] = [lane_us + us_per_byte * lane.sent_bytes for lane_us, lane in zip(row, lanes, strict=True)]
+        return times_us
+
+    def _makespan_us(self, load: FleetLoad, stage: StageDevices, lanes: list[Lane], memory: Memory) -> float:
+        """The slowest device's time; with weak workers, theirs comes on top, since a step often waits for them."""
+        if memory is not Memory.ALL_WITH_WEAK:
+            return load.makespan_us(stage.pools)
+        weak = {stage.pools[device] for device in weak_workers(stage, self._lanes_us(stage, lanes, load))}
+        return load.makespan_us(set(stage.pools) - weak) + load.makespan_us(weak)
 
     def _add(self, load: FleetLoad, index: int, counts: Counts, sign: int) -> None:
         for pool, held in zip(self._stages[index].pools, counts, strict=True):
@@ -190,10 +207,10 @@ class Admission:
                 if count:
                     load.add(pool, sign * count, lane.kv_bytes)
 
-    # --- room for prompts ---------------------------------------------------------------------------------------------
+    # --- pages for the next prompts -----------------------------------------------------------------------------------
 
     def _beyond_reserve(self, stage: StageDevices) -> list[int]:
-        """Pages of each home less those for the next prompts; what its lanes may take."""
+        """Free pages of each home less those that it keeps for the next prompts."""
         view = self._view
         kept = [reserve(stage, home, view, self._reserved_tokens) for home in range(stage.num_homes)]
         return [view.free_pages[pool] - pages for pool, pages in zip(stage.pools, kept, strict=False)]

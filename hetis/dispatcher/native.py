@@ -1,47 +1,38 @@
-"""Finds, loads and calls the C++ solver (csrc/dispatcher), which returns the very counts of its Python reference."""
+"""Finds, loads and calls the C++ solver (csrc/dispatcher)."""
 
-import logging
 from ctypes import CDLL, c_char_p, c_double, c_int, c_int64, c_void_p
-from functools import cache
 from itertools import chain
-from math import isnan
+from math import inf, isnan
 from pathlib import Path
 from struct import pack
 
 from hetis.dispatcher.problem import Counts, Problem
 
-logger = logging.getLogger(__name__)
-
 FOLDER = Path(__file__).parent
 INSTALL = "pip install setuptools ninja && pip install --no-build-isolation --force-reinstall --no-deps ."
-INTERFACE = 1  # of csrc/dispatcher/library.cpp: a library with another one would be read out of bounds
 
 
-class Library:
-    """The functions of csrc/dispatcher/library.cpp, for problems with at least one device and one sequence.
+class NativeSolver:
+    """A `Solver`. Methods raise MemoryError where the system has no memory left.
 
-    They raise MemoryError where there is none left.
+    One sequence is solved exactly. Several are inserted one by one or fitted under a limit, then lanes are exchanged
+    between devices, until a lower bound proves that the makespan is within 2 % of the optimum (docs/dispatch.md).
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError if the file cannot be loaded or has another interface; AttributeError without functions."""
+        """OSError if the file is no library for this machine; AttributeError if it lacks a function."""
         library = CDLL(str(path))
-        library.hetis_interface.restype = c_int64
-        found = library.hetis_interface()
-        if found != INTERFACE:
-            raise OSError(f"it has interface {found}, not {INTERFACE}")
-        self._balance = library.hetis_balance
-        self._balance.argtypes, self._balance.restype = (c_char_p, c_char_p, c_void_p), c_int
-        self._is_possible = library.hetis_is_possible
-        self._is_possible.argtypes, self._is_possible.restype = (c_char_p, c_char_p, c_double), c_int
-        self._least_possible_us = library.hetis_least_possible_us
-        self._least_possible_us.argtypes, self._least_possible_us.restype = (c_char_p, c_char_p, c_double), c_double
+        self._solve = library.hetis_solve
+        self._solve.argtypes, self._solve.restype = (c_char_p, c_char_p, c_void_p), c_int
+        self._lower_bound_us = library.hetis_lower_bound_us
+        self._lower_bound_us.argtypes = (c_char_p, c_char_p, c_double, c_double)
+        self._lower_bound_us.restype = c_double
 
-    def balance(self, problem: Problem) -> Counts | None:
-        """See `balance.balance`."""
+    def solve(self, problem: Problem) -> Counts | None:
+        """See `Solver`. Lanes are at home wherever that does not raise the makespan."""
         num_sequences, size = problem.num_sequences, problem.num_devices * problem.num_sequences
         counts = (c_int64 * size)()
-        found = self._balance(*_flat(problem), counts)
+        found = self._solve(*_flat(problem), counts)
         if found < 0:
             raise MemoryError(f"no memory to place {num_sequences} sequences on {problem.num_devices} devices")
         if not found:
@@ -49,19 +40,12 @@ class Library:
         flat = counts[:]
         return [flat[begin : begin + num_sequences] for begin in range(0, size, num_sequences)]
 
-    def is_possible(self, problem: Problem, limit_us: float) -> bool:
-        """See `bound.is_possible`."""
-        possible = self._is_possible(*_flat(problem), limit_us)
-        if possible < 0:
-            raise MemoryError(f"no memory to bound the peak of {problem.num_sequences} sequences")
-        return bool(possible)
-
-    def least_possible_us(self, problem: Problem, highest_us: float) -> float:
-        """See `bound.least_possible_us`."""
-        lowest_us: float = self._least_possible_us(*_flat(problem), highest_us)
-        if isnan(lowest_us):
-            raise MemoryError(f"no memory to bound the peak of {problem.num_sequences} sequences")
-        return lowest_us
+    def lower_bound_us(self, problem: Problem, reached_us: float, enough_us: float = inf) -> float:
+        """See `Solver`. To a thousandth of `reached_us`."""
+        bound_us: float = self._lower_bound_us(*_flat(problem), reached_us, enough_us)
+        if isnan(bound_us):
+            raise MemoryError(f"no memory to bound the makespan of {problem.num_sequences} sequences")
+        return bound_us
 
 
 def _flat(problem: Problem) -> tuple[bytes, bytes]:
@@ -70,6 +54,7 @@ def _flat(problem: Problem) -> tuple[bytes, bytes]:
     `pack` is the fastest way to convert lists: 50 us for 4096 floats, where array.array takes 140 and numpy 250.
     """
     num_devices, num_sequences = problem.num_devices, problem.num_sequences
+    assert num_devices * num_sequences > 0, "the library reads at least one device and one sequence"
     num_floats, num_integers = num_devices * (2 + num_sequences), 2 * (num_devices + num_sequences)
     arrays = pack(
         f"{num_floats}d{num_integers}q",
@@ -84,31 +69,32 @@ def _flat(problem: Problem) -> tuple[bytes, bytes]:
     return pack("4q", num_devices, num_sequences, problem.num_lanes, problem.num_homes), arrays
 
 
-@cache
-def find() -> tuple[Library | None, str | None]:
-    """The library, loaded once for this process, or a sentence that says why there is none; it is logged once."""
+def problem() -> str | None:
+    """Why the solver cannot be used; None if it can."""
+    try:
+        load()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def load() -> NativeSolver:
+    """The solver, from the library beside this file. ImportError, with cause and remedy, where it cannot be used."""
     libraries = sorted(FOLDER.glob("_solver*.so"))
     try:
         if libraries:
-            return Library(libraries[0]), None
+            return NativeSolver(libraries[0])
         what = f"is not built: {_cause()}"
     except (OSError, AttributeError) as error:
         what = f"cannot be loaded ({error})"
-    problem = (
-        f"the dispatcher's C++ solver {what}; placing many sequences at once takes up to tens of milliseconds. "
+    raise ImportError(
+        f"the dispatcher's C++ solver {what}; lanes are placed by plain insertion, with less even load on the devices. "
         f"Remedy, in the checkout of hetis: {INSTALL}"
     )
-    logger.warning("%s", problem)
-    return None, problem
-
-
-def load() -> Library | None:
-    """The library; None where it cannot be used, and then its references in Python decide."""
-    return find()[0]
 
 
 def _cause() -> str:
-    """What setup.py left in place of the library."""
+    """Why there is no library, as setup.py has left it in its place."""
     try:
         return (FOLDER / "_solver.missing").read_text()
     except FileNotFoundError:

@@ -1,40 +1,39 @@
-"""The min-max problem: on which devices do the lanes of new sequences live, so that the slowest device is fastest?
+"""The placement problem: which devices hold the lanes of new sequences, so that the slowest device takes least time.
 
-J sequences, N devices, G lanes per sequence. One pipeline stage is decided at a time. The first devices are the homes
-of the head groups, the others are attention workers. With x_ji lanes of sequence j on device i, and y_i = 1 if any:
+Generalised assignment on unrelated machines with capacities; the objective is the makespan. J sequences, N devices, G
+lanes per sequence, one pipeline stage. The first devices are the homes of the head groups, the others are attention
+workers. With x_ji lanes of sequence j on device i, and y_i = 1 if device i gets any lane:
 
     minimise    T
-    subject to  sum_i x_ji = G                                                   every lane lives somewhere    for all j
-                max(floor_i, start_i + sum_j lane_us_ji x_ji) <= T  if y_i = 1   no used device takes longer   for all i
-                sum_j pages_ji x_ji <= free_pages_i                              the lanes fit                 for all i
+    subject to  sum_i x_ji = G                                                   all lanes are placed         for all j
+                max(floor_i, start_i + sum_j lane_us_ji x_ji) <= T  if y_i = 1   no used device takes longer  for all i
+                sum_j pages_ji x_ji <= free_pages_i                              the lanes fit into memory    for all i
                 0 <= x_ji <= most_lanes_i, integer                               a home takes its own lanes only
 
-Lanes of one sequence are alike, so this says everything: a home with G_h groups has most_lanes = G_h, a worker G, and
-any such x can be turned into owners of head groups. The floor and the constants in `start_us` of a device that is idle
-count only if it is used; a busy device that gets nothing has no part in T (it could not be helped anyway).
+The lanes of one sequence cost the same, so counts suffice: with most_lanes = G_h for a home of G_h groups and G for a
+worker, any feasible x can be turned into owners of head groups. `start_us` and `floor_us` of a device count only if
+it gets a lane: a busy device that gets none has no part in T, since no placement could make it faster.
 """
 
-from collections.abc import Iterable
-from functools import reduce
-from operator import add, mul
+from operator import mul
 
 import msgspec
 
 Counts = list[list[int]]  # [N][J] lanes
-UNLIMITED = 1 << 40  # free pages, where memory is no matter
+UNLIMITED = 1 << 40  # free pages of a device whose memory is ignored
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """Times are microseconds for one layer. Homes come first among the devices: ties go to the first."""
+    """Times are microseconds for one layer. Homes come first among the devices, and ties go to the first device."""
 
-    num_lanes: int  # G, of each sequence
+    num_lanes: int  # G
     num_homes: int
-    start_us: list[float]  # [N] of a device that is used: what it holds already, its constants, its link's latency
+    start_us: list[float]  # [N] time before the first new lane: lanes held, constants, latency of the link
     floor_us: list[float]  # [N] least time of a device that is used
-    lane_us: list[list[float]]  # [N][J] each lane more, > 0
+    lane_us: list[list[float]]  # [N][J] time that one lane adds, > 0
     most_lanes: list[int]  # [N] of one sequence
-    home_pages: list[int]  # [J] of a lane that lives at home
-    worker_pages: list[int]  # [J] of one that lives on a worker
+    home_pages: list[int]  # [J] pages that a lane takes at home
+    worker_pages: list[int]  # [J] pages that a lane takes on a worker
     free_pages: list[int]  # [N], >= 0
 
     @property
@@ -50,36 +49,11 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
         return self.home_pages if device < self.num_homes else self.worker_pages
 
 
-def added(values: Iterable[float]) -> float:
-    """From left to right. `sum` rounds less from Python 3.12 on, and placements must not depend on the version."""
-    return reduce(add, values, 0.0)
-
-
-def peak_us(problem: Problem, counts: Counts) -> float:
+def makespan_us(problem: Problem, counts: Counts) -> float:
     """T: the time of the slowest device among those that get lanes."""
-    return max(times_us(problem, counts), default=0.0)
-
-
-def times_us(problem: Problem, counts: Counts) -> list[float]:
-    """Time of each device; 0 for those that get no lanes."""
-    return [
-        max(floor, start + added(map(mul, held, lane_us))) if any(held) else 0.0
+    times_us = [
+        max(floor, start + sum(map(mul, held, lane_us)))
         for held, lane_us, start, floor in zip(counts, problem.lane_us, problem.start_us, problem.floor_us, strict=True)
+        if any(held)
     ]
-
-
-def longest_first(problem: Problem) -> list[int]:
-    """Sequences in the order of what their lanes cost, ties in the order they came."""
-    cost_us = [-added(costs) for costs in zip(*problem.lane_us, strict=True)]
-    return sorted(range(problem.num_sequences), key=cost_us.__getitem__)
-
-
-def helpful(problem: Problem, limit_us: float) -> list[int]:
-    """Devices that can take a lane within `limit_us`, if they have the pages."""
-    return [
-        device
-        for device, (start, floor, most) in enumerate(
-            zip(problem.start_us, problem.floor_us, problem.most_lanes, strict=True)
-        )
-        if start < limit_us and floor <= limit_us and most
-    ]
+    return max(times_us, default=0.0)

@@ -1,4 +1,4 @@
-"""Profiles in JSON files: those that users keep, and the cache of what was measured before, on the driver's host."""
+"""Profiles in JSON files: those that users name, and the cache of earlier measurements on the driver's host."""
 
 import errno
 import logging
@@ -25,9 +25,9 @@ _log = logging.getLogger(__name__)
 
 
 def save(profile: msgspec.Struct, path: Path) -> None:
-    """Writes a profile of the cache as JSON, in one piece: a reader sees the old file or the new one.
+    """Writes a profile of the cache as JSON, atomically: a reader sees the old file or the new one.
 
-    Raises ValueError, naming the file, when it cannot be written; nothing is left behind then.
+    Raises ValueError, naming the file, when it cannot be written; then no file is left.
     """
     with _draft(path) as draft:
         draft.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
@@ -49,9 +49,9 @@ def load(path: Path, kind: type[ProfileT]) -> ProfileT:
 
 @contextmanager
 def _draft(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, gone afterwards if it was not moved. ValueError for whatever the system refuses.
+    """A new file beside `path`, removed at the end unless it was renamed. Raises ValueError if the system refuses it.
 
-    Its name is drawn: fleets that start at once write the same profile, in containers even with the same pid.
+    Its name is random: fleets that start at the same time write the same profile, in containers with the same pid.
     """
     draft = path.parent / f"{path.name}.{secrets.token_hex(8)}.part"
     try:
@@ -71,7 +71,7 @@ def _draft(path: Path) -> Iterator[Path]:
 
 
 def cached_profiles(setup: Setup) -> dict[ProfileKey, KindProfile]:
-    """Those that hold for devices of this fleet."""
+    """The kept profiles of devices of this fleet."""
     folder = cache_folder(os.environ)
     if folder is None:
         return {}
@@ -80,7 +80,7 @@ def cached_profiles(setup: Setup) -> dict[ProfileKey, KindProfile]:
 
 
 def keep_profiles(profiles: Iterable[KindProfile]) -> None:
-    """For the next start. Where they cannot be kept that costs some seconds then, and a line now."""
+    """Keeps profiles for later starts. If that fails, a warning says so, and later starts measure again."""
     try:
         folder = cache_folder(os.environ)
         if folder is None:
@@ -88,11 +88,11 @@ def keep_profiles(profiles: Iterable[KindProfile]) -> None:
         for profile in profiles:
             save(profile, folder / profile.key.file_name)
     except ValueError as error:
-        _log.warning("what was measured is not kept: %s", error)
+        _log.warning("measurements are not kept for later starts: %s", error)
 
 
 def cached(folder: Path, key: ProfileKey) -> KindProfile | None:
-    """What was measured before for `key`; None if nothing was, or the file is damaged or for something else."""
+    """The kept profile for `key`; None if there is none, or its file is damaged or holds another key."""
     try:
         found = load(folder / key.file_name, KindProfile)
     except ValueError:
@@ -101,7 +101,7 @@ def cached(folder: Path, key: ProfileKey) -> KindProfile | None:
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path | None:
-    """Where profiles are kept: below XDG_CACHE_HOME, or ~/.cache; None where neither is an absolute path."""
+    """The folder of kept profiles, below XDG_CACHE_HOME or ~/.cache; None where neither is an absolute path."""
     for name, below in (("XDG_CACHE_HOME", "hetis/profiles"), ("HOME", ".cache/hetis/profiles")):
         base = Path(environment.get(name, ""))
         if base.is_absolute():

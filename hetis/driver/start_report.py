@@ -1,4 +1,4 @@
-"""What a fleet is, in a few lines for the log of its start."""
+"""The lines that describe a fleet in the log of its start."""
 
 from collections.abc import Iterable
 from itertools import groupby
@@ -10,19 +10,18 @@ from hetis.core.sizes import format_bytes, plural
 from hetis.cost.footprint import page_bytes_of
 from hetis.cost.memory import total_tokens
 
-# In the other lines, or without effect on serving.
-_SAID_ANYWAY = {
+# Settings that other lines show, or that do not change serving.
+_NOT_LISTED = {
     "model",
     "plan",
     "dispatch",
-    "measure",
     "progress",
     "kv_cache_memory",
 }
 
 
-class _Member(NamedTuple):
-    """What members in one line have in common."""
+class _Kind(NamedTuple):
+    """The properties that members in one line have in common."""
 
     role: str
     device: str
@@ -30,7 +29,7 @@ class _Member(NamedTuple):
 
 
 def start_lines(config: EngineConfig, setup: Setup) -> list[str]:
-    """Model, members with devices and KV memory, room for tokens, dispatch, and settings that are not the default."""
+    """Model, members with devices and KV memory, capacity in tokens, dispatch, settings that are not the default."""
     spec = setup.spec
     tokens = total_tokens(spec, setup.plan, setup.num_pages, setup.block_size)
     return [
@@ -44,19 +43,19 @@ def start_lines(config: EngineConfig, setup: Setup) -> list[str]:
 
 
 def _members(setup: Setup) -> Iterable[str]:
-    """One line for consecutive ranks that are alike."""
-    alike: list[tuple[_Member, int]] = []
-    for info, member in zip(setup.fleet, setup.plan.members(), strict=True):
+    """One line for each run of consecutive ranks of one kind."""
+    kinds: list[tuple[_Kind, int]] = []
+    for info, member in zip(setup.fleet, setup.plan.members, strict=True):
         page = page_bytes_of(setup.spec, setup.plan, member, setup.block_size, setup.dtype)
-        kind = info.device.partition(":")[0]
-        name = f"{info.name}, {plural(info.num_threads, 'thread')}" if kind == "cpu" else info.name
+        device = info.device.partition(":")[0]
+        name = f"{info.name}, {plural(info.num_threads, 'thread')}" if device == "cpu" else info.name
         memory = format_bytes(setup.num_pages[member.rank] * page)
-        alike.append((_Member(setup.plan.role_of(member.rank), f"{kind} ({name})", memory), member.rank))
-    for what, group in groupby(alike, key=lambda pair: pair[0]):
+        kinds.append((_Kind(setup.plan.role_of(member.rank), f"{device} ({name})", memory), member.rank))
+    for kind, group in groupby(kinds, key=lambda pair: pair[0]):
         ranks = [rank for _, rank in group]
-        who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+        names = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
         each = "" if len(ranks) == 1 else " each"
-        yield f"{who}: {what.role} on {what.device}, {what.memory} of KV cache{each}"
+        yield f"{names}: {kind.role} on {kind.device}, {kind.memory} of KV cache{each}"
 
 
 def _changed(config: EngineConfig) -> str:
@@ -64,6 +63,6 @@ def _changed(config: EngineConfig) -> str:
     changed = [
         f"{name} {getattr(config, name)}"
         for name in EngineConfig.__struct_fields__
-        if name not in _SAID_ANYWAY and getattr(config, name) != getattr(default, name)
+        if name not in _NOT_LISTED and getattr(config, name) != getattr(default, name)
     ]
     return f"not the default: {', '.join(changed)}" if changed else "all else by default"

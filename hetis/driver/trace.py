@@ -1,4 +1,4 @@
-"""What every rank does in every step, as a file for chrome://tracing or ui.perfetto.dev."""
+"""A file for chrome://tracing or ui.perfetto.dev with what every rank does in every step."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -21,17 +21,17 @@ _log = logging.getLogger(__name__)
 
 
 class TraceFile:
-    """A process per rank, a thread per stage; in each step a bar, and below it what the rank was doing.
+    """Shows a process per rank and a thread per stage, with a bar for each step and below it one for each activity.
 
-    The JSON array is closed at the end; viewers also read one that was cut off.
+    The JSON array is closed at the end; viewers read one without its end, too.
     """
 
     def __init__(self, path: Path, plan: Plan, fleet: Sequence[DeviceInfo], epoch: float) -> None:
-        """`epoch`: seconds, when the fleet came up, from which moments are counted: so they keep their microseconds.
+        """`epoch`: seconds; times are shown relative to it, so that a float64 keeps their microseconds.
 
         Raises ValueError when the file cannot be written, or is a pipe.
         """
-        refuse_pipe(path, "trace file")  # to open it would wait for a reader, and /dev/stdout is the way to rank 0 here
+        refuse_pipe(path, "trace file")  # opening it would wait for a reader; /dev/stdout is the pipe to rank 0
         try:
             self._file = path.open("wb")
         except OSError as error:
@@ -71,7 +71,7 @@ class TraceFile:
 
     @contextmanager
     def _cut_off_when_full(self) -> Iterator[None]:
-        """A disk that is full cuts the trace off, with one warning; requests go on."""
+        """Ends the trace with one warning when the disk is full; requests go on."""
         try:
             yield
         except OSError as error:

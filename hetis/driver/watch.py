@@ -1,9 +1,9 @@
-"""Which rank failed, and why: heartbeats, ends of processes and reports of ranks, condensed into one verdict.
+"""Which rank failed, and why: one failure reason from heartbeats, ends of processes and reports of ranks.
 
-When one rank dies others fail too, moments later or moments earlier, and a launcher ends the rest. So a first
-sign opens a short time of grace in which better explanations may come in. The best one wins:
+When one rank dies others fail too, some moments later or earlier, and a launcher ends the rest. So the first sign of a
+failure starts a grace period in which better explanations may come in. The best one is the reason:
 
-    a rank's own error; a process that ended; a rank that has gone silent; a rank that ended before it had joined;
+    a rank's own error; a process that ended; a rank that is silent; a rank that ended before it had joined;
     a lost connection; an end that was asked for.
 """
 
@@ -11,11 +11,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from hetis.comm.control import TOLD_TO_END
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import Failure
 from hetis.core.plan import Plan
 from hetis.processes import supervision
+from hetis.processes.failure import END_REQUESTED, FailureReason, describe_end, ended_by_request, member_name
 
 GRACE_SECONDS = 1.0
 JOIN_SECONDS = 300.0
@@ -24,35 +24,29 @@ _WHY_SILENT = "it is stopped, or its host is gone"
 
 
 class FleetFailedError(Exception):
-    """The verdict. `culprits`: pids to kill by host, for a process that is stopped cannot end itself."""
+    """The fleet cannot go on. `pids_to_kill`: by host, since a stopped process cannot end itself."""
 
-    def __init__(self, reason: str, culprits: Mapping[str, list[int]] | None = None, refused: bool = False) -> None:
-        super().__init__(reason)
-        self.culprits = dict(culprits or {})
-        self.refused = refused
-
-
-def verdict_on(error: Exception, is_up: bool) -> FleetFailedError:
-    """What an error in the driver means. Until the fleet is up a ValueError is the user's: a plan that does not fit."""
-    if isinstance(error, ValueError) and not is_up:
-        return FleetFailedError(str(error), refused=True)
-    return FleetFailedError(f"the driver failed: {type(error).__name__}: {error}")
+    def __init__(self, text: str, pids_to_kill: Mapping[str, list[int]] | None = None, refused: bool = False) -> None:
+        super().__init__(text)
+        self.reason = FailureReason(text, refused)
+        self.pids_to_kill = dict(pids_to_kill or {})
 
 
 class Watch:
     """Signs of life of one fleet."""
 
     def __init__(self, plan: Plan, step_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.plan, self._timeout, self._clock = plan, step_timeout, clock
+        """`step_timeout`: seconds without a heartbeat, or for one step, after which ranks count as dead."""
+        self._plan, self._timeout, self._clock = plan, step_timeout, clock
         self._begin = clock()
-        self._infos: dict[int, DeviceInfo] = {}
-        self.pid_fds: dict[int, int] = {}  # descriptor -> rank, of the living
+        self._infos: dict[int, DeviceInfo] = {}  # of the ranks that have joined
+        self.pid_fds: dict[int, int] = {}  # descriptor -> rank, of living processes on this host
         self._last_sign: dict[int, float] = {}
         self._last_step: dict[int, int] = {}
         self._failures: list[Failure] = []
         self._ended: dict[int, int | None] = {}  # rank -> wait status
-        self._first_sign: float | None = None
-        self._started: dict[int, float] = {}  # step in flight -> since
+        self._first_sign: float | None = None  # of a failure
+        self._started: dict[int, float] = {}  # step in flight -> when it was sent
 
     # --- what is seen -------------------------------------------------------------------------------------------------
 
@@ -89,10 +83,10 @@ class Watch:
         self._note()
 
     def on_parent_death(self, status: int | None) -> None:
-        """Rank 0, which started the driver, is gone; if its launcher wanted that, it ends all other ranks, too."""
+        """Rank 0, the driver's parent, has ended. If its launcher asked for that, it asks all other ranks, too."""
         self._ended.setdefault(0, status)
         self._note()
-        if supervision.ended_by_request(status):
+        if ended_by_request(status):
             self._first_sign = -math.inf  # no rank is left to explain anything
 
     def _note(self) -> None:
@@ -100,7 +94,7 @@ class Watch:
             self._first_sign = self._clock()
 
     def living(self) -> list[int]:
-        """Ranks that still run, as far as one can see: by their process on this host, by their heartbeat elsewhere."""
+        """Ranks that still run: by their process on this host, by their heartbeat elsewhere."""
         here = set(self.pid_fds.values())
         return [
             rank for rank in self._infos if rank in here or (rank not in self._ended and not self._silent([rank], 1.0))
@@ -113,75 +107,75 @@ class Watch:
     # --- what it means ------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """FleetFailedError when the fleet cannot go on."""
+        """Raises FleetFailedError when the fleet cannot go on."""
         now = self._clock()
         if self._first_sign is not None:
             if self._own_errors() or now - self._first_sign > GRACE_SECONDS:
-                self._condemn()
+                raise self._best_reason()
             return
         dead = self._silent(self._infos, self._timeout)
         if dead:
-            self._condemn_stuck(dead, f"did not answer within --step-timeout ({self._timeout:g} s): {_WHY_SILENT}")
+            raise self._stuck(dead, f"did not answer within --step-timeout ({self._timeout:g} s): {_WHY_SILENT}")
         if self._started and now - min(self._started.values()) > self._timeout:
-            self._condemn_late(min(self._started))
+            raise self._late(min(self._started))
         if self._missing() and now - self._begin > JOIN_SECONDS:
             raise FleetFailedError(f"{self._names(self._missing())} did not join within {JOIN_SECONDS:.0f} s.")
 
-    def _condemn(self) -> None:
-        """The best explanation of what was seen."""
+    def _best_reason(self) -> FleetFailedError:
         for failure in self._own_errors():
-            if not failure.traceback:  # a mistake of the user's, told in one sentence
-                raise FleetFailedError(failure.reason, refused=True)
-            raise FleetFailedError(f"{self._name(failure.rank)} failed: {failure.reason}")
-        spoke = {failure.rank for failure in self._failures}
+            is_mistake = not failure.traceback  # of the user
+            return FleetFailedError(failure.reason, refused=True) if is_mistake else self._failed(failure)
+        reported = {failure.rank for failure in self._failures}
         for rank, status in self._ended.items():
-            if rank not in spoke and not supervision.ended_by_request(status):
-                raise FleetFailedError(f"{self._name(rank)} {supervision.describe_end(status)}.")
-        silent = self._silent(set(self._infos) - set(self._ended) - spoke, SILENT_SECONDS)
+            if rank not in reported and not ended_by_request(status):
+                return FleetFailedError(f"{self._name(rank)} {describe_end(status)}.")
+        silent = self._silent(set(self._infos) - set(self._ended) - reported, SILENT_SECONDS)
         if silent:
-            self._condemn_silent(silent)
+            return self._silence(silent)
         missing = [rank for rank in self._missing() if rank not in self._ended]
         if missing:
-            raise FleetFailedError(f"{self._names(missing)} ended before the fleet was up, or never started.")
+            return FleetFailedError(f"{self._names(missing)} ended before the fleet was up, or never started.")
         for failure in self._failures:
-            if failure.reason != TOLD_TO_END:
-                raise FleetFailedError(f"{self._name(failure.rank)} failed: {failure.reason}")
-        told = sorted(spoke | set(self._ended))
-        raise FleetFailedError(f"{self._names(told)} {TOLD_TO_END}.")
+            if failure.reason != END_REQUESTED:
+                return self._failed(failure)
+        return FleetFailedError(f"{self._names(sorted(reported | set(self._ended)))} {END_REQUESTED}.")
 
     def _own_errors(self) -> list[Failure]:
         return [failure for failure in self._failures if not failure.is_consequence]
 
-    def _condemn_silent(self, ranks: list[int]) -> None:
-        seconds = self._clock() - min(self._last_sign[rank] for rank in ranks)
-        self._condemn_stuck(ranks, f"has not answered for {seconds:.1f} s: {_WHY_SILENT}")
+    def _failed(self, failure: Failure) -> FleetFailedError:
+        return FleetFailedError(f"{self._name(failure.rank)} failed: {failure.reason}")
 
-    def _condemn_late(self, step: int) -> None:
-        """A step that does not end: those that say nothing are more likely the cause than those that wait for them."""
+    def _silence(self, ranks: list[int]) -> FleetFailedError:
+        seconds = self._clock() - min(self._last_sign[rank] for rank in ranks)
+        return self._stuck(ranks, f"has not answered for {seconds:.1f} s: {_WHY_SILENT}")
+
+    def _late(self, step: int) -> FleetFailedError:
+        """The error for a step that does not end. Silent ranks are a likelier cause than ranks that wait for them."""
         silent = self._silent(self._infos, SILENT_SECONDS)
         if silent:
-            self._condemn_silent(silent)
+            return self._silence(silent)
         late = [rank for rank, done in self._last_step.items() if done < step and rank in self._infos]
         what = f"did not finish step {step} within --step-timeout ({self._timeout:g} s)"
-        self._condemn_stuck(late or list(self._infos), what)
+        return self._stuck(late or list(self._infos), what)
 
-    def _condemn_stuck(self, ranks: list[int], what: str) -> None:
-        culprits: dict[str, list[int]] = {}
+    def _stuck(self, ranks: list[int], what: str) -> FleetFailedError:
+        """`what`: the rest of a sentence that begins with the names of these ranks, whose processes must be killed."""
+        pids: dict[str, list[int]] = {}
         for rank in ranks:
-            culprits.setdefault(self._infos[rank].host, []).append(self._infos[rank].pid)
-        raise FleetFailedError(f"{self._names(ranks)} {what}.", culprits)
+            pids.setdefault(self._infos[rank].host, []).append(self._infos[rank].pid)
+        return FleetFailedError(f"{self._names(ranks)} {what}.", pids)
 
     def _silent(self, ranks: Iterable[int], seconds: float) -> list[int]:
         now = self._clock()
         return [rank for rank in ranks if now - self._last_sign[rank] > seconds]
 
     def _missing(self) -> list[int]:
-        """Ranks that never joined."""
-        return [member.rank for member in self.plan.members() if member.rank not in self._infos]
+        """Ranks that have not joined."""
+        return [rank for rank in self._plan.ranks if rank not in self._infos]
 
     def _names(self, ranks: Iterable[int]) -> str:
         return ", ".join(self._name(rank) for rank in ranks)
 
     def _name(self, rank: int) -> str:
-        device = self._infos[rank].device if rank in self._infos else self.plan.device_of(rank)
-        return f"rank {rank} ({self.plan.role_of(rank)} on {device})"
+        return member_name(self._plan, rank, self._infos[rank].device if rank in self._infos else None)

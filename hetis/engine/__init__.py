@@ -1,1 +1,1 @@
-"""Level 3: requests in, steps out, tokens back. Pure: no clock, socket, file or process, and never torch."""
+"""Level 3: requests in, steps out, tokens back. Pure: no clock, socket, file, process or torch."""

@@ -1,83 +1,83 @@
-"""Moves lanes of running sequences: towards balance now and then, and off pools that run out of pages.
+"""Starts migrations: at intervals towards balance, and from page pools that run out.
 
-What should move is decided by `dispatcher.rebalance`; `cache.migration` carries it out.
+`dispatcher.rebalance` decides what moves; `cache.migration` carries it out.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-from hetis.cache.lane_table import CacheManager
-from hetis.cache.migration import Hauler
+from hetis.cache.cache_manager import CacheManager
+from hetis.cache.migration import Migrator
 from hetis.core.placement import PoolId
 from hetis.core.request import Sequence
 from hetis.dispatcher.rebalance import MigrationBudget, Rebalancer
 from hetis.dispatcher.residents import Resident
 from hetis.dispatcher.room import shortage_of
 
-INTERVAL_SECONDS = 0.25  # between two looks at the balance
-BURST_SECONDS = 1.0  # of the migration budget, that may move at once
+INTERVAL_SECONDS = 0.25  # between two checks of the balance
+BURST_SECONDS = 1.0  # worth of the migration budget that may move at once
 
 
 class Balancer:
     """The `Relief` of a fleet whose lanes can move."""
 
     def __init__(
-        self,
-        cache: CacheManager,
-        hauler: Hauler,
-        rebalancer: Rebalancer,
-        bytes_per_second: float,
-        clock: Callable[[], float],
+        self, cache: CacheManager, migrator: Migrator, rebalancer: Rebalancer, bytes_per_second: float
     ) -> None:
-        """`bytes_per_second`: that may move for the sake of balance. `clock`: seconds."""
-        self._cache, self._hauler, self._rebalancer, self._clock = cache, hauler, rebalancer, clock
+        """`bytes_per_second`: limit of what moves towards balance; pages that run out are relieved without limit."""
+        self._cache, self._migrator, self._rebalancer = cache, migrator, rebalancer
         self._budget = MigrationBudget(bytes_per_second, BURST_SECONDS * bytes_per_second)
-        self._last = clock()
-        self.num_rebalances = 0  # times that lanes moved for balance
-        self.num_reliefs = 0  # times that lanes moved for pages
+        self._last_check: float | None = None  # None: `balance` has not been called
+        self.num_rebalances = 0  # times that migrations started towards balance
+        self.num_reliefs = 0  # times that migrations started because pages ran out
 
     @property
     def is_busy(self) -> bool:
-        return self._hauler.is_busy
+        return self._migrator.is_busy
 
-    def balance(self, running: Collection[Sequence], refused: Sequence | None) -> None:
-        """Now and then: has lanes move off the slowest devices, and off homes that lack pages for `refused`.
+    def balance(self, running: Collection[Sequence], refused: Sequence | None, now: float) -> None:
+        """Once per interval, moves lanes off the slowest devices, and off homes that lack pages for `refused`.
 
-        `refused`: the first of the queue, if it found no place.
+        `refused`: the first of the queue, if it found no place. `now`: seconds, never less than in the call before; the
+        first interval begins with the first call.
         """
-        now = self._clock()
-        if now - self._last < INTERVAL_SECONDS:
+        if self._last_check is None:
+            self._last_check = now
+        elapsed = now - self._last_check
+        if elapsed < INTERVAL_SECONDS:
             return
-        self._budget.refill(now - self._last)
-        self._last = now
-        staging_tokens = len(refused.token_ids) if refused else _mean_prompt(running)
-        residents, view = self.residents(running), self._cache.view()
-        outcome = self._rebalancer.compute(residents, view, self._budget, staging_tokens)
-        assert not outcome.preempt, "no rank has left the plan"
-        self.num_rebalances += bool(self._hauler.start(outcome.moves))
+        self._last_check = now
+        self._budget.refill(elapsed)
+        self._rebalance(running, len(refused.token_ids) if refused else _mean_prompt(running))
         if refused is not None:
             shortage = shortage_of(refused, self._cache.view())
             if shortage is not None:
                 self._relieve(shortage.missing, running)
 
+    def _rebalance(self, running: Collection[Sequence], staging_tokens: int) -> None:
+        """`staging_tokens`: of the prompt for which homes should keep room."""
+        outcome = self._rebalancer.compute(self.residents(running), self._cache.view(), self._budget, staging_tokens)
+        assert not outcome.preempt, "no rank has left the plan"
+        self.num_rebalances += bool(self._migrator.start(outcome.moves))
+
     def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> Mapping[PoolId, int]:
-        """See `core.placement.Relief`. Lanes that are on their way there stay where they are, if that is enough."""
+        """See `core.placement.Relief`. Migrations into these pools are cancelled, if that frees enough pages."""
         if all(self._cache.num_arriving(pool) >= count for pool, count in missing.items()):
-            self._hauler.cancel_into(missing)
+            self._migrator.cancel_into(missing)
             return {}
         return self._relieve(missing, running)
 
     def _relieve(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> Mapping[PoolId, int]:
-        """Has lanes leave, as far as those that leave already are not enough. What cannot be found."""
+        """Starts migrations as far as those in progress do not free enough pages; returns what cannot be found."""
         lacking = {pool: count - self._cache.num_leaving(pool) for pool, count in missing.items()}
         lacking = {pool: count for pool, count in lacking.items() if count > 0}
         if not lacking:
             return {}
         relief = self._rebalancer.memory(self.residents(running), self._cache.view(), lacking)
-        self.num_reliefs += bool(self._hauler.start(relief.moves))
+        self.num_reliefs += bool(self._migrator.start(relief.moves))
         return {pool: lacking[pool] for pool in relief.exhausted}
 
     def residents(self, running: Iterable[Sequence]) -> list[Resident]:
-        """What the rebalancer may know of each. Lanes stay until all their tokens are computed, or have arrived."""
+        """Running sequences as the rebalancer sees them; those in prefill or with migrating lanes are not movable."""
         cache = self._cache
         return [
             Resident(
@@ -92,5 +92,5 @@ class Balancer:
 
 
 def _mean_prompt(running: Collection[Sequence]) -> int:
-    """Tokens of the prompt that may come next, if it is like those that run."""
+    """Mean tokens of the running sequences' prompts: the guess for the prompt that comes next."""
     return sum(sequence.prompt_len for sequence in running) // max(1, len(running))

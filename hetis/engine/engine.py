@@ -1,26 +1,16 @@
-"""The engine: requests in, steps out, tokens back. No sockets here; `driver.py` carries the messages."""
+"""The engine: requests in, steps out, tokens back. It has neither a clock nor sockets: time comes in with each call."""
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from math import inf
 
-import numpy as np
-
-from hetis.cache.lane_table import CacheManager
-from hetis.cache.migration import Hauler, pack_hauls
-from hetis.core.batch import Batch, NewToken, Row
+from hetis.cache.cache_manager import CacheManager
+from hetis.cache.migration import Migrator
+from hetis.core.batch import Batch, NewToken
 from hetis.core.device_info import RankStats
-from hetis.core.messages import (
-    AddRequest,
-    FleetStats,
-    NewSequence,
-    Setup,
-    StepCommand,
-    StepResult,
-    StepTimes,
-    TokenOutput,
-)
-from hetis.core.placement import Move, Placement
+from hetis.core.messages import AddRequest, FleetStats, Setup, StepCommand, StepResult, StepTimes, TokenOutput
+from hetis.core.messages.step_command import encode
+from hetis.core.placement import Move
 from hetis.core.request import Sequence, check_token_ids
 from hetis.core.token_logprobs import TokenLogprobs
 from hetis.dispatcher.room import shortage_when_empty
@@ -30,37 +20,33 @@ from hetis.engine.policies import Policies
 from hetis.engine.statistics import member_stats
 from hetis.scheduler.scheduler import Scheduler
 
-LOG_SECONDS = 10.0  # between two lines about sequences that wait
+LOG_SECONDS = 10.0  # between two log lines about a sequence that waits
 
 _log = logging.getLogger("hetis")
 _MIX = 0x9E3779B97F4A7C15  # odd, for spreading request numbers over seeds
 
 
-def _int32(values: Iterable[int]) -> bytes:
-    return np.fromiter(values, dtype=np.int32).tobytes()
-
-
 class Engine:
-    """All requests of one fleet, from `add` until their last token, and the steps in flight."""
+    """All requests of one fleet, from `add` until their last token, and the steps in flight.
 
-    def __init__(
-        self,
-        setup: Setup,
-        policies: Policies,
-        migration_budget: int = 0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`migration_budget`: bytes per second. `clock`: seconds, for what happens now and then."""
+    A function of the calls: the same requests, results and times in the same order give the same steps.
+    """
+
+    def __init__(self, setup: Setup, policies: Policies, migration_budget: int = 0) -> None:
+        """`migration_budget`: bytes per second that lanes may move to balance the fleet.
+
+        Of `setup` it uses the model, the plan and the sizes; `fleet`, `model` and the like are for ranks.
+        """
         spec, plan = setup.spec, setup.plan
-        self._setup, self._dispatcher, self._clock = setup, policies.dispatcher, clock
+        self._setup, self._dispatcher = setup, policies.dispatcher
         self.cache = CacheManager(plan, spec.num_head_groups, setup.num_pages, setup.block_size, setup.max_num_seqs)
         token_bytes = spec.kv_bytes_per_token(1, setup.dtype)
-        self.hauler = Hauler(
-            self.cache, plan, spec.num_head_groups, setup.block_size, token_bytes, setup.pages_per_haul
+        self.migrator = Migrator(
+            self.cache, plan, spec.num_head_groups, setup.block_size, token_bytes, setup.max_transfer_pages
         )
         self._balancer, self._observer = None, None
         if policies.rebalancer is not None and policies.cost is not None:
-            self._balancer = Balancer(self.cache, self.hauler, policies.rebalancer, migration_budget, clock)
+            self._balancer = Balancer(self.cache, self.migrator, policies.rebalancer, migration_budget)
             self._observer = Observer(policies.cost, plan)
         self.scheduler = Scheduler(
             self.cache,
@@ -72,8 +58,8 @@ class Engine:
             num_stages=len(plan.stages),
         )
         self._in_flight: dict[int, Batch] = {}
-        self._landed: list[Move] = []  # lanes that have arrived, and no command has said so
-        self._logged = -LOG_SECONDS
+        self._committed: list[Move] = []  # finished migrations that no command has announced
+        self._last_log = -inf
         self._num_steps, self._num_dispatches = 0, 0
         self._num_arrivals = 0
         self._outputs: list[TokenOutput] = []
@@ -94,8 +80,11 @@ class Engine:
             self._outputs.append(TokenOutput(id=request.id, token_ids=[], finish_reason="error", error=str(error)))
 
     def _queue(self, request: AddRequest) -> None:
-        """ValueError for a sequence that can never run. What a front end has checked is checked again: its mistake
-        would reach the ranks, which serve others as well."""
+        """Raises ValueError for a sequence that can never run.
+
+        Front ends have checked their requests; the engine checks again, since a mistake would end in the ranks, which
+        serve other front ends as well.
+        """
         params, arrival = request.params, self._num_arrivals
         self._num_arrivals += 1
         params.validate_for(self._setup.spec.vocab_size, max_logprobs=-1)
@@ -132,10 +121,13 @@ class Engine:
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def step(self) -> StepCommand | None:
-        """The next step for the whole fleet, or None when nothing can start now."""
-        self._move_lanes()
-        self._explain_waiting()
+    def step(self, now: float) -> StepCommand | None:
+        """The next step for the whole fleet, or None when nothing can start.
+
+        `now`: seconds on any one clock that never goes back; it decides when the balance is checked and a line logged.
+        """
+        self._migrate(now)
+        self._explain_waiting(now)
         batch = self.scheduler.schedule()
         if batch is None:
             return None
@@ -145,33 +137,32 @@ class Engine:
         self._num_dispatches += len(batch.admitted)
         return command
 
-    def _move_lanes(self) -> None:
-        """Lanes that have arrived live at their targets from now on; others set out, if the fleet is out of balance."""
-        self._landed += self.hauler.land()
+    def _migrate(self, now: float) -> None:
+        """Commits finished migrations, and starts others if the fleet is out of balance."""
+        self._committed += self.migrator.commit()
         if self._balancer is not None:
-            self._balancer.balance(self.scheduler.running, self.scheduler.refused)
+            self._balancer.balance(self.scheduler.running, self.scheduler.refused, now)
 
-    def _explain_waiting(self) -> None:
-        """Says now and then why the first of the queue is not admitted."""
-        waiting, now = self.scheduler.refused, self._clock()
-        if waiting is None or now - self._logged < LOG_SECONDS:
+    def _explain_waiting(self, now: float) -> None:
+        """Logs why the first sequence of the queue is not admitted, at most once in `LOG_SECONDS`."""
+        waiting = self.scheduler.refused
+        if waiting is None or now - self._last_log < LOG_SECONDS:
             return
         reason = self._dispatcher.why_not(waiting, self.cache.view())
         if reason:  # else there is a place by now
-            self._logged = now
+            self._last_log = now
             _log.info("request %s waits: %s.", waiting.id, reason)
 
     def on_times(self, times: StepTimes) -> None:
-        """What a rank measured in a step."""
+        """Takes the times that a rank measured in a step."""
         if self._observer is not None:
             self._observer.on_times(times)
 
     def on_result(self, result: StepResult) -> None:
-        """The tokens of a step: appended, streamed, and pages freed where a sequence ended."""
+        """Appends and streams the tokens of a step, and frees the pages of sequences that ended."""
         batch = self._in_flight.pop(result.step)
         self._keep_prompt_logprobs(batch, result)
-        tokens = np.frombuffer(result.tokens, dtype=np.int32).tolist()
-        for index, new in enumerate(self.scheduler.on_tokens(batch, tokens, result.errors.keys())):
+        for index, new in enumerate(self.scheduler.on_tokens(batch, result.tokens, result.errors.keys())):
             if new.sequence.finish_reason == "abort":  # answered when it was aborted
                 continue
             logprobs = result.logprobs[index] if result.logprobs else None
@@ -190,41 +181,31 @@ class Engine:
         )
 
     def _command(self, batch: Batch) -> StepCommand:
-        rows = batch.rows
-        landed, self._landed = self._landed, []
-        scored = [index for index, row in enumerate(rows) if _is_scored(row)]
-        return StepCommand(
-            step=self._num_steps,
-            landed=_int32(value for move in landed for value in (move.slot, move.stage, move.group, move.target)),
-            released=batch.released,
-            admitted=[_new_sequence(sequence, placement) for sequence, placement in batch.admitted],
+        committed, self._committed = self._committed, []
+        return encode(
+            self._num_steps,
+            batch,
+            committed=committed,
             pages=self.cache.take_deltas(),
-            slots=_int32(row.sequence.slot for row in rows),
-            starts=_int32(row.start for row in rows),
-            counts=_int32(row.count for row in rows),
-            num_decode=batch.num_decode,
-            tokens=b"".join(_int32(row.sequence.token_ids[row.start : row.start + row.count]) for row in rows),
-            sampled=_int32(index for index, row in enumerate(rows) if row.samples),
-            hauls=pack_hauls(self.hauler.plan(self._haul_bytes(batch))),
-            prompt_logprobs=scored,
-            prompt_targets=b"".join(_int32(_targets(rows[index])) for index in scored),
+            transfers=self.migrator.plan(self._transfer_bytes(batch)),
         )
 
-    def _haul_bytes(self, batch: Batch) -> Mapping[int, float]:
-        """In a step with rows few pages travel, so that it takes no longer; where all wait for them, as many as fit."""
-        return self._observer.haul_bytes if self._observer is not None and batch.rows else {}
+    def _transfer_bytes(self, batch: Batch) -> Mapping[int, float]:
+        """Most bytes of pages by worker: few beside rows, so that the step takes no longer; no limit without rows."""
+        return self._observer.page_bytes if self._observer is not None and batch.rows else {}
 
     def _keep_prompt_logprobs(self, batch: Batch, result: StepResult) -> None:
         for index, found in result.prompt_logprobs.items():
             row = batch.rows[index]
             if row.sequence.finish_reason is None:
-                before = self._prompt_logprobs.get(row.sequence.id, []) if row.start else []  # it may have started over
+                # a prompt that begins again was preempted: drop what has been kept of it
+                before = self._prompt_logprobs.get(row.sequence.id, []) if row.start else []
                 self._prompt_logprobs[row.sequence.id] = before + found
 
-    # --- looking ------------------------------------------------------------------------------------------------------
+    # --- statistics ---------------------------------------------------------------------------------------------------
 
     def fleet_stats(self, stats: Mapping[int, RankStats]) -> FleetStats:
-        """The fleet's table, from the cache, the policies and what the ranks counted."""
+        """The fleet's table. `stats`: what each rank has counted, all ranks."""
         balancer = self._balancer
         return FleetStats(
             members=member_stats(self._setup, self.cache, stats, self._observer),
@@ -233,29 +214,6 @@ class Engine:
             num_dispatches=self._num_dispatches,
             num_rebalances=balancer.num_rebalances if balancer else 0,
             num_reliefs=balancer.num_reliefs if balancer else 0,
-            num_migrations=self.hauler.num_landed,
-            migrated_bytes=self.hauler.bytes_sent,
+            num_migrations=self.migrator.num_committed,
+            migrated_bytes=self.migrator.bytes_sent,
         )
-
-
-def _new_sequence(sequence: Sequence, placement: Placement) -> NewSequence:
-    return NewSequence(
-        slot=sequence.slot,
-        owners=_int32(owner for stage in placement.owners for owner in stage),
-        prompt_len=sequence.prompt_len,
-        seed=sequence.seed,
-        params=sequence.params,
-    )
-
-
-def _is_scored(row: Row) -> bool:
-    """Whether prompt logprobs are wanted of the row; with the first token they have been delivered."""
-    sequence = row.sequence
-    return sequence.params.prompt_logprobs is not None and sequence.num_output == 0 and row.start < sequence.prompt_len
-
-
-def _targets(row: Row) -> list[int]:
-    """For each new token the one that follows it in the prompt, -1 after the last."""
-    sequence = row.sequence
-    following = sequence.token_ids[row.start + 1 : min(row.start + row.count + 1, sequence.prompt_len)]
-    return following + [-1] * (row.count - len(following))

@@ -1,25 +1,24 @@
-"""From what the user asked for and what the ranks report to one `Setup` for all."""
+"""One `Setup` for all ranks, from the configuration and the devices that the ranks report."""
 
 from collections.abc import Sequence
 
-import msgspec
-
-from hetis.core.config import DriverArgs
+from hetis.core.config import EngineConfig
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import Setup
-from hetis.core.model_spec import resolve_dtype
+from hetis.core.model_spec import ModelSpec, resolve_dtype
 from hetis.core.plan import Plan
-from hetis.cost.buffers import pages_per_haul
+from hetis.cost.links import max_transfer_pages
 from hetis.cost.memory import plan_memory
 
 
-def make_setup(args: DriverArgs, fleet: Sequence[DeviceInfo]) -> tuple[Setup, str]:
-    """The setup and the memory ledger as text. `fleet`: in rank order.
+def make_setup(
+    config: EngineConfig, spec: ModelSpec, plan: Plan, fleet: Sequence[DeviceInfo], eos_token_ids: list[int]
+) -> tuple[Setup, str]:
+    """The setup, and the memory ledger as text. `fleet`: in rank order.
 
     Raises ValueError with the numbers when the plan does not fit the memory.
     """
-    config, spec = args.config, args.spec
-    plan = with_devices(args.plan, fleet)
+    plan = plan.with_devices({info.rank: info.device for info in fleet})  # "auto" left the choice to the ranks
     dtype = resolve_dtype(config.dtype, spec)
     ledger = plan_memory(
         spec,
@@ -41,30 +40,16 @@ def make_setup(args: DriverArgs, fleet: Sequence[DeviceInfo]) -> tuple[Setup, st
         dtype=dtype,
         block_size=config.block_size,
         num_pages=ledger.num_pages,
-        pages_per_haul=pages_per_haul(spec, config.block_size, dtype),
+        max_transfer_pages=max_transfer_pages(spec, config.block_size, dtype),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len or ledger.largest_context,
         seed=config.seed,
         enforce_eager=config.enforce_eager,
-        eos_token_ids=args.eos_token_ids,
+        eos_token_ids=eos_token_ids,
         logprobs_mode=config.logprobs_mode,
         step_timeout=config.step_timeout,
         trace=config.trace is not None,
         progress=config.progress,
     )
     return setup, str(ledger)
-
-
-def with_devices(plan: Plan, fleet: Sequence[DeviceInfo]) -> Plan:
-    """The plan with the devices that the ranks really took ("auto" and "cuda" leave the choice to them)."""
-    taken = {info.rank: info.device for info in fleet}
-    stages = tuple(
-        msgspec.structs.replace(
-            stage,
-            primaries=tuple(msgspec.structs.replace(p, device=taken[p.rank]) for p in stage.primaries),
-        )
-        for stage in plan.stages
-    )
-    workers = tuple(msgspec.structs.replace(w, device=taken[w.rank]) for w in plan.workers)
-    return Plan(stages=stages, workers=workers)

@@ -1,1 +1,1 @@
-"""Level 7: what Python users touch: `LLM`, prompts, tokens to text, and the connection to the driver."""
+"""Level 7: the Python interface: `LLM`, prompts, detokenisation, and the connection to the driver."""

@@ -1,11 +1,11 @@
-"""The front end's thread that talks to the driver, and what its callers wait for.
+"""The front end's thread that talks to the driver, and the inboxes that its callers wait for.
 
-One thread owns the socket. Callers put encoded messages into a queue and wake it; what comes back goes to the inbox of
-the call that it belongs to, and whatever ends the fleet reaches every inbox. So no caller ever takes what another one
-waits for, and Ctrl-C never strikes between receiving and delivering.
+One thread owns the socket. Callers put encoded messages into a queue and wake it; answers go to the inbox of the call
+that they belong to, and the end of the fleet goes to every inbox. So no caller takes what another one waits for, and
+Ctrl-C cannot interrupt between receiving and delivering.
 
-Nothing here takes a lock: a signal handler or a generator that is collected may call `close` or `forget` anywhere, in
-the thread that would hold it.
+There are no locks: a signal handler, or the end of a generator that is collected, may call `close` or `forget` at any
+moment, in the very thread that would hold one.
 """
 
 import os
@@ -20,27 +20,29 @@ from typing import TypeVar
 from hetis.comm.control import ControlClient, encode
 from hetis.core import messages as m
 from hetis.launch.local_launcher import end_launcher
-from hetis.processes import supervision
+from hetis.processes.failure import FailureRecord, describe_end
+from hetis.processes.supervision import open_pidfd
+from hetis.processes.waker import Waker
 
-POLL_SECONDS = 0.2  # where the system does not say when a process ends
+POLL_SECONDS = 0.2  # where the system has no pidfd to tell when the launcher ends
 
 Answer = TypeVar("Answer", m.EngineReady, m.FleetStats, m.ProfileReport)
 
 
 class EngineDeadError(RuntimeError):
-    """The fleet is gone; the message says which rank on which device, and why."""
+    """The fleet has ended; the message says which rank failed, on which device, and why."""
 
     def again(self) -> "EngineDeadError":
-        """The same error for one more call that waited."""
+        """A copy, for one more call that waited."""
         return type(self)(str(self))
 
 
 class FleetRefusedError(EngineDeadError, ValueError):
-    """The fleet ended because it cannot be what was asked for."""
+    """The fleet ended because what was asked for is impossible."""
 
 
 class Inbox:
-    """What came for one call and has not been taken yet."""
+    """Outputs that one call has not taken yet."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[list[m.TokenOutput] | EngineDeadError] = SimpleQueue()
@@ -49,7 +51,7 @@ class Inbox:
         self._queue.put(item)
 
     def get(self) -> list[m.TokenOutput]:
-        """Waits for new tokens; EngineDeadError when there will be none."""
+        """Waits for outputs; EngineDeadError when there will be none."""
         item = self._queue.get()
         if isinstance(item, EngineDeadError):
             raise item.again()
@@ -57,16 +59,18 @@ class Inbox:
 
 
 class Channel(threading.Thread):
-    """Carries messages from its start to the end of the fleet. It never refers to the `EngineClient`, whose deletion
-    ends the fleet."""
+    """Carries messages from its start to the end of the fleet.
+
+    It holds no reference to the `EngineClient`, whose deletion ends the fleet.
+    """
 
     def __init__(self, directory: Path, launcher: "subprocess.Popen[bytes] | None") -> None:
-        """`launcher`: of the ranks; None under torchrun, where they and `directory` belong to rank 0."""
+        """`launcher`: the process that started the ranks; None under torchrun, where rank 0 owns `directory`."""
         super().__init__(name="hetis front end", daemon=True)
         self._directory, self._launcher = directory, launcher
         self._control = ControlClient(f"ipc://{directory / 'front'}", f"front-{os.getpid()}", "front")
-        self._waker = supervision.Waker()
-        self._launcher_end = None if launcher is None else supervision.open_pidfd(launcher.pid)
+        self._waker = Waker()
+        self._launcher_end = None if launcher is None else open_pidfd(launcher.pid)
         self._outgoing: SimpleQueue[bytes] = SimpleQueue()
         self._answers: SimpleQueue[m.Message | EngineDeadError] = SimpleQueue()
         self._inboxes: dict[str, Inbox] = {}  # by request
@@ -95,8 +99,8 @@ class Channel(threading.Thread):
         self._waker.wake()
 
     def ask(self, question: m.Message, kind: type[Answer], on_progress: Callable[[m.Message], None]) -> Answer:
-        """For one thread at a time."""
-        while not self._answers.empty():  # to calls that were interrupted
+        """The answer to a question. For one thread at a time."""
+        while not self._answers.empty():  # for calls that were interrupted
             self._answers.get()
         self._check_end()  # an end that comes later finds the queue empty
         self.send([question])
@@ -107,10 +111,10 @@ class Channel(threading.Thread):
         return answer
 
     def close(self) -> None:
-        """Returns when the fleet has ended."""
+        """Ends the fleet, and waits for that."""
         self._closing = True
         self._waker.wake()
-        if threading.current_thread() is not self:  # collected here: the end comes soon
+        if threading.current_thread() is not self:  # the client may be collected in this thread
             self.join()
 
     def _check_end(self) -> None:
@@ -130,14 +134,14 @@ class Channel(threading.Thread):
             self._end_calls(end)
 
     def _end_calls(self, end: EngineDeadError) -> None:
-        """Every call that waits, and every later one, gets `end`."""
+        """Raises `end` in every call that waits, and in every later one."""
         self._end = end
         for inbox in set(self._inboxes.copy().values()):
             inbox.put(end)
         self._answers.put(end)
 
     def _serve(self) -> EngineDeadError:
-        """Carries messages until the fleet ends or is to be closed; why."""
+        """Carries messages until the fleet ends or is closed; returns why."""
         others = [self._waker.fileno()] + ([] if self._launcher_end is None else [self._launcher_end])
         wait = self._control.waiter(*others, until_lost=self._launcher is None)
         seconds = POLL_SECONDS if self._launcher is not None and self._launcher_end is None else None
@@ -168,7 +172,7 @@ class Channel(threading.Thread):
         found: dict[Inbox, list[m.TokenOutput]] = {}
         for new in message.outputs:
             inbox = self._inboxes.get(new.id.rpartition("/")[0])
-            if inbox is not None:  # else aborted; these tokens were drawn before the driver knew
+            if inbox is not None:  # else it was aborted, and these tokens were drawn before the driver knew
                 found.setdefault(inbox, []).append(new)
         for inbox, outputs in found.items():
             inbox.put(outputs)
@@ -177,17 +181,17 @@ class Channel(threading.Thread):
         return self._control.is_lost if self._launcher is None else self._launcher.poll() is not None
 
     def _explain(self, reason: str) -> EngineDeadError:
-        """The best explanation there is."""
+        """The end of the launcher, if it was killed, else the recorded reason. `reason`: where there is none."""
         code = self._launcher.poll() if self._launcher is not None else None
-        verdict = supervision.read_verdict(self._directory)
-        if code is not None and code < 0:  # and the ranks with it
-            return EngineDeadError(f"the launcher of the ranks was killed by {supervision.signal_name(-code)}.")
-        if verdict is None:
+        if code is not None and code < 0:  # which has killed the ranks
+            return EngineDeadError(f"the launcher of the ranks {describe_end(-code)}.")
+        recorded = FailureRecord(self._directory).read()
+        if recorded is None:
             return EngineDeadError(reason)
-        return FleetRefusedError(verdict.reason) if verdict.refused else EngineDeadError(verdict.reason)
+        return FleetRefusedError(recorded.text) if recorded.refused else EngineDeadError(recorded.text)
 
     def _shut_down(self) -> None:
-        """Ends what is left of the fleet."""
+        """Ends what still runs of the fleet."""
         self._send_all()
         self._control.send(m.Shutdown())
         if self._launcher is None:

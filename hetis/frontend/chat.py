@@ -1,16 +1,16 @@
-"""Conversations as text: checked, flattened, and rendered by a chat template."""
+"""Conversations: checked, reduced to text, and rendered by a chat template."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hetis.frontend.prompts import check_text, kind_of
 
-Message = Mapping[str, Any]  # as in OpenAI's interface: "role", "content", and what the template knows besides
+Message = Mapping[str, Any]  # OpenAI's form: "role", "content", and other keys that the template uses
 Conversation = Sequence[Message]
 
 
 def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
-    """One conversation or many."""
+    """A list of conversations from one conversation or several. Raises ValueError for other types."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise ValueError(f"messages is {kind_of(messages)}; give a list of messages, or a list of such lists.")
     if any(isinstance(message, Mapping) for message in messages):
@@ -29,12 +29,14 @@ def render(
     tools: list[dict[str, Any]] | None,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> str:
-    """The text of a conversation. ValueError, naming the conversation, for messages that are none, and for whatever the
-    template refuses."""
+    """The text of a conversation, rendered by the chat template.
+
+    Raises ValueError, with the index of the conversation, for wrong messages and for errors of the template.
+    """
     if chat_template is None and tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template: give chat_template, or use generate.")
+        raise ValueError("the tokenizer has no chat template; give chat_template, or use generate.")
     if add_generation_prompt and continue_final_message:
-        raise ValueError("continue_final_message needs add_generation_prompt=False: a message goes on or a new begins.")
+        raise ValueError("continue_final_message needs add_generation_prompt=False, as no new message begins.")
     messages = _plain_messages(index, conversation)
     try:
         text: str = tokenizer.apply_chat_template(
@@ -46,9 +48,9 @@ def render(
             tools=tools,
             **(chat_template_kwargs or {}),
         )
-    except Exception as error:  # of jinja2, of transformers, and whatever a template does to values
+    except Exception as error:  # errors of jinja2, of transformers, and of expressions in the template
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"conversation {index}: the chat template does not take it ({reason}).") from error
+        raise ValueError(f"conversation {index} is refused by the chat template ({reason}).") from error
     return check_text(f"conversation {index}", text)
 
 
@@ -60,7 +62,7 @@ def _plain_messages(index: int, conversation: Conversation) -> list[dict[str, An
 
 
 def _plain_message(name: str, message: Message) -> dict[str, Any]:
-    """With its content as text. Parts of text are joined by line breaks, as in vLLM."""
+    """The message with its content as text; several parts are joined by line breaks, as in vLLM."""
     if not isinstance(message, Mapping):
         raise ValueError(f"{name} is {kind_of(message)}; give a dict with 'role' and 'content'.")
     if not isinstance(message.get("role"), str):
@@ -81,4 +83,4 @@ def _part(name: str, part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise ValueError(f"{name} has a part of type {kind!r}; only text is understood: {{'type': 'text', 'text': ...}}.")
+    raise ValueError(f"{name} has a part of type {kind!r}; give text parts only: {{'type': 'text', 'text': ...}}.")

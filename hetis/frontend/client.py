@@ -1,4 +1,4 @@
-"""A front end's hold on a fleet: starts it or attaches to it, sends requests, receives tokens, ends it."""
+"""A front end's use of a fleet: starts it or attaches to it, sends requests, receives tokens, ends it."""
 
 import os
 import shutil
@@ -12,37 +12,38 @@ from hetis.core.config import EngineConfig
 from hetis.core.plan import Plan
 from hetis.frontend.channel import Answer, Channel, Inbox
 from hetis.frontend.progress import ProgressBar, progress_bar
-from hetis.launch import member as launch
+from hetis.launch import torchrun
 from hetis.launch.capacity import check_processes
 from hetis.launch.local_launcher import end_launcher, start_launcher
+from hetis.launch.run_directory import make_run_directory
 
 
 class ForkedError(RuntimeError):
-    """The process was forked after the fleet was started: the connection to it belongs to the parent."""
+    """This process was forked after the fleet was started: the connection to it belongs to the parent."""
 
 
 class EngineClient:
-    """One fleet. Safe to use from threads; not from a forked child, where every call raises ForkedError."""
+    """One fleet, for any thread. In a forked child every call but `close` raises ForkedError."""
 
-    def __init__(self, config: EngineConfig, plan: Plan) -> None:
-        """Starts the ranks on this host, or, as the front end under torchrun, attaches to those that run.
+    def __init__(self, config: EngineConfig, plan: Plan, *, measure: bool = False) -> None:
+        """Starts the ranks on this host; as the front end under torchrun it attaches to those that run.
 
-        Returns at once: `wait_until_ready` waits for the fleet.
+        Returns at once: `wait_until_ready` waits for the fleet. `measure`: every device and link is measured anew.
         """
         self._pid, self._progress = os.getpid(), config.progress
         self._asking = threading.Lock()
-        self._channel = _start_channel(config, plan)
+        self._channel = _start_channel(config, plan, measure)
         weakref.finalize(self, _close, self._channel, self._pid)
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a fleet to talk to, as far as this end knows."""
+        """Whether the fleet runs, as far as this process knows."""
         return os.getpid() == self._pid and self._channel.is_open
 
     def wait_until_ready(self) -> m.EngineReady:
-        """EngineDeadError when the fleet fails, FleetRefusedError when it cannot be what was asked for.
+        """Waits until the fleet is up; on a terminal, a bar shows how far measuring is.
 
-        Shows how far measuring is, on a terminal.
+        Raises EngineDeadError when the fleet fails, FleetRefusedError when what was asked for is impossible.
         """
         with _MeasuringBar(self._progress) as bar:
             return self.ask(m.Attach(), m.EngineReady, bar.follow)
@@ -50,34 +51,35 @@ class EngineClient:
     def ask(
         self, question: m.Message, kind: type[Answer], on_progress: Callable[[m.Message], None] = lambda _: None
     ) -> Answer:
-        """The answer to a question, one at a time; EngineDeadError when there will be none. `on_progress`: gets what
-        comes before the answer.
+        """The answer to a question; threads ask in turn. EngineDeadError when there will be none.
+
+        `on_progress`: called with messages that come before the answer.
         """
         self._check_process()
         with self._asking:
             return self._channel.ask(question, kind, on_progress)
 
     def open(self, request_ids: Iterable[str], requests: Iterable[m.Message]) -> Inbox:
-        """Sends `requests`; their tokens, and those of all sequences called `request_id/...`, come to the inbox.
+        """Sends `requests`; the inbox gets the tokens of sequences whose id is `request_id/...`.
 
-        EngineDeadError when the fleet has failed, or has been closed.
+        Raises EngineDeadError when the fleet has failed, or has been closed.
         """
         self._check_process()
         return self._channel.open(request_ids, requests)
 
     def send(self, messages: Iterable[m.Message]) -> None:
-        """Lost, if the fleet has ended: the inboxes say so."""
+        """Sends messages. They are lost if the fleet has ended, which inboxes report."""
         self._check_process()
         self._channel.send(messages)
 
     def forget(self, request_id: str) -> None:
-        """Nothing more is wanted of this request."""
+        """Drops what still comes for this request."""
         self._channel.forget(request_id)
 
     def close(self) -> None:
-        """Ends the fleet, which has some seconds to do so in order; returns when it has ended.
+        """Ends the fleet, which has some seconds to end in order, and waits for that.
 
-        Harmless when called again, from several threads or from a signal handler, and in a forked child.
+        May be called again, from several threads, from a signal handler, and in a forked child, where it does nothing.
         """
         _close(self._channel, self._pid)
 
@@ -89,22 +91,22 @@ class EngineClient:
             )
 
 
-def _start_channel(config: EngineConfig, plan: Plan) -> Channel:
-    """To the fleet of torchrun, or to a new one. What was started ends if not all of it can be."""
-    if launch.fleet_directory is not None:
-        channel = Channel(launch.fleet_directory, None)
+def _start_channel(config: EngineConfig, plan: Plan, measure: bool) -> Channel:
+    """The channel to the fleet of torchrun, or to a new one, of which nothing stays if not all of it can start."""
+    if torchrun.fleet_directory is not None:
+        channel = Channel(torchrun.fleet_directory, None)
         channel.start()
         return channel
     if not config.oversubscribe:
         check_processes(plan)
     with ExitStack() as started:
-        directory = launch.make_run_directory()
+        directory = make_run_directory()
         started.callback(shutil.rmtree, directory, ignore_errors=True)
-        launcher = start_launcher(config, plan, directory)
+        launcher = start_launcher(config, plan, directory, measure=measure)
         started.callback(end_launcher, launcher)
         channel = Channel(directory, launcher)
         channel.start()
-        started.pop_all()  # from here on the channel ends them
+        started.pop_all()  # the channel ends them from now on
     return channel
 
 
@@ -114,7 +116,7 @@ def _close(channel: Channel, pid: int) -> None:
 
 
 class _MeasuringBar(ExitStack):
-    """How far measuring is, from the first message about it to the end of the block."""
+    """A bar for the progress of measuring, from the first message about it to the end of the block."""
 
     def __init__(self, show: bool) -> None:
         super().__init__()

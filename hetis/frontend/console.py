@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, full, slow, or not able to write all of Unicode; and tables for terminals."""
+"""Output to standard streams that may be closed, full, or unable to encode Unicode; and tables for terminals."""
 
 import io
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from hetis.processes.children import open_standard_descriptors
+from hetis.processes.start import open_standard_descriptors
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def prepare_streams() -> None:
-    """The caller's standard streams never end a run.
+    """Makes standard streams safe to use.
 
-    Closed ones (`hetis … >&-`) become the null device; a character that the locale's encoding lacks is written as "?".
+    Closed streams (`hetis … >&-`) become the null device; characters that the locale cannot encode are written as "?".
     """
     open_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
@@ -26,7 +26,10 @@ def prepare_streams() -> None:
 
 
 def write(text: str) -> None:
-    """To standard output, at once. BrokenPipeError when its reader is gone; ValueError when it cannot be written."""
+    """Writes to standard output and flushes it.
+
+    Raises BrokenPipeError if its reader has closed it, ValueError if it cannot be written for another reason.
+    """
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -34,28 +37,29 @@ def write(text: str) -> None:
         raise
     except OSError as error:
         drop_output()
-        raise ValueError(f"standard output cannot be written ({error.strerror}).") from error
+        raise ValueError(f"standard output cannot be written ({error.strerror}); redirect it elsewhere.") from error
 
 
 def write_message(text: str) -> None:
-    """A line on standard error; lost where that cannot be written: it is no part of the result."""
+    """Writes a line to standard error; errors are ignored, since messages are not part of the result."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def drop_output() -> None:
-    """What is still buffered for standard output has no reader: the interpreter's end must not try, and fail."""
+    """Redirects standard output to the null device, so that the interpreter's final flush does not fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
 
 
 def is_terminal(stream: object) -> bool:
+    """Whether `stream` is a terminal; False for None, a process's missing stream."""
     return bool(getattr(stream, "isatty", bool)())
 
 
 def new_table(words: Iterable[str], numbers: Iterable[str]) -> "Table":
-    """Columns of words, then of numbers."""
+    """A table with left-aligned columns titled `words`, then right-aligned ones titled `numbers`."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -67,7 +71,7 @@ def new_table(words: Iterable[str], numbers: Iterable[str]) -> "Table":
 
 
 def render(*parts: "RenderableType") -> str:
-    """Text of tables and paragraphs, one below the other, as wide as they need: a table must not be cut."""
+    """Tables and paragraphs as text, one below the other, as wide as necessary, so that no column is cut."""
     from rich.console import Console
 
     console = Console(width=1000, color_system=None, highlight=False, legacy_windows=False)

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: whole characters only, and nothing that may turn out to be part of a stop string."""
+"""Incremental detokenisation: emits whole characters only, and nothing that may become part of a stop string."""
 
 import codecs
 import re
@@ -9,34 +9,35 @@ from typing import Any
 
 from hetis.core.sampling_params import SamplingParams
 
-_UNFINISHED = "\ufffd"  # what decoders make of bytes that are no character (yet)
-_PROMPT_TOKENS = 6  # of the prompt's end, decoded with the first token so that it gets its space
-_MOST_PENDING = 8  # tokens, each of which ends within a character
-_LAST_TOKENS = 4  # at least the bytes of the last character
-_CONTINUATION = {bytes([byte]) for byte in range(0x80, 0xC0)}  # all bytes of a character but its first
+_UNFINISHED = "\ufffd"  # decoders replace bytes that are not (yet) a character by this
+_PROMPT_TOKENS = 6  # last tokens of the prompt, decoded with the first output token so that it gets its space
+_MOST_PENDING = 8  # tokens in a row that end within a character
+_LAST_TOKENS = 4  # a character has at most four bytes, so these hold the last one
+_CONTINUATION = {bytes([byte]) for byte in range(0x80, 0xC0)}  # bytes of a character after its first
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Detokenizer:
-    """The text of one sequence, given out piece by piece."""
+    """The text of one sequence, emitted in pieces."""
 
     def __init__(self, tokenizer: Any, params: SamplingParams, prompt_token_ids: Sequence[int] = ()) -> None:
-        """`tokenizer`: `tokenizers.Tokenizer`, or a fast tokenizer of transformers. The prompt decides how the output
-        begins (with some tokenizers, whether a word at its start has a space before it); it is not part of the text."""
-        self.text = ""  # given out so far
+        """`tokenizer`: a `tokenizers.Tokenizer`, or a fast tokenizer of transformers. `prompt_token_ids`: context, not
+        part of the text; with some tokenizers it decides whether the first word has a space."""
+        self.text = ""  # emitted so far
         self.num_tokens = 0
         self._params = params
         self._decoder = _TokenDecoder(tokenizer, params)
         self._decoder.prime(prompt_token_ids)
         self._checker = StopChecker(params.stop)
-        self._held = ""  # decoded, but perhaps the begin of a stop string
+        self._held = ""  # decoded, but perhaps the prefix of a stop string
         self._stopped = False
 
     def append(self, token_ids: Iterable[int], hide: bool = False) -> tuple[str, str | None]:
-        """Text that is certain now, and the stop string that ended it, if any; then the tokens after it are ignored.
+        """Appends tokens; returns the text that is certain now, and the stop string that ended it or None.
 
-        `hide`: these tokens end the sequence (end of sequence or stop token), and show only with
-        `include_stop_str_in_output`. A stop string counts when it ends after the first `min_tokens` tokens.
+        `hide`: the tokens end the sequence (end of sequence or stop token), and are shown only with
+        `include_stop_str_in_output`. A stop string is effective if it ends after the first `min_tokens` tokens; tokens
+        after it are ignored.
         """
         assert not self._stopped, "nothing can follow a stop string"
         piece = ""
@@ -51,10 +52,10 @@ class Detokenizer:
         return piece, None
 
     def finish(self) -> str:
-        """The text still held back, when the sequence ends. Bytes that never became a character are dropped."""
+        """Ends the sequence; returns the text held back. Bytes that are not a whole character are dropped."""
         piece, stop = self._advance(self._decoder.flush())
         if stop is None:
-            piece += self._give_out(len(self._held))
+            piece += self._emit(len(self._held))
         return piece
 
     def _advance(self, new: str) -> tuple[str, str | None]:
@@ -64,41 +65,41 @@ class Detokenizer:
         found = self._checker.feed(new, counts=self.num_tokens > self._params.min_tokens)
         self._held = held
         if found is None:
-            hold = 0 if self._params.include_stop_str_in_output else self._checker.longest_begin()
-            return self._give_out(len(held) - hold), None
+            hold = 0 if self._params.include_stop_str_in_output else self._checker.longest_prefix()
+            return self._emit(len(held) - hold), None
         stop, end = found
         end += len(held) - len(new)
         self._stopped = True
-        piece = self._give_out(end if self._params.include_stop_str_in_output else end - len(stop))
+        piece = self._emit(end if self._params.include_stop_str_in_output else end - len(stop))
         self._held = ""
         return piece, stop
 
-    def _give_out(self, length: int) -> str:
+    def _emit(self, length: int) -> str:
         piece, self._held = self._held[:length], self._held[length:]
         self.text += piece
         return piece
 
 
 class StopChecker:
-    """Finds stop strings in text that comes in pieces.
+    """Finds stop strings in text that arrives in pieces.
 
-    The match that ends first counts, and of those that end together the longest: whatever the pieces are. The text goes
-    through once, character by character, with one state for all stop strings (Aho and Corasick 1975).
+    Reports the match that ends first and, of matches that end together, the longest, independent of the pieces. Reads
+    each character once, with one state for all stop strings (Aho and Corasick 1975).
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._state = _automaton(tuple(stops))
 
     def feed(self, new: str, counts: bool = True) -> tuple[str, int] | None:
-        """The stop string that is complete first, and where in `new` it ends. Unless it `counts`, it is passed over."""
+        """The stop string that is complete first, and its end in `new`. Ignores all of them unless `counts`."""
         for end, character in enumerate(new, start=1):
             self._state = self._state.step(character)
             if counts and self._state.stop is not None:
                 return self._state.stop, end
         return None
 
-    def longest_begin(self) -> int:
-        """Characters at the end of the text that may become a stop string: the longest proper begin of any of them."""
+    def longest_prefix(self) -> int:
+        """Length of the text's end that may become a stop string: the longest proper prefix of any of them."""
         state = self._state
         while not state.following and state.shorter is not None:
             state = state.shorter
@@ -106,14 +107,14 @@ class StopChecker:
 
 
 class _State:
-    """The longest begin of a stop string that the text ends with."""
+    """A node of the automaton: the longest prefix of a stop string that the text ends with."""
 
     __slots__ = ("depth", "following", "shorter", "stop")
 
     def __init__(self, depth: int = 0) -> None:
         self.depth = depth
         self.following: dict[str, _State] = {}
-        self.shorter: _State | None = None  # the next longest begin that the text ends with; None: this one is empty
+        self.shorter: _State | None = None  # the next longest such prefix; None: this one is empty
         self.stop: str | None = None  # the longest stop string that the text ends with
 
     def step(self, character: str) -> "_State":
@@ -127,7 +128,7 @@ class _State:
 
 @lru_cache(maxsize=64)
 def _automaton(stops: tuple[str, ...]) -> _State:
-    """The state of the empty text; it does not change, so completions share it."""
+    """The state of the empty text. It is immutable, so completions share it."""
     root = _State()
     for stop in stops:
         state = root
@@ -135,7 +136,7 @@ def _automaton(stops: tuple[str, ...]) -> _State:
             state = state.following.setdefault(character, _State(state.depth + 1))
         state.stop = stop
     states = deque([root])
-    while states:  # shorter begins first
+    while states:  # shorter prefixes first
         state = states.popleft()
         for character, following in state.following.items():
             following.shorter = root if state.shorter is None else state.shorter.step(character)
@@ -146,21 +147,21 @@ def _automaton(stops: tuple[str, ...]) -> _State:
 
 @lru_cache(maxsize=4)
 def _special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Text of the special tokens by id. Cached, as some models have thousands."""
+    """Text of the special tokens by id. Cached, since some models have thousands."""
     return {token: added.content for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
 
 
 @lru_cache(maxsize=1)
 def _bytes_of_characters() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for (GPT-2's table): printable ones of Latin-1 for
-    themselves, the characters from U+0100 on for the others in turn."""
+    """The byte for each character of a byte-level token (GPT-2's table): printable characters of Latin-1 stand for
+    themselves, characters from U+0100 on for the other bytes in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 class _TokenBytes:
-    """The bytes behind tokens of tokenizers that cut characters: byte-level ones, and those that fall back to bytes."""
+    """Bytes of tokens, for tokenizers that may cut characters: byte-level ones and those with byte fallback."""
 
     def __init__(self, tokenizer: Any) -> None:
         kind = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
@@ -168,13 +169,13 @@ class _TokenBytes:
         self._is_byte_level, self._has_fallback = b'"ByteLevel"' in kind, b'"ByteFallback"' in kind
 
     def unfinished(self, ids: Sequence[int]) -> int:
-        """Bytes at the end that are the begin of a character."""
+        """Number of bytes at the end that begin a character without completing it."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         decoder.decode(b"".join(self.of(token) for token in ids))
         return len(decoder.getstate()[0])
 
     def continues(self, token: int) -> bool:
-        """Whether it begins within a character."""
+        """Whether the token begins within a character."""
         return self.of(token)[:1] in _CONTINUATION
 
     def of(self, token: int) -> bytes:
@@ -194,12 +195,12 @@ def _token_bytes(tokenizer: Any) -> _TokenBytes:
 
 
 class _TokenDecoder:
-    """Tokens to text, one at a time.
+    """Decodes tokens one at a time.
 
-    Decoding a token alone loses what depends on those before it (a space, the first bytes of a character). So a short
-    window of tokens is decoded, of which `shown` characters have been given out:
+    The text of a token may depend on those before it (a space, the first bytes of a character), so a short window of
+    tokens is decoded, of which `shown` characters have been emitted:
 
-        ids:   ... | tokens of the last text | tokens without whole text yet
+        ids:   ... | tokens of the last text | tokens without whole characters yet
                    ^ window                  ^ fresh
     """
 
@@ -215,7 +216,7 @@ class _TokenDecoder:
         self._shown = 0
 
     def prime(self, prompt_token_ids: Sequence[int]) -> None:
-        """The tokens before the first. If they end within a character, it will be given out with the output."""
+        """Sets the prompt. If it ends within a character, that character is emitted with the output."""
         end = [token for token in prompt_token_ids[-4 * _PROMPT_TOKENS :] if self._has_text(token)]
         first = max(0, len(end) - _PROMPT_TOKENS)
         while first and self._bytes.continues(end[first]):  # cut within a character
@@ -227,7 +228,7 @@ class _TokenDecoder:
             self._fresh -= 1
 
     def push(self, token: int) -> str:
-        """The whole characters that this token completes."""
+        """Appends a token; returns the whole characters that it completes."""
         if not self._has_text(token):
             return ""
         if self._joins_special and token in self._special and self._window and self._window[-1] in self._special:
@@ -246,19 +247,19 @@ class _TokenDecoder:
         return piece
 
     def flush(self) -> str:
-        """The text of pending tokens without their incomplete end."""
+        """Empties the window; returns the text of pending tokens without an incomplete character at the end."""
         piece = self._whole(self._window, self._decode(self._window))[self._shown :]
         self._window, self._fresh, self._shown = [], 0, 0
         return piece
 
     def _slide(self, ids: list[int], first: int) -> None:
-        """The window begins at `first`; all its whole characters have been given out."""
+        """Moves the window to `ids[first:]`, all of whose whole characters have been emitted."""
         self._window = ids[first:]
         self._fresh = len(self._window)
         self._shown = len(self._whole(self._window, self._decode(self._window)))
 
     def _whole(self, ids: list[int], text: str) -> str:
-        """`text`, of these tokens, less the begin of a character at its end. (A model may have written U+FFFD, too.)"""
+        """`text`, decoded from `ids`, without an incomplete character at its end. (U+FFFD may be real output.)"""
         left = self._bytes.unfinished(ids) if text.endswith(_UNFINISHED) else 0
         if not left:
             return text

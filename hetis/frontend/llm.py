@@ -1,36 +1,62 @@
-"""`LLM`: the offline class. Starts its own fleet, or, as the front end under torchrun, uses the one that runs."""
+"""`LLM`: offline inference. Starts a fleet or, as the front end under torchrun, attaches to the running one."""
 
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Never, get_args
-
-import msgspec
+from typing import Any, Literal, Never
 
 from hetis.core.config import EngineConfig
 from hetis.core.messages import FleetQuery, FleetStats
 from hetis.core.outputs import RequestOutput
 from hetis.core.request import check_token_ids
 from hetis.core.sampling_params import SamplingParams
-from hetis.core.sizes import parse_bytes
 from hetis.frontend.chat import Conversation, as_conversations, render
 from hetis.frontend.client import EngineClient
+from hetis.frontend.options import make_config
 from hetis.frontend.progress import progress_bar
 from hetis.frontend.prompts import Prompt, ReadPrompt, read_params, read_prompts
 from hetis.frontend.requests import Piece, Request
 from hetis.frontend.tokenizer import encode, load_tokenizer
-from hetis.launch.member import plan_for
+from hetis.launch.checks import plan_for
 
 _log = logging.getLogger("hetis")
 
 
 class LLM:
-    """One model over one fleet. A context manager; `close` ends all processes.
+    """A model served by a fleet of devices. A context manager; `close` ends the processes of the fleet.
 
-    Any thread may use it, also several at once; a process that is forked from this one may not.
+    Any thread may use it, also several at once; a forked child may not. Options, with vLLM's names where the meaning is
+    the same (a rank is one process of the fleet, with one device):
+
+    - model: directory or Hugging Face id; None: the small model in the package.
+    - revision: branch, tag or commit of the model on the hub; None: main.
+    - tokenizer: directory or Hugging Face id; None: that of the model.
+    - plan: "P+A" (P primaries hold the weights, A attention workers only KV cache), a plan file, or its content.
+    - device: "cpu", "cuda", "cuda:N" or "auto" (a GPU if there is one) of each rank for which the plan names none.
+    - dtype: of weights, activations and KV cache; "auto": as in the checkpoint.
+    - load_format: "auto" or "safetensors": read the checkpoint; "dummy": random weights.
+    - max_model_len: most tokens of a prompt and its output together; None: what the model and the memory allow.
+    - max_num_seqs: most sequences that run at once; others wait.
+    - max_num_batched_tokens: most tokens computed at once, in all pipeline stages together.
+    - block_size: tokens in a page of the KV cache.
+    - kv_cache_memory: bytes, or text like "2GiB", for every rank or by rank ({0: "1GiB"}); None: from free memory.
+    - seed: for requests without a seed, and for dummy weights.
+    - enforce_eager: compute linear layers with plain torch, not with hetis's kernels; slower, for debugging.
+    - max_logprobs: most log-probabilities per token that a request may ask for; -1: no limit.
+    - logprobs_mode: "raw_logprobs" (nats) or "raw_logits"; before biases, penalties and temperature.
+    - dispatch: placement of head groups: by measured speed ("hetis"), by free memory ("proportional"), the
+      same number on each device ("even"), or all on the primaries ("primary-only").
+    - theta: hysteresis threshold: lanes migrate when the slowest device exceeds the lower bound by this fraction.
+    - migration_budget: most bytes of KV cache per second that migrate to balance the fleet; 0: none.
+    - profile: file that `hetis profile` wrote; None: measured at start if there are attention workers.
+    - profile_cache: False: measure every rank anew and by itself, and keep nothing for later starts.
+    - trace: file for a Chrome trace of what every rank does; None: no trace.
+    - step_timeout: seconds without an answer after which a rank counts as failed.
+    - oversubscribe: start more ranks than the host has memory and cores for.
+    - progress: show progress bars where stderr is a terminal.
     """
 
     def __init__(
@@ -52,34 +78,34 @@ class LLM:
         enforce_eager: bool = False,
         max_logprobs: int = 20,
         logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs",
-        dispatch: Literal["hetis", "highs", "proportional", "even", "primary-only"] = "hetis",
+        dispatch: Literal["hetis", "proportional", "even", "primary-only"] = "hetis",
         theta: float = 0.5,
         migration_budget: int = 256 << 20,
         profile: str | Path | None = None,
         profile_cache: bool = True,
-        measure: bool = False,
         trace: str | Path | None = None,
         step_timeout: float = 60.0,
         oversubscribe: bool = False,
         progress: bool = True,
-        **unknown: Never,
+        **unknown: Never,  # refused by type checkers, and by `make_config` with the names that exist
     ) -> None:
-        """Names are vLLM's where the meaning is the same; `EngineConfig` says what each does.
-
-        `model`: directory or hub id; None: the small model in the package. `plan`: "P+A", a plan file, or a dict of
-        what stands in one. `kv_cache_memory`: bytes or text like "2GiB", for every rank or by rank; None: decided from
-        free memory. Raises ValueError for whatever does not fit together, and EngineDeadError when the fleet fails.
-        """
-        given = {name: value for name, value in locals().items() if name in EngineConfig.__struct_fields__}
-        config = make_config(**given, **unknown)
+        """Raises ValueError for options that are wrong or do not fit together, EngineDeadError when the fleet fails."""
+        config = make_config(
+            model=model, revision=revision, tokenizer=tokenizer, plan=plan, device=device, dtype=dtype,
+            load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, block_size=block_size, kv_cache_memory=kv_cache_memory,
+            seed=seed, enforce_eager=enforce_eager, max_logprobs=max_logprobs, logprobs_mode=logprobs_mode,
+            dispatch=dispatch, theta=theta, migration_budget=migration_budget, profile=profile,
+            profile_cache=profile_cache, trace=trace, step_timeout=step_timeout,
+            oversubscribe=oversubscribe, progress=progress, **unknown,
+        )  # fmt: skip
         _, spec, resolved = plan_for(config)
         self.vocab_size = spec.vocab_size
         self._max_logprobs = config.max_logprobs
         self._request_numbers = count(1)
         self._client = EngineClient(config, resolved)
         try:
-            # in this process, while the ranks start
-            self.tokenizer = _tokenizer_of(config)
+            self.tokenizer = _tokenizer_of(config)  # while the ranks start
             ready = self._client.wait_until_ready()
         except BaseException:
             self._client.close()
@@ -94,15 +120,15 @@ class LLM:
         use_tqdm: bool = True,
         add_special_tokens: bool = True,
     ) -> list[RequestOutput]:
-        """Answers in the order of the prompts.
+        """Generates completions of the prompts; returns one `RequestOutput` per prompt, in their order.
 
         A prompt is text, token ids (a list, or a one-dimensional array of numpy or torch), `{"prompt": text}` or
-        `{"prompt_token_ids": ids}`; parameters are one for all, or one each. `use_tqdm`: a progress bar for more than
-        one prompt, where stderr is a terminal. `add_special_tokens`: text gets those that the tokenizer puts around it,
-        such as the begin of sequence (once, if the text has it already).
+        `{"prompt_token_ids": ids}`. `sampling_params`: one for all prompts, or one each; None: the defaults.
+        `use_tqdm`: show a progress bar for several prompts, where stderr is a terminal. `add_special_tokens`: encode
+        text with the special tokens of the tokenizer, such as begin of sequence (once, if the text has it already).
 
-        Raises ValueError for a bad prompt or parameter, before anything runs. A request that fails later costs no other
-        its answer: its `finish_reason` is "error", and `error` says why.
+        Raises ValueError for a wrong prompt or parameter, before any request runs. A request that fails later does not
+        affect the others: its `finish_reason` is "error", and `error` is the reason.
         """
         requests = self._make_requests(read_prompts(prompts), sampling_params, add_special_tokens)
         return self._finish(requests, use_tqdm)
@@ -119,11 +145,11 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers to a conversation, or to each of several; their text is the output's `prompt`.
+        """Generates answers to one conversation or to each of several; the rendered text is the output's `prompt`.
 
         `messages`: dicts with "role" and "content" (text, or a list of `{"type": "text", "text": ...}`).
-        `chat_template`: Jinja text, or the name of one of the tokenizer's; None: the tokenizer's own. The other
-        arguments go to the template. Raises ValueError as `generate` does, and for what the template does not take.
+        `chat_template`: Jinja text, or the name of one of the tokenizer's templates; None: its default. The other
+        arguments are passed to the template. Raises ValueError as `generate` does, and for what the template refuses.
         """
         prompts = [
             ReadPrompt(
@@ -141,7 +167,7 @@ class LLM:
             )
             for index, conversation in enumerate(as_conversations(messages))
         ]
-        # the template has put the special tokens where they belong
+        # the template has inserted the special tokens
         return self._finish(self._make_requests(prompts, sampling_params, add_special_tokens=False), use_tqdm)
 
     def stream(
@@ -151,20 +177,24 @@ class LLM:
         *,
         add_special_tokens: bool = True,
     ) -> Iterator[Piece]:
-        """Pieces of all answers as they come. Leaving the loop early aborts the rest."""
+        """Yields pieces of all completions as they are generated. Leaving the loop early aborts what is unfinished.
+
+        Arguments and errors are those of `generate`.
+        """
         return self._run(self._make_requests(read_prompts(prompts), sampling_params, add_special_tokens))
 
     def fleet_stats(self) -> FleetStats:
-        """Counters of every device: role, heads, pages, attention time, bytes over links."""
+        """Counters of the fleet and of every rank: heads, pages, attention time, bytes sent over links."""
         return self._client.ask(FleetQuery(), FleetStats)
 
     def get_tokenizer(self) -> Any:
-        """The fast tokenizer, as transformers has it. ValueError if the model has none."""
+        """The fast tokenizer of transformers. Raises ValueError if the model has none."""
         if self.tokenizer is None:
-            raise ValueError("the model has no tokenizer: give prompts as token ids, or a tokenizer directory.")
+            raise ValueError("the model has no tokenizer; give prompts as token ids, or a tokenizer (tokenizer=).")
         return self.tokenizer
 
     def close(self) -> None:
+        """Ends all processes of the fleet; may be called again."""
         self._client.close()
 
     def __enter__(self) -> "LLM":
@@ -176,7 +206,7 @@ class LLM:
         self.close()
 
     def _finish(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        """Runs them to their end."""
+        """Runs the requests until they are finished, behind a progress bar."""
         num_tokens, start = 0, time.perf_counter()
         total = sum(request.num_completions for request in requests)
         with progress_bar("generating", total, show=use_tqdm and len(requests) > 1) as bar:
@@ -198,7 +228,7 @@ class LLM:
             while running:
                 for new in inbox.get():
                     request = running.get(new.id.rpartition("/")[0])
-                    if request is None:  # finished by a stop string; these tokens were drawn before the driver knew
+                    if request is None:  # finished by a stop string; drawn before the driver received the abort
                         continue
                     piece, abort = request.add(new)
                     if abort is not None:
@@ -238,7 +268,7 @@ class LLM:
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
         if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: give stop_token_ids, or a tokenizer directory.")
+            raise ValueError(f"prompt {index}: stop needs a tokenizer; give stop_token_ids, or a tokenizer.")
         ids = prompt.token_ids
         if ids is None:
             assert prompt.text is not None
@@ -246,8 +276,8 @@ class LLM:
         check_token_ids(f"prompt {index}", ids, self.vocab_size)
         if len(ids) >= self.max_model_len:
             raise ValueError(
-                f"prompt {index} has {len(ids)} tokens and leaves no room for an answer: "
-                f"max_model_len is {self.max_model_len}."
+                f"prompt {index} has {len(ids)} tokens, but max_model_len is {self.max_model_len}, output included; "
+                f"shorten the prompt."
             )
         return Request(str(next(self._request_numbers)), index, prompt.text, ids, params, self.tokenizer)
 
@@ -256,27 +286,3 @@ def _tokenizer_of(config: EngineConfig) -> Any:
     if config.tokenizer is None:
         return load_tokenizer(config.model, config.revision)
     return load_tokenizer(config.tokenizer, None, what="tokenizer")
-
-
-def make_config(**options: Any) -> EngineConfig:
-    """An `EngineConfig` from loose keyword arguments; ValueError names an unknown or impossible one."""
-    unknown = sorted(set(options) - set(EngineConfig.__struct_fields__))
-    if unknown:
-        raise ValueError(f"LLM has no option {unknown[0]}; known: {', '.join(EngineConfig.__struct_fields__)}.")
-    options = {name: str(value) if isinstance(value, PurePath) else value for name, value in options.items()}
-    memory = options.get("kv_cache_memory")
-    if isinstance(memory, dict):
-        for rank in memory:
-            if not isinstance(rank, int) or isinstance(rank, bool):
-                raise ValueError(f"kv_cache_memory names rank {rank!r}: ranks are integers from 0.")
-        options["kv_cache_memory"] = {rank: parse_bytes(size) for rank, size in memory.items()}
-    elif memory is not None:
-        options["kv_cache_memory"] = parse_bytes(memory)
-    for field in msgspec.structs.fields(EngineConfig):
-        try:
-            msgspec.convert(options.get(field.name, field.default), field.type)
-        except msgspec.ValidationError as error:
-            known = [choice for choice in get_args(field.type) if isinstance(choice, str)]  # of a Literal
-            what = f"known: {', '.join(known)}" if known else str(error).partition(" - at ")[0]
-            raise ValueError(f"{field.name} is {options[field.name]!r}; {what}.") from None
-    return EngineConfig(**options)

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal's stderr; nothing where stderr is a file or a pipe."""
+"""Progress bars on stderr, if it is a terminal."""
 
 import sys
 import threading
@@ -8,17 +8,17 @@ from typing import Any
 
 from hetis.frontend.console import is_terminal
 
-_drawing = threading.Lock()  # a terminal has room for one bar
+_drawing = threading.Lock()  # held while a bar is visible: a terminal shows one at a time
 
 
 class ProgressBar:
-    """Steps of a known number. Any thread may call `advance`."""
+    """Progress over a known number of steps. Any thread may call `advance`."""
 
     def __init__(self, progress: Any = None, task: Any = None) -> None:
         self._progress, self._task = progress, task
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """`count` more steps are done. `note`: shown behind the bar from now on, like a speed; None: as before."""
+        """Adds `count` finished steps. `note`: text behind the bar, such as a speed; None: unchanged."""
         if self._progress is not None:
             fields = {} if note is None else {"note": note}
             self._progress.update(self._task, advance=count, **fields)
@@ -26,9 +26,9 @@ class ProgressBar:
 
 @contextmanager
 def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[ProgressBar]:
-    """A bar for `total` steps while the block runs; it disappears at the end.
+    """Shows a bar for `total` steps while the block runs; it disappears at the end.
 
-    Invisible unless `show`, where stderr is no terminal, and while another one is visible.
+    Without effect unless `show`, if stderr is no terminal, or while another bar is visible.
     """
     if not (show and is_terminal(sys.stderr) and _drawing.acquire(blocking=False)):
         yield ProgressBar()

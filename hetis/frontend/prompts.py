@@ -1,4 +1,4 @@
-"""What users give as prompts and parameters, checked one by one: whatever is no prompt is refused with its position."""
+"""Prompts and sampling parameters in all forms that users may give. Errors name the position of a wrong one."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Number
@@ -10,7 +10,7 @@ _FORMS = "give text, a list of token ids, {'prompt': text} or {'prompt_token_ids
 
 
 class PromptDict(TypedDict):
-    """vLLM's forms. With both, the ids count, and the text is only given back."""
+    """A prompt in vLLM's form. With both keys the ids are used, and the text is only copied to the output."""
 
     prompt: NotRequired[str]
     prompt_token_ids: NotRequired[Sequence[int]]
@@ -18,7 +18,7 @@ class PromptDict(TypedDict):
 
 @runtime_checkable
 class TokenArray(Protocol):
-    """One-dimensional arrays of numpy, tensors of torch, and their like."""
+    """A one-dimensional array: numpy, torch, or another with these members."""
 
     @property
     def ndim(self) -> int: ...
@@ -33,7 +33,7 @@ Prompt = str | Sequence[int] | TokenArray | PromptDict
 
 
 class ReadPrompt:
-    """A prompt in one form: text, token ids, or ids with the text that they come from."""
+    """A checked prompt: text, token ids, or token ids with the text that the user gave."""
 
     __slots__ = ("text", "token_ids")
 
@@ -42,12 +42,12 @@ class ReadPrompt:
 
 
 def read_prompts(prompts: Prompt | Sequence[Prompt]) -> list[ReadPrompt]:
-    """One prompt, or a list of them. ValueError, naming the position, for whatever is none."""
+    """Reads one prompt or a list of prompts. Raises ValueError, with the position, for other values."""
     return [_read(f"prompt {index}", prompt) for index, prompt in enumerate(_as_list(prompts))]
 
 
 def read_params(sampling_params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """Parameters for each of `count` prompts. ValueError for another number of them, and for what are none."""
+    """Parameters for each of `count` prompts. Raises ValueError for a wrong number or type."""
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * count
     if not _is_list(sampling_params):
@@ -57,16 +57,16 @@ def read_params(sampling_params: SamplingParams | Sequence[SamplingParams] | Non
             raise ValueError(f"sampling_params {index} is {kind_of(params)}; give SamplingParams(...).")
     if len(sampling_params) != count:
         raise ValueError(
-            f"{count} prompts but {len(sampling_params)} sampling parameters: give one, or one per prompt."
+            f"{count} prompts but {len(sampling_params)} sampling parameters; give one, or one per prompt."
         )
     return list(sampling_params)
 
 
 def check_text(name: str, text: str) -> str:
-    """ValueError for text with lone surrogates, which no tokenizer takes."""
+    """Returns `text`. Raises ValueError for lone surrogates, which no tokenizer can encode."""
     if not is_unicode(text):
         position = next(index for index, character in enumerate(text) if 0xD800 <= ord(character) < 0xE000)
-        raise ValueError(f"{name} holds text that is not valid Unicode (lone surrogate at {position}).")
+        raise ValueError(f"{name} is not valid Unicode (lone surrogate at position {position}); remove it.")
     return text
 
 
@@ -75,7 +75,7 @@ def _as_list(prompts: Any) -> Sequence[Any]:
         return [prompts]
     if not _is_list(prompts):
         raise ValueError(f"prompts is {kind_of(prompts)}; {_FORMS}, or a list of these.")
-    are_ids = any(isinstance(item, Number) for item in prompts)  # valid or not
+    are_ids = any(isinstance(item, Number) for item in prompts)  # of any type: wrong ones are refused as token ids
     return [prompts] if are_ids and not any(isinstance(item, str | Mapping) for item in prompts) else prompts
 
 
@@ -118,7 +118,7 @@ def _token_ids(name: str, ids: Any) -> list[int]:
 
 
 def _is_array(value: Any) -> bool:
-    """Single numbers of numpy look like arrays, too."""
+    """Whether `value` is an array. Numpy's scalars have an array's members too, and are excluded."""
     return isinstance(value, TokenArray) and not isinstance(value, Number | memoryview)
 
 
@@ -127,7 +127,7 @@ def _is_list(value: Any) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in words."""
+    """The type of a value with its article, as in "an int", or "None"."""
     if value is None:
         return "None"
     name = type(value).__name__

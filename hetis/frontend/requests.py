@@ -1,4 +1,4 @@
-"""A request in flight at the front end: its completions, their text, and what is streamed of them."""
+"""Requests in flight at the front end: their completions, texts, and the pieces that are streamed."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Decode = Callable[[int], str]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one completion gained. The last one says how it ended, in the words of `CompletionOutput`."""
+    """New text and tokens of one completion. The last piece has the `finish_reason` of `CompletionOutput`."""
 
     prompt_index: int
     index: int  # of the completion, 0 .. n-1
@@ -30,7 +30,7 @@ class Piece:
 
 
 class Completion:
-    """One of the n answers to a prompt."""
+    """One of the n completions of a prompt."""
 
     def __init__(self, index: int, params: SamplingParams, prompt_token_ids: list[int], tokenizer: Any) -> None:
         self._decode = decode_with(tokenizer)
@@ -46,7 +46,7 @@ class Completion:
         return self.output.finish_reason is not None
 
     def add(self, new: TokenOutput) -> str:
-        """Takes over new tokens; returns the text that may be shown. A stop string ends the completion."""
+        """Appends new tokens; returns the text that is certain. A stop string finishes the completion."""
         output, text = self.output, ""
         for position, token in enumerate(new.token_ids):
             output.token_ids.append(token)
@@ -107,13 +107,14 @@ class Request:
         return all(completion.finished for completion in self._completions)
 
     def messages(self) -> Iterator[AddRequest]:
-        """One sequence per completion; each draws from a seed of its own, and only the first scores the prompt."""
+        """One sequence per completion; each has its own seed, and only the first scores the prompt."""
         for index in range(self._params.n):
             yield AddRequest(
                 id=f"{self.id}/{index}", token_ids=self._prompt_token_ids, params=self._params.for_completion(index)
             )
 
     def aborts(self) -> list[AbortRequest]:
+        """Messages that abort the unfinished completions."""
         return [
             AbortRequest(id=f"{self.id}/{completion.output.index}")
             for completion in self._completions
@@ -121,7 +122,7 @@ class Request:
         ]
 
     def add(self, new: TokenOutput) -> tuple[Piece | None, AbortRequest | None]:
-        """New tokens of a completion: what to stream, and whether the engine should stop (a stop string was found)."""
+        """Appends new tokens; returns the piece to stream, and an abort if a stop string finished the completion."""
         completion = self._completions[int(new.id.rpartition("/")[2])]
         if completion.finished:  # tokens drawn before the abort arrived
             return None, None
@@ -134,6 +135,7 @@ class Request:
         return piece, abort
 
     def output(self) -> RequestOutput:
+        """The outputs so far, in vLLM's form."""
         return RequestOutput(
             request_id=self.id,
             prompt=self._prompt,
@@ -145,7 +147,7 @@ class Request:
 
 
 def decode_with(tokenizer: Any) -> Decode | None:
-    """The text of a single token; None without a tokenizer. Safe to call from threads."""
+    """A function from a token id to its text; None without a tokenizer. Safe to call from threads."""
     if tokenizer is None:
         return None
     backend = tokenizer.backend_tokenizer
@@ -153,9 +155,9 @@ def decode_with(tokenizer: Any) -> Decode | None:
 
 
 def named_logprobs(found: TokenLogprobs, decode: Decode | None) -> dict[int, Logprob]:
-    """Token id -> logprob at one position, in vLLM's form: the drawn token first, then the best in order."""
+    """Token id -> log-probability at one position, in vLLM's form: the drawn token, then the best by rank."""
     named: dict[int, Logprob] = {}
     for token, value, rank in found.ranked():
-        if token not in named:  # the drawn token comes again among the best
+        if token not in named:  # the drawn token may be among the best
             named[token] = Logprob(logprob=value, rank=rank, decoded_token=decode(token) if decode else None)
     return named

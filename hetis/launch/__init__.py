@@ -1,1 +1,1 @@
-"""Level 6: starts the processes of a fleet, alone or under torchrun."""
+"""Level 6: starts the processes of a fleet, with or without torchrun."""

@@ -1,8 +1,9 @@
-"""What torchrun says about a rank, and what it means."""
+"""The environment that torchrun gives to a rank, and the front end of a fleet that torchrun started."""
 
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 from hetis.core.plan import Plan
 
@@ -10,17 +11,19 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP
 _ADDRESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 _OWN = "TORCHELASTIC_"  # prefix of variables that nothing but torchrun sets
 
+fleet_directory: Path | None = None  # run directory of the fleet, where this process is its front end under torchrun
+
 
 def under_torchrun() -> bool:
     """Whether torchrun started this process, as one rank of many.
 
-    RANK and WORLD_SIZE do not say so: cluster software sets them for programs that start by themselves, too.
+    RANK and WORLD_SIZE do not tell: cluster software sets them for programs without torchrun, too.
     """
     return bool(os.environ.get("TORCHELASTIC_RUN_ID"))
 
 
 def check_variables() -> None:
-    """ValueError where variables that torchrun sets are missing, or cannot be its own."""
+    """Raises ValueError where variables that torchrun sets are missing, or have values that it does not set."""
     missing = [name for name in (*RANK_VARIABLES, *_ADDRESS_VARIABLES) if not os.environ.get(name)]
     if missing:
         raise ValueError(
@@ -30,9 +33,12 @@ def check_variables() -> None:
     for prefix in ("", "LOCAL_", "GROUP_"):
         index, count = f"{prefix}RANK", f"{prefix}WORLD_SIZE"
         if not 0 <= _integer(index) < _integer(count):
-            raise ValueError(f"{index} is {os.environ[index]} and {count} is {os.environ[count]}: start with torchrun.")
+            raise ValueError(
+                f"{index} is {os.environ[index]} and {count} is {os.environ[count]}: the first must be at least 0 and "
+                f"less than the second; start with torchrun, or unset TORCHELASTIC_RUN_ID to start without it."
+            )
     if not 0 < _integer("MASTER_PORT") < 1 << 16:
-        raise ValueError(f"MASTER_PORT is {os.environ['MASTER_PORT']}: it must be a port.")
+        raise ValueError(f"MASTER_PORT is {os.environ['MASTER_PORT']}: it must be a port, from 1 to 65535.")
 
 
 def _integer(name: str) -> int:
@@ -43,13 +49,13 @@ def _integer(name: str) -> int:
 
 
 def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
-    """For processes that are no ranks of that torchrun."""
+    """An environment for processes that are no ranks of this torchrun."""
     ours = {*RANK_VARIABLES, *_ADDRESS_VARIABLES}
     return {name: value for name, value in environment.items() if name not in ours and not name.startswith(_OWN)}
 
 
 def own_address() -> str:
-    """Where other hosts reach this one: the interface towards torchrun's master; loopback on a single host."""
+    """The address at which other hosts reach this one: on the route to torchrun's master, or loopback on one host."""
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         return "127.0.0.1"
     if "HETIS_ADDRESS" in os.environ:
@@ -57,12 +63,12 @@ def own_address() -> str:
     target = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     family = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0][0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # sends nothing; only asks the kernel for the route
+        probe.connect(target)  # sends nothing: the kernel chooses the route
         return str(probe.getsockname()[0])
 
 
 def check_world_size(plan: Plan) -> None:
-    """ValueError if torchrun started another number of processes than the plan has ranks."""
+    """Raises ValueError if the number of processes differs from the number of ranks in the plan."""
     world = int(os.environ["WORLD_SIZE"])
     if world != plan.world_size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Level 3: the decoder as mathematics; attention and reduction are handed in. Never imports torch.distributed or comm.
+"""Level 3: the decoder as pure computation; attention and reduction are passed in. Never imports torch.distributed.
 
-`families` and `hub` need no torch, so that a front end may read a ModelSpec without loading it.
+`families`, `hub`, `weight_files` and `end_tokens` do not import torch, so that front ends and launchers start faster.
 """

@@ -1,6 +1,6 @@
-"""Where weights come from: safetensors files, or nothing at all (dummy weights). Both give slices of named tensors.
+"""Sources of weights: safetensors files, or random values (dummy weights). Both give slices of named tensors.
 
-Names are those that `TensorNames` gives.
+Tensor names are those of `TensorNames`.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ class WeightSource(Protocol):
         """Shape of the whole tensor."""
 
     def fill(self, target: Tensor, name: str, rows: Span | None = None, columns: Span | None = None) -> None:
-        """Copy the tensor, or its rows and columns within the spans, in order into `target` of as many values."""
+        """Copies the tensor, or its part within the row and column spans, row-major into `target` of the same size."""
 
 
 class Checkpoint:
-    """The safetensors files of a directory, checked against the model: raises what `find_tensors` raises.
+    """Safetensors files of a directory, checked against the model.
 
-    Only headers are read at first.
+    The constructor reads headers only. Raises the errors of `find_tensors`.
     """
 
     def __init__(self, directory: Path, spec: ModelSpec) -> None:
@@ -40,7 +40,7 @@ class Checkpoint:
     def fill(self, target: Tensor, name: str, rows: Span | None = None, columns: Span | None = None) -> None:
         entry = self._entries[name]
         index = tuple(slice(*span) if span else slice(None) for span in (rows, columns))[: len(entry.shape)]
-        # The file is mapped anew for every tensor: pages once read count as this process's memory until it is unmapped.
+        # The file is mapped again for every tensor: pages read so far count as memory of this process until unmapped.
         try:
             with safe_open(entry.file, framework="pt") as file:
                 target.copy_(file.get_slice(entry.name)[index].reshape(target.shape))
@@ -49,15 +49,15 @@ class Checkpoint:
 
 
 class DummyWeights:
-    """Random weights from names and shapes alone: N(0, 0.02), norm weights 1. Any slicing sees the same values.
+    """Random weights that depend on name, shape and seed alone: N(0, 0.02), norm weights 1. Slices equal the whole.
 
-    All tensors are windows into one endless repetition of a table of prime length (so that rows never repeat), each
-    starting at a place given by its name and the seed. Making a table lookup of it costs no more than copying.
+    Every tensor is a window into one repeated table, which starts at a hash of name and seed. The table's length is
+    prime, so that rows of a tensor do not repeat. A lookup costs no more than a copy.
     """
 
     PERIOD = 2**21 - 9  # prime
     DEVIATION = 0.02
-    BLOCK_ROWS = 256  # rows made at once where only some of their columns are kept
+    BLOCK_ROWS = 256  # rows generated at once where only some of their columns are kept
 
     def __init__(self, expected: Shapes, dtype: torch.dtype, seed: int) -> None:
         self._shapes, self._seed = expected, seed
@@ -89,7 +89,7 @@ class DummyWeights:
         return int.from_bytes(digest, "little") % self.PERIOD
 
     def _copy(self, target: Tensor, position: int) -> None:
-        """Values from `position` on of the endless table, into a vector."""
+        """Fills a vector with values of the repeated table, from `position` on."""
         while target.shape[0]:
             block = self._table[position % self.PERIOD :][: target.shape[0]]
             target[: block.shape[0]].copy_(block)

@@ -1,6 +1,6 @@
-"""The keys of config.json that say what a decoder is, as typed structures: one per architecture that differs.
+"""Keys of config.json that describe a decoder, as typed structures: one per architecture with keys of its own.
 
-Defaults are what transformers assumes for keys that a file leaves out. Keys that change nothing are not listed.
+Defaults for absent keys are those of transformers. Keys without effect on the computation are not listed.
 """
 
 from typing import Annotated, Literal
@@ -18,10 +18,10 @@ from hetis.models.json_files import (
     OptionalTexts,
 )
 
-_MOST_LAYERS = 10_000  # far above any model: keeps a wrong value from becoming a list that fills the memory
+_MAX_LAYERS = 10_000  # far above any model; a wrong value must not become a list that fills the memory
 
-Layers = Annotated[int, Meta(ge=1, le=_MOST_LAYERS, description=f"a whole number from 1 to {_MOST_LAYERS}")]
-LayerIndex = Annotated[int, Meta(ge=0, le=_MOST_LAYERS, description=f"a whole number from 0 to {_MOST_LAYERS}")]
+Layers = Annotated[int, Meta(ge=1, le=_MAX_LAYERS, description=f"a whole number from 1 to {_MAX_LAYERS}")]
+LayerIndex = Annotated[int, Meta(ge=0, le=_MAX_LAYERS, description=f"a whole number from 0 to {_MAX_LAYERS}")]
 Epsilon = Annotated[float, Meta(ge=0, lt=1, description="a number from 0 to below 1, without quotes")]
 Activation = Annotated[
     Literal["silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh"],
@@ -38,14 +38,14 @@ LayerTypes = Annotated[
 
 
 class IdentityKeys(msgspec.Struct, frozen=True, kw_only=True):
-    """What decides which architecture it is."""
+    """Keys that identify the architecture."""
 
     model_type: OptionalText = None
     architectures: OptionalTexts = None
 
 
 class DecoderKeys(msgspec.Struct, frozen=True, kw_only=True):
-    """All architectures have these; names and defaults are Llama's where they do not say otherwise."""
+    """Keys of all architectures, with Llama's names and defaults; subclasses override those that differ."""
 
     hidden_size: Count
     intermediate_size: Count
@@ -69,11 +69,11 @@ class DecoderKeys(msgspec.Struct, frozen=True, kw_only=True):
     partial_rotary_factor: OptionalNumber = None
 
     def windows(self) -> tuple[int, ...]:
-        """Per layer: newest tokens that a query sees; 0 = all. ValueError for keys that contradict each other."""
+        """Newest tokens that a query sees, per layer; 0: all. Raises ValueError for keys that contradict each other."""
         return (0,) * self.num_hidden_layers
 
     def check(self) -> None:
-        """ValueError, a sentence, for what the architecture allows and hetis does not compute."""
+        """Raises ValueError, one sentence, for settings that the architecture allows and hetis does not support."""
 
 
 class MistralKeys(DecoderKeys, frozen=True, kw_only=True):
@@ -82,7 +82,7 @@ class MistralKeys(DecoderKeys, frozen=True, kw_only=True):
     sliding_window: OptionalCount = 4096
 
     def windows(self) -> tuple[int, ...]:
-        """Every layer has the window, or none has when it is null."""
+        """The same window in every layer, or none if `sliding_window` is null."""
         return (self.sliding_window or 0,) * self.num_hidden_layers
 
 
@@ -95,7 +95,7 @@ class Qwen2Keys(DecoderKeys, frozen=True, kw_only=True):
     layer_types: LayerTypes = None
 
     def windows(self) -> tuple[int, ...]:
-        """`layer_types` where given; else the layers from `max_window_layers` on slide, if `use_sliding_window`."""
+        """Windows by `layer_types` if given; else in layers from `max_window_layers` on, if `use_sliding_window`."""
         window = self.sliding_window if self.use_sliding_window else None
         first, num_layers = self.max_window_layers, self.num_hidden_layers
         kinds = self.layer_types or [

@@ -1,8 +1,8 @@
-"""The decoder of one stage and one tensor-parallel shard: mathematics only.
+"""The decoder of one stage and one tensor-parallel shard, as pure computation.
 
-Attention and reduction come from outside. T tokens, H hidden size, G head groups of this shard, M query heads per
-group, D head_dim, F MLP columns of this shard, V vocabulary rows of this shard, N rows whose logits are wanted. G, F
-and V may be 0: then the tensors are empty, and this shard adds zeros (or its bias) to the sums.
+Attention and reduction are passed in. T tokens, H hidden size, G head groups of this shard, M query heads per group,
+D head_dim, F MLP columns of this shard, V vocabulary rows of this shard, N tokens whose logits are computed. G, F and V
+may be 0: the tensors are then empty, and this shard adds zeros (or its bias) to the sums.
 """
 
 from dataclasses import dataclass, fields
@@ -24,18 +24,18 @@ class Attention(Protocol):
 
 
 class Reduce(Protocol):
-    """Sum over the tensor-parallel ranks of the stage, in place; does nothing for one rank."""
+    """In-place sum over the tensor-parallel ranks of the stage; a no-op for one rank."""
 
     def all_reduce(self, x: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Buffers of the layer loop, allocated once; `of(T)` gives views for one step."""
+    """Buffers of the layer loop, allocated once; `of(T)` returns views for a step of T tokens."""
 
     hidden_TH: Tensor
     normed_TH: Tensor
-    delta_TH: Tensor  # what attention or the MLP adds to the residual stream
+    delta_TH: Tensor  # output of attention or of the MLP, added to the residual stream
     qkv_TGHD: Tensor
     attended_TGMD: Tensor
     gate_up_TF: Tensor
@@ -43,7 +43,7 @@ class Workspace:
 
     @classmethod
     def allocate(cls, spec: ModelSpec, weights: StageWeights, max_tokens: int) -> "Workspace":
-        """Room for steps of at most `max_tokens` tokens, on the device and in the dtype of the weights."""
+        """Buffers for steps of at most `max_tokens` tokens, on the device and in the dtype of the weights."""
         groups, columns = weights.primary.num_groups, weights.primary.num_mlp_columns
         like = weights.layers[0].attention_norm.weight
 
@@ -62,15 +62,15 @@ class Workspace:
         )
 
     def of(self, num_tokens: int) -> "Workspace":
-        """The same buffers, cut to the step's tokens."""
+        """Views of the first `num_tokens` tokens of the buffers."""
         return Workspace(*(getattr(self, field.name)[:num_tokens] for field in fields(self)))
 
 
 class Decoder:
-    """One stage's layers (and embedding, final norm and LM head where the stage has them) for one shard.
+    """Layers of one stage (with embedding, final norm and LM head where the stage has them) for one shard.
 
     `reduce` sums over the stage's tensor-parallel ranks. `max_tokens` bounds the tokens of a step, `max_position`
-    (default: the model's) the positions that occur.
+    (default: the model's) their positions.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Decoder:
     def embed(self, token_T: Tensor, position_T: Tensor) -> Tensor:
         """Hidden states [T, H] of tokens (int64 [T]) at `position_T` (int64 [T]); first stage only.
 
-        The vocabulary is sharded: a rank gives zero for the tokens of others, and the sum over ranks is the embedding.
+        The vocabulary is sharded: a rank adds zero for tokens of other shards; the sum over ranks is the embedding.
         The result is a buffer of the decoder, valid until the next call.
         """
         embedding_VH = self._weights.embedding
@@ -116,7 +116,7 @@ class Decoder:
 
     @property
     def layer_bytes(self) -> int:
-        """Of the matrices in one layer of this shard."""
+        """Bytes of the matrices in one layer of this shard."""
         layer = self._weights.layers[0]
         return sum(part.weight.nbytes for part in (layer.qkv, layer.output, layer.gate_up, layer.down))
 
@@ -125,7 +125,7 @@ class Decoder:
     ) -> Tensor:
         """The residual stream [T, H] after all layers of the stage, computed in place in `hidden_TH`.
 
-        `num_layers`: through the first ones only, to see what a layer costs.
+        `num_layers`: number of layers to compute, for measurements; None: all.
         """
         w = self._workspace.of(hidden_TH.shape[0])
         for index, layer in enumerate(self._weights.layers[:num_layers]):
@@ -137,10 +137,6 @@ class Decoder:
             add_and_normalise(w.delta_TH, hidden_TH, layer.mlp_norm, self._spec, w.normed_TH)
             self._mlp(layer, w)
         return hidden_TH.add_(w.delta_TH)
-
-    def attention_buffers(self) -> tuple[Tensor, Tensor]:
-        """(qkv_TGHD, attended_TGMD), of all tokens: what `Attention.attend` gets, without contents."""
-        return self._workspace.qkv_TGHD, self._workspace.attended_TGMD
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits [N, V] of this shard's vocabulary rows, in the dtype of the weights; last stage only."""

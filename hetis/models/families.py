@@ -1,6 +1,6 @@
-"""From a Hugging Face config.json to a `ModelSpec`: one row per architecture, plain JSON, no code from the checkpoint.
+"""Translation of a Hugging Face config.json into a `ModelSpec`, without code from the checkpoint.
 
-A new architecture of the family is a new row in `FAMILIES`. What a row does not know is refused, never guessed.
+Each supported architecture is one entry of `FAMILIES`. Settings that its entry does not cover are refused, not guessed.
 """
 
 from pathlib import Path
@@ -15,14 +15,14 @@ from hetis.models.tensor_names import LLAMA_NAMES, OPT_NAMES, TensorNames
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True):
-    """One architecture: the keys of its config.json, what its code decides, and how it names its tensors."""
+    """One architecture: the keys of its config.json, the settings that it fixes, and its tensor names."""
 
     architecture: str
     keys: type[DecoderKeys] = DecoderKeys
     names: TensorNames = LLAMA_NAMES
-    fixed: Json = {}  # ModelSpec fields that the architecture decides
-    only: Json = {}  # keys of which only this value is supported, and which may be left out
-    biases: dict[str, str] = {}  # ModelSpec bias field -> the key that decides it
+    fixed: Json = {}  # ModelSpec fields that the architecture fixes
+    only: Json = {}  # keys of which only this value is supported; they may be absent
+    biases: dict[str, str] = {}  # ModelSpec bias field -> key of config.json
 
 
 _ATTENTION_BIASES = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
@@ -51,15 +51,16 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # other names for ours
+# name in config.json -> in ModelSpec, where they differ
+_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def read_model_spec(directory: Path | str) -> ModelSpec:
-    """The decoder described by `directory`/config.json.
+    """Specification of the decoder that `directory`/config.json describes.
 
     Raises ValueError, one sentence with file, key, value and remedy, for a missing or broken file, values of another
-    type or size than expected, unknown architectures, custom code (`auto_map`), quantised checkpoints, and rope kinds,
-    activations or shapes that hetis does not compute.
+    type or size than expected, unknown architectures, custom code (`auto_map`), quantised checkpoints, and kinds of
+    rope, activations or shapes that are not supported.
     """
     path = Path(directory) / "config.json"
     raw = read_object(path)
@@ -102,7 +103,7 @@ def _spec(raw: Json) -> ModelSpec:
 
 
 def _family(raw: Json) -> tuple[str, Family]:
-    """The row for this config, and its name; everything that would need other code is refused here."""
+    """Name and entry of the config's architecture. ValueError for configs that require code which hetis lacks."""
     known = ", ".join(row.architecture for row in FAMILIES.values())
     if raw.get("auto_map"):
         raise ValueError(
@@ -130,7 +131,7 @@ def _family(raw: Json) -> tuple[str, Family]:
 
 
 def _heads(config: DecoderKeys) -> tuple[int, int, int]:
-    """(query heads, head groups, head_dim), checked."""
+    """(query heads, head groups, head_dim). ValueError for numbers that do not fit together."""
     heads = config.num_attention_heads
     groups = config.num_key_value_heads or heads
     if config.head_dim is None and config.hidden_size % heads:

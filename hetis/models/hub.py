@@ -1,4 +1,4 @@
-"""Find the directory of a model: the packaged one, a local directory, or a snapshot from the Hugging Face hub."""
+"""Location of a model: the one in the package, a local directory, or a snapshot from the Hugging Face hub."""
 
 import errno
 import os
@@ -10,15 +10,15 @@ PACKAGED = Path(__file__).parent.parent / "assets" / "tiny"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # config, generation config, tokenizer, chat template, index
 _WEIGHT_FILES = ["*.safetensors"]
-_NOT_OURS = ["*/*", "consolidated*"]  # other formats beside the checkpoint
+_IGNORED_FILES = ["*/*", "consolidated*"]  # the same model in other formats
 
 
 def resolve_model(model: str | None, revision: str | None = None, weights: bool = True, what: str = "model") -> Path:
-    """The directory with config.json (and tokenizer, and, if `weights`, safetensors) of `model`.
+    """Directory with config.json (and tokenizer, and, if `weights`, safetensors) of `model`.
 
-    None: the small model inside the package. An existing directory: itself. Else a hub id, downloaded or taken from the
-    hub cache; never pickles, never code. `what` the name stands for: "model" or "tokenizer". Raises ValueError when
-    there is no such model, it cannot be reached, or a revision is given for one that has none.
+    `model`: None for the small model in the package, an existing directory, or a hub id, which is downloaded or taken
+    from the hub cache; pickles and code are never fetched. `what` is named in errors: "model" or "tokenizer". Raises
+    ValueError if there is no such model, it cannot be reached, or a revision is given for one that has none.
     """
     if model is None:
         _refuse_revision(revision, "the model in the package")
@@ -33,18 +33,18 @@ def resolve_model(model: str | None, revision: str | None = None, weights: bool 
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise ValueError(
             f"{what} {model!r} is neither an existing directory nor a hub id such as Qwen/Qwen3-0.6B"
-            f"{_hidden_by(directory)}."
+            f"{_stat_error(directory)}."
         )
     return _download(model, revision, weights, what)
 
 
 def expanded(name: str) -> Path:
-    """The path that a user means by `name`: "~" is the home directory, where there is one."""
+    """Path of `name`, with "~" expanded to the home directory if there is one."""
     return Path(os.path.expanduser(name))
 
 
-def _hidden_by(path: Path) -> str:
-    """Why the system does not say whether there is something at `path`; empty if there is nothing."""
+def _stat_error(path: Path) -> str:
+    """Reason, in parentheses, why the system refuses to look up `path`; empty if nothing exists there."""
     try:
         os.stat(path)
     except OSError as error:
@@ -55,15 +55,15 @@ def _hidden_by(path: Path) -> str:
 
 
 def _check_directory(directory: Path, name: str) -> None:
-    """ValueError where files cannot be read, or reading one would never end."""
+    """Raises ValueError if the directory cannot be listed, or holds a pipe or device, whose reader would block."""
     try:
         for entry in directory.iterdir():
             if not any(entry.match(pattern) for pattern in _CONFIG_FILES + _WEIGHT_FILES) or not entry.exists():
-                continue  # not read, or a link into nowhere
+                continue  # not read, or a broken link
             if not entry.is_file() and not entry.is_dir():
-                raise ValueError(f"{name} holds {entry.name}, a pipe, socket or device and no file; remove it.")
+                raise ValueError(f"{name} holds {entry.name}, a pipe, socket or device instead of a file; remove it.")
     except OSError as error:
-        raise ValueError(f"{name} cannot be read ({error.strerror}).") from error
+        raise ValueError(f"{name} cannot be read ({error.strerror}); check its permissions.") from error
 
 
 def _refuse_revision(revision: str | None, where: str) -> None:
@@ -82,7 +82,7 @@ def _download(model: str, revision: str | None, weights: bool, what: str) -> Pat
                 model,
                 revision=revision,
                 allow_patterns=_CONFIG_FILES + (_WEIGHT_FILES if weights else []),
-                ignore_patterns=_NOT_OURS,
+                ignore_patterns=_IGNORED_FILES,
             )
         )
     except hub.GatedRepoError as error:

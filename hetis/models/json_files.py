@@ -1,6 +1,6 @@
-"""JSON files of a checkpoint, decoded into typed structures. Every fault is one sentence with key, value and remedy.
+"""JSON files of a checkpoint, decoded into typed structures. Every error is one sentence with key, value and remedy.
 
-A structure is a `msgspec.Struct` whose fields are the types below: each carries the words that say what it accepts.
+A structure is a `msgspec.Struct` whose fields have the types below; a type's description says what it accepts.
 """
 
 import json
@@ -13,11 +13,11 @@ from msgspec import Meta
 Json = dict[str, Any]
 Structure = TypeVar("Structure", bound=msgspec.Struct)
 
-_LARGEST = 2**31 - 1
-_LONGEST_TEXT = 80  # characters of a value in a sentence
+_MAX_COUNT = 2**31 - 1
+_MAX_TEXT = 80  # characters of a value in a sentence
 
-_COUNT = f"a whole number from 1 to {_LARGEST}"
-Count = Annotated[int, Meta(ge=1, le=_LARGEST, description=_COUNT)]
+_COUNT = f"a whole number from 1 to {_MAX_COUNT}"
+Count = Annotated[int, Meta(ge=1, le=_MAX_COUNT, description=_COUNT)]
 OptionalCount = Annotated[Count | None, Meta(description=f"{_COUNT}, or null")]
 Number = Annotated[float, Meta(gt=0, le=1e30, description="a positive number up to 1e30")]
 OptionalNumber = Annotated[Number | None, Meta(description="a positive number up to 1e30, or null")]
@@ -30,7 +30,7 @@ OptionalObject = Annotated[Json | None, Meta(description="an object or null")]
 
 
 def read_object(path: Path) -> Json:
-    """The JSON object in a file. ValueError, one sentence with the path, if there is none that can be read."""
+    """JSON object in the file at `path`. ValueError, one sentence with the path, if it cannot be read or is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark in front
     except FileNotFoundError:
@@ -44,10 +44,10 @@ def read_object(path: Path) -> Json:
 
 
 def decode(kind: type[Structure], values: Json, prefix: str = "") -> Structure:
-    """The structure that `values` describes; keys that it does not have are left alone.
+    """Structure that `values` describes; unknown keys are ignored.
 
     Raises ValueError, one sentence with `prefix` and key, the value and what is accepted, for the first field that is
-    missing or not of its type. Nothing is converted, except whole numbers where any number is accepted.
+    missing or not of its type. No value is converted, except whole numbers to floats.
     """
     decoded = {}
     for field in msgspec.structs.fields(kind):
@@ -64,12 +64,12 @@ def decode(kind: type[Structure], values: Json, prefix: str = "") -> Structure:
 
 
 def shown(value: object) -> str:
-    """A value of a file as part of a sentence: as it is written in JSON, on one line, not too long."""
+    """Value as part of a sentence: its JSON text on one line, cut to 80 characters."""
     try:
         text = json.dumps(value)
     except RecursionError:
         text = "a deeply nested value"
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}..."
 
 
 def _accepted(annotated: Any) -> str:

@@ -1,4 +1,4 @@
-"""The parts a decoder is made of: weights of one stage and shard, norms, activations, the rope table.
+"""Parts of a decoder: weights of one stage and shard, norms, activations, the rope table.
 
 T tokens, G head groups of this shard, M query heads per group, D head_dim, H hidden size, F MLP columns of this shard,
 V vocabulary rows of this shard, P positions.
@@ -25,7 +25,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's share. Biases of row-parallel layers (output, down) are held by tensor-parallel index 0 alone."""
+    """Weights of one layer and shard. Only tensor-parallel index 0 has biases of row-parallel layers (output, down)."""
 
     attention_norm: Norm
     qkv: PackedLinear  # [G * (M + 2) * D, H]: per group the M query heads, the key head, the value head
@@ -39,7 +39,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class StageWeights:
-    """All that one primary holds."""
+    """All weights of one primary."""
 
     stage: Stage
     tp_index: int
@@ -55,7 +55,7 @@ class StageWeights:
 
 
 def normalise(x_TH: Tensor, norm: Norm, spec: ModelSpec, out_TH: Tensor) -> None:
-    """out = norm(x), the kind of norm being the model's."""
+    """out = norm(x), with the model's kind of norm."""
     if spec.norm == "rms":
         rms_norm(x_TH, norm.weight, spec.norm_epsilon, out_TH)
     else:
@@ -72,7 +72,7 @@ def add_and_normalise(x_TH: Tensor, residual_TH: Tensor, norm: Norm, spec: Model
 
 
 def activate(x_TF: Tensor, activation: str) -> None:
-    """The activation of an MLP without gate, in place. The name is one of `ModelSpec.activation`."""
+    """In-place activation of an MLP without a gate. `activation`: as in `ModelSpec`."""
     if activation == "relu":
         x_TF.relu_()
     elif activation == "silu":
@@ -82,11 +82,12 @@ def activate(x_TF: Tensor, activation: str) -> None:
 
 
 def rope_frequencies(rope: RopeSpec) -> Tensor:
-    """Angle per position of each pair of values: float32 [rotary_dim / 2], in radians.
+    """Rotation per position of each pair of values: float32 [rotary_dim / 2], in radians.
 
-    theta ** (-2i / rotary_dim); "linear" divides all of them by `factor`; "llama3" and "yarn" divide only those whose
-    wavelength is long against the original context, with a smooth passage in between: over the rotations within that
-    context (Llama 3.1 report, section 3.4.2), or over the pairs (YaRN, arXiv 2309.00071, section 3.2).
+    theta ** (-2i / rotary_dim). "linear" divides all of them by `factor`; "llama3" and "yarn" divide only those whose
+    wavelength is long compared with the original context, and interpolate linearly in between: over the number of
+    rotations within that context (Llama 3.1 report, section 3.4.2), or over the index of the pair (YaRN, arXiv
+    2309.00071, section 3.2).
     """
     exponent = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
     frequency = 1.0 / (rope.theta**exponent)
@@ -99,29 +100,30 @@ def rope_frequencies(rope: RopeSpec) -> Tensor:
 
 
 def _kept_by_llama3(rope: RopeSpec, frequency: Tensor) -> Tensor:
-    """Share of the unscaled frequency: 1 for short waves, 0 for long ones."""
-    turns = rope.original_max_position * frequency / (2 * math.pi)  # rotations within the original context
-    kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    """Weight of the unscaled frequency: 1 for short wavelengths, 0 for long ones."""
+    rotations = rope.original_max_position * frequency / (2 * math.pi)  # within the original context
+    kept = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     return kept.clamp(0.0, 1.0)
 
 
 def _kept_by_yarn(rope: RopeSpec) -> Tensor:
-    """Share of the unscaled frequency: 1 up to the pair that turns beta_fast times, 0 from the one of beta_slow on."""
+    """Weight of the unscaled frequency: 1 up to the pair with beta_fast rotations, 0 from that with beta_slow on."""
 
-    def pair_that_turns(times: float) -> float:
-        wavelength = rope.original_max_position / times
+    def pair_with(rotations: float) -> float:
+        """Index of the pair that makes so many rotations within the original context."""
+        wavelength = rope.original_max_position / rotations
         return rope.rotary_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.rotary_dim - 1)
-    width = high - low or 0.001  # transformers' value: all at once between two pairs
+    width = high - low or 0.001  # value of transformers: a step between two pairs
     pair = torch.arange(rope.rotary_dim // 2, dtype=torch.float32)
     return 1 - ((pair - low) / width).clamp(0.0, 1.0)
 
 
 def rope_table(rope: RopeSpec, num_positions: int, device: torch.device) -> Tensor:
-    """cos then sin of every position's angles, times `attention_factor`: float32 [P, rotary_dim]."""
+    """Table of cosines, then sines, of each position's angles, times `attention_factor`: float32 [P, rotary_dim]."""
     angle_PF = torch.arange(num_positions, dtype=torch.float32)[:, None] * rope_frequencies(rope)
     return torch.cat((angle_PF.cos(), angle_PF.sin()), dim=1).mul_(rope.attention_factor).to(device)

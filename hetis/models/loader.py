@@ -1,7 +1,7 @@
 """Weights of one stage and shard, read slice by slice into their final, fused form.
 
-A rank reads only what it keeps; peak host memory is what it keeps plus the largest single tensor. G head groups of this
-shard, M query heads per group, D head_dim, H hidden size, F MLP columns of this shard.
+A rank reads only what it keeps; peak host memory is its own weights plus the largest single tensor. G head groups of
+this shard, M query heads per group, D head_dim, H hidden size, F MLP columns of this shard.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,12 +37,12 @@ def load_weights(
     show_progress: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> StageWeights:
-    """The share of one primary, converted to `dtype` on `device`.
+    """Weights of one primary, converted to `dtype` on `device`.
 
-    "auto" and "safetensors" read `directory`; "dummy" makes random weights from `seed`, the same whatever the plan.
-    `enforce_eager`: linear layers that torch computes. `show_progress`: a bar on stderr; `on_progress(done, total)` is
-    called after every layer. Raises ValueError, one
-    sentence with file, tensor and remedy, for checkpoints that are missing, incomplete, damaged or of another model.
+    `load_format`: "auto" and "safetensors" read `directory`; "dummy" generates random weights from `seed`, the same
+    under any plan. `enforce_eager`: torch computes the linear layers. `show_progress`: a bar on stderr;
+    `on_progress(done, total)` is called after every layer. Raises ValueError, one sentence with file, tensor and
+    remedy, for checkpoints that are missing, incomplete, damaged or of another model.
     """
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format {load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}.")
@@ -58,7 +58,7 @@ def load_weights(
 
 
 class _Shard:
-    """Reads one primary's share from a source."""
+    """Reader of one primary's weights."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class _Shard:
         return self._pack(weight_PFK.flatten(0, 1), None if bias_PF is None else bias_PF.flatten())
 
     def _row_parallel(self, name: str, columns: tuple[int, int], has_bias: bool) -> PackedLinear:
-        """All rows, this shard's columns. The sum over ranks must hold the bias once: index 0 adds it."""
+        """All rows and this shard's columns. Only index 0 has the bias, so that the sum over ranks adds it once."""
         weight_HF = self._empty(self._spec.hidden_size, columns[1] - columns[0])
         self._source.fill(weight_HF, f"{name}.weight", columns=columns)
         return self._pack(weight_HF, self._whole(f"{name}.bias") if has_bias and self._tp_index == 0 else None)
@@ -148,7 +148,7 @@ class _Shard:
         return self._vocabulary(self._names.embedding)
 
     def _head(self, embedding_VH: Tensor | None) -> PackedLinear:
-        """The LM head's rows; a tied one shares the embedding's memory where this rank holds both."""
+        """Rows of the LM head; a tied head shares the embedding's memory if this rank holds both."""
         if not self._spec.tied_embeddings:
             return self._pack(self._vocabulary(self._names.head))
         return self._pack(embedding_VH if embedding_VH is not None else self._embedding())
@@ -185,7 +185,7 @@ class _Shard:
 
 @contextmanager
 def _progress_bar(show: bool, title: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, total) that moves a bar on stderr; silent where stderr is not a terminal."""
+    """Context with a callback (done, total) that updates a bar on stderr, if `show` and if stderr is a terminal."""
     if not show:
         yield lambda done, total: None
         return

@@ -1,6 +1,6 @@
-"""Rotary positions as config.json writes them, in transformers' old and new form, become a `RopeSpec`.
+"""Translation of the rope settings of config.json, in transformers' old and new form, into a `RopeSpec`.
 
-Rules for what is left out are those of transformers; how many positions a scaled rope gives is vLLM's rule.
+Defaults for absent keys are those of transformers; the number of positions of a scaled rope is that of vLLM.
 """
 
 import math
@@ -33,10 +33,10 @@ _OptionalWeight = Annotated[
 
 
 class RopeKeys(msgspec.Struct, frozen=True, kw_only=True):
-    """`rope_parameters`, or `rope_scaling` before transformers 5. Null is the same as left out."""
+    """Keys of `rope_parameters`, or of `rope_scaling` before transformers 5. Null means absent."""
 
     rope_type: OptionalText = None
-    type: OptionalText = None  # older than rope_type
+    type: OptionalText = None  # former name of rope_type
     rope_theta: OptionalNumber = None
     partial_rotary_factor: OptionalNumber = None
     factor: _OptionalFactor = None
@@ -47,20 +47,18 @@ class RopeKeys(msgspec.Struct, frozen=True, kw_only=True):
     beta_slow: OptionalNumber = None  # yarn
     truncate: OptionalFlag = None  # yarn
     attention_factor: OptionalNumber = None  # yarn
-    attn_factor: OptionalNumber = (
-        None  # yarn, of its first implementation: multiplies what is inferred without the above
-    )
-    mscale: _OptionalWeight = None  # yarn; 0 is the same as null
+    attn_factor: OptionalNumber = None  # yarn, first implementation: multiplies the inferred attention factor
+    mscale: _OptionalWeight = None  # yarn; 0 means absent
     mscale_all_dim: _OptionalWeight = None  # yarn
-    alpha: OptionalNumber = None  # another dynamic rope
+    alpha: OptionalNumber = None  # dynamic; not supported
 
 
 def read_rope(config: DecoderKeys, head_dim: int) -> tuple[RopeSpec, int]:
-    """The rope of heads of `head_dim` values, and how many positions a sequence may have with it.
+    """Rope of heads of `head_dim` values, and the number of positions of the longest sequence.
 
-    Positions: `factor` times those of the unscaled rope for linear, dynamic and yarn (there:
-    original_max_position_embeddings), else max_position_embeddings. ValueError, one sentence with key, value and
-    remedy, for kinds that are not computed and values that do not fit.
+    Positions: for linear, dynamic and yarn, `factor` times those of the unscaled rope (of yarn:
+    original_max_position_embeddings); else max_position_embeddings. ValueError, one sentence with key, value and
+    remedy, for kinds that are not supported and values that do not fit together.
     """
     name = "rope_scaling" if config.rope_scaling else "rope_parameters"
     written = config.rope_scaling or config.rope_parameters or {}
@@ -90,16 +88,16 @@ def read_rope(config: DecoderKeys, head_dim: int) -> tuple[RopeSpec, int]:
 
 
 def dynamic_theta(theta: float, factor: float, rotary_dim: int) -> float:
-    """The base of dynamic NTK rope for sequences of `factor` times the trained length.
+    """Base of dynamic NTK rope for sequences of `factor` times the trained length.
 
-    transformers computes it anew for every length, so that keys in the cache and new queries would disagree; vLLM
-    takes the one of the longest sequence for all, and so do we: theta * (factor^2 - factor + 1) ^ (d / (d - 2)).
+    theta * (factor^2 - factor + 1) ^ (d / (d - 2)), the base of the longest sequence, for all sequences, as in vLLM.
+    transformers computes a base for every length, with which cached keys and new queries would disagree.
     """
     return float(theta * (factor**2 - factor + 1.0) ** (rotary_dim / (rotary_dim - 2)))
 
 
 def _kind(name: str, written: Json) -> str:
-    """rope_type, or type; one rope for all layers."""
+    """Value of rope_type or of type. ValueError if it is not supported, and for a rope that differs by layer."""
     if nested := [key for key, value in written.items() if isinstance(value, dict)]:
         raise ValueError(f"{name} differs by layer ({shown(nested)}), which is not supported; use another checkpoint.")
     given = {key: written[key] for key in ("rope_type", "type") if written.get(key) is not None}
@@ -117,7 +115,7 @@ def _kind(name: str, written: Json) -> str:
 def _needed(keys: RopeKeys, field: str, name: str) -> float:
     value = getattr(keys, field)
     if value is None:
-        raise ValueError(f"{name}.{field} is missing; this kind of rope needs it as a number.")
+        raise ValueError(f"{name}.{field} is missing; this kind of rope requires a number.")
     return float(value)
 
 
@@ -131,7 +129,7 @@ def _dynamic_factor(keys: RopeKeys, name: str) -> float:
 
 
 def _yarn_factor(keys: RopeKeys, name: str, positions: int, original: int) -> float:
-    """`factor`, or by how much max_position_embeddings exceeds the original length."""
+    """Value of `factor`, or the ratio of max_position_embeddings to the original length."""
     if keys.factor is not None:
         return keys.factor
     if original > positions:
@@ -160,9 +158,10 @@ def _yarn(keys: RopeKeys, name: str, factor: float, original: int) -> dict[str, 
 
 
 def _yarn_attention_factor(keys: RopeKeys, factor: float) -> float:
-    """0.1 ln(factor) + 1, for q and for k (YaRN, arXiv 2309.00071, section 3.4); both mscale are DeepSeek's.
+    """Factor of q and of k: 0.1 ln(factor) + 1 (YaRN, arXiv 2309.00071, section 3.4); the mscale keys are DeepSeek's.
 
-    `attn_factor` as in vLLM; transformers passes over it (DeepSeek-R1-0528-Qwen3-8B makes the product 1 with it).
+    `attn_factor` multiplies it as in vLLM; transformers ignores that key (in DeepSeek-R1-0528-Qwen3-8B it makes the
+    product 1).
     """
 
     def magnitude(weight: float) -> float:

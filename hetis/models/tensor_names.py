@@ -1,4 +1,4 @@
-"""How checkpoints name their tensors, and which tensors of which shape a model has."""
+"""Tensor names of checkpoints, and the names and shapes of all tensors of a model."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class TensorNames(NamedTuple):
-    """Names in the checkpoint: whole ones of tensors outside layers, and module names below `layer`."""
+    """Module names in a checkpoint: full names outside of layers, names relative to `layer` inside."""
 
     embedding: str
     positions: str
     final_norm: str
     head: str
-    layer: str  # with {layer}
+    layer: str  # prefix with {layer}
     attention_norm: str
     query: str
     key: str

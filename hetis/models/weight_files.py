@@ -1,6 +1,6 @@
-"""Which safetensors files make up a checkpoint, and where in them the tensors of a model are. Reads headers alone.
+"""Safetensors files of a checkpoint, and the location of each tensor of the model in them. Reads headers only.
 
-Needs no torch, so that a front end can refuse a checkpoint before any process is started.
+Does not import torch, so that a front end can refuse a checkpoint before any process is started.
 """
 
 import json
@@ -22,9 +22,9 @@ from hetis.models.tensor_names import expected_tensors
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("BF16", "F16", "F32")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Written by old exporters; carries nothing that config.json does not.
-_HARMLESS = ("rotary_emb.inv_freq", "decoder.version")
-_COMPARED_AT_ONCE = 1 << 18  # bytes; blocks of 1 MiB take six times as long (memory that is new every time)
+# Written by old exporters; derived from config.json.
+_IGNORED_TENSORS = ("rotary_emb.inv_freq", "decoder.version")
+_COMPARE_BYTES = 1 << 18  # read at once; 1 MiB takes six times as long (newly mapped memory every time)
 
 _logger = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ class _IndexKeys(msgspec.Struct, frozen=True):
 
 
 def find_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
-    """Name -> place of every tensor that the model has.
+    """Location of every tensor of the model, by name.
 
-    Files that leave out the leading "model." are read too. Where embedding and LM head are one, a checkpoint may hold
-    either (found under the embedding's name) or both. Raises ValueError, one sentence with file, tensor and remedy, for
+    Names without the leading "model." are accepted. Where embedding and LM head are tied, a checkpoint may hold either
+    (returned under the embedding's name) or both. Raises ValueError, one sentence with file, tensor and remedy, for
     files that are missing or damaged, and tensors that are missing, unknown, of the wrong shape or not floating point.
     """
     found = _read_headers(_weight_files(directory))
@@ -56,7 +56,7 @@ def find_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
         full = name if name in known else f"model.{name}"
         if full in known:
             entries[full] = entry
-        elif not name.endswith(_HARMLESS):
+        elif not name.endswith(_IGNORED_TENSORS):
             raise ValueError(
                 f"{entry.file} has tensor {shown(name)}, which the model of config.json does not have; use the "
                 f"config.json that belongs to this checkpoint."
@@ -73,23 +73,23 @@ def find_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
 
 
 def _tied_names(spec: ModelSpec) -> tuple[str, str]:
-    """The tensors of embedding and LM head."""
+    """Names of the weights of embedding and LM head."""
     names = FAMILIES[spec.family].names
     return f"{names.embedding}.weight", f"{names.head}.weight"
 
 
 def with_own_head(spec: ModelSpec, directory: Path) -> ModelSpec:
-    """The spec without tied embeddings where the checkpoint holds an LM head that differs from the embedding.
+    """Spec without tied embeddings if the checkpoint holds an LM head that differs from the embedding.
 
-    transformers and vLLM use such a head, whatever config.json says; the log has a line about it. Equal values stay
-    tied. Reads both tensors, where both are there, up to the first difference. Raises what `find_tensors` raises.
+    transformers and vLLM use such a head even if config.json ties it; a warning is logged. Equal values stay tied.
+    Reads both tensors, if both exist, up to the first difference. Raises the errors of `find_tensors`.
     """
     if not spec.tied_embeddings:
         return spec
     tensors = find_tensors(directory, spec)
     embedding, head = (tensors.get(name) for name in _tied_names(spec))
     assert embedding is not None
-    if head is None or _hold_the_same(embedding, head):
+    if head is None or _are_equal(embedding, head):
         return spec
     _logger.warning(
         "%s says tie_word_embeddings, but tensor %s differs from %s: it is used as the LM head.",
@@ -101,13 +101,13 @@ def with_own_head(spec: ModelSpec, directory: Path) -> ModelSpec:
 
 
 def damaged(path: Path, error: Exception) -> ValueError:
-    """The error for a file that safetensors cannot read."""
-    reason = " ".join(str(error).split())  # it may quote names that hold line ends
+    """Error for a file that safetensors cannot read."""
+    reason = " ".join(str(error).split())  # it may quote names that contain line breaks
     return ValueError(f"{path} is damaged or truncated ({reason}); download it again.")
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The files that make up the checkpoint: those named by the index, else all safetensors files."""
+    """Files of the checkpoint: those that the index names, else all safetensors files."""
     index = directory / INDEX
     if index.exists():
         return _indexed_files(index)
@@ -168,24 +168,24 @@ def _check(entry: StoredTensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _hold_the_same(one: StoredTensor, other: StoredTensor) -> bool:
+def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors of one shape have the same dtype and bits."""
     if one.dtype != other.dtype:
         return False
-    (first, left), (second, _) = _place(one), _place(other)
+    (first, left), (second, _) = _data_range(one), _data_range(other)
     with one.file.open("rb") as a, other.file.open("rb") as b:
         a.seek(first)
         b.seek(second)
         while left > 0:
-            size = min(left, _COMPARED_AT_ONCE)
+            size = min(left, _COMPARE_BYTES)
             if a.read(size) != b.read(size):
                 return False
             left -= size
     return True
 
 
-def _place(entry: StoredTensor) -> tuple[int, int]:
-    """(offset, bytes) of the values. A file begins with the header's length, 8 bytes little-endian, and the header."""
+def _data_range(entry: StoredTensor) -> tuple[int, int]:
+    """(offset, size) of the values in bytes. A file begins with the header's length (8 bytes, little-endian) and it."""
     with entry.file.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         begin, end = json.loads(file.read(length))[entry.name]["data_offsets"]

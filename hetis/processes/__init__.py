@@ -1,1 +1,1 @@
-"""Level 1: processes of one host: how they are started, limited, woken, and seen to end. No torch, no zmq."""
+"""Level 1: processes of one host: how they start, end and wake each other, what they may use, and why a job failed."""

@@ -1,9 +1,9 @@
-"""How much of its host this process may use: memory and cores.
+"""How much memory and how many cores of its host this process may use.
 
-Containers and batch systems limit processes by control groups (version 1, version 2, or both at once), which the
-figures of the whole host do not show. A limit of any group above the process counts, as far as it is visible here.
-Formats: proc(5), Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of the Linux kernel. `root` is the
-root of the file system to look at.
+Containers and batch systems limit processes by control groups (version 1, version 2, or both), which the numbers of the
+host do not show. Every visible group that holds the process, and every group above it, counts. Formats: proc(5),
+Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of the Linux kernel. `root` is the root of the file
+system to read.
 """
 
 import math
@@ -14,20 +14,20 @@ from typing import NamedTuple
 
 ROOT = Path("/")
 
-_LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")  # beyond `high` processes are slowed to a crawl
+_LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")  # above `high` the kernel throttles processes
 _USAGES = ("memory.current", "memory.usage_in_bytes")
-_RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")  # as in the kernel's own MemAvailable
+_RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")  # as in the kernel's MemAvailable
 
 
 class Memory(NamedTuple):
     """Bytes."""
 
     total: int
-    available: int  # without swapping; what the page cache would give back included
+    available: int  # without swapping, including reclaimable page cache
 
 
 def usable_memory(root: Path = ROOT) -> Memory:
-    """Of the host, or of the group with the least room."""
+    """The least of the host and of all groups."""
     kib = {name.rstrip(":"): int(value) for name, value, *_ in _table(root / "proc/meminfo")}
     all_limits = [Memory(1024 * kib["MemTotal"], 1024 * kib["MemAvailable"])]
     for group in _groups("memory", root):
@@ -36,20 +36,20 @@ def usable_memory(root: Path = ROOT) -> Memory:
 
 
 def usable_cores(root: Path = ROOT) -> float:
-    """Cores that this process may run on, or the CPU time per time that its groups have, whichever is less."""
+    """Cores of the affinity mask, or CPU seconds per second that the groups allow, whichever is less."""
     return min([float(len(os.sched_getaffinity(0))), *map(_cores_of, _groups("cpu", root))])
 
 
 def _memory_of(group: Path) -> list[Memory]:
-    """The limit of a group, if it has one."""
+    """The limit of a group; empty if it has none."""
     stat = {name: int(value) for name, value, *_ in _table(group / "memory.stat")}
     limits = [limit for name in _LIMITS if (limit := _number(group / name)) is not None]
-    if "hierarchical_memory_limit" in stat:  # version 1: also of groups above that are not visible here
+    if "hierarchical_memory_limit" in stat:  # version 1: includes groups above that are not visible
         limits.append(stat["hierarchical_memory_limit"])
     usages = [usage for name in _USAGES if (usage := _number(group / name)) is not None]
     if not limits or not usages:
         return []
-    # version 1 counts the group itself under the plain names, and the groups below it with it under these
+    # version 1: the plain names are the group alone, these include the groups below it
     reclaimable = sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in _RECLAIMABLE)
     return [Memory(min(limits), min(limits) - usages[0] + min(reclaimable, usages[0]))]
 
@@ -62,7 +62,7 @@ def _cores_of(group: Path) -> float:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """The directories of the groups that hold this process, from its own upwards."""
+    """Directories of the groups that hold this process, from its own upwards."""
     mounts = list(_mounts(root))
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -76,15 +76,15 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 class _Mount(NamedTuple):
     kind: str  # "cgroup" or "cgroup2"
     options: list[str]  # version 1: the controllers are among them
-    source: str  # the group that is seen at `point`
+    source: str  # the group that is mounted at `point`
     point: str
 
     def holds(self, controller: str) -> bool:
-        """`controller`: of version 1; "": version 2."""
+        """Whether groups of `controller` (version 1), or of version 2 (""), are mounted here."""
         return self.kind == "cgroup" and controller in self.options if controller else self.kind == "cgroup2"
 
     def groups(self, path: str, root: Path) -> Iterator[Path]:
-        """`path`: of the process's group. Where it is not below `source`, what is mounted is all there is to see."""
+        """`path`: of the process's group. If it is not below `source`, only the mounted group itself is visible."""
         top = root / self.point.lstrip("/")
         source = self.source.rstrip("/")
         below = path.removeprefix(source) if f"{path}/".startswith(f"{source}/") and ".." not in path else ""
@@ -106,7 +106,7 @@ def _table(path: Path) -> list[list[str]]:
 
 
 def _number(path: Path) -> int | None:
-    """None for a file that is not there or says "max"."""
+    """The number in a file; None if the file is missing or says "max"."""
     text = "".join(_lines(path)).strip()
     return int(text) if text.lstrip("-").isdigit() else None
 

@@ -1,4 +1,4 @@
-"""From `Setup` to the parts of a rank: element type, pools, links, index of its device."""
+"""Parts of a rank, built from `Setup`: element type, pools, scratch memory, links, description of its device."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 def wire_format(setup: Setup) -> WireFormat:
     spec = setup.spec
-    return WireFormat(spec.queries_per_group, spec.head_dim, setup.block_size, TORCH_DTYPES[setup.dtype])
+    return WireFormat(spec.queries_per_group, spec.head_dim, TORCH_DTYPES[setup.dtype])
 
 
 def make_pool(setup: Setup, rank: int, stage: int, device: torch.device) -> PagePool:
@@ -37,7 +37,7 @@ def make_pool(setup: Setup, rank: int, stage: int, device: torch.device) -> Page
         num_pages=setup.num_pages[rank],
         page_size=setup.block_size,
         head_dim=setup.spec.head_dim,
-        num_rows=setup.max_num_seqs * setup.spec.num_head_groups,
+        num_lanes=setup.max_num_seqs * setup.spec.num_head_groups,
         max_model_len=setup.max_model_len,
         dtype=TORCH_DTYPES[setup.dtype],
         device=device,
@@ -47,7 +47,7 @@ def make_pool(setup: Setup, rank: int, stage: int, device: torch.device) -> Page
 def decode_scratch(setup: Setup, num_groups: int, device: torch.device) -> torch.Tensor | None:
     """Memory for `paged_decode` of the lanes of `num_groups` head groups, of all sequences at the longest context.
 
-    One stream's own. None on a CPU, whose kernel does without.
+    Each stream needs its own. None on a CPU, whose kernel needs no such memory.
     """
     if device.type != "cuda":
         return None
@@ -57,20 +57,21 @@ def decode_scratch(setup: Setup, num_groups: int, device: torch.device) -> torch
 
 
 def message_limits(setup: Setup, primary: Primary) -> tuple[int, int]:
-    """Largest (request, reply) in bytes on a link of `primary`."""
+    """Largest messages in bytes (to a worker, to the primary) on a link of `primary`: tokens, or pages of one layer."""
     wire, groups = wire_format(setup), primary.num_groups
     lanes = min(setup.max_num_seqs, setup.max_num_batched_tokens) * groups
-    pages = setup.pages_per_haul
-    return wire.request_bytes(lanes, setup.max_num_batched_tokens * groups, pages), wire.reply_bytes(lanes, pages)
+    pages = setup.max_transfer_pages * setup.block_size * setup.spec.kv_bytes_per_token(1, setup.dtype)
+    request = wire.request_bytes(lanes, setup.max_num_batched_tokens * groups)
+    return max(request, pages), max(wire.reply_bytes(lanes), pages)
 
 
 def open_links(setup: Setup, rank: int, device: torch.device, rendezvous: Rendezvous) -> dict[int, Link]:
-    """This rank's links by peer rank, opened in one global order so that no two ranks wait for each other crosswise."""
+    """This rank's links by peer rank, opened in one global order, lest ranks wait for each other in a cycle."""
     fleet = {info.rank: info for info in setup.fleet}
     if device.type == "cuda":
         use_interface_of(fleet[rank].address)
     links: dict[int, Link] = {}
-    for primary, worker in setup.plan.links():
+    for primary, worker in setup.plan.links:
         if rank not in (primary.rank, worker.rank):
             continue
         is_primary = rank == primary.rank
@@ -90,7 +91,7 @@ def open_links(setup: Setup, rank: int, device: torch.device, rendezvous: Rendez
 
 
 def describe_device(rank: int, device: torch.device, address: str, host: str) -> DeviceInfo:
-    """What this rank tells the driver about itself."""
+    """This rank's device and place, for `Hello`."""
     gpu: dict[str, Any] = {}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -122,12 +123,12 @@ def describe_device(rank: int, device: torch.device, address: str, host: str) ->
 
 
 def share_of_cores(ranks_on_host: int) -> int:
-    """Threads for one rank's operators: its share of the cores this process may use."""
+    """Number of threads for one rank's operators: its share of the cores that this process may use."""
     return max(1, int(usable_cores() / max(1, ranks_on_host)))
 
 
 def _cuda_driver() -> str:
-    """Of the kernel's driver and of CUDA."""
+    """Versions of the GPU driver and of CUDA."""
     try:
         with open("/proc/driver/nvidia/version") as lines:
             kernel = next((word for word in lines.readline().split() if word[0].isdigit()), "unknown")

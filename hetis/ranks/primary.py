@@ -1,26 +1,27 @@
-"""A primary: the weights of its shard, and one step after another.
+"""A primary: the weights of its shard, and its part of every step.
 
-A step on a primary:  embed or receive, layers (with split attention), then hand on, or logits and sample.
+A step on a primary:  embed or receive, layers (with split attention), then send on, or logits and sample.
 """
 
 import logging
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hetis.comm.collectives import Pipeline, TensorParallel
 from hetis.comm.links.base import Link
 from hetis.core.device_info import RankStats
-from hetis.core.messages import Setup, StepCommand, StepResult, StepTimes
+from hetis.core.messages import Setup, StepResult, StepTimes
+from hetis.core.messages.step_command import Step
 from hetis.core.step_times import Activity
 from hetis.core.token_logprobs import SCORED_ROWS, TokenLogprobs
 from hetis.models.decoder import Decoder
 from hetis.ranks.build import TORCH_DTYPES, decode_scratch, make_pool, wire_format
 from hetis.ranks.measuring.devices import Measurer
+from hetis.ranks.page_transfer import HomeTransfers
 from hetis.ranks.sampling.sampler import Sampler
 from hetis.ranks.split_attention import SplitAttention
-from hetis.ranks.step_input import PrimaryInput, StepPlanner, StepRows
+from hetis.ranks.step_input import PrimaryInput, StepPlanner
 from hetis.ranks.timer import StageTimer, attention_seconds, step_times
 from hetis_kernels.flash_prefill import flash_serves, prompt_attention
 
@@ -47,8 +48,8 @@ class PrimaryRank:
         stage = setup.plan.stages[self._stage_index]
         self._primary = stage.primaries[tp_index]
         self._is_first, self._is_last = self._stage_index == 0, self._stage_index == len(setup.plan.stages) - 1
-        self._widths = [p.vocab_rows[1] - p.vocab_rows[0] for p in stage.primaries]
-        self._workers = [worker.rank for worker in setup.plan.workers]
+        self._widths = [primary.num_vocab_rows for primary in stage.primaries]
+        self._workers = list(setup.plan.worker_ranks)
         first, stop = self._primary.groups
         scratch = decode_scratch(setup, stop - first, device)
         pool, windows = make_pool(setup, rank, self._stage_index, device), setup.spec.windows[slice(*stage.layers)]
@@ -58,16 +59,16 @@ class PrimaryRank:
             pool, setup.spec.num_head_groups, setup.max_num_seqs, windows, device, uses_flash=uses_flash
         )
         self._timer = StageTimer(self._stage_index, setup.spec.queries_per_group, device, setup.trace)
+        self._transfers = HomeTransfers(pool, links, self._primary.groups, setup.spec.num_head_groups, self._timer.lap)
         self._attention = SplitAttention(
             pool,
             links,
             wire_format(setup),
             windows,
             setup.spec.attention_scale,
-            setup.max_num_batched_tokens * (stop - first),
-            device,
             self._timer,
             scratch,
+            self._transfers,
         )
         self._times: list[StepTimes] = []
         self._attention_seconds = 0.0
@@ -82,73 +83,70 @@ class PrimaryRank:
             )
 
     @torch.inference_mode()
-    def run_step(self, command: StepCommand) -> StepResult | None:
+    def run_step(self, step: Step) -> StepResult | None:
         """One step; the sampling rank returns its tokens."""
         self._timer.begin()
-        self._planner.apply(command)
-        self._update_sampler(command)
-        step = self._planner.primary_input(command, self._primary.groups, self._workers)
+        self._planner.apply(step)
+        self._update_sampler(step)
+        inputs = self._planner.primary_input(step, self._primary.groups, self._workers)
+        self._transfers.begin(step)
         self._planner.upload()
-        self._attention.begin(step)
-        result = self._compute(command, step) if step.num_tokens else self._carry(command)
-        self._note_times(command, step)
+        self._attention.begin(inputs)
+        result = self._compute(step, inputs) if step.num_tokens else self._exchange_pages(step)
+        self._note_times(step, inputs)
         return result
 
-    def _compute(self, command: StepCommand, step: PrimaryInput) -> StepResult | None:
+    def _compute(self, step: Step, inputs: PrimaryInput) -> StepResult | None:
         if self._is_first:
-            hidden_TH = self._decoder.embed(step.token_T, step.position_T)
+            hidden_TH = self._decoder.embed(inputs.token_T, inputs.position_T)
             self._timer.lap(Activity.OTHER)
         else:
             self._timer.lap(Activity.OTHER)
-            hidden_TH = self._pipeline.recv(step.num_tokens)
+            hidden_TH = self._pipeline.recv(inputs.num_tokens)
             self._timer.lap(Activity.STAGE)
-        hidden_TH = self._decoder.forward(hidden_TH, step.position_T, self._attention)
+        hidden_TH = self._decoder.forward(hidden_TH, inputs.position_T, self._attention)
         self._timer.lap(Activity.DENSE)
-        self._attention.finish()
         if self._is_last:
-            return self._finish(command, step, hidden_TH)
+            return self._finish(step, inputs, hidden_TH)
         self._timer.lap(Activity.OTHER)
         self._pipeline.send(hidden_TH)
         self._timer.lap(Activity.STAGE)
         return None
 
-    def _carry(self, command: StepCommand) -> StepResult | None:
-        """A step without tokens brings lanes on the move further while all others wait for their pages."""
+    def _exchange_pages(self, step: Step) -> StepResult | None:
+        """A step without tokens: all sequences wait for pages that migrations will free."""
         self._timer.lap(Activity.OTHER)
-        self._attention.carry(*self._decoder.attention_buffers())
-        self._attention.finish()
-        return StepResult(step=command.step, tokens=b"") if self._sampler else None
+        for layer in range(self._decoder.num_layers):
+            self._transfers.exchange(layer)
+        return StepResult(step=step.number, tokens=[]) if self._sampler else None
 
-    def _note_times(self, command: StepCommand, step: PrimaryInput) -> None:
+    def _note_times(self, step: Step, inputs: PrimaryInput) -> None:
         self._timer.lap(Activity.OTHER)
-        pages = sum(route.haul.num_in + route.haul.num_out for route in step.routes)
-        num_layers = self._setup.plan.stages[self._stage_index].num_layers
-        times = self._timer.report([step.local], pages * num_layers)
+        times = self._timer.report([inputs.local], self._transfers.num_pages * self._decoder.num_layers)
         self._attention_seconds += attention_seconds(times)
-        self._times.append(step_times(self.rank, command, [times]))
+        self._times.append(step_times(self.rank, step, [times]))
 
     def take_times(self) -> list[StepTimes]:
-        """Of what has been finished since the last call."""
+        """Times of the steps that were finished since the last call."""
         times, self._times = self._times, []
         return times
 
-    def _finish(self, command: StepCommand, step: PrimaryInput, hidden_TH: Tensor) -> StepResult | None:
-        """Logits of the rows that draw a token (and of prompts to be scored), on the sampling rank the tokens."""
-        rows = StepRows.of(command)
-        sampled = np.frombuffer(command.sampled, dtype=np.int32)
-        scored = self._score_prompts(command, rows, hidden_TH)
-        if len(sampled) == 0:
-            return StepResult(step=command.step, tokens=b"", prompt_logprobs=scored) if self._sampler else None
-        logits_RV = self._logits(hidden_TH[step.sampled_token_R])
+    def _finish(self, step: Step, inputs: PrimaryInput, hidden_TH: Tensor) -> StepResult | None:
+        """Logits of the sampling rows (and of prompts to be scored), on the sampling rank their tokens."""
+        row_I = step.sampling_row_I
+        scored = self._score_prompts(step, hidden_TH)
+        if len(row_I) == 0:
+            return StepResult(step=step.number, tokens=[], prompt_logprobs=scored) if self._sampler else None
+        logits_IV = self._logits(hidden_TH[inputs.last_token_I])
         if self._sampler is None:
             return None
-        assert logits_RV is not None
-        drawn = self._sampler.sample(logits_RV, rows.slots_R[sampled], (rows.starts_R + rows.counts_R)[sampled])
+        assert logits_IV is not None
+        sampled = self._sampler.sample(logits_IV, step.slot_R[row_I], (step.start_R + step.count_R)[row_I])
         return StepResult(
-            step=command.step,
-            tokens=drawn.token_R.astype(np.int32).tobytes(),
-            errors=drawn.errors,
-            logprobs=drawn.logprobs,
+            step=step.number,
+            tokens=sampled.token_R.tolist(),
+            errors=sampled.errors,
+            logprobs=sampled.logprobs,
             prompt_logprobs=scored,
         )
 
@@ -156,37 +154,31 @@ class PrimaryRank:
         """Logits [N, V] on tensor-parallel index 0; None elsewhere."""
         return self._tensor_parallel.gather_columns(self._decoder.logits(hidden_NH), self._widths)
 
-    def _score_prompts(self, command: StepCommand, rows: StepRows, hidden_TH: Tensor) -> dict[int, list[TokenLogprobs]]:
-        stops_R = np.cumsum(rows.counts_R)
+    def _score_prompts(self, step: Step, hidden_TH: Tensor) -> dict[int, list[TokenLogprobs]]:
+        """By row, the log-probabilities of its prompt targets; empty lists on ranks that do not sample."""
         scored: dict[int, list[TokenLogprobs]] = {}
-        targets = np.frombuffer(command.prompt_targets, dtype=np.int32)
-        begin = 0
-        for row in command.prompt_logprobs:
-            count = int(rows.counts_R[row])
-            target, begin = targets[begin : begin + count], begin + count
-            target = target[target >= 0]
-            first = int(stops_R[row]) - count
+        for row, target_N in step.prompt_targets.items():
+            first = int(step.token_stop_R[row] - step.count_R[row])
             found: list[TokenLogprobs] = []
-            for block in range(0, len(target), SCORED_ROWS):
-                wanted = target[block : block + SCORED_ROWS]
+            for block in range(0, len(target_N), SCORED_ROWS):
+                wanted = target_N[block : block + SCORED_ROWS]
                 logits = self._logits(hidden_TH[first + block :][: len(wanted)])
                 if self._sampler is not None and logits is not None:
-                    found += self._sampler.score_prompt(logits, wanted, int(rows.slots_R[row]))
+                    found += self._sampler.score_prompt(logits, wanted, int(step.slot_R[row]))
             scored[row] = found
         return scored
 
-    def _update_sampler(self, command: StepCommand) -> None:
+    def _update_sampler(self, step: Step) -> None:
         if self._sampler is None:
             return
-        for slot in command.released:
+        for slot in step.released:
             self._sampler.remove(slot)
-        for new in command.admitted:
+        for new in step.admitted:
             self._sampler.add(new.slot, new.params, new.prompt_len, new.seed)
-        slots, positions = StepRows.of(command).tokens_of(slice(None))
-        self._sampler.observe(slots, np.frombuffer(command.tokens, dtype=np.int32), positions)
+        self._sampler.observe(step.slot_T, step.token_T, step.position_T)
 
     def forget(self) -> None:
-        """Counts from zero again."""
+        """Resets counters and times to zero."""
         self._times.clear()
         self._attention_seconds = 0.0
         for link in self._links.values():

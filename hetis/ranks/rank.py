@@ -14,21 +14,24 @@ from typing import Any, NoReturn
 import msgspec
 import torch
 
-from hetis.comm.control import ControlClient, Heart
+from hetis.comm.control import ControlClient
 from hetis.comm.groups import init_groups
 from hetis.comm.hosts import Token
 from hetis.comm.rendezvous import Rendezvous
 from hetis.core import messages as m
 from hetis.core.config import Joining
+from hetis.core.messages.step_command import decode
 from hetis.models.decoder import Decoder
 from hetis.models.hub import resolve_model
 from hetis.models.loader import load_weights
-from hetis.processes import supervision
+from hetis.processes import failure
+from hetis.processes.waker import Waker
 from hetis.ranks.build import TORCH_DTYPES, describe_device, open_links, share_of_cores
 from hetis.ranks.gpus import sum_in_float32, why_unusable
+from hetis.ranks.heartbeat import Heartbeat
 from hetis.ranks.primary import PrimaryRank
 from hetis.ranks.warm_up import is_needed, warm_up_commands
-from hetis.ranks.worker import AttentionRank
+from hetis.ranks.worker import AttentionWorker
 from hetis_kernels import extension
 
 _log = logging.getLogger(__name__)
@@ -50,49 +53,49 @@ def run_rank(
     hosts reach this one. `on_lost_driver`: told when the driver has gone, and how, before this process ends.
     """
     joining = msgspec.json.decode(rendezvous.get("joining"), type=Joining)
-    waker = supervision.Waker()
+    waker = Waker()
     waker.wake_on(signal.SIGTERM, signal.SIGINT)
-    # the driver speaks on its own host; elsewhere the first rank does
-    prints_verdict = os.environ.get("GROUP_RANK", "0") != "0" and local_rank == 0
-    heart = Heart(joining.endpoints.health, rank, waker, on_lost_driver or (lambda how: None), prints_verdict)
-    heart.start()
+    # the driver prints the failure reason on its host, the first rank on others
+    prints_reason = os.environ.get("GROUP_RANK", "0") != "0" and local_rank == 0
+    heartbeat = Heartbeat(joining.endpoints.health, rank, waker, on_lost_driver or (lambda how: None), prints_reason)
+    heartbeat.start()
     control = ControlClient(joining.endpoints.ranks, str(rank), "rank")
     device_name = choose_device(joining.devices[rank], local_rank)
     if local_rank == 0 and (problem := extension.problem()) is not None:  # once for a host: it is one installation
         _log.warning("%s", problem)
 
     def fail(error: BaseException) -> NoReturn:
-        _report(heart, rank, device_name, error, is_mistake=False)
+        _report(heartbeat, rank, device_name, error, is_mistake=False)
 
     try:
-        member = _join(control, heart, rank, device_name, ranks_on_host, address, rendezvous, fail)
+        member = _join(control, heartbeat, rank, device_name, ranks_on_host, address, rendezvous, fail)
     except Exception as error:
-        _report(heart, rank, device_name, error, is_mistake=isinstance(error, ValueError))
+        _report(heartbeat, rank, device_name, error, is_mistake=isinstance(error, ValueError))
     try:
         if member is not None:
-            obey(control, heart, member)
+            obey(control, heartbeat, member)
             member.close()
     except Exception as error:
         fail(error)
-    heart.stop()
+    heartbeat.stop()
     control.close(linger=0)  # the driver may have ended
 
 
 def _join(
     control: ControlClient,
-    heart: Heart,
+    heartbeat: Heartbeat,
     rank: int,
     device_name: str,
     ranks_on_host: int,
     address: str,
     rendezvous: Rendezvous,
     on_failure: Callable[[BaseException], Any],
-) -> PrimaryRank | AttentionRank | None:
+) -> PrimaryRank | AttentionWorker | None:
     """From `Hello` to `Ready`; None if the job ends before it began. ValueError for what the user must change."""
     token = Token(rank, rendezvous)
     device = prepare_device(device_name, ranks_on_host)
-    heart.host = token.host(JOIN_SECONDS)
-    control.send(m.Hello(info=describe_device(rank, device, address, heart.host)))
+    heartbeat.host = token.host(JOIN_SECONDS)
+    control.send(m.Hello(info=describe_device(rank, device, address, heartbeat.host)))
     setup = control.receive(JOIN_SECONDS)
     if setup is None:
         raise TimeoutError(f"the driver sent no setup within {JOIN_SECONDS:.0f} s")
@@ -100,7 +103,7 @@ def _join(
         return None
     assert isinstance(setup, m.Setup), f"the driver sent {type(setup).__name__} before Setup"
     token.close()
-    heart.timeout = setup.step_timeout
+    heartbeat.timeout = setup.step_timeout
     begin = time.monotonic()
     member = build_member(setup, rank, device, rendezvous, on_failure)
     _log.log(logging.INFO if rank == 0 else logging.DEBUG, "loaded in %.1f s", time.monotonic() - begin)
@@ -146,10 +149,10 @@ def build_member(
     device: torch.device,
     rendezvous: Rendezvous,
     on_failure: Callable[[BaseException], Any],
-) -> PrimaryRank | AttentionRank:
+) -> PrimaryRank | AttentionWorker:
     """The executor of this rank: weights and groups for a primary, links for both."""
-    if setup.plan.role_of(rank) == "attention worker":
-        return AttentionRank(setup, rank, open_links(setup, rank, device, rendezvous), device, on_failure)
+    if setup.plan.is_worker(rank):
+        return AttentionWorker(setup, rank, open_links(setup, rank, device, rendezvous), device, on_failure)
     stage, tp_index = setup.plan.position_of(rank)
     links = open_links(setup, rank, device, rendezvous)  # before loading: the workers wait for them
     groups = init_groups(
@@ -187,20 +190,20 @@ def build_member(
     return PrimaryRank(setup, rank, decoder, links, groups.tensor_parallel, groups.pipeline, device)
 
 
-def warm_up(member: PrimaryRank | AttentionRank, setup: m.Setup) -> None:
-    """All ranks of the fleet at the same time; afterwards they are as if nothing had been."""
+def warm_up(member: PrimaryRank | AttentionWorker, setup: m.Setup) -> None:
+    """Runs the made-up steps, all ranks of the fleet at the same time, and resets counters and times."""
     for command in warm_up_commands(setup):
-        member.run_step(command)
+        member.run_step(decode(command, member.rank))
     member.forget()
 
 
-def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRank) -> None:
+def obey(control: ControlClient, heartbeat: Heartbeat, member: PrimaryRank | AttentionWorker) -> None:
     """Commands in order until `Shutdown`."""
     while True:
         command = control.receive()
         if isinstance(command, m.StepCommand):
-            result = member.run_step(command)
-            heart.step = command.step
+            result = member.run_step(decode(command, member.rank))
+            heartbeat.step = command.step
             if result is not None:
                 control.send(result)
             for times in member.take_times():
@@ -216,8 +219,8 @@ def obey(control: ControlClient, heart: Heart, member: PrimaryRank | AttentionRa
             return
 
 
-def _report(heart: Heart, rank: int, device_name: str, error: BaseException, is_mistake: bool) -> NoReturn:
-    """Tells the terminal and the driver why this rank dies; the heart ends the process. Any thread may call it.
+def _report(heartbeat: Heartbeat, rank: int, device_name: str, error: BaseException, is_mistake: bool) -> NoReturn:
+    """Tells the terminal and the driver why this rank ends; `heartbeat` ends the process. For any thread.
 
     A lost connection is the failure of another rank, and for a mistake of the user one sentence is enough: neither
     shows a traceback.
@@ -229,7 +232,7 @@ def _report(heart: Heart, rank: int, device_name: str, error: BaseException, is_
         print(f"hetis: rank {rank} on {device_name} failed:\n{text}", file=sys.stderr, flush=True)
     reason = str(error) if is_consequence or is_mistake else f"{type(error).__name__}: {error}"
     if not is_consequence:
-        supervision.report_to_torchrun(text or reason)
-    heart.report(m.Failure(rank=rank, reason=reason, traceback=text, is_consequence=is_consequence))
+        failure.report_to_torchrun(text or reason)
+    heartbeat.report(m.Failure(rank=rank, reason=reason, traceback=text, is_consequence=is_consequence))
     while True:
         threading.Event().wait()

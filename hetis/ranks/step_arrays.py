@@ -1,4 +1,4 @@
-"""Index arrays of a step on their way from numpy to the device: on a GPU all of them in one copy."""
+"""Copies the index arrays of a step from numpy to the device: on a GPU all of them in one copy."""
 
 from typing import Any, Protocol
 
@@ -16,10 +16,10 @@ _NUM_TURNS = 2
 
 class StepArrays(Protocol):
     def put(self, array: NDArray[Any]) -> Tensor:
-        """Where the int32 or int64 `array` will be on the device after `send`; valid until the step after."""
+        """The tensor that has the int32 or int64 `array` on the device after `send`; valid until the next step."""
 
     def send(self) -> None:
-        """What was put since the last call is there for work that the current stream gets from now on."""
+        """Makes what was put since the last call available to work that the current stream gets from now on."""
 
 
 def step_arrays(device: torch.device) -> StepArrays:
@@ -27,23 +27,23 @@ def step_arrays(device: torch.device) -> StepArrays:
 
 
 class HostArrays:
-    """For a device that reads numpy's own memory."""
+    """For a device that reads numpy's own memory. Read-only arrays are copied, for torch has no read-only tensors."""
 
     def put(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.ascontiguousarray(array) if array.flags.writeable else array.copy())
 
     def send(self) -> None:
         pass
 
 
 class DeviceArrays:
-    """Two page-locked blocks in turn: one is filled while the other one, of the step before, may still be copied.
+    """Two page-locked host blocks in turn: one is filled while the other, of the step before, may still be copied.
 
-    The device has one block, which the stream overwrites when it is done with the step before.
+    The device has one block, which the stream overwrites after the work of the step before.
     """
 
     def __init__(self, device: torch.device, num_bytes: int = FIRST_BYTES) -> None:
-        """`num_bytes`: room at first. On a CPU, for tests, memory is not locked."""
+        """`num_bytes`: initial size of a block. On a CPU, for tests, memory is not locked."""
         self._device = device
         self._copied = [StreamEvent(device) for _ in range(_NUM_TURNS)]
         self._turn, self._used = 0, 0
@@ -52,7 +52,7 @@ class DeviceArrays:
     def put(self, array: NDArray[Any]) -> Tensor:
         num_bytes = array.nbytes
         if self._used + num_bytes > len(self._device_B):
-            self.send()  # what is in these blocks goes from there; its place on the device lives as long as it is used
+            self.send()  # of the blocks so far; the one on the device lives as long as tensors refer to it
             self._allocate(2 * max(len(self._device_B), num_bytes))
         begin, end = self._used, self._used + num_bytes
         self._views[self._turn][begin:end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

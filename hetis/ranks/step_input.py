@@ -1,77 +1,38 @@
-"""From a StepCommand to index tensors: all host work of a step happens here, once, so that a layer only launches.
+"""From a step to index tensors: all host work of a step happens here, once, so that a layer only launches kernels.
 
-Order of lanes. Decode lanes run over the tokens of decode rows, then head groups; prefill entries over the others, then
-head groups. Both ends of a link build the same lists from the same command, so that a message needs no header.
-Row of a (token, group) in the flattened QKV of one primary: `token * G_local + (group - first_group)`.
+Order of lanes. Decode lanes run over the tokens of decode rows, then head groups; prefill entries over the other
+tokens, then head groups. Both ends of a link build the same lists from the same command, so a message needs no header.
+Index of a (token, group) in the flattened QKV of one primary: `token * G_local + (group - first_group)`.
+
+Letters: R rows and T tokens of the step, B slots, G head groups, U decode lanes, A (token, group) pairs, C prompt
+chunks, I rows that sample a token.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hetis.core.messages import StepCommand
+from hetis.core.messages.step_command import Int32, Int64, Step
 from hetis.core.spans import Span
-from hetis.ranks.page_transfer import LinkHaul, hauls_of, no_haul, primary_hauls, worker_haul
 from hetis.ranks.pool import PagePool
 from hetis.ranks.step_arrays import step_arrays
-
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class StepRows:
-    """The rows of a step as arrays (host)."""
-
-    slots_R: Ints
-    starts_R: Ints
-    counts_R: Ints
-    num_decode: int
-
-    @classmethod
-    def of(cls, command: StepCommand) -> "StepRows":
-        slots, starts, counts = (
-            np.frombuffer(field, dtype=np.int32).astype(np.int64)
-            for field in (command.slots, command.starts, command.counts)
-        )
-        return cls(slots, starts, counts, command.num_decode)
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.counts_R.sum())
-
-    @property
-    def num_decode_tokens(self) -> int:
-        """More than rows where sequences start over: their output goes through decode again, many tokens in a row."""
-        return int(self.counts_R[: self.num_decode].sum())
-
-    def last_tokens(self, rows: NDArray[np.int32]) -> Ints:
-        """Where among the step's tokens the last ones of these rows are."""
-        stops: Ints = np.cumsum(self.counts_R)[rows] - 1
-        return stops
-
-    def tokens_of(self, rows: slice) -> tuple[Ints, Ints]:
-        """(slot_T, position_T) of the tokens of `rows`."""
-        counts = self.counts_R[rows]
-        begin = np.repeat(np.cumsum(counts) - counts, counts)
-        position = np.arange(counts.sum()) - begin + np.repeat(self.starts_R[rows], counts)
-        return np.repeat(self.slots_R[rows], counts), position
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeLanes:
-    """Decode attention of some lanes on one device: `U` rows for `paged_decode`."""
+    """Decode attention of some lanes on one device: `U` problems for `paged_decode`."""
 
-    lane_U: Tensor  # int32, row of the page table
-    row_U: Tensor  # int32, row of q and out
+    lane_U: Tensor  # int32, of the page table
+    qkv_U: Tensor  # int32, index of q and of the output
     length_U: Tensor  # int32, tokens to attend over, the new one included
-    max_length: int  # of length_U, known to the host: bounds the work of a launch without a look at the device
-    kv_tokens: float  # read in a layer, over all lanes; on average over the layers, windows considered
+    max_length: int  # of length_U, known to the host: bounds the work of a launch without reading the device
+    kv_tokens: float  # read in a layer, over all lanes; mean over the layers, windows considered
 
     def __len__(self) -> int:
         return self.lane_U.shape[0]
@@ -79,13 +40,13 @@ class DecodeLanes:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """New K and V rows and where they go in the pool."""
+    """New K and V, and the cells of the pool that they are written to."""
 
-    row_A: Tensor  # int32
-    slot_A: Tensor  # int64
+    qkv_A: Tensor  # int32
+    cell_A: Tensor  # int64
 
     def __len__(self) -> int:
-        return self.row_A.shape[0]
+        return self.qkv_A.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +71,11 @@ class WholePrompts:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What one link carries in each layer of this step, seen from the primary: rows of its flattened QKV."""
+    """Content of one link's messages in each layer of this step, as indices of the primary's flattened QKV."""
 
     peer: int
-    decode_row_U: Tensor  # int32; q, k, v go out, the attention of the same rows comes back
-    prefill_row_A: Tensor  # int32; k, v go out
-    haul: LinkHaul
+    decode_qkv_U: Tensor  # int32; q, k, v are sent, the attention of the same indices comes back
+    prefill_qkv_A: Tensor  # int32; k, v are sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +86,7 @@ class PrimaryInput:
     num_decode: int  # of them, the first ones
     token_T: Tensor  # int64
     position_T: Tensor  # int64
-    sampled_token_R: Tensor  # int64, of the rows that draw a token: their last one, among the step's
+    last_token_I: Tensor  # int64, index among the step's tokens of each sampling row's last one
     append: Append
     local: DecodeLanes
     prefill: PrefillChunks | None
@@ -141,42 +101,25 @@ class WorkerInput:
     lanes: DecodeLanes
     append: Append  # decode rows
     prefill_append: Append  # prompt rows
-    haul: LinkHaul
 
     @property
     def is_empty(self) -> bool:
-        """Whether the link carries nothing in this step."""
-        return not (len(self.lanes) or len(self.prefill_append) or self.haul.num_in or self.haul.num_out)
+        """Whether the link carries no tokens in this step."""
+        return not (len(self.lanes) or len(self.prefill_append))
 
 
-def decode_lanes(
-    rows: StepRows, owners_BG: NDArray[np.int32], groups: Span, owner: int
-) -> tuple[Ints, Ints, Ints, Ints]:
-    """(slot, group, position, row in the flattened QKV) of the decode lanes that live on `owner`, token by token.
+class Pairs(NamedTuple):
+    """(token, head group) pairs, token by token. Several tokens of a lane are as many decode problems."""
 
-    Several tokens of a lane are as many problems, each over all tokens up to its own.
-    """
-    slots, positions = rows.tokens_of(slice(rows.num_decode))
-    first, stop = groups
-    token, group = np.nonzero(owners_BG[slots, first:stop] == owner)
-    return slots[token], group + first, positions[token], token * (stop - first) + group
-
-
-def prefill_entries(
-    rows: StepRows, owners_BG: NDArray[np.int32], groups: Span, owner: int | None
-) -> tuple[Ints, Ints, Ints, Ints]:
-    """The same for prompt tokens, of lanes on `owner`, or of all lanes for None (the home keeps all in prefill)."""
-    slots, positions = rows.tokens_of(slice(rows.num_decode, None))
-    first, stop = groups
-    chosen = np.ones((len(slots), stop - first), dtype=bool) if owner is None else owners_BG[slots, first:stop] == owner
-    token, group = np.nonzero(chosen)
-    return slots[token], group + first, positions[token], (token + rows.num_decode_tokens) * (stop - first) + group
+    lane_A: Int64
+    position_A: Int64
+    qkv_A: Int64
 
 
 class StepPlanner:
-    """Turns commands into inputs for one stage on one rank. Keeps who owns which lane.
+    """Turns steps into inputs for one stage on one rank. Keeps the owner of every lane.
 
-    Inputs of a step can be used after `upload`, which comes once, when all of them have been asked for.
+    Inputs of a step can be used after `upload`, which is called once, after all of them have been asked for.
     """
 
     def __init__(
@@ -196,117 +139,124 @@ class StepPlanner:
         self.pool, self._arrays = pool, step_arrays(device)
         self.upload = self._arrays.send
         self._windows = Counter(windows)
-        self.owners_BG: NDArray[np.int32] = np.full((max_num_seqs, num_groups), -1, dtype=np.int32)
+        self.owners_BG: Int32 = np.full((max_num_seqs, num_groups), -1, dtype=np.int32)
 
-    def apply(self, command: StepCommand) -> None:
-        """Take over lanes that have arrived, new sequences and pages."""
-        for slot, stage, group, owner in np.frombuffer(command.landed, dtype=np.int32).reshape(-1, 4):
-            if stage == self.stage:
-                self.owners_BG[slot, group] = owner
-        for new in command.admitted:
-            owners = np.frombuffer(new.owners, dtype=np.int32).reshape(-1, self.num_groups)
-            self.owners_BG[new.slot] = owners[self.stage]
-        self.pool.apply(command.pages)
+    def apply(self, step: Step) -> None:
+        """Applies committed migrations, then the owners of new sequences and new pages, to this stage's tables."""
+        slot_C, stage_C, group_C, target_C = step.committed
+        here = stage_C == self.stage
+        self.owners_BG[slot_C[here], group_C[here]] = target_C[here]
+        for new in step.admitted:
+            self.owners_BG[new.slot] = new.owners[self.stage]
+        if self.stage in step.pages:
+            self.pool.apply(step.pages[self.stage])
 
-    def primary_input(self, command: StepCommand, groups: Span, workers: list[int]) -> PrimaryInput:
-        rows = StepRows.of(command)
-        slots, group, position, local_row = decode_lanes(rows, self.owners_BG, groups, self.rank)
-        lanes = slots * self.num_groups + group
-        prompt = prefill_entries(rows, self.owners_BG, groups, None)
-        prompt_lanes = prompt[0] * self.num_groups + prompt[1]
-        append_row = np.concatenate([local_row, prompt[3]])
-        append_slot = np.concatenate([self.pool.slots(lanes, position), self.pool.slots(prompt_lanes, prompt[2])])
-        _, all_positions = rows.tokens_of(slice(None))
-        first_whole = self._first_whole_prompt(rows, groups)
+    def primary_input(self, step: Step, groups: Span, workers: list[int]) -> PrimaryInput:
+        owner_TG = self.owners_BG[step.slot_T, slice(*groups)]
+        decode = self._pairs(step, groups, _decode_part(step), owner_TG == self.rank)
+        prompt = self._pairs(step, groups, _prompt_part(step), np.ones_like(owner_TG, dtype=bool))  # staging included
+        first_whole = self._first_whole_prompt(step, groups)
         return PrimaryInput(
-            num_tokens=rows.num_tokens,
-            num_decode=rows.num_decode_tokens,
-            token_T=self._put(np.frombuffer(command.tokens, dtype=np.int32).astype(np.int64)),
-            position_T=self._put(all_positions),
-            sampled_token_R=self._put(rows.last_tokens(np.frombuffer(command.sampled, dtype=np.int32))),
-            append=Append(self._int32(append_row), self._put(append_slot)),
-            local=self._decode_lanes(lanes, self._int32(local_row), position),
-            prefill=self._chunks(rows, groups, first_whole),
-            whole_prompts=self._whole_prompts(rows, first_whole),
-            routes=self._routes(command, rows, groups, workers),
+            num_tokens=step.num_tokens,
+            num_decode=step.num_decode_tokens,
+            token_T=self._put(step.token_T),
+            position_T=self._put(step.position_T),
+            last_token_I=self._put(step.token_stop_R[step.sampling_row_I] - 1),
+            append=self._append(Pairs(*map(np.concatenate, zip(decode, prompt, strict=True)))),
+            local=self._decode_lanes(decode, self._int32(decode.qkv_A)),
+            prefill=self._chunks(step, groups, first_whole),
+            whole_prompts=self._whole_prompts(step, first_whole),
+            routes=self._routes(step, groups, owner_TG, workers),
         )
 
-    def worker_input(self, command: StepCommand, home: int, groups: Span) -> WorkerInput:
+    def worker_input(self, step: Step, groups: Span) -> WorkerInput:
         """For the link to the primary that is the home of `groups`."""
-        rows = StepRows.of(command)
-        slots, group, position, _ = decode_lanes(rows, self.owners_BG, groups, self.rank)
-        lanes = slots * self.num_groups + group
-        order = self._int32(np.arange(len(lanes)))
-        prompt_slots, prompt_group, prompt_position, _ = prefill_entries(rows, self.owners_BG, groups, self.rank)
-        prompt_lanes = prompt_slots * self.num_groups + prompt_group
+        is_here_TG = self.owners_BG[step.slot_T, slice(*groups)] == self.rank
+        decode = self._pairs(step, groups, _decode_part(step), is_here_TG)
+        prompt = self._pairs(step, groups, _prompt_part(step), is_here_TG)
+        append = self._append(decode._replace(qkv_A=np.arange(len(decode.lane_A))))
         return WorkerInput(
-            lanes=self._decode_lanes(lanes, order, position),
-            append=Append(order, self._put(self.pool.slots(lanes, position))),
-            prefill_append=Append(
-                self._int32(np.arange(len(prompt_lanes))),
-                self._put(self.pool.slots(prompt_lanes, prompt_position)),
-            ),
-            haul=worker_haul(hauls_of(command, self.stage, groups, self.num_groups), self.pool, home),
+            lanes=self._decode_lanes(decode, append.qkv_A),
+            append=append,
+            prefill_append=self._append(prompt._replace(qkv_A=np.arange(len(prompt.lane_A)))),
         )
 
-    def _decode_lanes(self, lanes: Ints, row_U: Tensor, position: Ints) -> DecodeLanes:
-        max_length = int(position.max(initial=0)) + 1
+    def _pairs(self, step: Step, groups: Span, tokens: slice, chosen_TG: NDArray[np.bool_]) -> Pairs:
+        """The chosen pairs of `tokens` (a slice of the step's) and `groups`."""
+        first, stop = groups
+        token, group = np.nonzero(chosen_TG[tokens])
+        token += tokens.start
+        lane_A = step.slot_T[token] * self.num_groups + (group + first)
+        return Pairs(lane_A, step.position_T[token], token * (stop - first) + group)
+
+    def _append(self, pairs: Pairs) -> Append:
+        return Append(self._int32(pairs.qkv_A), self._put(self.pool.cells(pairs.lane_A, pairs.position_A)))
+
+    def _decode_lanes(self, pairs: Pairs, qkv_U: Tensor) -> DecodeLanes:
+        length_U = pairs.position_A + 1
+        max_length = int(length_U.max(initial=1))
         seen = sum(
-            layers * int(np.minimum(position + 1, window or max_length).sum())
-            for window, layers in self._windows.items()
+            layers * int(np.minimum(length_U, window or max_length).sum()) for window, layers in self._windows.items()
         )
         kv_tokens = seen / self._windows.total()
-        return DecodeLanes(self._int32(lanes), row_U, self._int32(position + 1), max_length, kv_tokens)
+        return DecodeLanes(self._int32(pairs.lane_A), qkv_U, self._int32(length_U), max_length, kv_tokens)
 
-    def _first_whole_prompt(self, rows: StepRows, groups: Span) -> int:
+    def _first_whole_prompt(self, step: Step, groups: Span) -> int:
         """The row from which on all rows are prompts without cached context; no row where flash-attn is not used.
 
-        Prompts that go on mostly come before those that begin, so these are nearly all of them.
+        Prompts that are continued mostly come before those that begin, so these are nearly all of them.
         """
-        num_rows = len(rows.counts_R)
         if not self._uses_flash or groups[0] == groups[1]:
-            return num_rows
-        continued = np.flatnonzero(rows.starts_R[rows.num_decode :])
-        return rows.num_decode + (int(continued[-1]) + 1 if len(continued) else 0)
+            return len(step.count_R)
+        continued = np.flatnonzero(step.start_R[step.num_decode_rows :])
+        return step.num_decode_rows + (int(continued[-1]) + 1 if len(continued) else 0)
 
-    def _chunks(self, rows: StepRows, groups: Span, stop_row: int) -> PrefillChunks | None:
-        """Of the prompt rows before `stop_row`."""
-        chunks = slice(rows.num_decode, stop_row)
-        counts = rows.counts_R[chunks]
-        lanes = rows.slots_R[chunks, None] * self.num_groups + np.arange(*groups)[None, :]
-        if lanes.size == 0:
+    def _chunks(self, step: Step, groups: Span, stop_row: int) -> PrefillChunks | None:
+        """The prompt rows before `stop_row`."""
+        chunks = slice(step.num_decode_rows, stop_row)
+        count_C = step.count_R[chunks]
+        lane_CG = step.slot_R[chunks, None] * self.num_groups + np.arange(*groups)
+        if lane_CG.size == 0:
             return None
         return PrefillChunks(
-            first_token=rows.num_decode_tokens,
-            stop_token=rows.num_decode_tokens + int(counts.sum()),
-            query_start_C1=self._int32(np.concatenate([[0], np.cumsum(counts)])),
-            lane_CG=self._int32(lanes),
-            context_C=self._int32(rows.starts_R[chunks] + counts),
+            first_token=step.num_decode_tokens,
+            stop_token=step.num_decode_tokens + int(count_C.sum()),
+            query_start_C1=self._int32(np.concatenate([[0], np.cumsum(count_C)])),
+            lane_CG=self._int32(lane_CG),
+            context_C=self._int32(step.start_R[chunks] + count_C),
         )
 
-    def _whole_prompts(self, rows: StepRows, first_row: int) -> WholePrompts | None:
-        counts = rows.counts_R[first_row:]
-        if len(counts) == 0:
+    def _whole_prompts(self, step: Step, first_row: int) -> WholePrompts | None:
+        count_C = step.count_R[first_row:]
+        if len(count_C) == 0:
             return None
         return WholePrompts(
-            first_token=int(rows.counts_R[:first_row].sum()),
-            query_start_C1=self._int32(np.concatenate([[0], np.cumsum(counts)])),
-            max_tokens=int(counts.max()),
+            first_token=step.num_tokens - int(count_C.sum()),
+            query_start_C1=self._int32(np.concatenate([[0], np.cumsum(count_C)])),
+            max_tokens=int(count_C.max()),
         )
 
-    def _routes(self, command: StepCommand, rows: StepRows, groups: Span, workers: list[int]) -> list[Route]:
-        hauls = primary_hauls(hauls_of(command, self.stage, groups, self.num_groups), self.pool, workers)
+    def _routes(self, step: Step, groups: Span, owner_TG: Int32, workers: list[int]) -> list[Route]:
         routes = []
         for worker in workers:
-            decode_row = decode_lanes(rows, self.owners_BG, groups, worker)[3]
-            prefill_row = prefill_entries(rows, self.owners_BG, groups, worker)[3]
-            if len(decode_row) or len(prefill_row) or worker in hauls:
-                haul = hauls.get(worker, no_haul(self.pool))
-                routes.append(Route(worker, self._int32(decode_row), self._int32(prefill_row), haul))
+            there_TG = owner_TG == worker
+            decode_qkv = self._pairs(step, groups, _decode_part(step), there_TG).qkv_A
+            prefill_qkv = self._pairs(step, groups, _prompt_part(step), there_TG).qkv_A
+            if len(decode_qkv) or len(prefill_qkv):
+                routes.append(Route(worker, self._int32(decode_qkv), self._int32(prefill_qkv)))
         return routes
 
-    def _int32(self, array: NDArray[np.int64]) -> Tensor:
+    def _int32(self, array: Int64) -> Tensor:
         return self._put(array.astype(np.int32))
 
     def _put(self, array: NDArray[Any]) -> Tensor:
         return self._arrays.put(array)
+
+
+def _decode_part(step: Step) -> slice:
+    """The tokens of decode rows."""
+    return slice(0, step.num_decode_tokens)
+
+
+def _prompt_part(step: Step) -> slice:
+    return slice(step.num_decode_tokens, step.num_tokens)

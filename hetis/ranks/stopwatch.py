@@ -1,4 +1,4 @@
-"""What a rank does with its time: laps between one kind of work and the next, summed for each step.
+"""Stopwatches: how long a rank does what, as laps from one kind of work to the next, summed for each step.
 
 On the CPU work is done when a call returns, so the clock is read (0.2 us a lap, some five laps a layer). On a CUDA
 device calls return at once; there events are recorded between the kernels and read when the step is over.
@@ -16,22 +16,25 @@ Trace = list[tuple[int, float, float]]  # (activity, begin, end), seconds since 
 
 
 class Stopwatch(Protocol):
+    """Measures one step at a time."""
+
     def begin(self) -> None:
-        """A step begins: forget the last one."""
+        """Begins a step, and drops the laps of the one before."""
 
     def lap(self, activity: Activity) -> int:
-        """All since the last lap (or the beginning) was `activity`. The lap's index in `read`."""
+        """Counts the time since the last lap (or `begin`) as `activity`. Returns the lap's index in `read`."""
 
     def read(self) -> Trace:
-        """The laps since the beginning."""
+        """The laps since `begin`."""
 
 
 def make_stopwatch(device: torch.device) -> Stopwatch:
+    """The stopwatch for work on `device`."""
     return CudaStopwatch(device) if device.type == "cuda" else HostStopwatch()
 
 
 class HostStopwatch:
-    """For devices that compute while the host waits."""
+    """Reads the host's clock: for devices that are done when a call returns."""
 
     def __init__(self) -> None:
         self._epoch = time.time() - time.perf_counter()
@@ -54,7 +57,7 @@ class HostStopwatch:
 
 
 class CudaStopwatch:
-    """Events on the current stream, kept and recorded anew in every step."""
+    """Records events on the current stream; they are reused in every step."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -78,7 +81,7 @@ class CudaStopwatch:
         self._events[index].record(torch.cuda.current_stream(self._device))
 
     def read(self) -> Trace:
-        """Waits for the device to have done what was launched."""
+        """Waits until the device has done what was launched."""
         self._events[len(self._activities)].synchronize()
         first = self._events[0]
         times = [self._began + first.elapsed_time(event) / 1e3 for event in self._events[: len(self._activities) + 1]]
@@ -86,7 +89,7 @@ class CudaStopwatch:
 
 
 def totals_us(trace: Trace) -> list[float]:
-    """Microseconds by `Activity`."""
+    """Microseconds, indexed by `Activity`."""
     totals = [0.0] * len(Activity)
     for activity, begin, end in trace:
         totals[activity] += 1e6 * (end - begin)

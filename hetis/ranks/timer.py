@@ -1,41 +1,48 @@
-"""One stage's time on one rank: its stopwatch, the round trips of its messages, and the report they make."""
+"""Times of one stage on one rank: its stopwatch, the round trips of its requests, and the report of a step."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 
-from hetis.core.messages import StepCommand, StepTimes
+from hetis.core.messages import StepTimes
+from hetis.core.messages.step_command import Step
 from hetis.core.step_times import Activity, StageTimes
-from hetis.ranks.step_input import DecodeLanes, StepRows
+from hetis.ranks.step_input import DecodeLanes
 from hetis.ranks.stopwatch import Trace, make_stopwatch, pack_trace, totals_us
 
-REAL_WAIT = 5e-6  # seconds: a shorter wait finds a reply that had come before
+MIN_WAIT = 5e-6  # seconds; a shorter wait means that the reply had arrived before
 
 
 class StageTimer:
+    """Measures the steps of one stage, one at a time."""
+
     def __init__(self, stage: int, num_queries: int, device: torch.device, traced: bool) -> None:
-        """`num_queries`: M. `traced`: reports carry every lap."""
+        """`num_queries`: query heads per group. `traced`: reports carry every lap."""
         self._stage, self._num_queries, self._traced = stage, num_queries, traced
         self._stopwatch = make_stopwatch(device)
         self.lap = self._stopwatch.lap
-        self._sent: dict[int, int] = {}  # peer -> the lap at whose end a message went
-        self._replies: list[tuple[int, int, int]] = []  # peer, that lap, and the lap at whose end the reply was there
+        self._sent: dict[int, int] = {}  # peer -> lap at whose end a request was sent
+        self._replies: list[tuple[int, int, int]] = []  # peer, that lap, and the lap at whose end the reply arrived
 
     def begin(self) -> None:
         self._replies.clear()
         self._stopwatch.begin()
 
     def on_sent(self, peer: int) -> None:
-        """A message has gone: a lap of `SEND`."""
+        """Ends a lap of `SEND`: a request was sent."""
         self._sent[peer] = self.lap(Activity.SEND)
 
     def on_received(self, peer: int) -> None:
-        """Its reply is here: a lap of `WAIT`."""
+        """Ends a lap of `WAIT`: the reply has arrived."""
         self._replies.append((peer, self._sent[peer], self.lap(Activity.WAIT)))
 
     def report(self, lanes: Sequence[DecodeLanes], num_page_layers: int) -> StageTimes:
-        """`lanes`: those whose attention was computed here."""
+        """The times since `begin`.
+
+        `lanes`: those whose attention was computed here. `num_page_layers`: pages of migrating lanes that were sent and
+        received, times layers.
+        """
         trace = self._stopwatch.read()
         return StageTimes(
             stage=self._stage,
@@ -48,28 +55,28 @@ class StageTimer:
         )
 
     def _round_trips_us(self, trace: Trace) -> dict[int, float]:
-        """Means. A reply counts if it was waited for: else it came at an unknown time before."""
+        """Means by peer. Only replies that were waited for count: the others arrived at an unknown time before."""
         found: defaultdict[int, list[float]] = defaultdict(list)
         for peer, sent, received in self._replies:
-            _, waiting_since, now = trace[received]
-            if now - waiting_since > REAL_WAIT:
-                found[peer].append(now - trace[sent][2])
+            _, waiting_since, arrived = trace[received]
+            if arrived - waiting_since > MIN_WAIT:
+                found[peer].append(arrived - trace[sent][2])
         return {peer: 1e6 * sum(seconds) / len(seconds) for peer, seconds in found.items()}
 
 
-def step_times(rank: int, command: StepCommand, stages: list[StageTimes]) -> StepTimes:
-    rows = StepRows.of(command)
+def step_times(rank: int, step: Step, stages: list[StageTimes]) -> StepTimes:
+    """The message that reports the times of `stages` in `step`."""
     return StepTimes(
         rank=rank,
-        step=command.step,
-        num_decodes=rows.num_decode,
-        num_prompt_tokens=int(rows.counts_R[rows.num_decode :].sum()),
+        step=step.number,
+        num_decodes=step.num_decode_rows,
+        num_prompt_tokens=step.num_tokens - step.num_decode_tokens,
         stages=stages,
     )
 
 
 def attention_seconds(times: StageTimes) -> float:
-    """All that attention took, appending included."""
+    """Seconds of attention, appending K and V included."""
     return 1e-6 * sum(
         times.activity_us[activity] for activity in (Activity.APPEND, Activity.ATTENTION, Activity.PROMPT)
     )

@@ -1,8 +1,8 @@
-"""An attention worker: no weights, only cache. One thread per pipeline stage serves the homes of that stage.
+"""An attention worker: no weights, only KV pages. One thread per pipeline stage serves the homes of that stage.
 
-A worker obeys the same StepCommands as the primaries, so it knows which lanes each message carries. Within a stage,
-homes are served in tensor-parallel order, layer by layer; stages are independent, so that micro-batches of
-different stages never wait for each other here.
+A worker obeys the same steps as the primaries, so it knows which lanes each message carries. Within a stage,
+homes are served in tensor-parallel order, layer by layer; stages are independent, so that micro-batches of different
+stages never wait for each other here.
 """
 
 import queue
@@ -10,18 +10,22 @@ import threading
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from hetis.comm.links.base import Link
 from hetis.comm.streams import own_stream
 from hetis.core.device_info import RankStats
-from hetis.core.messages import Setup, StepCommand, StepTimes
-from hetis.core.plan import Stage
-from hetis.core.step_times import Activity, StageTimes
+from hetis.core.messages import Setup, StepTimes
+from hetis.core.messages.step_command import Step
+from hetis.core.step_times import Activity
 from hetis.ranks.build import decode_scratch, make_pool, wire_format
 from hetis.ranks.measuring.devices import Measurer
+from hetis.ranks.page_transfer import WorkerTransfers
 from hetis.ranks.step_input import StepPlanner, WorkerInput
 from hetis.ranks.timer import StageTimer, attention_seconds, step_times
 from hetis_kernels import kv_append, paged_decode
+
+Served = list[tuple[Link, WorkerInput]]  # links of a stage that carry tokens in a step, in tensor-parallel order
 
 
 class StageServer:
@@ -32,98 +36,71 @@ class StageServer:
 
     def __init__(self, setup: Setup, rank: int, stage_index: int, links: dict[int, Link], device: torch.device) -> None:
         """`links`: by primary rank."""
-        stage: Stage = setup.plan.stages[stage_index]
-        self._links = [(home, links[home.rank]) for home in stage.homes]
-        self._wire = wire_format(setup)
-        self._scale = setup.spec.attention_scale
-        first, stop = stage.layers
-        self._windows = setup.spec.windows[first:stop]
+        stage, spec = setup.plan.stages[stage_index], setup.spec
+        self._rank, self._homes = rank, [(home, links[home.rank]) for home in stage.homes]
+        self._wire, self._scale = wire_format(setup), spec.attention_scale
+        self._windows = spec.windows[slice(*stage.layers)]
         self._stream = own_stream(device)
         self._scratch = decode_scratch(setup, max(home.num_groups for home in stage.homes), device)
-        self.pool = make_pool(setup, rank, stage_index, device)
-        self._planner = StepPlanner(self.pool, setup.spec.num_head_groups, setup.max_num_seqs, self._windows, device)
+        self._pool = make_pool(setup, rank, stage_index, device)
+        self._planner = StepPlanner(self._pool, spec.num_head_groups, setup.max_num_seqs, self._windows, device)
         self._timer = StageTimer(stage_index, self._wire.num_queries, device, setup.trace)
+        self._transfers = WorkerTransfers(self._pool, self._homes, spec.num_head_groups, self._timer.lap)
         self.attention_seconds = 0.0
 
-    def run_step(self, command: StepCommand) -> StageTimes:
+    def serve(self, step: Step) -> StepTimes:
+        """Serves one step: in every layer the requests of all homes, then the pages of migrating lanes."""
+        wire, lap = self._wire, self._timer.lap
         with self._stream:
-            times = self._run(command)
-        self.attention_seconds += attention_seconds(times)
-        return times
+            served = self._begin(step)
+            for layer, window in enumerate(self._windows):
+                for link, inputs in served:
+                    qkv_UHD, lanes = self._receive(layer, link, inputs), inputs.lanes
+                    if len(lanes):
+                        out_UMD = wire.reply_view(link.send_buffer(wire.reply_bytes(len(lanes))), len(lanes))
+                        lap(Activity.SEND)
+                        paged_decode(
+                            qkv_UHD[:, : wire.num_queries], self._pool.pages_L2PSD[layer], self._pool.table_BW,
+                            lanes.lane_U, lanes.qkv_U, lanes.length_U, self._scale, window, out_UMD,
+                            max_length=lanes.max_length, scratch=self._scratch,
+                        )  # fmt: skip
+                        lap(Activity.ATTENTION)
+                        link.send()
+                        lap(Activity.SEND)
+                    link.release()
+                self._transfers.exchange(layer)
+            return self._report(step, served)
 
-    def _run(self, command: StepCommand) -> StageTimes:
+    def _begin(self, step: Step) -> Served:
         self._timer.begin()
-        self._planner.apply(command)
-        served: list[tuple[Link, WorkerInput]] = []
-        for primary, link in self._links:
-            step = self._planner.worker_input(command, primary.rank, primary.groups)
-            if not step.is_empty:
-                served.append((link, step))
+        self._planner.apply(step)
+        inputs = [(link, self._planner.worker_input(step, home.groups)) for home, link in self._homes]
+        self._transfers.begin(step)
         self._planner.upload()
         self._timer.lap(Activity.OTHER)
-        for layer in range(len(self._windows)) if served else ():
-            for link, step in served:
-                self._serve(layer, link, step)
-        for link, step in served:
-            self._take_last_pages(link, step)
-        inputs = [step for _, step in served]
-        return self._timer.report(
-            [step.lanes for step in inputs],
-            len(self._windows) * sum(step.haul.num_in + step.haul.num_out for step in inputs),
-        )
+        return [(link, each) for link, each in inputs if not each.is_empty]
 
-    def _serve(self, layer: int, link: Link, step: WorkerInput) -> None:
-        """One message of one layer: keep the new K and V, attend, answer. Pages that came along can wait until then."""
-        wire, lap, pages_2PSD = self._wire, self._timer.lap, self.pool.pages_L2PSD[layer]
-        num_decode, num_prefill, M, D = len(step.lanes), len(step.prefill_append), wire.num_queries, wire.head_dim
-        num_in, num_out = step.haul.num_in if layer else 0, step.haul.num_out
-        if num_bytes := wire.request_bytes(num_decode, num_prefill, num_in):
-            message = link.recv(num_bytes)
-            lap(Activity.WAIT)
-            qkv_UF, kv_AF, in_N12SD = wire.request_views(message, num_decode, num_prefill, num_in)
-            qkv_UHD = qkv_UF.view(num_decode, M + 2, D)
-        if num_prefill:
-            kv_A2D = kv_AF.view(num_prefill, 2, D)
-            prompt = step.prefill_append
-            kv_append(kv_A2D[:, 0], kv_A2D[:, 1], pages_2PSD, prompt.row_A, prompt.slot_A)
-        if num_decode:
-            kv_append(qkv_UHD[:, M], qkv_UHD[:, M + 1], pages_2PSD, step.append.row_A, step.append.slot_A)
-        lap(Activity.APPEND)
-        if num_decode or num_out:
-            reply = link.send_buffer(wire.reply_bytes(num_decode, num_out))
-            out_UMD, lse2_UM, out_N12SD = wire.reply_views(reply, num_decode, num_out)
-            lap(Activity.SEND)
-        if num_decode:
-            lanes = step.lanes
-            paged_decode(
-                qkv_UHD[:, :M], pages_2PSD, self.pool.table_BW, lanes.lane_U, lanes.row_U, lanes.length_U,
-                self._scale, self._windows[layer], out_UMD, lse2_UM, max_length=lanes.max_length, scratch=self._scratch,
-            )  # fmt: skip
-            lap(Activity.ATTENTION)
-        if num_out:
-            step.haul.write(layer, out_N12SD)
-            lap(Activity.MIGRATION)
-        if num_decode or num_out:
-            link.send()
-            lap(Activity.SEND)
-        if num_in:
-            step.haul.read(layer - 1, in_N12SD)
-            lap(Activity.MIGRATION)
-        if num_bytes:
-            link.release()
+    def _receive(self, layer: int, link: Link, inputs: WorkerInput) -> Tensor:
+        """Receives one request and appends its K and V. Returns qkv_UHD of the decode lanes, valid until `release`."""
+        pages_2PSD, decode, prompt = self._pool.pages_L2PSD[layer], inputs.append, inputs.prefill_append
+        message = link.recv(self._wire.request_bytes(len(decode), len(prompt)))
+        self._timer.lap(Activity.WAIT)
+        qkv_UHD, kv_A2D = self._wire.request_views(message, len(decode), len(prompt))
+        if len(prompt):
+            kv_append(kv_A2D[:, 0], kv_A2D[:, 1], pages_2PSD, prompt.qkv_A, prompt.cell_A)
+        if len(decode):
+            kv_append(qkv_UHD[:, -2], qkv_UHD[:, -1], pages_2PSD, decode.qkv_A, decode.cell_A)
+        self._timer.lap(Activity.APPEND)
+        return qkv_UHD
 
-    def _take_last_pages(self, link: Link, step: WorkerInput) -> None:
-        """Those of the last layer, which no message of a layer could bring."""
-        wire, num_in = self._wire, step.haul.num_in
-        if num_in:
-            message = link.recv(wire.request_bytes(0, 0, num_in))
-            self._timer.lap(Activity.WAIT)
-            step.haul.read(len(self._windows) - 1, wire.request_views(message, 0, 0, num_in)[2])
-            link.release()
-            self._timer.lap(Activity.MIGRATION)
+    def _report(self, step: Step, served: Served) -> StepTimes:
+        num_page_layers = len(self._windows) * self._transfers.num_pages
+        times = self._timer.report([inputs.lanes for _, inputs in served], num_page_layers)
+        self.attention_seconds += attention_seconds(times)
+        return step_times(self._rank, step, [times])
 
 
-class AttentionRank:
+class AttentionWorker:
     """All stages of one worker."""
 
     def __init__(
@@ -135,42 +112,46 @@ class AttentionRank:
         on_failure: Callable[[BaseException], None],
     ) -> None:
         """`on_failure` is called from the thread of a stage that failed; it ends the process."""
-        self._rank, self._links, self._device, self._on_failure = rank, links, device, on_failure
+        self.rank, self._links, self._device, self._on_failure = rank, links, device, on_failure
         self.measurer = Measurer(setup, rank, links, device)
-        stages = range(len(setup.plan.stages))
-        self._servers = [StageServer(setup, rank, stage, links, device) for stage in stages]
+        self._servers = [StageServer(setup, rank, stage, links, device) for stage in range(len(setup.plan.stages))]
         self._finished: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()
-        self._queues: list[queue.Queue[StepCommand]] = []
+        self._queues: list[queue.Queue[Step]] = []
         if len(self._servers) > 1:
-            self._queues = [queue.Queue() for _ in stages]
-            for server, commands in zip(self._servers, self._queues, strict=True):
-                threading.Thread(target=self._serve, args=(server, commands), daemon=True).start()
+            for stage, server in enumerate(self._servers):
+                steps: queue.Queue[Step] = queue.Queue()
+                self._queues.append(steps)
+                threading.Thread(target=self._obey, args=(server, steps), name=f"stage {stage}", daemon=True).start()
 
-    def run_step(self, command: StepCommand) -> None:
-        """Serves the step, or hands it to the stages' threads where there are several."""
+    def run_step(self, step: Step) -> None:
+        """Serves the step, or queues it for the threads of the stages if there are several."""
         if not self._queues:
-            self._run(self._servers[0], command)
-        for commands in self._queues:
-            commands.put(command)
+            self._finished.put(self._servers[0].serve(step))
+        for steps in self._queues:
+            steps.put(step)
+
+    def _obey(self, server: StageServer, steps: "queue.Queue[Step]") -> None:
+        """The thread of one stage: serves queued steps for ever."""
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP teams are per thread
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # as is the current device
+        try:
+            while True:
+                self._finished.put(server.serve(steps.get()))
+                steps.task_done()
+        except BaseException as error:
+            self._on_failure(error)
 
     def take_times(self) -> list[StepTimes]:
-        """Of what has been finished since the last call."""
+        """Times of the steps that stages have finished since the last call."""
         times = []
         while not self._finished.empty():
             times.append(self._finished.get())
         return times
 
-    def _run(self, server: StageServer, command: StepCommand) -> None:
-        self._finished.put(step_times(self._rank, command, [server.run_step(command)]))
-
-    def _finish(self) -> None:
-        """Waits until all commands so far are done."""
-        for commands in self._queues:
-            commands.join()
-
     def forget(self) -> None:
-        """Counts from zero again, as soon as all commands so far are done."""
-        self._finish()
+        """Resets times and counters, as soon as all steps so far are done."""
+        self._wait()
         self.take_times()
         for server in self._servers:
             server.attention_seconds = 0.0
@@ -178,25 +159,19 @@ class AttentionRank:
             link.bytes_sent = link.bytes_received = 0
 
     def stats(self) -> RankStats:
-        """As soon as all commands so far are done."""
-        self._finish()
+        """The counters, as soon as all steps so far are done."""
+        self._wait()
         return RankStats(
-            rank=self._rank,
+            rank=self.rank,
             attention_seconds=sum(server.attention_seconds for server in self._servers),
-            bytes_sent={f"{self._rank}->{peer}": link.bytes_sent for peer, link in self._links.items()},
-            bytes_received={f"{peer}->{self._rank}": link.bytes_received for peer, link in self._links.items()},
+            bytes_sent={f"{self.rank}->{peer}": link.bytes_sent for peer, link in self._links.items()},
+            bytes_received={f"{peer}->{self.rank}": link.bytes_received for peer, link in self._links.items()},
         )
 
-    def _serve(self, server: StageServer, commands: "queue.Queue[StepCommand]") -> None:
-        torch.set_num_threads(torch.get_num_threads())  # OpenMP teams are per thread
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # as is the current device
-        try:
-            while True:
-                self._run(server, commands.get())
-                commands.task_done()
-        except BaseException as error:
-            self._on_failure(error)
+    def _wait(self) -> None:
+        """Waits until all steps so far are done."""
+        for steps in self._queues:
+            steps.join()
 
     def close(self) -> None:
         for link in self._links.values():

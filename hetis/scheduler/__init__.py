@@ -1,1 +1,1 @@
-"""Level 2: which tokens are computed next. Functions of data: no clock, no socket, no tensor."""
+"""Level 2: decides which tokens the next step computes. Functions of data: no clock, no socket, no tensor."""

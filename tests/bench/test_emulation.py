@@ -1,4 +1,4 @@
-"""The parts of the fleet benchmark that are functions of data: workloads, metrics, slow links, slow devices."""
+"""Components of the fleet benchmark: workloads, metrics, slow links, slow devices."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_metrics_of_two_requests() -> None:
     assert found.tpot_p50 == 1500.0
     assert found.window_tokens_per_s == 3 / 2
     assert tokens_per_s(timelines, 3.0, 3.0) == 0.0
-    assert kv_peak(timelines) == (10 + 3) + (20 + 1), "at 3 s, before the first one leaves"
+    assert kv_peak(timelines) == (10 + 3) + (20 + 1), "at 3 s, before the first request finishes"
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
@@ -81,8 +81,8 @@ def send(link: SlowLink, num_bytes: int, value: int) -> None:
     link.send()
 
 
-def test_a_slow_link_delays_and_keeps_the_line_busy() -> None:
-    """10 ms of latency and 1 MB/s: 1,000 bytes take 1 ms on the line, and two messages share it."""
+def test_a_slow_link_adds_latency_and_transfer_time() -> None:
+    """At 10 ms of latency and 1 MB/s, 1,000 bytes take 1 ms on the line, and a second message follows the first."""
     clock, speed = Clock(), Link(latency_ms=10.0, megabytes_per_s=1.0)
     limit = padded(1000)
     primary, worker = (
@@ -90,7 +90,7 @@ def test_a_slow_link_delays_and_keeps_the_line_busy() -> None:
     )
     send(primary, 1000, 1)
     send(primary, 1000, 2)
-    assert clock.now == 100.0, "the sender goes on"
+    assert clock.now == 100.0, "the sender does not wait"
     for number, due in ((1, 100.011), (2, 100.012)):
         message = worker.recv(1000)
         assert message.unique().tolist() == [number]
@@ -119,8 +119,8 @@ def test_a_late_receiver_does_not_wait() -> None:
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_takes_its_time() -> None:
-    """2 ms of work at a share of a quarter take 8 ms, beside the call; a share may change at any time."""
+def test_a_device_takes_the_time_of_its_share() -> None:
+    """2 ms of work at a share of a quarter take 8 ms plus the call; the share may change at any time."""
     clock, share = Clock(), [0.25]
     device = Device(lambda: share[0], wall=clock, cpu=clock, sleep_until=clock.sleep_until)
 
@@ -135,7 +135,7 @@ def test_a_device_takes_its_time() -> None:
     assert device.work_s / device.busy_s == pytest.approx(1 / 3)
 
 
-def test_a_linear_layer_takes_as_long_as_its_weight_at_least() -> None:
+def test_a_linear_layer_takes_at_least_the_time_to_read_its_weight() -> None:
     clock = Clock()
     device = Device(lambda: 0.5, wall=clock, cpu=clock, sleep_until=clock.sleep_until)
     device.run_linear(int(CORE_BYTES_PER_S), lambda: torch.ones(1))

@@ -1,4 +1,4 @@
-"""`hetis bench` without a fleet: its arithmetic, its digits, and loads that do not fit."""
+"""`hetis bench` without a fleet: percentiles, rounding, and loads that do not fit."""
 
 import argparse
 import json
@@ -11,13 +11,13 @@ from hetis.cli.bench import DIGITS, check_lengths, percentiles_of, publish, roun
 
 
 @pytest.mark.parametrize("value", [1 / 3, 123456.789, 1e-9 / 7, 2e12 / 3, -math.pi, 0.0])
-def test_measured_numbers_keep_the_digits_that_mean_something(value: float) -> None:
+def test_measured_numbers_keep_their_significant_digits(value: float) -> None:
     [short] = rounded([value])
     assert short == pytest.approx(value, rel=10 ** (1 - DIGITS))
     assert len(f"{short!r}".partition("e")[0].replace(".", "").strip("-0")) <= DIGITS
 
 
-def test_counts_names_and_structure_stay() -> None:
+def test_counts_names_and_structure_are_unchanged() -> None:
     value = {"a": 123456789, "b": [1.0, {"c": "text", "d": None}], "e": True}
     assert rounded(value) == value
 
@@ -37,7 +37,7 @@ def test_a_load_that_does_not_fit_the_context_is_refused() -> None:
         check_lengths(options, 1023)
 
 
-def test_the_json_goes_to_both_outputs_and_the_table_to_neither(
+def test_the_json_goes_to_standard_output_and_file_and_the_table_to_standard_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = argparse.Namespace(output_json=tmp_path / "out.json")

@@ -1,4 +1,4 @@
-"""The command line, alone and under torchrun: whole processes, what they print, what they refuse, and how."""
+"""The command line as whole processes, alone and under torchrun: output, errors, exit codes, Ctrl-C."""
 
 import json
 import os
@@ -22,7 +22,7 @@ QUIET = ["--log-level", "warning", "--no-stats"]
 
 
 def run(command: list[str], text: str | None = None, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """`text`: on standard input; None: the null device."""
+    """Runs a command to its end. `text`: standard input; None: the null device."""
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -41,7 +41,7 @@ def greedy_text(prompt: str, count: int) -> str:
         return llm.generate(prompt, SamplingParams(max_tokens=count, temperature=0))[0].outputs[0].text
 
 
-def test_text_goes_to_standard_output_and_all_else_to_standard_error() -> None:
+def test_text_goes_to_standard_output_and_everything_else_to_standard_error() -> None:
     options = ["--max-tokens", "60", "--temperature", "0"]
     result = run([*HETIS, "generate", "--plan", "1+2", "--dispatch", "even", *SMALL, *options], text="It was\n")
     assert result.returncode == 0, result.stderr
@@ -54,7 +54,7 @@ def test_text_goes_to_standard_output_and_all_else_to_standard_error() -> None:
     assert "60 tokens for 1 prompt in" in lines[-1]
 
 
-def test_many_prompts_of_a_file_become_lines_of_json(tmp_path: Path) -> None:
+def test_prompts_of_a_file_become_lines_of_json(tmp_path: Path) -> None:
     (tmp_path / "prompts").write_text('{"prompt": "It was"}\n{"prompt_token_ids": [5, 6, 7]}\n')
     options = ["--prompt-file", str(tmp_path / "prompts"), "--json", "--max-tokens", "9", "--ignore-eos"]
     result = run([*HETIS, "generate", *SMALL, *options, *QUIET])
@@ -66,7 +66,7 @@ def test_many_prompts_of_a_file_become_lines_of_json(tmp_path: Path) -> None:
 
 
 def test_a_locale_without_unicode_does_not_end_a_run() -> None:
-    """The model is asked to go on after a character that ASCII lacks."""
+    """The prompt has characters that ASCII cannot encode."""
     options = ["--prompt", "日本 It", "--echo", "--max-tokens", "3"]
     result = run([*HETIS, "generate", *SMALL, *options, *QUIET], PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr) == (0, "")
@@ -83,21 +83,21 @@ def test_closed_streams_do_not_end_a_run() -> None:
 @pytest.mark.parametrize(
     "how", ["logging.getLogger('hetis').setLevel('INFO')", "os.environ['HETIS_LOG_LEVEL'] = 'info'"]
 )
-def test_a_python_program_decides_what_its_fleet_logs(how: str) -> None:
+def test_a_python_program_sets_the_log_level_of_its_fleet(how: str) -> None:
     script = f"import logging, os\n{how}\nfrom hetis import LLM\nLLM(device='cpu', kv_cache_memory='16MiB').close()\n"
     result = run([sys.executable, "-c", script])
     assert (result.returncode, result.stdout) == (0, "")
-    speakers = {line.split(":")[2].split("INFO ")[1] for line in result.stderr.splitlines()}
-    assert speakers == {"hetis driver", "hetis rank 0"}
+    processes = {line.split(":")[2].split("INFO ")[1] for line in result.stderr.splitlines()}
+    assert processes == {"hetis driver", "hetis rank 0"}
 
 
-def test_torchrun_makes_the_same_of_the_same_command() -> None:
+def test_the_same_command_under_torchrun_gives_the_same_text() -> None:
     arguments = ["generate", "--plan", "1+2", *SMALL, "--max-tokens", "20", "--temperature", "0", *QUIET]
     under = run([*torchrun_command("--standalone", "--nproc-per-node", "3"), *arguments])
     alone = run([*HETIS, *arguments])
     assert under.returncode == alone.returncode == 0, under.stderr + alone.stderr
     assert under.stderr == alone.stderr == ""
-    # lines of different prompts come as they are ready
+    # the order of lines of different prompts is not determined
     texts = [sorted(line for line in r.stdout.splitlines() if line.startswith("[")) for r in (under, alone)]
     assert texts[0] == texts[1] != []
 
@@ -115,7 +115,7 @@ def test_bench_throughput_counts_every_token(tmp_path: Path) -> None:
     assert 0 < found["startup_seconds"] <= found["startup_to_first_token_seconds"]
     digits = [number.strip(",").replace(".", "").lstrip("0") for number in result.stdout.split() if number[0].isdigit()]
     assert len(digits) == len(found)
-    assert max(map(len, digits)) <= 6, "digits that mean something"
+    assert max(map(len, digits)) <= 6, "significant digits"
     assert "5 of 17 + 4 tokens" in result.stderr
 
 
@@ -143,11 +143,11 @@ def test_bench_latency_has_percentiles() -> None:
         (["profile", "--output", "/no/such/file"], "--output /no/such/file cannot be written"),
         (["bench", "latency", "--output-json", "/no/such/file"], "--output-json /no/such/file cannot be written"),
         (["bench", "throughput", "--output-len", "5000"], "256 and --output-len 5000 make sequences of 5256 tokens"),
-        (["bench", "throughput", "--max-model-len", "300"], "320 tokens, but the longest"),
+        (["bench", "throughput", "--max-model-len", "300"], "320 tokens, but the model and the memory allow 300"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(arguments: list[str], word: str) -> None:
-    """Before a fleet starts, or because none can."""
+def test_errors_of_the_user_are_one_sentence(arguments: list[str], word: str) -> None:
+    """Errors before a fleet starts, or since it cannot start."""
     result = run([*HETIS, *arguments, *([] if "--device" in arguments else ["--device", "cpu"])])
     assert result.returncode == 1
     assert result.stdout == ""
@@ -165,18 +165,18 @@ def test_what_cannot_be_is_one_sentence(arguments: list[str], word: str) -> None
         (["--plan", "1+1", "--no-such-option"], "--no-such-option"),
     ],
 )
-def test_under_torchrun_what_cannot_be_is_said_once(arguments: list[str], word: str) -> None:
+def test_under_torchrun_an_error_is_reported_once(arguments: list[str], word: str) -> None:
     command = [*torchrun_command("--standalone", "--nproc-per-node", "2"), "generate", "--device", "cpu", *arguments]
     result = run(command)
     assert result.returncode != 0
     ours, _, _ = result.stderr.partition("torch/distributed")
-    said = [line for line in result.stderr.splitlines() if word in line and line.startswith("hetis")]
-    assert len(said) == 1, result.stderr
+    found = [line for line in result.stderr.splitlines() if word in line and line.startswith("hetis")]
+    assert len(found) == 1, result.stderr
     assert "Traceback" not in ours
 
 
-def test_two_hosts_play_one_fleet() -> None:
-    """Two torchrun agents on one machine: the control plane goes over TCP."""
+def test_two_torchrun_agents_form_one_fleet() -> None:
+    """Two agents on one machine stand for two hosts: their control plane uses TCP."""
     arguments = ["generate", "--plan", "1+1", *SMALL, "--max-tokens", "8", "--temperature", "0", "--echo"]
     port = free_port()
 
@@ -198,7 +198,7 @@ def test_two_hosts_play_one_fleet() -> None:
 
 
 def free_port() -> int:
-    """Below those that the kernel gives to programs that ask for any port, so that none takes it meanwhile."""
+    """A free port below the kernel's ephemeral range, so that no program gets it by asking for any port."""
     first = 20_000 + os.getpid() % 10_000
     for port in range(first, first + 1_000):
         with socket.socket() as probe, suppress(OSError):
@@ -207,14 +207,14 @@ def free_port() -> int:
     raise OSError(f"no port from {first} on is free")
 
 
-# --- interrupted, and a reader that goes away -------------------------------------------------------------------------
+# --- Ctrl-C, and a closed reader --------------------------------------------------------------------------------------
 
 LONG = ["generate", "--plan", "1+1", "--no-profile-cache", *SMALL, "--max-tokens", "900", "--ignore-eos"]
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("phase", ["starting", "loading", "measuring", "generating"])
-def test_ctrl_c_ends_the_command_without_a_word(phase: str) -> None:
+def test_ctrl_c_ends_the_command_silently(phase: str) -> None:
     with tempfile.TemporaryDirectory(prefix="t") as directory:
         prompts = ["--prompt", "It was", "--prompt", "The"]
         with FleetProcess([*HETIS, *LONG, *prompts], Path(directory)) as fleet:
@@ -228,12 +228,12 @@ def test_ctrl_c_ends_the_command_without_a_word(phase: str) -> None:
                 fleet.wait_for("[0]")
             fleet.hurt("front", signal.SIGINT)
             assert fleet.wait() == 128 + signal.SIGINT
-            assert [line for line in fleet.err if " INFO hetis" not in line] == [], "no process says anything"
+            assert [line for line in fleet.err if " INFO hetis" not in line] == [], "no process writes a message"
             assert fleet.leftovers() == []
 
 
 @pytest.mark.process
-def test_a_reader_that_goes_away_ends_the_command_without_a_word() -> None:
+def test_a_closed_reader_ends_the_command_silently() -> None:
     command = " ".join([*HETIS, *LONG, *QUIET, "--prompt", "It"])
     result = run(["bash", "-c", f"{command} | head -c 9; echo ${{PIPESTATUS[0]}}"])
     assert (result.returncode, result.stderr) == (0, "")
@@ -244,14 +244,14 @@ def test_a_reader_that_goes_away_ends_the_command_without_a_word() -> None:
 
 
 def on_terminal(command: list[str]) -> tuple[int, str, str]:
-    """(exit code, standard output, what a terminal at standard error shows)."""
+    """Runs a command with a terminal as standard error; (exit code, standard output, standard error)."""
     ours, theirs = os.openpty()
     shown = []
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs, text=True
     ) as process:
         os.close(theirs)
-        with os.fdopen(ours, "rb") as terminal, suppress(OSError):  # what Linux says when the last writer has ended
+        with os.fdopen(ours, "rb") as terminal, suppress(OSError):  # EIO: the last writer has closed the terminal
             while piece := os.read(terminal.fileno(), 4096):
                 shown.append(piece.decode())
         assert process.stdout is not None
@@ -260,7 +260,7 @@ def on_terminal(command: list[str]) -> tuple[int, str, str]:
 
 @pytest.mark.process
 @pytest.mark.parametrize("options", [[], ["--no-progress"]])
-def test_measuring_shows_how_far_it_is_on_a_terminal(options: list[str]) -> None:
+def test_measuring_shows_its_progress_on_a_terminal(options: list[str]) -> None:
     command = ["profile", "--plan", "1+1", "--no-profile-cache", *SMALL, "--log-level", "error"]
     code, out, shown = on_terminal([*HETIS, *command, *options])
     assert (code, out.startswith("Devices")) == (0, True), shown

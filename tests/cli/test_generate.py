@@ -1,154 +1,26 @@
-"""What `hetis generate` writes: the text itself, lines of several texts, JSON; the table of devices; exit codes."""
+"""`hetis generate` with a model of constant answers: output, errors, exit codes; the table of statistics."""
 
 import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from hetis.cli import main as cli
-from hetis.cli.generate import fleet_table, moves, summary
-from hetis.cli.writers import JsonWriter, LineWriter, TextWriter, make_writer
+from hetis.cli.generate import counts, fleet_table, summary
 from hetis.core.messages import FleetStats, MemberStats
 from hetis.frontend import llm
 from hetis.frontend.console import render
 from hetis.frontend.requests import Piece
 
-
-def pieces_of(texts: Sequence[str], size: int = 1) -> Iterator[Piece]:
-    """Of several texts in turn, `size` characters each; the last one ends it."""
-    for start in range(0, max(map(len, texts)) + size, size):
-        for index, text in enumerate(texts):
-            if start < len(text) + size:
-                is_last = start >= len(text)
-                ids = [ord(character) for character in text[start : start + size]]
-                yield Piece(index, 0, text[start : start + size], ids, "length" if is_last else None)
-
-
-def written(writer: Any, pieces: Iterator[Piece], capsys: pytest.CaptureFixture[str]) -> str:
-    for piece in pieces:
-        writer.add(piece)
-    writer.close()
-    return capsys.readouterr().out
-
-
-AWKWARD = "\n\n  a long line " + "word " * 60 + "\n\n\ttab\r\nend \x0b\u2028 日本"
-
-
-@pytest.mark.parametrize("text", [AWKWARD, "", "\n", "no newline", "newline\n"])
-def test_one_text_comes_as_it_is(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert written(TextWriter("", ends_line=False), pieces_of([text]), capsys) == text
-    assert written(TextWriter("It ", ends_line=False), pieces_of([text]), capsys) == f"It {text}"
-    on_terminal = written(TextWriter("It ", ends_line=True), pieces_of([text]), capsys)
-    assert on_terminal == f"It {text}" + ("" if text.endswith("\n") else "\n")
-
-
-def test_one_text_is_streamed(capsys: pytest.CaptureFixture[str]) -> None:
-    writer = TextWriter("", ends_line=False)
-    for piece in pieces_of(["some text"]):
-        writer.add(piece)
-        assert capsys.readouterr().out == piece.text, "as soon as it comes"
-
-
-def test_lines_of_several_texts_are_whole_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    texts = ["first\n\n" + "word " * 60, AWKWARD, ""]
-    lines = written(LineWriter(["", "b", ""], None), pieces_of(texts, 3), capsys).split("\n")
-    assert lines.pop() == ""
-    for index, text in enumerate(("", "b", "")):
-        own = [line[4:] for line in lines if line.startswith(f"[{index}]")]
-        expected = (text + texts[index]).split("\n")
-        assert own == [line.rstrip() for line in expected if line or line is not expected[-1]]
-
-
-def test_lines_break_at_words_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    text = "word " * 50 + "\n\n" + "x" * 150
-    lines = written(LineWriter(["a", "b"], 100), pieces_of(["", text]), capsys).splitlines()
-    assert lines.count("[0] a") == 1
-    own = [line for line in lines if line.startswith("[1]")]
-    assert len(own) == len(lines) - 1
-    assert all(len(line) <= 100 for line in own)
-    assert "[1]" in own, "a blank line stays"
-    words = " ".join(line.removeprefix("[1]") for line in own).split()
-    assert words == ["bword", *["word"] * 49, "x" * 96, "x" * 54]
-
-
-@pytest.mark.parametrize("size", [1, 50])
-@pytest.mark.parametrize("width", range(20, 26))
-def test_lines_are_full_and_never_wider_than_the_terminal(
-    width: int, size: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["x" * (1 + index % 6) for index in range(60)]
-    lines = written(LineWriter([""], width), pieces_of([" ".join(words)], size), capsys).splitlines()
-    rows = [line.removeprefix("[0] ") for line in lines]
-    assert " ".join(rows).split(" ") == words
-    assert max(map(len, lines)) <= width
-    for row, following in pairwise(rows):
-        assert len(f"[0] {row} {following.split()[0]}") > width, "the next word did not fit"
-
-
-def test_json_has_a_line_for_every_prompt_in_order(capsys: pytest.CaptureFixture[str]) -> None:
-    prompts: list[str | list[int]] = ["long", [1, 2], "short"]
-    texts = ["a much longer text\n", "日本 \x00\u2028", ""]
-    writer = JsonWriter(prompts)
-    pieces = list(pieces_of(texts))
-    out = written(writer, iter(pieces), capsys)
-    assert out.count("\n") == 3, "no newline inside a line"
-    for index, line in enumerate(out.splitlines() if "\u2028" not in out else out.strip("\n").split("\n")):
-        found = json.loads(line)
-        key = "prompt" if isinstance(prompts[index], str) else "prompt_token_ids"
-        assert found == {
-            "index": index,
-            key: prompts[index],
-            "text": texts[index],
-            "token_ids": [ord(character) for character in texts[index]],
-            "finish_reason": "length",
-        }
-
-
-def test_json_keeps_what_is_finished_when_it_is_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
-    writer = JsonWriter(["a", "b", "c"])
-    for piece in (Piece(2, 0, "x", [1], "stop"), Piece(0, 0, "y", [2])):
-        writer.add(piece)
-    assert capsys.readouterr().out == "", "the first is not finished"
-    writer.close()
-    [line] = capsys.readouterr().out.splitlines()
-    assert json.loads(line) | {"token_ids": 0} == {
-        "index": 2, "prompt": "c", "text": "x", "token_ids": 0, "finish_reason": "stop",
-    }  # fmt: skip
-
-
-def test_json_is_ascii_where_the_stream_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for encoding, is_escaped in (("ascii", True), ("latin-1", True), ("utf-8", False), ("UTF8", False)):
-        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-        monkeypatch.setattr(sys, "stdout", stream)
-        writer = JsonWriter(["日"])
-        writer.add(Piece(0, 0, "本", [1], "stop"))
-        line = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
-        assert json.loads(line)["text"] == "本"
-        assert line.isascii() == is_escaped
-
-
-def test_the_prompt_stands_before_its_text_on_terminals_or_when_asked_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for on_terminal in (True, False):
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)  # noqa: B023
-        for echo in (True, False, None):
-            for prompts in (["It"], ["It", "The"]):
-                writer = make_writer(prompts, as_json=False, echo=echo)
-                out = written(writer, pieces_of([" was"] * len(prompts)), capsys)
-                assert ("It" in out) == (on_terminal if echo is None else echo)
-
-
-# --- the whole command, with a model that is made up ------------------------------------------------------------------
+# --- the whole command ------------------------------------------------------------------------------------------------
 
 
 class FakeLLM:
-    """Answers every prompt with its own characters, backwards; "bad" is not answered."""
+    """Answers every prompt with its reversed text; "bad" fails, and "interrupt" is interrupted."""
 
     max_model_len = 100
 
@@ -176,6 +48,7 @@ class FakeLLM:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Installs `FakeLLM`; restores signal handlers and loggers afterwards."""
     import logging
     import signal
 
@@ -198,21 +71,23 @@ def hetis(*arguments: str) -> int:
     return end.value.code
 
 
-def test_the_text_goes_to_standard_output_and_the_rest_does_not(fake: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_text_goes_to_standard_output(fake: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert hetis("--prompt", "abc") == 0
     out, err = capsys.readouterr()
     assert out == "cba"
-    assert "query heads held at the busiest moment" in err
+    assert "most query heads held at once" in err
     assert "2 tokens for 1 prompt in" in err
 
 
 @pytest.mark.parametrize("silence", [("--no-stats",), ("--log-level", "error")])
-def test_the_rest_can_be_silenced(silence: tuple[str, ...], fake: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_but_the_text_can_be_silenced(
+    silence: tuple[str, ...], fake: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert hetis("--prompt", "abc", *silence) == 0
     assert capsys.readouterr() == ("cba", "")
 
 
-def test_a_prompt_without_an_answer_is_named_and_the_others_are_answered(
+def test_a_failed_prompt_is_reported_and_the_others_are_answered(
     fake: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hetis("--json", "--no-stats", "--prompt", "abc", "--prompt", "bad", "--prompt", "def") == 1
@@ -227,7 +102,7 @@ def test_a_prompt_without_an_answer_is_named_and_the_others_are_answered(
 
 
 class _Closed(io.TextIOWrapper):
-    """A pipe whose reader has gone."""
+    """A pipe whose reader is closed."""
 
     def __init__(self) -> None:
         reading, writing = os.pipe()
@@ -235,7 +110,7 @@ class _Closed(io.TextIOWrapper):
         super().__init__(os.fdopen(writing, "wb"), write_through=True)
 
 
-def test_a_reader_that_went_away_ends_it_without_a_word(
+def test_a_closed_reader_ends_the_command_silently(
     fake: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdout", _Closed())
@@ -243,26 +118,27 @@ def test_a_reader_that_went_away_ends_it_without_a_word(
     assert capsys.readouterr().err == ""
 
 
-def test_a_full_disk_is_one_sentence(
+def test_a_full_disk_is_an_error_in_one_sentence(
     fake: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert hetis("--prompt", "abc") == 1
-        assert capsys.readouterr().err == "hetis: standard output cannot be written (No space left on device).\n"
+        error = "hetis: standard output cannot be written (No space left on device); redirect it elsewhere.\n"
+        assert capsys.readouterr().err == error
 
 
-def test_ctrl_c_ends_it_without_a_word(fake: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_ends_the_command_silently(fake: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert hetis("--prompt", "abc", "--prompt", "interrupt", "--json") == 130
     out, err = capsys.readouterr()
     assert (json.loads(out)["text"], err) == ("cba", "")
 
 
-# --- what each device did ---------------------------------------------------------------------------------------------
+# --- statistics per device --------------------------------------------------------------------------------------------
 
 
 def fleet(num_members: int, **changes: Any) -> FleetStats:
-    """A large one, whose numbers are wide."""
+    """Statistics with wide numbers."""
 
     def member(rank: int) -> MemberStats:
         role = "primary" if rank < 2 else "attention worker"
@@ -289,7 +165,7 @@ def test_the_table_of_a_large_fleet_fits_100_columns() -> None:
     assert "130 (123)" in text
 
 
-def test_columns_without_anything_are_left_out() -> None:
+def test_empty_columns_are_left_out() -> None:
     header = render(fleet_table(fleet(1))).splitlines()[0].split("  ")
     assert [title.strip() for title in header if title.strip()] == [
         "rank", "role", "device", "heads", "KV pages", "attention",
@@ -312,10 +188,9 @@ def test_every_column_is_explained() -> None:
         ({"num_dispatches": 3}, "3 sequences placed on devices."),
         (
             {"num_dispatches": 3, "num_migrations": 1, "num_preemptions": 1},
-            "3 sequences placed on devices, 1 KV head moved between them (7.00 GiB), 1 sequence started over for want "
-            "of KV pages.",
+            "3 sequences placed on devices, 1 KV head migrated (7.00 GiB), 1 preemption for lack of KV pages.",
         ),
     ],
 )
-def test_moves_are_counted_in_words(changes: dict[str, int], text: str) -> None:
-    assert moves(fleet(1, **changes)) == text
+def test_placements_migrations_and_preemptions_are_counted(changes: dict[str, int], text: str) -> None:
+    assert counts(fleet(1, **changes)) == text

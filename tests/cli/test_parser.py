@@ -1,4 +1,4 @@
-"""What the command line refuses before anything starts: one sentence each, that names the option and the remedy."""
+"""Errors of the command line: one sentence each, with the option, its value and the remedy."""
 
 import argparse
 import re
@@ -15,7 +15,7 @@ from hetis.core.config import EngineConfig
 from hetis.core.sampling_params import SamplingParams
 
 COMMANDS = (["generate"], ["profile"], ["bench", "throughput"], ["bench", "latency"])
-FREE = {"--seed", "--sampling-seed"}  # any integer of 64 bits
+SIGNED = {"--seed", "--sampling-seed"}  # any integer of 64 bits
 NONSENSE = ("nan", "inf", "1e400", "x", "", "9" * 400)
 
 
@@ -36,7 +36,7 @@ def numeric() -> Iterator[tuple[list[str], str]]:
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The sentence; it must be all that is said."""
+    """The error for these arguments, which must be the only output."""
     with pytest.raises(SystemExit) as end:
         parse(arguments)
     out, err = capsys.readouterr()
@@ -50,12 +50,12 @@ def test_every_number_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> No
     assert len(tried) > 50
     for command, option in tried:
         for text in NONSENSE:
-            said = refusal([*command, f"{option}={text}"], capsys)
-            assert re.match(f"{option}( is |: size )", said), said
-        if option not in FREE:
-            said = refusal([*command, f"{option}=-7"], capsys)
-            assert said.startswith(option)
-            assert "-7" in said
+            error = refusal([*command, f"{option}={text}"], capsys)
+            assert re.match(f"{option}( is |: size )", error), error
+        if option not in SIGNED:
+            error = refusal([*command, f"{option}=-7"], capsys)
+            assert error.startswith(option)
+            assert "-7" in error
 
 
 @pytest.mark.parametrize(
@@ -81,31 +81,31 @@ def test_every_number_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> No
         ),
         (
             ["generate", "--kv-cache-memory", "-1=1GiB"],
-            "--kv-cache-memory needs a value; `hetis generate --help` shows what there is.",
+            "--kv-cache-memory needs a value; see `hetis generate --help`.",
         ),
         (
             ["generate", "--max-tokns", "3"],
-            "unknown option --max-tokns (did you mean --max-tokens?); `hetis generate --help` shows what there is.",
+            "unknown option --max-tokns (did you mean --max-tokens?); see `hetis generate --help`.",
         ),
-        (["profile", "a", "b"], "unexpected argument b; `hetis profile --help` shows what there is."),
+        (["profile", "a", "b"], "unexpected argument b; see `hetis profile --help`."),
         (
             ["generate", "--dtype", "float8"],
             "--dtype is 'float8' (did you mean float32?); it must be one of auto, float32, bfloat16, float16.",
         ),
-        (["generate", "--prompt"], "--prompt needs a value; `hetis generate --help` shows what there is."),
+        (["generate", "--prompt"], "--prompt needs a value; see `hetis generate --help`."),
         (
             ["generate", "--prompt", "a", "--prompt-file", "b"],
             "--prompt-file and --prompt exclude each other: give one of them.",
         ),
-        (["genrate"], "'genrate' is not a command (did you mean generate?); `hetis --help` shows what there is."),
-        (["bench", "speed"], "'speed' is not a kind; `hetis bench --help` shows what there is."),
+        (["genrate"], "'genrate' is not a command (did you mean generate?); see `hetis --help`."),
+        (["bench", "speed"], "'speed' is not a kind; see `hetis bench --help`."),
     ],
 )
-def test_a_sentence_says_what_is_wrong(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_of_wrong_arguments(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(arguments, capsys) == sentence
 
 
-def test_numbers_at_their_limits_are_taken() -> None:
+def test_numbers_at_their_limits_are_accepted() -> None:
     options = build_parser().parse_args(
         ["generate", "--migration-budget", "0", "--seed", str(-(2**63)), "--temperature", "0", "--top-k", "-1"]
     )
@@ -119,7 +119,7 @@ def test_numbers_at_their_limits_are_taken() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_the_engine_has_its_default(command: list[str]) -> None:
     options = build_parser().parse_args(command)
-    assert engine_config(options) == EngineConfig(measure=command == ["profile"])
+    assert engine_config(options) == EngineConfig()
     assert {*EngineConfig.__struct_fields__} - {*engine_arguments(options)} == {"logprobs_mode"}
 
 
@@ -137,14 +137,14 @@ def test_help_shows_defaults_and_examples(command: list[str]) -> None:
         )
 
 
-def test_hetis_alone_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_without_arguments_show_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, word in (([], "generate text"), (["bench"], "one batch")):
         options = parse(arguments)
         options.run(options)
         assert word in capsys.readouterr().out
 
 
-def test_the_version_names_what_a_report_needs() -> None:
+def test_version_names_packages_and_extensions() -> None:
     from importlib.metadata import version
 
     from hetis import __version__

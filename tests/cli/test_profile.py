@@ -1,4 +1,4 @@
-"""`hetis profile` on the model in the package, what it leaves in the cache, and files that take its place."""
+"""`hetis profile` on the model in the package: its output, its cache, and profiles that are read from files."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(cache: Path) -> tuple[Path, str]:
-    """A fleet that was measured with an empty cache: (file, what was printed)."""
+    """A fleet measured with an empty cache: (file, standard output)."""
     file = cache / "fleet.json"
     result = run(["profile", "--plan", "1+1", *SMALL, "--output", str(file)], cache)
     assert (result.returncode, result.stderr) == (0, "")
@@ -64,7 +64,7 @@ def test_every_device_and_link_is_shown_and_written(measured: tuple[Path, str]) 
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
 
 
-def test_the_next_start_takes_it_from_the_cache_unless_that_is_damaged(measured: tuple[Path, str], cache: Path) -> None:
+def test_the_next_start_reads_the_cache_unless_it_is_damaged(measured: tuple[Path, str], cache: Path) -> None:
     file, _ = measured
     known = load(file, FleetProfile).devices[0]
     folder = cache_folder({"XDG_CACHE_HOME": str(cache)})
@@ -76,27 +76,27 @@ def test_the_next_start_takes_it_from_the_cache_unless_that_is_damaged(measured:
     generate = ["generate", "--plan", "1+1", *SMALL, "--prompt", "It", "--max-tokens", "4"]
     written = kept.stat()
     assert run(generate, cache).returncode == 0
-    assert kept.stat() == written, "nothing was measured, nothing is written"
+    assert kept.stat() == written, "nothing is measured or written"
 
     for damage in (b'{"key": "nonsense"}', b"[" * 100_000):
         kept.write_bytes(damage)
         result = run(generate, cache)
         assert (result.returncode, result.stderr) == (0, "")
-        assert len(load(kept, KindProfile).layers) == 1, "it was measured and kept again"
+        assert len(load(kept, KindProfile).layers) == 1, "measured and kept again"
 
 
-def test_profile_measures_anew_and_refreshes_the_cache(measured: tuple[Path, str], cache: Path) -> None:
+def test_profile_measures_anew_and_updates_the_cache(measured: tuple[Path, str], cache: Path) -> None:
     file, _ = measured
     known = load(file, FleetProfile).devices[0]
     folder = cache_folder({"XDG_CACHE_HOME": str(cache)})
     assert folder is not None
-    made_up = msgspec.structs.replace(known.attention, c_us=123456.0)
+    made_up = msgspec.structs.replace(known.attention, constant_us=123456.0)
     kind = KindProfile(key=known.key, attention=made_up, read_bytes_per_us=1.0)
     save(kind, folder / known.key.file_name)
     result = run(["profile", "--plan", "1+1", *SMALL], cache)
     assert result.returncode == 0, result.stderr
     assert not any(line.endswith("  cache") for line in result.stdout.splitlines())
-    assert "as rank 0" in result.stdout, "once for each kind"
+    assert "as rank 0" in result.stdout, "one measurement per kind of device"
     assert load(folder / known.key.file_name, KindProfile).attention != made_up
 
 
@@ -107,7 +107,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_starts(tmp_
     assert not any(tmp_path.iterdir()), "nothing was measured"
 
 
-def test_a_fleet_without_workers_is_measured_if_it_is_asked_for(tmp_path: Path) -> None:
+def test_profile_measures_a_fleet_without_workers(tmp_path: Path) -> None:
     result = run(["profile", *SMALL, "--no-profile-cache"], tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert "measured in" in result.stdout
@@ -115,7 +115,7 @@ def test_a_fleet_without_workers_is_measured_if_it_is_asked_for(tmp_path: Path) 
     assert not any(tmp_path.iterdir()), "nothing is kept"
 
 
-def test_a_file_takes_the_place_of_measuring(measured: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_profile_file_replaces_measuring(measured: tuple[Path, str], tmp_path: Path) -> None:
     file, _ = measured
     arguments = ["generate", "--plan", "1+1", *SMALL, "--profile", str(file), "--prompt", "It", "--max-tokens", "4"]
     result = run(arguments, tmp_path)
@@ -124,7 +124,7 @@ def test_a_file_takes_the_place_of_measuring(measured: tuple[Path, str], tmp_pat
 
 
 def test_more_primaries_than_head_groups(tmp_path: Path) -> None:
-    """One head group over two primaries: the second has no pages, no link and no prompts, and its share of the rest."""
+    """One head group over two primaries: the second has only its share of the rest, no pages or links."""
     model, file = make_checkpoint(tmp_path / "mqa", "mqa"), tmp_path / "fleet.json"
     result = run(["profile", str(model), "--plan", "2+1", *SMALL, "--output", str(file)], tmp_path)
     assert (result.returncode, result.stderr) == (0, "")

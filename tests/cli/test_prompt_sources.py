@@ -1,4 +1,4 @@
-"""Where prompts come from, and which files are refused."""
+"""Sources of prompts, and files that are refused."""
 
 import argparse
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hetis.cli.prompt_sources import EXAMPLES, parse_prompts, prompts_of, read_prompt_file
-from hetis.launch import member as launch
+from hetis.launch import torchrun
 
 
 @pytest.mark.parametrize(
@@ -36,45 +36,48 @@ def test_lines_are_prompts(text: str, prompts: list[str | list[int]]) -> None:
 @pytest.mark.parametrize(
     "line", ["text", "{", "[]", '{"prompt": 3}', '{"prompt_token_ids": [1.0]}', '{"prompt_token_ids": [true]}', "{}"]
 )
-def test_a_line_that_breaks_the_form_is_named(line: str) -> None:
-    with pytest.raises(ValueError, match=r'^file, line 4: not a JSON object with "prompt" .* which line 2 is\.$'):
+def test_a_line_of_another_form_is_refused(line: str) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r'^file, line 4 is not a JSON object with "prompt" .* like line 2; use one form for all lines\.$',
+    ):
         list(parse_prompts(f'\n{{"prompt": "a"}}\n\n{line}\n', "file"))
 
 
-def test_files_that_cannot_be_prompts_are_refused(tmp_path: Path) -> None:
+def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
     empty, latin = tmp_path / "empty", tmp_path / "latin"
     empty.write_text("\n \n")
     latin.write_bytes(b"fine\ncaf\xe9\n")
     for path, why in (
-        (empty, "holds no prompt: give one a line."),
+        (empty, "has no prompt; write one per line."),
         (latin, "is not UTF-8 text (line 2); save it as UTF-8."),
-        (tmp_path / "missing", "cannot be read (No such file or directory)."),
-        (tmp_path, "cannot be read (Is a directory)."),
+        (tmp_path / "missing", "cannot be read (No such file or directory); name a text file."),
+        (tmp_path, "cannot be read (Is a directory); name a text file."),
     ):
         with pytest.raises(ValueError) as caught:
             read_prompt_file(str(path))
         assert str(caught.value) == f"prompt file {path} {why}"
 
 
-def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n')
     assert read_prompt_file(str(tmp_path / "file")) == ["a"]
 
 
 @pytest.mark.parametrize("text", ["Grüße 世界", "plain", ""])
 def test_arguments_are_utf8_whatever_the_locale(text: str) -> None:
-    """In an ASCII locale Python hands over lone surrogates for the bytes."""
+    """Python decodes other bytes as lone surrogates in an ASCII locale."""
     argument = text.encode().decode("ascii", "surrogateescape")
     assert prompts_of(argparse.Namespace(prompt=[argument])) == [text]
 
 
-def test_an_argument_that_is_no_text_at_all_stays_as_it_is() -> None:
+def test_an_argument_that_is_not_utf8_is_unchanged() -> None:
     argument = b"caf\xe9".decode("ascii", "surrogateescape")
     assert prompts_of(argparse.Namespace(prompt=[argument])) == [argument]  # and is refused as a prompt
 
 
 class TestSources:
-    """Of `hetis generate`, by its options and its standard input."""
+    """Sources of `hetis generate`, by its options and its standard input."""
 
     @pytest.fixture
     def pipe(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -93,14 +96,14 @@ class TestSources:
     def test_a_pipe_is_read(self, pipe: None) -> None:
         assert self.prompts() == ["one", "two"]
 
-    def test_a_pipe_is_read_when_asked_for(self, pipe: None) -> None:
+    def test_a_pipe_is_read_on_request(self, pipe: None) -> None:
         assert self.prompts(prompt_file="-") == ["one", "two"]
 
-    def test_prompts_of_the_command_line_go_first(self, pipe: None) -> None:
+    def test_prompts_of_the_command_line_have_precedence(self, pipe: None) -> None:
         assert self.prompts(prompt=["this"]) == ["this"]
 
-    def test_under_torchrun_the_pipe_is_the_launchers(self, pipe: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(launch, "fleet_directory", Path("/somewhere"))
+    def test_under_torchrun_the_pipe_is_not_read(self, pipe: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torchrun, "fleet_directory", Path("/somewhere"))
         assert self.prompts() == [*EXAMPLES]
 
     def test_a_file_is_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +112,7 @@ class TestSources:
             monkeypatch.setattr(sys, "stdin", stream)
             assert self.prompts() == ["one"]
 
-    def test_the_null_device_and_a_stream_without_a_file_are_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_null_device_and_a_stream_without_a_file_are_not_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with open(os.devnull) as stream:
             monkeypatch.setattr(sys, "stdin", stream)
             assert self.prompts() == [*EXAMPLES]

@@ -1,4 +1,4 @@
-"""Two ends of a link in one process, ranks in processes, and what both need."""
+"""Helpers of tests: both ends of a link in one process, and ranks in processes of their own."""
 
 import gc
 import os
@@ -24,13 +24,13 @@ from tests.processes.look import DEADLINE
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-NAMELESS = "/memfd:hetis (deleted)"  # shared memory that is gone with the last process that maps it
+NAMELESS = "/memfd:hetis (deleted)"  # shared memory that is freed with the last process that maps it
 
 
 def shared_memory(pid: int | str = "self") -> list[str]:
-    """What /proc calls the shared memory that a process maps: ours without a name, or a file that could be left over.
+    """Names in /proc of the shared memory that a process maps: nameless memory of hetis, or files in /dev/shm.
 
-    Of this process alone, not what is in /dev/shm, where others come and go.
+    The directory /dev/shm itself also has files of unrelated processes.
     """
     gc.collect()
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
@@ -43,7 +43,7 @@ def device_info(rank: int, **changes: Any) -> DeviceInfo:
         "name": "CPU",
         "host": host_id(),
         "address": "127.0.0.1",
-        "pid": rank,  # as if every rank were a process of its own, which tests often simulate with threads
+        "pid": rank,  # as if every rank were a process, where tests run ranks in threads
         "num_threads": 1,
         "total_memory": 0,
         "free_memory": 0,
@@ -52,7 +52,7 @@ def device_info(rank: int, **changes: Any) -> DeviceInfo:
 
 
 def together(*functions: Callable[[], Any]) -> list[Any]:
-    """Runs all functions at once, one thread each; their results, or the first of their exceptions."""
+    """Runs all functions concurrently, one thread each; returns their results or raises the first exception."""
     results: list[Any] = [None] * len(functions)
     errors: list[BaseException] = []
 
@@ -96,9 +96,9 @@ def open_end(
 
 
 def open_pair(kind: str, to_worker: int, to_primary: int, device: torch.device = CPU) -> tuple[Link, Link]:
-    """(primary's end, worker's end), both in this process. "staged" is a staged link over a local one at either end.
+    """(primary's end, worker's end), both in this process. `device`: of the primary's end; the worker's is on the CPU.
 
-    `device`: of the primary's end; the worker's is on the CPU.
+    Kind "staged": a staged link over a local one at either end.
     """
     if kind == "staged":
         primary, worker = local_pair(to_worker, to_primary)
@@ -127,7 +127,7 @@ def receive(link: Link, num_bytes: int) -> torch.Tensor:
 
 
 def ping_pong(link: Link, is_primary: bool, max_bytes: int, num_messages: int, seed: int) -> None:
-    """Random messages of random sizes there, and back in reverse; asserts that they come back."""
+    """Sends random messages of random sizes, which the worker returns in reverse; asserts that they match."""
     sizes = torch.randint(0, max_bytes + 1, (num_messages,), generator=torch.Generator().manual_seed(seed)).tolist()
     for i, size in enumerate([0, 1, 63, 65, max_bytes, *sizes]):
         if is_primary:
@@ -139,7 +139,7 @@ def ping_pong(link: Link, is_primary: bool, max_bytes: int, num_messages: int, s
 
 
 class Ranks:
-    """Processes that run `rank_script SCENARIO` and meet at a store that the test hosts, as torchrun does."""
+    """Processes that run `rank_script SCENARIO`, with a store that the test hosts as torchrun does."""
 
     def __init__(self, scenario: str, ranks: Sequence[int], *arguments: str, **environment: str) -> None:
         self.store = TCPStore(
@@ -174,7 +174,7 @@ class Ranks:
             process.communicate()
 
     def finish(self) -> dict[int, str]:
-        """What each rank printed; all must end with code 0."""
+        """Output of each rank; asserts that all end with code 0."""
         printed = {rank: process.communicate(timeout=DEADLINE)[0] for rank, process in self.processes.items()}
         for rank, process in self.processes.items():
             assert process.returncode == 0, f"rank {rank}:\n{printed[rank]}"

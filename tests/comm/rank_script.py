@@ -18,7 +18,7 @@ MAX_BYTES = 300_000
 
 
 def links(rank: int, rendezvous: StoreRendezvous) -> None:
-    """Both ranks of every kind of link between processes."""
+    """Ranks 0 and 1 exchange messages over every kind of link between processes."""
     for kind in ("shm", "tcp", "torchdist"):
         link = open_end(kind, rendezvous.within(kind), rank, MAX_BYTES, MAX_BYTES)
         ping_pong(link, rank == 0, MAX_BYTES, 40, seed=7)
@@ -31,14 +31,14 @@ def links(rank: int, rendezvous: StoreRendezvous) -> None:
 
 
 def echo_once(rank: int, rendezvous: StoreRendezvous) -> None:
-    """The worker of a test that kills it: answers one message, then waits for ever."""
+    """Worker of a test that kills it: answers one message, then waits."""
     link = open_end(sys.argv[2], rendezvous, rank, 64, 64)
     transmit(link, receive(link, 64))
     link.recv(64)
 
 
 def idle_pair(rank: int, rendezvous: StoreRendezvous) -> None:
-    """Two ranks that have used their link and now wait for messages that never come, to be killed."""
+    """Ranks 0 and 1 use their link, then wait for messages until the test kills them."""
     link = open_end("shm", rendezvous, rank, 1 << 20, 1 << 20)
     transmit(link, torch.ones(1 << 20, dtype=torch.uint8))
     receive(link, 1 << 20)
@@ -74,7 +74,7 @@ def stages(rank: int, rendezvous: StoreRendezvous) -> None:
 
 
 def leave_stage(rank: int, rendezvous: StoreRendezvous) -> None:
-    """Rank 1 is killed by the test while rank 0, the test, waits for its part."""
+    """Rank 1 joins a stage with rank 0, which is the test; it is killed while the test waits for its part."""
     group = open_shared(rendezvous, "stage", [0, 1], rank, DEADLINE)
     group.all_reduce(torch.ones(3))
     rendezvous.get("never")

@@ -1,4 +1,4 @@
-"""Sums and gathers are bit-equal to the obvious loop, on all ranks, for any split and any transport."""
+"""Sums and gathers are bit-equal to a plain loop, on all ranks, for any split and any transport."""
 
 import itertools
 import signal
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hetis.comm import collectives, shared_reduce
-from hetis.comm.collectives import Alone, GroupTensorParallel, StagedTensorParallel, TensorParallel
+from hetis.comm.collectives import GroupTensorParallel, SingleRank, StagedTensorParallel, TensorParallel
 from hetis.comm.process_groups import make_process_group
 from hetis.comm.rendezvous import LocalRendezvous, StoreRendezvous
 from hetis.comm.shared_reduce import SharedTensorParallel, open_shared
@@ -31,7 +31,7 @@ def make_gloo(size: int) -> list[TensorParallel]:
     def join(i: int) -> TensorParallel:
         group = make_process_group(rendezvous, "stage", i, size, CPU, limit, "127.0.0.1")
         joined = GroupTensorParallel(group, range(size))
-        joined.greet(CPU)
+        joined.connect(CPU)
         return joined
 
     return together(*[partial(join, i) for i in range(size)])
@@ -41,16 +41,16 @@ def make_staged(size: int) -> list[TensorParallel]:
     return [StagedTensorParallel(inner, CPU) for inner in make_shared(size)]
 
 
-def make_alone(size: int) -> list[TensorParallel]:
+def make_single(size: int) -> list[TensorParallel]:
     assert size == 1
-    return [Alone()]
+    return [SingleRank()]
 
 
 GROUPS: list[tuple[Callable[[int], list[TensorParallel]], int]] = [
     *itertools.product([make_shared], [2, 3, 5]),
     *itertools.product([make_gloo], [2, 3]),
     (make_staged, 2),
-    (make_alone, 1),
+    (make_single, 1),
 ]
 
 
@@ -70,8 +70,8 @@ def sum_by_loop(parts: list[torch.Tensor]) -> torch.Tensor:
 def test_all_reduce_is_the_sum_in_rank_order(
     make: Callable[[int], list[TensorParallel]], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small, shared out over ranks, and in several turns (slots of 64 KiB here)."""
-    monkeypatch.setattr(shared_reduce, "SLOT_BYTES", 1 << 16)
+    """Tensors that are small, divided among ranks, and larger than a buffer (64 KiB here)."""
+    monkeypatch.setattr(shared_reduce, "BUFFER_BYTES", 1 << 16)
     monkeypatch.setattr(collectives, "SHARED_SUM_BYTES", 1 << 12)
     groups = make(size)
     for seed, (shape, dtype) in enumerate(itertools.product([(1,), (3, 7), (0, 4), (5, 1000), (3, 11_111)], DTYPES)):
@@ -86,10 +86,10 @@ def test_all_reduce_is_the_sum_in_rank_order(
 
 
 @pytest.mark.parametrize(("make", "size"), GROUPS)
-def test_columns_of_uneven_widths_meet_on_index_zero(
+def test_columns_of_uneven_widths_are_gathered_on_index_zero(
     make: Callable[[int], list[TensorParallel]], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_reduce, "SLOT_BYTES", 1 << 12)  # 1024 floats: rows are cut, and rows are bundled
+    monkeypatch.setattr(shared_reduce, "BUFFER_BYTES", 1 << 12)  # 1024 floats: parts of rows, and several rows
     groups = make(size)
     shapes = [(1, [5, 3, 1, 2, 4]), (7, [100, 0, 37, 1, 64]), (3, [1, 3000, 1500, 0, 7]), (0, [2, 2, 2, 2, 2])]
     for (num_rows, widths), dtype in itertools.product(shapes, [torch.float32, torch.bfloat16]):
@@ -102,7 +102,7 @@ def test_columns_of_uneven_widths_meet_on_index_zero(
 
 
 def test_ranks_may_run_ahead_but_never_overwrite() -> None:
-    """Gathers need nothing back from index 0, so the others race ahead as far as they are allowed."""
+    """Gathers need nothing back from index 0, so that the other ranks run ahead as far as the buffers permit."""
     groups = make_shared(3)
     steps = 60
 
@@ -116,14 +116,14 @@ def test_ranks_may_run_ahead_but_never_overwrite() -> None:
     together(*[partial(work, group, rank) for rank, group in enumerate(groups)])
 
 
-def test_leaving_is_noticed_by_those_who_wait() -> None:
+def test_a_member_that_leaves_is_an_error_in_waiting_members() -> None:
     first, second = make_shared(2)
     second.close()
     with pytest.raises(ConnectionError, match="rank 1"):
         first.all_reduce(torch.ones(4))
 
 
-def test_death_of_a_member_is_noticed_by_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_that_dies_is_an_error_in_waiting_members(monkeypatch: pytest.MonkeyPatch) -> None:
     with Ranks("leave_stage", [1]) as ranks:
         for name, value in {**ranks.environment, "RANK": "0"}.items():
             monkeypatch.setenv(name, value)

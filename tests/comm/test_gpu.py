@@ -1,4 +1,4 @@
-"""What only a GPU can show of links and groups: staged messages, page-locked memory, a communicator of NCCL."""
+"""Links and groups on a GPU: staged messages, page-locked memory, a communicator of NCCL."""
 
 from datetime import timedelta
 from functools import partial
@@ -15,22 +15,20 @@ from tests.comm.comm_helpers import open_pair, ping_pong, together
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda:0")
-MOST_BYTES = 300_000
+MAX_BYTES = 300_000
 
 
 @pytest.mark.parametrize("kind", ["staged", "shm", "tcp"])
-def test_messages_between_a_gpu_and_a_cpu_come_back_unchanged(kind: str) -> None:
-    primary, worker = open_pair(kind, MOST_BYTES, MOST_BYTES, CUDA)
+def test_messages_between_a_gpu_and_a_cpu_arrive_unchanged(kind: str) -> None:
+    primary, worker = open_pair(kind, MAX_BYTES, MAX_BYTES, CUDA)
     assert primary.send_buffer(8).device == CUDA
-    together(
-        partial(ping_pong, primary, True, MOST_BYTES, 200, 5), partial(ping_pong, worker, False, MOST_BYTES, 200, 5)
-    )
+    together(partial(ping_pong, primary, True, MAX_BYTES, 200, 5), partial(ping_pong, worker, False, MAX_BYTES, 200, 5))
     primary.close()
     worker.close()
 
 
 @pytest.mark.parametrize("kind", ["staged", "shm"])
-def test_a_message_is_what_the_stream_has_computed_by_then(kind: str) -> None:
+def test_a_message_has_the_results_of_kernels_queued_before_it(kind: str) -> None:
     """The copy to the host waits for kernels that are still running when `send` is called."""
     primary, worker = open_pair(kind, 1 << 20, 8, CUDA)
     for value in range(1, 6):
@@ -58,10 +56,10 @@ def test_memory_is_page_locked_once_and_a_refusal_leaves_no_error(caplog: pytest
 
 
 def test_a_group_of_one_rank_over_nccl() -> None:
-    group = make_process_group(LocalRendezvous(), "alone", 0, 1, CUDA, timedelta(seconds=60), num_ctas=2)
-    alone = GroupTensorParallel(group, [0])
-    alone.greet(CUDA)
+    group = make_process_group(LocalRendezvous(), "single", 0, 1, CUDA, timedelta(seconds=60), num_ctas=2)
+    single = GroupTensorParallel(group, [0])
+    single.connect(CUDA)
     values = torch.arange(1000.0, device=CUDA)
-    alone.all_reduce(values)
+    single.all_reduce(values)
     assert torch.equal(values.cpu(), torch.arange(1000.0))
-    alone.close()
+    single.close()

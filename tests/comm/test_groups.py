@@ -1,4 +1,4 @@
-"""From a plan to the groups of every primary: stages of any size, workers in none of them."""
+"""Groups of every primary of a plan: stages of any size; workers belong to none."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from hetis.comm.collectives import Alone, GroupTensorParallel
+from hetis.comm.collectives import GroupTensorParallel, SingleRank
 from hetis.comm.groups import Groups, init_groups
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.plan import AttentionWorker, Plan
@@ -19,9 +19,9 @@ H = 40
 
 
 def join_all(plan: Plan, hosts: Callable[[int], str] = lambda _: "here") -> list[Groups]:
-    """All primaries as threads of this process; `hosts`: what each rank calls its host."""
+    """Groups of all primaries, joined by threads of this process; `hosts`: host name of a rank."""
     rendezvous = LocalRendezvous()
-    count = sum(len(stage.primaries) for stage in plan.stages)
+    count = len(plan.primaries)
     fleet = [device_info(rank, host=hosts(rank)) for rank in range(plan.world_size)]
 
     def join(rank: int) -> Groups:
@@ -51,7 +51,7 @@ def test_hidden_states_pass_through_all_stages(sizes: list[int]) -> None:
         for batch in batches:
             hidden_TH = batch.clone() if stage == 0 else groups[rank].pipeline.recv(len(batch))
             assert torch.equal(hidden_TH, batch)
-            hidden_TH.neg_().neg_()  # the receiver owns it
+            hidden_TH.neg_().neg_()  # in place: the receiver owns it
             if stage < len(sizes) - 1:
                 groups[rank].pipeline.send(hidden_TH)
 
@@ -61,35 +61,35 @@ def test_hidden_states_pass_through_all_stages(sizes: list[int]) -> None:
 
 
 def test_every_rank_of_a_later_stage_has_one_sender() -> None:
-    assert plan_of_stages([2, 3, 1]).handovers() == [(0, 2), (1, 3), (0, 4), (2, 5)]
+    assert plan_of_stages([2, 3, 1]).handovers == [(0, 2), (1, 3), (0, 4), (2, 5)]
 
 
-def test_a_primary_alone_needs_no_other() -> None:
+def test_a_single_primary_has_no_peers() -> None:
     plan = Plan(stages=plan_of_stages([1]).stages, workers=(AttentionWorker(rank=1, device="cpu"),))
     (groups,) = join_all(plan)
-    assert isinstance(groups.tensor_parallel, Alone)
+    assert isinstance(groups.tensor_parallel, SingleRank)
     ones_11 = torch.ones(1, 1)
     groups.tensor_parallel.all_reduce(ones_11)
     assert groups.tensor_parallel.gather_columns(ones_11, [1]) is ones_11
     assert float(ones_11) == 1
 
 
-def test_ranks_of_a_group_use_it_once_when_they_open_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it needs for its operations is there before the fleet is ready."""
-    greeted: list[int] = []
-    greet = GroupTensorParallel.greet
+def test_ranks_connect_their_group_when_they_join_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's communicator exists before the fleet is ready."""
+    connected: list[int] = []
+    connect = GroupTensorParallel.connect
 
-    def noted(group: GroupTensorParallel, device: torch.device) -> None:
-        greet(group, device)
-        greeted.append(group.index)
+    def recorded(group: GroupTensorParallel, device: torch.device) -> None:
+        connect(group, device)
+        connected.append(group.index)
 
-    monkeypatch.setattr(GroupTensorParallel, "greet", noted)
+    monkeypatch.setattr(GroupTensorParallel, "connect", recorded)
     for group in join_all(plan_of_stages([3]), hosts=str):
         group.close()
-    assert sorted(greeted) == [0, 1, 2]
+    assert sorted(connected) == [0, 1, 2]
 
 
-def test_missing_member_is_named() -> None:
+def test_a_missing_member_is_named() -> None:
     plan = plan_of_stages([2])
     with pytest.raises(TimeoutError, match="stage/0/pid/1"):
         init_groups(

@@ -1,4 +1,4 @@
-"""Links between real processes: transport, death of the peer, what is left over."""
+"""Links between processes: transport, death of the peer, no memory left behind."""
 
 import signal
 from pathlib import Path
@@ -16,7 +16,7 @@ def test_every_kind_carries_random_messages_between_processes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["shm", "tcp", "torchdist"])
-def test_death_of_the_peer_is_an_error_that_names_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_death_of_the_peer_is_an_error_that_names_its_rank(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Ranks("echo_once", [1], kind) as ranks:
         for name, value in {**ranks.environment, "RANK": "0"}.items():
             monkeypatch.setenv(name, value)
@@ -29,7 +29,7 @@ def test_death_of_the_peer_is_an_error_that_names_it(kind: str, monkeypatch: pyt
         link.close()
 
 
-def test_nothing_is_left_over_after_both_ends_are_killed(tmp_path: Path) -> None:
+def test_nothing_is_left_after_both_ends_are_killed(tmp_path: Path) -> None:
     with Ranks("idle_pair", [0, 1], TMPDIR=str(tmp_path)) as ranks:
         rendezvous = StoreRendezvous(ranks.store).within("hetis/test/0")
         for rank in (0, 1):

@@ -1,4 +1,4 @@
-"""Every kind of link keeps the same contract; both ends live in this process."""
+"""Every kind of link fulfils the same contract; both ends are in this process."""
 
 import socket
 import threading
@@ -10,7 +10,7 @@ import torch
 import zmq
 
 from hetis.comm.links import choose_link, open_link
-from hetis.comm.links.base import ALIGNMENT, NUM_SLOTS, Link
+from hetis.comm.links.base import ALIGNMENT, NUM_BUFFERS, Link
 from hetis.comm.links.shm import ShmLink
 from hetis.comm.links.tcp import ZERO_COPY_BYTES, Offer
 from hetis.comm.rendezvous import LocalRendezvous
@@ -29,11 +29,11 @@ from tests.comm.comm_helpers import (
 )
 
 KINDS = ["local", "shm", "tcp", "torchdist", "staged"]
-CHECKED_KINDS = ["local", "shm", "tcp"]  # those that notice when the ends disagree about a size
+CHECKED_KINDS = ["local", "shm", "tcp"]  # kinds that detect different sizes at the ends
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_messages_of_any_size_come_back_unchanged(kind: str) -> None:
+def test_messages_of_any_size_arrive_unchanged(kind: str) -> None:
     primary, worker = open_pair(kind, 5000, 5000)
     together(partial(ping_pong, primary, True, 5000, 50, 3), partial(ping_pong, worker, False, 5000, 50, 3))
     assert primary.bytes_sent == worker.bytes_received == primary.bytes_received == worker.bytes_sent > 0
@@ -42,10 +42,10 @@ def test_messages_of_any_size_come_back_unchanged(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sender_may_be_one_message_ahead_in_both_directions(kind: str) -> None:
+def test_senders_may_be_one_message_ahead_in_both_directions(kind: str) -> None:
     big = 600_000  # more than a socket takes at once
     primary, worker = open_pair(kind, big, big)
-    messages = [random_bytes(big, seed) for seed in range(NUM_SLOTS)]
+    messages = [random_bytes(big, seed) for seed in range(NUM_BUFFERS)]
     for end in (primary, worker):
         for message in messages:
             transmit(end, message)
@@ -56,9 +56,9 @@ def test_sender_may_be_one_message_ahead_in_both_directions(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["local", "shm"])
-def test_third_message_waits_for_a_free_slot(kind: str) -> None:
+def test_a_third_message_waits_for_a_free_buffer(kind: str) -> None:
     primary, worker = open_pair(kind, 8, 8)
-    for value in range(NUM_SLOTS):
+    for value in range(NUM_BUFFERS):
         primary.send_buffer(8).fill_(value)
         primary.send()
     order: list[str] = []
@@ -84,7 +84,7 @@ def test_third_message_waits_for_a_free_slot(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_buffers_are_aligned_bytes_of_the_asked_size(kind: str) -> None:
+def test_buffers_are_aligned_bytes_of_the_requested_size(kind: str) -> None:
     primary, worker = open_pair(kind, 1001, 77)
     for _ in range(3):
         buffer = primary.send_buffer(1000)
@@ -99,7 +99,7 @@ def test_buffers_are_aligned_bytes_of_the_asked_size(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["local", "shm", "tcp"])
-def test_what_was_sent_before_closing_still_arrives(kind: str) -> None:
+def test_messages_sent_before_closing_still_arrive(kind: str) -> None:
     primary, worker = open_pair(kind, 100, 100)
     transmit(primary, random_bytes(100, 1))
     primary.close()
@@ -111,19 +111,19 @@ def test_what_was_sent_before_closing_still_arrives(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["local", "shm"])
-def test_closing_wakes_a_sender_that_waits_for_a_slot(kind: str) -> None:
+def test_closing_wakes_a_sender_that_waits_for_a_buffer(kind: str) -> None:
     primary, worker = open_pair(kind, 4, 4)
-    for _ in range(NUM_SLOTS):
+    for _ in range(NUM_BUFFERS):
         transmit(primary, torch.zeros(4, dtype=torch.uint8))
     with pytest.raises(ConnectionError, match="rank 1"):
         together(lambda: primary.send_buffer(4), worker.close)
 
 
-def test_tcp_sender_with_full_buffers_learns_of_the_end() -> None:
+def test_a_tcp_sender_with_full_buffers_detects_a_closed_peer() -> None:
     primary, worker = open_pair("tcp", 20_000_000, 4)
 
     def send_often() -> None:
-        for _ in range(2 * NUM_SLOTS):
+        for _ in range(2 * NUM_BUFFERS):
             primary.send_buffer(20_000_000)
             primary.send()
             worker.close()
@@ -134,7 +134,7 @@ def test_tcp_sender_with_full_buffers_learns_of_the_end() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_message_larger_than_the_link_is_refused(kind: str) -> None:
+def test_messages_above_the_limit_are_refused(kind: str) -> None:
     primary, worker = open_pair(kind, 100, 50)
     with pytest.raises(AssertionError, match="51 bytes"):
         worker.send_buffer(51)
@@ -144,7 +144,7 @@ def test_message_larger_than_the_link_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CHECKED_KINDS)
-def test_ends_that_disagree_about_a_size_are_noticed(kind: str) -> None:
+def test_different_sizes_at_the_ends_are_detected(kind: str) -> None:
     primary, worker = open_pair(kind, 100, 100)
     transmit(primary, random_bytes(60, 1))
     transmit(primary, random_bytes(60, 2))
@@ -165,8 +165,8 @@ def test_shm_counters_wrap_around() -> None:
     together(partial(ping_pong, primary, True, 80, 20, 5), partial(ping_pong, worker, False, 80, 20, 5))
 
 
-def test_staged_link_gives_host_slots_back_before_it_waits() -> None:
-    """Both ends send twice before they receive, again and again; a host slot kept back would stop them."""
+def test_a_staged_link_releases_host_buffers_before_it_waits() -> None:
+    """Both ends repeatedly send twice before they receive; a host buffer that is not released would block them."""
     primary, worker = open_pair("staged", 16, 16)
 
     def exchange(link: Link, first: int) -> None:
@@ -181,7 +181,7 @@ def test_staged_link_gives_host_slots_back_before_it_waits() -> None:
     together(partial(exchange, primary, 0), partial(exchange, worker, 0))
 
 
-def test_open_names_what_is_missing() -> None:
+def test_opening_without_a_peer_names_the_key_and_unknown_kinds_are_refused() -> None:
     for kind in ("shm", "tcp", "local", "torchdist"):
         with pytest.raises(TimeoutError, match="link/0-1"):
             open_link(
@@ -199,42 +199,42 @@ def test_open_names_what_is_missing() -> None:
         open_end("carrier pigeon", LocalRendezvous(), 0, 1, 1)
 
 
-def stranger_of(endpoint: str, password: bytes | None) -> zmq.Socket[bytes]:
-    """Connects as a worker does, or without showing anything; has a message for the primary."""
-    stranger = zmq.Context().socket(zmq.PAIR)
-    stranger.linger, stranger.rcvtimeo = 0, 50
+def unauthorised_peer(endpoint: str, password: bytes | None) -> zmq.Socket[bytes]:
+    """Socket that connects like a worker, with any password or none, and sends a message to the primary."""
+    peer = zmq.Context().socket(zmq.PAIR)
+    peer.linger, peer.rcvtimeo = 0, 50
     if password is not None:
-        stranger.plain_username, stranger.plain_password = b"hetis", password
-    stranger.connect(endpoint)
-    stranger.send(b"ten bytes!")
-    return stranger
+        peer.plain_username, peer.plain_password = b"hetis", password
+    peer.connect(endpoint)
+    peer.send(b"ten bytes!")
+    return peer
 
 
-def test_tcp_turns_strangers_away() -> None:
-    """Some are at the door before the worker and stay there; one even shows the token, but after the worker."""
+def test_tcp_refuses_peers_without_the_token_and_second_peers() -> None:
+    """Some connect before the worker and stay connected; one has the token, but connects after the worker."""
     rendezvous = LocalRendezvous()
     offer = partial(rendezvous.get, "link/0-1/tcp")
     silent = socket.socket()
-    strangers: list[zmq.Socket[bytes]] = []
+    peers: list[zmq.Socket[bytes]] = []
 
-    def join_after_strangers() -> object:
+    def join_after_peers() -> object:
         endpoint = msgspec.msgpack.decode(offer(), type=Offer).endpoint
         host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
         silent.connect((host, int(port)))
-        strangers.extend(stranger_of(endpoint, password) for password in (None, b"guess", b"0" * 32))
+        peers.extend(unauthorised_peer(endpoint, password) for password in (None, b"guess", b"0" * 32))
         return open_end("tcp", rendezvous, 1, 10, 10)
 
-    primary, worker = together(lambda: open_end("tcp", rendezvous, 0, 10, 10), join_after_strangers)
+    primary, worker = together(lambda: open_end("tcp", rendezvous, 0, 10, 10), join_after_peers)
     late = msgspec.msgpack.decode(offer(), type=Offer)
-    strangers.append(stranger_of(late.endpoint, late.token))
+    peers.append(unauthorised_peer(late.endpoint, late.token))
     for message in (random_bytes(10, seed) for seed in range(3)):
         for sender, receiver in ((primary, worker), (worker, primary)):
             transmit(sender, message)
             assert torch.equal(receive(receiver, 10), message)
-        for stranger in strangers:
+        for peer in peers:
             with pytest.raises(zmq.Again):
-                stranger.recv()
-        strangers.pop().close()  # their end is not the link's
+                peer.recv()
+        peers.pop().close()  # which does not affect the link
     worker.close()
     with pytest.raises(ConnectionError, match="rank 1"):
         primary.recv(10)
@@ -242,19 +242,19 @@ def test_tcp_turns_strangers_away() -> None:
     silent.close()
 
 
-def test_tcp_slots_keep_their_message_until_it_has_left() -> None:
-    """More messages than slots, sent without a copy before one is read; all arrive although the sender has closed."""
+def test_tcp_buffers_keep_their_message_until_it_is_sent() -> None:
+    """More messages than buffers, sent without a copy before one is read; all arrive after the sender has closed."""
     size = 2 * ZERO_COPY_BYTES
     primary, worker = open_pair("tcp", size, 1)
-    for seed in range(4 * NUM_SLOTS):
+    for seed in range(4 * NUM_BUFFERS):
         transmit(primary, random_bytes(size, seed))
     primary.close()
-    for seed in range(4 * NUM_SLOTS):
+    for seed in range(4 * NUM_BUFFERS):
         assert torch.equal(receive(worker, size), random_bytes(size, seed))
     worker.close()
 
 
-def test_tcp_names_who_does_not_come() -> None:
+def test_tcp_names_the_missing_peer() -> None:
     def open_tcp_at(address: str, is_primary: bool, rendezvous: LocalRendezvous) -> Link:
         return open_link(
             "tcp",
@@ -291,15 +291,15 @@ def test_choice_of_link() -> None:
     assert choose_link(gpu(**here), cpu(**here)) == "shm"
 
 
-def test_gpus_are_told_apart_by_uuid() -> None:
-    """Every rank may call its GPU cuda:0, and two ranks may have two names for one. NCCL refuses two ranks on a GPU."""
+def test_gpus_are_distinguished_by_uuid() -> None:
+    """Names do not tell: every rank may have a cuda:0, and one GPU two names. NCCL refuses two ranks on one GPU."""
     one = partial(device_info, 0, device="cuda:0", nccl="2.28.9", gpu="one", host="a")
     assert choose_link(one(), device_info(1, device="cuda:0", nccl="2.28.9", gpu="two", host="a")) == "torchdist"
     assert choose_link(one(), device_info(1, device="cuda:1", nccl="2.28.9", gpu="one", host="a")) == "shm"
     assert choose_link(one(), device_info(1, device="cuda:0", nccl="2.28.9", gpu="three", host="b")) == "torchdist"
 
 
-def test_gpus_with_unlike_or_no_nccl_are_joined_over_cpu_memory() -> None:
+def test_gpus_with_different_or_no_nccl_are_joined_over_cpu_memory() -> None:
     one = partial(device_info, 0, device="cuda:0", nccl="2.28.9", gpu="one", host="a")
     for nccl in ("2.29.3", ""):
         assert choose_link(one(), device_info(1, device="cuda:1", nccl=nccl, gpu="two", host="a")) == "shm"

@@ -1,4 +1,4 @@
-"""What is asked of NCCL, in which order and on which stream; stand-ins record it, for there is no GPU here."""
+"""Operations of NCCL, their order and their streams, recorded by stand-ins, since there is no GPU."""
 
 from datetime import timedelta
 from functools import partial
@@ -11,6 +11,7 @@ from torch import distributed
 
 from hetis.comm.collectives import GroupTensorParallel
 from hetis.comm.links import local, staged, torchdist
+from hetis.comm.links.base import LinkEnd
 from hetis.comm.links.local import local_pair
 from hetis.comm.links.staged import PageLock, StagedLink
 from hetis.comm.links.torchdist import NUM_CTAS, TorchDistLink, open_torchdist
@@ -23,7 +24,7 @@ LIMIT = timedelta(seconds=20)
 
 
 class Recorder:
-    """A process group of two, and the streams around it: writes down all that happens."""
+    """Process group of two that logs its operations and waits."""
 
     def __init__(self, log: list[str], name: str, rank: int = 0) -> None:
         self._log, self._name, self._rank = log, name, rank
@@ -51,7 +52,7 @@ class Recorder:
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What streams and events of links do."""
+    """Log of the streams and events of links."""
     entries: list[str] = []
 
     class Event:
@@ -86,30 +87,30 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return entries
 
 
-def test_a_message_is_asked_for_beside_the_work_of_the_current_stream(log: list[str]) -> None:
-    """The idle stream waits for the slot's last reader alone; the current one then waits for the message."""
+def test_a_receive_does_not_wait_for_the_work_of_the_current_stream(log: list[str]) -> None:
+    """The idle stream waits for the buffer's last reader only; the current stream then waits for the message."""
     link = TorchDistLink(Recorder(log, "out"), Recorder(log, "in"), 1, (8, 8), CPU)
     for _ in range(3):
         link.recv(5)
         link.release()
     expected: list[str] = []
-    for slot in (0, 1, 0):
-        expected += ["on the idle stream", f"wait for event {slot}", "in.recv 5", "back", "wait for in.recv 5"]
-        expected += [f"record event {slot}"]
+    for index in (0, 1, 0):
+        expected += ["on the idle stream", f"wait for event {index}", "in.recv 5", "back", "wait for in.recv 5"]
+        expected += [f"record event {index}"]
     assert log == expected
 
 
 @pytest.mark.parametrize("is_primary", [True, False])
 def test_links_make_communicators_in_one_order_at_both_ends(log: list[str], is_primary: bool) -> None:
-    """To the worker first: each end waits for the other inside the first operation of a group."""
+    """The direction to the worker is first: each end waits for the other in the first operation of a group."""
     link = TorchDistLink(Recorder(log, "out"), Recorder(log, "in"), 1, (8, 0), CPU)
-    link.greet(is_primary, LIMIT)
+    link.connect(is_primary, LIMIT)
     send = ["out.send 1", "wait for out.send 1 at most 20 s"]
     recv = ["in.recv 1", "wait for in.recv 1 at most 20 s"]
     assert log == (send + recv if is_primary else recv + send)
 
 
-def test_slots_of_a_local_link_are_ordered_between_streams(log: list[str]) -> None:
+def test_buffers_of_a_local_link_are_ordered_between_streams(log: list[str]) -> None:
     primary, worker = local_pair(8, 8)
     log.clear()
     primary.send_buffer(8)
@@ -121,11 +122,11 @@ def test_slots_of_a_local_link_are_ordered_between_streams(log: list[str]) -> No
     primary.send_buffer(8)
     written, read = log[1].removeprefix("record "), log[0].removeprefix("wait for ")
     assert log[:4] == [f"wait for {read}", f"record {written}", f"wait for {written}", f"record {read}"]
-    assert log[-1] == f"wait for {read}", "before the slot is written again"
+    assert log[-1] == f"wait for {read}", "before the buffer is written again"
 
 
 def test_a_staged_message_is_published_when_its_copy_has_ended(log: list[str]) -> None:
-    """And a host slot goes back to the sender when the copy from it has ended."""
+    """A host buffer is released to the sender once the copy from it has ended."""
 
     class Inner(Recorder):
         kind = "inner"
@@ -140,7 +141,7 @@ def test_a_staged_message_is_published_when_its_copy_has_ended(log: list[str]) -
             return torch.zeros(num_bytes, dtype=torch.uint8)
 
         def release(self) -> None:
-            self._log.append("give back")
+            self._log.append("release")
 
     link = StagedLink(Inner(log, "inner"), CPU, 8, 8)  # type: ignore[arg-type]
     link.send_buffer(5)
@@ -150,11 +151,11 @@ def test_a_staged_message_is_published_when_its_copy_has_ended(log: list[str]) -
     for _ in range(2):
         link.recv(5)
         link.release()
-    assert log == ["record event 1", "host waits for event 1", "give back", "record event 1"]
+    assert log == ["record event 1", "host waits for event 1", "release", "record event 1"]
 
 
 class FakeNccl:
-    """Stands for `torch.distributed.ProcessGroupNCCL`, which torch for CPUs does not have."""
+    """Stand-in for `torch.distributed.ProcessGroupNCCL`, which builds of torch for CPUs lack."""
 
     class Options:
         def __init__(self, is_high_priority_stream: bool = False) -> None:
@@ -181,7 +182,7 @@ def test_groups_of_links_have_priority_few_blocks_and_the_timeout(monkeypatch: p
     assert stage.options.config.max_ctas is None
 
 
-def test_nothing_is_made_before_all_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_group_is_made_before_all_members_have_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL itself would wait without a limit."""
     monkeypatch.setattr(distributed, "ProcessGroupNCCL", None, raising=False)
     with pytest.raises(TimeoutError, match="stage/here/1"):
@@ -190,33 +191,29 @@ def test_nothing_is_made_before_all_have_come(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_link_is_open_when_bytes_have_gone_both_ways() -> None:
     rendezvous = LocalRendezvous()
-    open_end = partial(
-        open_torchdist, rendezvous, "link", address="127.0.0.1", limits=(8, 0), device=CPU, timeout=DEADLINE
-    )
-    primary, worker = together(
-        partial(open_end, peer_rank=1, is_primary=True), partial(open_end, peer_rank=0, is_primary=False)
-    )
-    assert primary.bytes_sent == primary.bytes_received == worker.bytes_sent == 0, "that is no message"
+    ends = [LinkEnd(rendezvous, (0, 1), is_primary, (8, 0), DEADLINE) for is_primary in (True, False)]
+    primary, worker = together(*[partial(open_torchdist, end, "127.0.0.1", CPU) for end in ends])
+    assert primary.bytes_sent == primary.bytes_received == worker.bytes_sent == 0, "these are no messages"
 
 
-def test_a_wrong_sum_is_noticed_when_the_stage_opens() -> None:
+def test_a_wrong_sum_is_detected_when_the_stage_connects() -> None:
     class Group(Recorder):
         def _allgather_base(self, out: torch.Tensor, mine: torch.Tensor) -> Any:
             out.zero_()
             return self._work("gather")
 
     with pytest.raises(AssertionError, match=r"a sum of 2 ones is 0\.0"):
-        GroupTensorParallel(Group([], "group"), [0, 1]).greet(CPU)
+        GroupTensorParallel(Group([], "group"), [0, 1]).connect(CPU)
 
 
 class OnGpu(torch.Tensor):
-    """Says that it is on a GPU."""
+    """Tensor that claims to be on a GPU."""
 
     is_cuda = True
 
 
 @pytest.mark.parametrize(("size", "operation"), [(2, "allreduce"), (3, "gather")])
-def test_two_gpus_leave_the_sum_to_nccl_and_more_add_in_rank_order(log: list[str], size: int, operation: str) -> None:
+def test_nccl_sums_for_two_gpus_and_more_add_in_rank_order(log: list[str], size: int, operation: str) -> None:
     class Group(Recorder):
         def size(self) -> int:
             return size
@@ -234,18 +231,18 @@ def test_two_gpus_leave_the_sum_to_nccl_and_more_add_in_rank_order(log: list[str
     assert float(part) == (256 if size == 2 else 258)
 
 
-def test_cuda_forgets_that_it_could_not_lock_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else torch would report it after the next kernel, whichever that is."""
-    asked: list[Any] = []
-    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=lambda *_: asked.append("unlock"))
+def test_an_error_of_page_locking_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise torch would report it after the next, unrelated kernel."""
+    calls: list[Any] = []
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=lambda *_: calls.append("unlock"))
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     fill = torch.Tensor.fill_
 
     def fill_and_report(tensor: torch.Tensor, value: float) -> torch.Tensor:
-        asked.append(tensor.shape)
+        calls.append(tensor.shape)
         fill(tensor, value)
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch.Tensor, "fill_", fill_and_report)
     PageLock(torch.empty(8, dtype=torch.uint8), CPU).close()
-    assert asked == [torch.Size([1])], "one kernel, whose error is dropped; and nothing to unlock"
+    assert calls == [torch.Size([1])], "one kernel, whose error is dropped, and nothing to unlock"

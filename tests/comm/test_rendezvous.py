@@ -1,4 +1,4 @@
-"""Notes are found by those who wait for them, and the right store is joined."""
+"""Values reach ranks that wait for them, and each run has key space of its own."""
 
 from functools import partial
 
@@ -8,20 +8,20 @@ from hetis.comm.rendezvous import LocalRendezvous, StoreRendezvous
 from tests.comm.comm_helpers import Ranks, together
 
 
-def test_a_note_reaches_a_rank_that_waits() -> None:
+def test_a_value_reaches_ranks_that_wait() -> None:
     rendezvous = LocalRendezvous()
-    note = bytes(range(256))
-    found = together(partial(rendezvous.get, "a"), partial(rendezvous.get, "a"), partial(rendezvous.set, "a", note))
-    assert found[:2] == [note, note]
-    assert rendezvous.get("a", 0.0) == note
+    value = bytes(range(256))
+    found = together(partial(rendezvous.get, "a"), partial(rendezvous.get, "a"), partial(rendezvous.set, "a", value))
+    assert found[:2] == [value, value]
+    assert rendezvous.get("a", 0.0) == value
 
 
-def test_missing_note_is_named() -> None:
+def test_a_missing_key_is_named() -> None:
     with pytest.raises(TimeoutError, match=r"'link/0-3' .* 0\.01 s"):
         LocalRendezvous().get("link/0-3", 0.01)
 
 
-def test_runs_and_restarts_do_not_see_each_others_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_and_restarts_do_not_see_each_others_values(monkeypatch: pytest.MonkeyPatch) -> None:
     with Ranks("unused", []) as ranks:
         for name, value in {**ranks.environment, "RANK": "5"}.items():
             monkeypatch.setenv(name, value)
@@ -36,7 +36,7 @@ def test_runs_and_restarts_do_not_see_each_others_notes(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT", "RANK"])
-def test_missing_variable_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_variable_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for other in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.setenv(other, "1")
     monkeypatch.delenv(name)

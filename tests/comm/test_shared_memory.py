@@ -1,4 +1,4 @@
-"""Counters in shared memory: no waiter misses an event, none holds Python's lock while it waits."""
+"""Counters in shared memory: no waiter misses an event or holds the GIL while it waits."""
 
 import itertools
 import os
@@ -21,8 +21,8 @@ def choose(name: str) -> Operations:
 
 
 @pytest.mark.parametrize(("waiting", "publishing"), list(itertools.product([NATIVE, PLAIN], repeat=2)))
-def test_ping_pong_of_counters_loses_no_wake_up(waiting: str, publishing: str) -> None:
-    """A lost wake-up would cost the whole time limit of one wait, and the wait would then say False."""
+def test_no_wake_up_is_lost(waiting: str, publishing: str) -> None:
+    """After a lost wake-up, a wait would return False at its time limit."""
     segment = Segment.create(PAGE_BYTES)
     there, back = segment.word(0), segment.word(1)
     (wait, publish_back), (wait_there, publish) = choose(waiting), choose(publishing)
@@ -41,30 +41,30 @@ def test_ping_pong_of_counters_loses_no_wake_up(waiting: str, publishing: str) -
 
 
 @pytest.mark.parametrize("name", [NATIVE, PLAIN])
-def test_python_runs_on_while_a_thread_waits(name: str) -> None:
-    """The beat can only be counted, and the waiter only be woken, if the waiting thread gave up Python's lock."""
+def test_waiting_releases_the_gil(name: str) -> None:
+    """Events can be counted, and the waiter woken, only if the waiting thread has released the GIL."""
     wait, publish = choose(name)
     segment = Segment.create(PAGE_BYTES)
     word = segment.word(0)
-    beats = itertools.count()
+    ticks = itertools.count()
     waiting = threading.Event()
 
     def wait_long() -> bool:
         waiting.set()
         return wait(word, 0, 0, 20_000)
 
-    def beat_then_wake() -> None:
+    def count_then_wake() -> None:
         waiting.wait()
-        while next(beats) < 10_000:
+        while next(ticks) < 10_000:
             pass
         publish(word)
 
-    assert together(wait_long, beat_then_wake)[0] is True
-    assert next(beats) > 10_000
+    assert together(wait_long, count_then_wake)[0] is True
+    assert next(ticks) > 10_000
 
 
 @pytest.mark.parametrize("name", [NATIVE, PLAIN])
-def test_wait_ends_unchanged_after_its_limit_and_counts_wrap(name: str) -> None:
+def test_wait_returns_false_at_its_limit_and_counters_wrap(name: str) -> None:
     wait, publish = choose(name)
     segment = Segment.create(PAGE_BYTES)
     word = segment.word(3)
@@ -76,8 +76,8 @@ def test_wait_ends_unchanged_after_its_limit_and_counts_wrap(name: str) -> None:
     assert not wait(word, 0, 1000, 1)
 
 
-def test_last_act_of_a_lost_peer_counts() -> None:
-    """An event that comes between the end of a wait and the news of the peer's death is not lost."""
+def test_a_change_made_before_the_peer_died_is_not_lost() -> None:
+    """An event between the end of a wait and the check of the peer is seen."""
     segment = Segment.create(PAGE_BYTES)
     word = segment.word(0)
     waiter = Waiter(0)
@@ -104,7 +104,7 @@ def test_attached_memory_is_the_same_memory() -> None:
         Segment.attach(Address(address.pid, 10_000, address.num_bytes))
 
 
-def test_peer_that_never_was_is_dead() -> None:
+def test_a_pid_without_a_process_is_dead() -> None:
     gone = Peer(3, 2**22 - 1)
     assert not gone.is_alive()
     with pytest.raises(ConnectionError, match="rank 3"):
@@ -112,7 +112,7 @@ def test_peer_that_never_was_is_dead() -> None:
     assert Peer(0, os.getpid()).is_alive()
 
 
-def test_who_spins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_spin_only_if_cores_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = len(os.sched_getaffinity(0))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
     assert shared_memory.default_spin_us() > 0

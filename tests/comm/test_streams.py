@@ -69,7 +69,7 @@ def test_a_thread_has_one_idle_stream_of_its_own(cuda: FakeCuda) -> None:
                 found.add(stream)
         return found
 
-    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:  # threads that have had none before
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:  # new threads, without a stream so far
         here, there = one.submit(of_this_thread).result(), other.submit(of_this_thread).result()
     with own_stream(CUDA) as own:
         assert {own}.isdisjoint(here | there)
@@ -86,7 +86,7 @@ def test_events_order_streams_and_the_host(cuda: FakeCuda) -> None:
     assert cuda.log == ["record", "stream waits for event", "host waits"]
 
 
-def test_on_a_cpu_nothing_happens(cuda: FakeCuda) -> None:
+def test_streams_and_events_are_no_ops_on_a_cpu(cuda: FakeCuda) -> None:
     event = StreamEvent(CPU)
     event.record()
     event.wait()

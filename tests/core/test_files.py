@@ -1,4 +1,4 @@
-"""Output files are checked without a trace, and written or refused in one way."""
+"""Output files: the check leaves no trace, and it refuses what writing would refuse, in the same words."""
 
 import os
 import select
@@ -50,14 +50,14 @@ def test_the_check_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_pipe_is_not_opened_by_the_check(tmp_path: Path) -> None:
-    """Opening one waits for its reader, and closing it tells the reader that all has come."""
+    """Opening a pipe would block until it has a reader, and closing it would end the reader's input."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     check_writable(pipe, "--output")
     ends = select.poll()
     ends.register(reader, select.POLLHUP)
-    assert ends.poll(0) == [], "a writer has been there, and has gone"
+    assert ends.poll(0) == [], "a writer has opened and closed the pipe"
     os.close(reader)
 
 
@@ -73,7 +73,7 @@ def test_writing_replaces_and_keeps_links_and_devices(before: str | None, tmp_pa
     assert not Path("/dev/null").is_file()
 
 
-def test_a_full_disk_is_one_sentence() -> None:
+def test_a_full_disk_is_a_user_error() -> None:
     with pytest.raises(ValueError, match=r"--output /dev/full cannot be written \(No space left on device\)"):
         write_file(Path("/dev/full"), b"new", "--output")
 
@@ -85,15 +85,15 @@ def test_a_pipe_that_processes_would_share_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"^profile .*{name} is a pipe or socket"):
             refuse_pipe(tmp_path / name, "profile")
     for path in (tmp_path / "none", tmp_path, Path("/dev/null"), tmp_path / ("x" * 300)):
-        refuse_pipe(path, "profile")  # who opens it says what is wrong
+        refuse_pipe(path, "profile")  # opening the file reports the error
 
 
-def test_a_file_that_another_option_names_is_not_written(tmp_path: Path) -> None:
+def test_a_file_of_another_option_is_refused(tmp_path: Path) -> None:
     plan, link, new = tmp_path / "plan.json", tmp_path / "link", tmp_path / "new"
     plan.write_text("{}")
     link.symlink_to(plan)
     for path, others in ((link, ("1+2", str(plan))), (plan, (None, str(plan))), (new, (str(new),))):
-        with pytest.raises(ValueError, match="is the file of another option, too"):
+        with pytest.raises(ValueError, match="is also the file of another option"):
             check_writable(path, "--output", others)
     check_writable(Path("/dev/null"), "--output", ("/dev/null",))
     check_writable(new, "--output", (None, {"stages": []}, "1+2", str(plan), str(tmp_path / "other")))

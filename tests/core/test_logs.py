@@ -1,4 +1,4 @@
-"""Every process logs with time, level and its name; the level goes from a front end to what it starts."""
+"""Every process logs with time, level and its name; processes inherit the level from the front end that starts them."""
 
 import logging
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from hetis.core.logs import LEVELS, VARIABLE, environment_of_children, level_of_environment
 
-SPEAK = """
+SCRIPT = """
 import logging, warnings
 from hetis.core.logs import set_up_logging
 set_up_logging("first")
@@ -23,9 +23,9 @@ warnings.warn("for developers")
 
 
 def lines(level: str | None) -> list[str]:
-    """What a process with that level says on stderr."""
+    """Lines that a process with HETIS_LOG_LEVEL=`level` writes to stderr."""
     environment = {} if level is None else {VARIABLE: level}
-    result = subprocess.run([sys.executable, "-c", SPEAK], env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == ""
     return result.stderr.splitlines()
 
@@ -43,13 +43,13 @@ def logger() -> Iterator[logging.Logger]:
     logger.setLevel(before)
 
 
-@pytest.mark.parametrize(("level", "said"), [(None, 2), ("info", 3), ("warning", 2), ("error", 1), ("Error", 1)])
-def test_lines_have_time_level_and_process_once(level: str | None, said: int) -> None:
+@pytest.mark.parametrize(("level", "count"), [(None, 2), ("info", 3), ("warning", 2), ("error", 1), ("Error", 1)])
+def test_lines_have_time_level_and_process_once(level: str | None, count: int) -> None:
     found = lines(level)
-    assert len(found) == said + 1, found
+    assert len(found) == count + 1, found
     assert all(re.fullmatch(r"\d\d:\d\d:\d\d [A-Z]+ hetis driver: of \w+", line) for line in found)
     words = [line.split()[1] for line in found]
-    assert words == [*[name.upper() for name in LEVELS[-said:]], "ERROR"]
+    assert words == [*[name.upper() for name in LEVELS[-count:]], "ERROR"]
 
 
 def test_warnings_for_developers_are_shown_when_debugging_only() -> None:
@@ -57,21 +57,23 @@ def test_warnings_for_developers_are_shown_when_debugging_only() -> None:
     assert any("for developers" in line for line in lines("debug"))
 
 
-def test_children_take_over_the_level_of_the_logger(logger: logging.Logger) -> None:
+def test_children_inherit_the_level_of_the_logger(logger: logging.Logger) -> None:
     for number, name in ((5, "debug"), (10, "debug"), (20, "info"), (25, "warning"), (30, "warning"), (50, "error")):
         logger.setLevel(number)
         assert environment_of_children() == {VARIABLE: name}
 
 
-def test_the_variable_decides_over_the_logger(logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_overrides_the_logger(logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
     logger.setLevel(logging.ERROR)
     monkeypatch.setenv(VARIABLE, " INFO ")
     assert environment_of_children() == {VARIABLE: "info"}
 
 
-def test_a_level_that_is_none_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_level_is_ignored_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv(VARIABLE, "loud")
     assert level_of_environment() is level_of_environment() is None
     assert [record.getMessage() for record in caplog.records] == [
-        "HETIS_LOG_LEVEL is 'loud' and not used: it must be one of debug, info, warning, error."
+        "HETIS_LOG_LEVEL is 'loud', which is ignored; use one of debug, info, warning, error."
     ]

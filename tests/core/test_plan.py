@@ -1,4 +1,4 @@
-"""Plans: shares of any size add up to the model, and a plan that does not fit is refused with the numbers."""
+"""Plans: shares of any size add up to the model; what follows from them; refusals with the numbers."""
 
 import json
 from itertools import pairwise
@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from hetis.core.model_spec import ModelSpec, RopeSpec
-from hetis.core.plan import Plan, load_plan, resolve_plan, split_evenly
+from hetis.core.plan import Plan
+from hetis.core.plan_sources import load_plan, resolve_plan, split_evenly
 
 SPEC = ModelSpec(
     family="llama",
@@ -40,7 +41,7 @@ def assert_covers(plan: Plan, spec: ModelSpec) -> None:
         assert_tiles([p.groups for p in stage.primaries], spec.num_head_groups)
         assert_tiles([p.mlp_columns for p in stage.primaries], spec.intermediate_size)
         assert_tiles([p.vocab_rows for p in stage.primaries], spec.vocab_size)
-    assert [member.rank for member in plan.members()] == list(range(plan.world_size))
+    assert plan.ranks == tuple(range(plan.world_size))
 
 
 @pytest.mark.parametrize("primaries", [1, 2, 3, 5, 8, 9, 20, 1003])
@@ -51,13 +52,13 @@ def test_even_split_covers_the_model(primaries: int, workers: int) -> None:
     assert (plan.world_size, len(plan.workers)) == (primaries + workers, workers)
     sizes = [p.num_groups for p in plan.stages[0].primaries]
     assert max(sizes) - min(sizes) <= 1
-    assert {member.kv_memory for member in plan.members()} == {2**30}
+    assert {member.kv_memory for member in plan.members} == {2**30}
 
 
 def test_devices_and_memory_by_rank() -> None:
     by_list = split_evenly("1+2", SPEC, ["cuda:0", "cuda:1", "cpu"], {1: "2GiB", 2: 77})
-    assert [member.device for member in by_list.members()] == ["cuda:0", "cuda:1", "cpu"]
-    assert [member.kv_memory for member in by_list.members()] == [None, 2**31, 77]
+    assert [member.device for member in by_list.members] == ["cuda:0", "cuda:1", "cpu"]
+    assert [member.kv_memory for member in by_list.members] == [None, 2**31, 77]
     by_call = split_evenly("2+1", SPEC, lambda rank: f"cuda:{rank}")
     assert by_call.device_of(2) == "cuda:2"
     assert (by_call.role_of(1), by_call.role_of(2)) == ("primary", "attention worker")
@@ -116,11 +117,12 @@ def test_a_file_with_everything_given(tmp_path: Path) -> None:
     plan = load_plan(path, SPEC)
     assert_covers(plan, SPEC)
     assert plan.stages[0].primaries[0].groups == (0, 5)
-    assert plan.stages[0].home(5).rank == 0
-    assert plan.position_of(2) == (1, 0)
+    assert plan.home_ranks == ((3,) * 5 + (0,) * 3, (2,) * 8)
+    assert (plan.position_of(2), plan.primary(2)) == ((1, 0), plan.stages[1].primaries[0])
+    assert plan.stage_of(plan.primary(0)) == plan.stages[0]
     assert plan.stages[1].layers == (3, 7)
     assert (plan.workers[0].rank, plan.workers[0].device, plan.workers[0].kv_memory) == (1, "cuda:2", 4096)
-    assert plan.members()[0].kv_memory == 3 * 2**29
+    assert plan.members[0].kv_memory == 3 * 2**29
 
 
 def test_what_a_file_leaves_out_is_split_evenly(tmp_path: Path) -> None:
@@ -140,8 +142,8 @@ def test_what_a_file_leaves_out_is_split_evenly(tmp_path: Path) -> None:
     assert [p.num_groups for p in plan.stages[0].primaries] == [5, 2, 1]
     assert [stage.num_layers for stage in plan.stages] == [3, 2, 2]
     assert [p.rank for p in plan.stages[0].primaries] == [1, 2, 0]
-    assert [worker.rank for worker in plan.workers] == [5, 6]
-    assert [member.device for member in plan.members()] == [f"cuda:{rank}" for rank in range(7)]
+    assert plan.worker_ranks == (5, 6)
+    assert [member.device for member in plan.members] == [f"cuda:{rank}" for rank in range(7)]
     assert plan.workers[0].kv_memory == 64
 
 
@@ -152,8 +154,8 @@ def test_primaries_without_head_groups_are_no_homes(tmp_path: Path) -> None:
     assert [p.groups for p in stage.primaries] == [(0, 1), (1, 1), (1, 1)]
     assert [p.num_mlp_columns for p in stage.primaries] == [234, 234, 233]
     assert [p.num_vocab_rows for p in stage.primaries] == [335, 334, 334]
-    assert ([home.rank for home in stage.homes], stage.home(0).rank) == ([0], 0)
-    assert [(home.rank, worker.rank) for home, worker in plan.links()] == [(0, 3), (0, 4)]
+    assert (stage.homes, stage.home_ranks, plan.num_groups) == (stage.primaries[:1], (0,), 1)
+    assert [(home.rank, worker.rank) for home, worker in plan.links] == [(0, 3), (0, 4)]
 
     path = write(
         tmp_path / "plan.json",
@@ -167,9 +169,9 @@ def test_primaries_without_head_groups_are_no_homes(tmp_path: Path) -> None:
     )
     plan = load_plan(path, SPEC, "cpu")
     assert_covers(plan, SPEC)
-    assert [[home.rank for home in stage.homes] for stage in plan.stages] == [[1, 2], [4]]
-    assert [plan.stages[0].home(group).rank for group in range(8)] == [1] * 4 + [2] * 4
-    assert [(home.rank, worker.rank) for home, worker in plan.links()] == [(1, 5), (2, 5), (4, 5)]
+    assert [(stage, home.rank) for stage, home in plan.homes] == [(0, 1), (0, 2), (1, 4)]
+    assert plan.home_ranks == ((1,) * 4 + (2,) * 4, (4,) * 8)
+    assert [(home.rank, worker.rank) for home, worker in plan.links] == [(1, 5), (2, 5), (4, 5)]
 
 
 ONE = [{"primaries": [{}]}]
@@ -263,7 +265,7 @@ def test_numbers_and_names_without_end_are_refused(plan: str) -> None:
         resolve_plan(plan, SPEC)
 
 
-def test_a_dict_is_what_stands_in_a_file(tmp_path: Path) -> None:
+def test_a_dictionary_is_read_like_a_file(tmp_path: Path) -> None:
     plan = {"stages": [{"layers": 2, "primaries": [{"head_groups": 5}, {}]}, {"primaries": [{}]}], "attention": [{}]}
     assert resolve_plan(plan, SPEC, "cpu") == load_plan(write(tmp_path / "plan.json", plan), SPEC, "cpu")
 

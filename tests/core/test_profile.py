@@ -1,4 +1,4 @@
-"""The formulas of profiles, and which numbers are believed."""
+"""The formulas of profiles, and which numbers a file may have."""
 
 from typing import Any
 
@@ -23,6 +23,13 @@ def test_predictions_are_the_formulas() -> None:
     assert LINK.request.time_us(10_000) == pytest.approx(6.8)
 
 
+def test_the_terms_of_attention_add_up_to_its_time() -> None:
+    attention = DEVICE.attention
+    for heads, kv_bytes in ((8, 0), (64, 100_000_000)):
+        assert sum(attention.terms_us(heads, kv_bytes)) == pytest.approx(attention.time_us(heads, kv_bytes))
+    assert attention.terms_us(8, 0) == [0, 0, 11.5], "where the floor decides"
+
+
 # --- what a file may say ----------------------------------------------------------------------------------------------
 
 
@@ -35,7 +42,7 @@ def numbers(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def changed(path: tuple[Any, ...], value: object) -> bytes:
-    """FLEET as JSON, but for one value."""
+    """FLEET as JSON with one value changed."""
     tree = msgspec.json.decode(msgspec.json.encode(FLEET))
     inner = tree
     for key in path[:-1]:

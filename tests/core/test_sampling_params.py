@@ -1,4 +1,4 @@
-"""Every field: its default, what it accepts, what it turns that into, and what it refuses, by name."""
+"""Sampling parameters: default, accepted, normalised and refused values of every field."""
 
 from math import inf, nan
 from typing import Any
@@ -88,7 +88,7 @@ ACCEPTED = [  # field, given, kept
     ("detokenize", False, False),
 ]
 
-REFUSED = [  # field, given, in the message
+REFUSED = [  # field, given, words of the message
     ("n", 0, "from 1 to 16384"),
     ("n", 16_385, "from 1 to 16384"),
     ("n", 1.5, "integer"),
@@ -181,12 +181,12 @@ def test_every_field_has_an_accepted_row() -> None:
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
     ],
 )
-def test_pairs_that_exclude_each_other(fields: dict[str, Any], name: str) -> None:
+def test_fields_that_exclude_each_other(fields: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} is"):
         SamplingParams(**fields)
 
 
-def test_min_tokens_has_no_limit_when_the_context_is_to_be_filled() -> None:
+def test_min_tokens_has_no_limit_without_max_tokens() -> None:
     assert SamplingParams(min_tokens=10**6, max_tokens=None).min_tokens == 10**6
 
 
@@ -216,10 +216,10 @@ def test_limits_of_the_model(fields: dict[str, Any], max_logprobs: int, name: st
 
 
 @pytest.mark.parametrize("name", ["best_of", "bad_words", "allowed_token_ids", "temprature"])
-def test_fields_that_do_not_exist_are_named_beside_those_that_do(name: str) -> None:
+def test_unknown_fields_are_refused_with_the_names_of_all(name: str) -> None:
     with pytest.raises(ValueError, match=f"^SamplingParams has no {name}; known: n, temperature, .*, detokenize.$"):
         SamplingParams(**{"n": 2, name: 1})
-    with pytest.raises(ValueError, match="names with values"):
+    with pytest.raises(ValueError, match="keyword arguments only"):
         SamplingParams(0.8)  # type: ignore[misc]
 
 
@@ -228,7 +228,7 @@ def test_frozen() -> None:
         SamplingParams().n = 2  # type: ignore[misc]
 
 
-def test_every_completion_has_its_own_seed_and_one_scores_the_prompt() -> None:
+def test_every_completion_has_its_own_seed_and_the_first_scores_the_prompt() -> None:
     for seed in (7, -2, 2**63 - 1, -(2**63)):
         params = [SamplingParams(n=3, seed=seed, prompt_logprobs=1).for_completion(index) for index in range(3)]
         assert params[0].seed == seed

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes as text, read and written."""
 
 from math import ceil, floor
 
@@ -41,5 +41,5 @@ def test_formatted(size: int, text: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1025, 2**20 - 1, 2**20 + 1, 1234567, 2**30 + 12345, 2**43 + 1])
-def test_a_limit_that_is_written_short_is_none_that_cannot_be_kept(size: int) -> None:
+def test_limits_are_rounded_down_and_needs_up(size: int) -> None:
     assert parse_bytes(format_bytes(size, floor)) <= size <= parse_bytes(format_bytes(size, ceil))

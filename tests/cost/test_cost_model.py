@@ -1,4 +1,4 @@
-"""Predictions by hand, and the model on the heels of devices that change."""
+"""Predictions by hand, and factors that follow devices whose speed changes."""
 
 from random import Random
 
@@ -24,9 +24,9 @@ FAST = LinkProfile(primary=0, worker=2, request=way(1.0, 1e-4), reply=way(1.0, 1
 def model(windows: tuple[int, ...] = ()) -> CostModel:
     """Rank 2 is a worker of primaries 0 and 1. M = 2, D = 64, float32."""
     devices = {
-        0: profile(a_us_per_head=0.1, b_us_per_byte=1e-5, c_us=3.0),
-        1: profile(a_us_per_head=0.1, b_us_per_byte=1e-5, c_us=3.0, floor_us=20.0),
-        2: profile(a_us_per_head=0.5, b_us_per_byte=4e-5, c_us=2.0),
+        0: profile(us_per_head=0.1, us_per_byte=1e-5, constant_us=3.0),
+        1: profile(us_per_head=0.1, us_per_byte=1e-5, constant_us=3.0, floor_us=20.0),
+        2: profile(us_per_head=0.5, us_per_byte=4e-5, constant_us=2.0),
     }
     spec = make_spec(4, num_layers=max(1, len(windows)), windows=windows)
     return CostModel(FleetProfile(devices=devices, links=(FAST, SLOW)), spec, "float32")
@@ -46,7 +46,7 @@ def test_bytes_of_a_lane() -> None:
 
 
 def test_the_slowest_link_of_a_worker_counts() -> None:
-    """One lane there: 2 queries, key and value of 256 bytes. Back: 2 outputs and their log-sum-exp."""
+    """Request of one lane: 2 queries, key and value of 256 bytes. Reply: 2 outputs and their log-sum-exp."""
     cost = model()
     request, reply = 4 * 256, 2 * 256 + 2 * 4
     assert cost.link_us(2, 2) == pytest.approx(4.0 + 5.0 + request * 1e-3 + reply * 2e-3)
@@ -61,7 +61,7 @@ def test_prompts_go_in_large_messages() -> None:
     cost = model()
     cost.add(
         2,
-        profile(a_us_per_head=1.0, b_us_per_byte=0.0, c_us=0.0),
+        profile(us_per_head=1.0, us_per_byte=0.0, constant_us=0.0),
         [LinkProfile(primary=0, worker=2, request=large, reply=way(1.0, 0.0))],
     )
     assert cost.prompt_us_per_byte(2) == pytest.approx(3e-4)
@@ -88,8 +88,8 @@ def test_a_device_that_changes_is_followed_and_followed_back(factor: float, rank
     assert cost.attention_us(rank, 20, 10**6) == pytest.approx(model().attention_us(rank, 20, 10**6), rel=0.15)
 
 
-def test_one_kind_of_load_teaches_about_others() -> None:
-    """Throttled to a quarter, seen at one operating point only: all terms are understood to be slower."""
+def test_one_mix_of_work_corrects_all_terms() -> None:
+    """Throttled to a quarter and measured at one operating point only: the factors of all terms grow."""
     cost = model()
     for _ in range(50):
         cost.observe(0, 8, 10**6, 4 * model().attention_us(0, 8, 10**6))
@@ -106,14 +106,14 @@ def test_wild_measurements_stay_bounded_and_are_forgotten() -> None:
     assert cost.attention_us(0, 20, 10**6) == pytest.approx(model().attention_us(0, 20, 10**6), rel=0.15)
 
 
-def test_one_hiccup_changes_little() -> None:
+def test_one_outlier_changes_little() -> None:
     cost, rng = model(), Random(3)
     slowed(cost, 1.0, rng, 100)
     cost.observe(0, 8, 10**6, 1000 * model().attention_us(0, 8, 10**6))
     assert cost.attention_us(0, 8, 10**6) < 1.5 * model().attention_us(0, 8, 10**6)
 
 
-def test_steady_conditions_never_drive_unseen_terms_away() -> None:
+def test_factors_do_not_drift_without_excitation() -> None:
     """Tens of thousands of steps with one mix of work: no wind-up."""
     cost, rng = model(), Random(4)
     for _ in range(20_000):
@@ -121,8 +121,8 @@ def test_steady_conditions_never_drive_unseen_terms_away() -> None:
     assert all(0.4 < factor < 2.5 for factor in cost.factors(0))
 
 
-def test_an_idle_device_is_forgiven() -> None:
-    """Without heads it is not measured; it must come back some day."""
+def test_the_factors_of_an_idle_device_return_to_the_profile() -> None:
+    """Without heads it is not measured, and it must be used again at some time."""
     cost, rng = model(), Random(5)
     slowed(cost, 10.0, rng, 100)
     before = cost.attention_us(0, 8, 10**6)
@@ -141,11 +141,11 @@ def test_links_are_followed() -> None:
     assert cost.attention_us(2, 8, 0) == model().attention_us(2, 8, 0)
 
 
-def test_ranks_come_and_go() -> None:
+def test_ranks_join_and_leave() -> None:
     cost = model()
     cost.remove(1)
     assert cost.ranks == [0, 2]
     with pytest.raises(ValueError, match=r"rank 1 has no profile; the profile has ranks \[0, 2\]"):
         cost.attention_us(1, 1, 1)
-    cost.add(1, profile(a_us_per_head=1.0, b_us_per_byte=0.0, c_us=0.0))
+    cost.add(1, profile(us_per_head=1.0, us_per_byte=0.0, constant_us=0.0))
     assert cost.attention_us(1, 3, 10**9) == 3.0

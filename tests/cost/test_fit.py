@@ -1,4 +1,4 @@
-"""Fits against planted truths, with noise, outliers and too little data."""
+"""Fits to samples of known coefficients, with and without noise, and too few samples."""
 
 from random import Random
 
@@ -24,16 +24,16 @@ def grid(truth: AttentionProfile, rng: Random, noise: float) -> list[AttentionSa
 
 
 def test_a_straight_line_is_found_exactly() -> None:
-    truth = AttentionProfile(a_us_per_head=0.05, b_us_per_byte=2.5e-5, c_us=4.0)
+    truth = AttentionProfile(us_per_head=0.05, us_per_byte=2.5e-5, constant_us=4.0)
     found = fit_attention(grid(truth, Random(0), 0.0))
     assert found.floor_us == 0
     assert found.accuracy == pytest.approx(1.0, abs=1e-6)
-    assert [found.a_us_per_head, found.b_us_per_byte, found.c_us] == pytest.approx([0.05, 2.5e-5, 4.0])
+    assert [found.us_per_head, found.us_per_byte, found.constant_us] == pytest.approx([0.05, 2.5e-5, 4.0])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_costs_accuracy_but_no_floor_is_invented(seed: int) -> None:
-    truth = AttentionProfile(a_us_per_head=0.05, b_us_per_byte=2.5e-5, c_us=4.0)
+def test_noise_lowers_the_accuracy_but_makes_no_floor(seed: int) -> None:
+    truth = AttentionProfile(us_per_head=0.05, us_per_byte=2.5e-5, constant_us=4.0)
     found = fit_attention(grid(truth, Random(seed), 0.08))
     assert found.floor_us == 0
     assert 0.94 <= found.accuracy < 1
@@ -42,14 +42,14 @@ def test_noise_costs_accuracy_but_no_floor_is_invented(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_floor_is_found_where_a_line_alone_is_not_enough(seed: int) -> None:
-    """As on a GPU: up to some load the time stays the same."""
-    truth = AttentionProfile(a_us_per_head=0.012, b_us_per_byte=7e-7, c_us=3.0, floor_us=14.0)
+    """As on a GPU: up to some load the time is constant."""
+    truth = AttentionProfile(us_per_head=0.012, us_per_byte=7e-7, constant_us=3.0, floor_us=14.0)
     samples = grid(truth, Random(seed), 0.03)
     found = fit_attention(samples)
     assert found.floor_us == pytest.approx(14.0, rel=0.05)
     assert found.accuracy >= 0.96
     line = non_negative(np.array([[s.heads, s.kv_bytes, 1.0] for s in samples]), np.array([s.time_us for s in samples]))
-    without = AttentionProfile(a_us_per_head=line[0], b_us_per_byte=line[1], c_us=line[2])
+    without = AttentionProfile(us_per_head=line[0], us_per_byte=line[1], constant_us=line[2])
     errors = [abs(without.time_us(s.heads, s.kv_bytes) / s.time_us - 1) for s in samples]
     assert sum(errors) / len(errors) > 2 * (1 - found.accuracy)
 
@@ -101,7 +101,7 @@ def test_prefill() -> None:
 @given(st.integers(0, 1 << 30))
 @settings(max_examples=60)
 def test_no_coefficient_is_negative_and_none_could_be_better(seed: int) -> None:
-    """Against a fine search around what was found."""
+    """Compared with random points near the result."""
     rng = np.random.default_rng(seed)
     features, times = rng.uniform(0.1, 10, (12, 3)), rng.uniform(1, 20, 12)
     found = np.array(non_negative(features, times))

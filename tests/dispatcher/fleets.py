@@ -1,10 +1,9 @@
-"""Small fleets with known speeds, and views of them, for the rules and for rebalancing."""
+"""Small fleets with known speeds, and views of them, for dispatchers and rebalancing."""
 
-from collections.abc import Sequence
+from collections import abc
 
-from hetis.cache.lane_table import pools_of
 from hetis.core.model_spec import ModelSpec
-from hetis.core.placement import FleetView, Placement, PoolId
+from hetis.core.placement import FleetView, Placement, PoolId, pools_of
 from hetis.core.plan import Plan
 from hetis.core.profile import (
     AttentionProfile,
@@ -14,7 +13,7 @@ from hetis.core.profile import (
     ProfileKey,
     TransferProfile,
 )
-from hetis.core.request import Sequence as Request
+from hetis.core.request import Sequence
 from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.room import pages_of
 
@@ -43,9 +42,9 @@ def make_spec(num_groups: int, num_layers: int = 1, windows: tuple[int, ...] = (
 
 
 def device(speed: float = 1.0, constant_us: float = 0.0, floor_us: float = 0.0) -> DeviceProfile:
-    """At speed 1 a head takes half a microsecond, so a lane of 2 heads 1, and 512 bytes (a token) a hundredth."""
+    """At speed 1 a head takes 0.5 us, so a lane of 2 heads 1 us, and 512 bytes (a token) 0.01 us."""
     attention = AttentionProfile(
-        a_us_per_head=0.5 / speed, b_us_per_byte=0.01 / 512 / speed, c_us=constant_us, floor_us=floor_us
+        us_per_head=0.5 / speed, us_per_byte=0.01 / 512 / speed, constant_us=constant_us, floor_us=floor_us
     )
     return DeviceProfile(key=KEY, attention=attention, read_bytes_per_us=1.0, usable_bytes=0)
 
@@ -57,22 +56,20 @@ def link(primary: int, worker: int, alpha_us: float, beta_us_per_byte: float = 0
 
 
 def make_cost(
-    plan: Plan, devices: Sequence[DeviceProfile], alpha_us: float = 0.0, dense_us: float = 0.0, **shape: int
+    plan: Plan, devices: abc.Sequence[DeviceProfile], alpha_us: float = 0.0, dense_us: float = 0.0, **shape: int
 ) -> CostModel:
-    """`devices`: by rank. All links have the same latency, all primaries the same dense part."""
-    primaries = [primary.rank for stage in plan.stages for primary in stage.primaries]
-    links = [link(home.rank, worker.rank, alpha_us) for home, worker in plan.links()]
-    num_groups = sum(primary.num_groups for primary in plan.stages[0].primaries)
+    """`devices`: by rank. All links have the same latency, all primaries the same non-attention time."""
+    links = [link(home.rank, worker.rank, alpha_us) for home, worker in plan.links]
     profile = FleetProfile(devices=dict(enumerate(devices)), links=tuple(links))
-    cost = CostModel(profile, make_spec(num_groups, **shape), "float32")
-    for rank in primaries:
-        cost.observe_dense(rank, dense_us)
+    cost = CostModel(profile, make_spec(plan.num_groups, **shape), "float32")
+    for primary in plan.primaries:
+        cost.observe_dense(primary.rank, dense_us)
     return cost
 
 
 def make_view(
     plan: Plan,
-    free_pages: Sequence[int],
+    free_pages: abc.Sequence[int],
     held_lanes: dict[PoolId, int] | None = None,
     held_tokens: dict[PoolId, int] | None = None,
 ) -> FleetView:
@@ -88,17 +85,17 @@ def make_view(
     )
 
 
-def check_fits(view: FleetView, placements: Sequence[Placement | None], requests: Sequence[Request]) -> None:
-    """Counts pages lane by lane; all placements together."""
+def check_fits(view: FleetView, placements: abc.Sequence[Placement | None], sequences: abc.Sequence[Sequence]) -> None:
+    """Counts pages lane by lane, of all placements together."""
     free = dict(view.free_pages)
-    for placement, request in zip(placements, requests, strict=True):
+    for placement, sequence in zip(placements, sequences, strict=True):
         if placement is None:
             continue
-        now, later = pages_of(request, view.page_size)
+        now, later = pages_of(sequence, view.page_size)
         for stage, owners in enumerate(placement.owners):
             for group, owner in enumerate(owners):
-                pool, home = PoolId(owner, stage), PoolId(view.plan.stages[stage].home(group).rank, stage)
-                assert pool == home or owner in {worker.rank for worker in view.plan.workers}
+                pool, home = PoolId(owner, stage), PoolId(view.plan.home_ranks[stage][group], stage)
+                assert pool == home or view.plan.is_worker(owner)
                 free[pool] -= later
                 free[home] -= now if pool != home else 0
     touched = any(placement is not None for placement in placements)

@@ -1,4 +1,4 @@
-"""Random min-max problems: fleets of devices as they exist, models as they are, sequences as they come."""
+"""Random placement problems with realistic devices, links, models and lengths."""
 
 import math
 from random import Random

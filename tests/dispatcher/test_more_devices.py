@@ -1,9 +1,9 @@
 """Another device never makes serving slower: random loads on random fleets, timed by the cost model.
 
-The rules decide by what is known when a sequence arrives, so a fleet with one device more takes another course through
-the same load, with other sequences side by side. For one placement the solver's gap is proven (`test_balance.py`), for
-whole loads nothing is: a single one of 24 sequences may take up to 15 % longer by chance (12 % was seen in 120), and
-loads must get shorter in the mean.
+The dispatcher decides by what is known when a sequence arrives, so a fleet with one device more takes another course
+through the same load, with other sequences side by side. The solver's gap is proven for one placement
+(`test_solver.py`), but nothing is for whole loads: a single one of 24 sequences may take up to 15 % longer by chance
+(12 % was seen in 120), and loads must get shorter in the mean.
 """
 
 from itertools import pairwise
@@ -15,8 +15,8 @@ import pytest
 from hetis.core.batch import Batch
 from hetis.core.profile import DeviceProfile
 from hetis.cost.cost_model import CostModel
+from hetis.dispatcher.hetis_dispatcher import HetisDispatcher
 from hetis.dispatcher.rebalance import Rebalancer
-from hetis.dispatcher.rules import HetisDispatcher
 from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, make_plan, make_sequence
@@ -29,7 +29,7 @@ SEEDS = range(4, 18)
 
 
 class TimedEngine(ToyEngine):
-    """Adds up what its steps would take, in microseconds of one layer."""
+    """Adds up the predicted time of its steps, in microseconds of one layer."""
 
     cost: CostModel
     time_us = 0.0
@@ -52,13 +52,13 @@ class TimedEngine(ToyEngine):
 
 
 def load_us(devices: list[DeviceProfile], pages: list[int], alpha_us: float, seed: int, *, moves: bool) -> float:
-    """Of one random load. The first device is the home, the others are workers."""
+    """Time of one random load. The first device is the home, the others are workers."""
     random, plan = Random(seed), make_plan([[GROUPS]], len(devices) - 1)
     cost = make_cost(plan, devices, alpha_us=alpha_us, dense_us=20.0)
     now = 0.0
 
     def balancer(engine: ToyEngine) -> Balancer | None:
-        return Balancer(engine.cache, engine.hauler, Rebalancer(cost), 1e9, lambda: now) if moves else None
+        return Balancer(engine.cache, engine.migrator, Rebalancer(cost), 1e9) if moves else None
 
     engine = TimedEngine(
         plan,
@@ -75,8 +75,8 @@ def load_us(devices: list[DeviceProfile], pages: list[int], alpha_us: float, see
     while engine.has_work:
         now += INTERVAL_SECONDS / 4
         if isinstance(engine.relief, Balancer):
-            engine.landed += engine.hauler.land()
-            engine.relief.balance(engine.scheduler.running, engine.scheduler.refused)
+            engine.committed += engine.migrator.commit()
+            engine.relief.balance(engine.scheduler.running, engine.scheduler.refused, now)
         engine.step()
     engine.check_idle()
     return engine.time_us

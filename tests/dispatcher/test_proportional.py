@@ -5,13 +5,12 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.cache.lane_table import pools_of
-from hetis.core.placement import FleetView, Placement, PoolId
+from hetis.core.placement import FleetView, Placement, PoolId, pools_of
 from hetis.core.plan import Plan
 from hetis.core.request import Sequence
 from hetis.cost.memory import largest_context
-from hetis.dispatcher.proportional import ProportionalDispatcher, spread
 from hetis.dispatcher.room import pages_of, shortage_when_empty
+from hetis.dispatcher.simple_dispatchers import ProportionalDispatcher, spread
 from tests.dispatcher.fleets import PAGE_SIZE, make_view
 from tests.scheduler.toy_engine import make_plan, make_sequence
 
@@ -109,7 +108,7 @@ def fits(view: FleetView, placement: Placement, sequence: Sequence) -> bool:
     touched = set()
     for stage, owners in enumerate(placement.owners):
         for group, owner in enumerate(owners):
-            pool, home = PoolId(owner, stage), PoolId(view.plan.stages[stage].home(group).rank, stage)
+            pool, home = PoolId(owner, stage), PoolId(view.plan.home_ranks[stage][group], stage)
             free[pool] -= later
             if pool != home:
                 free[home] -= now
@@ -118,11 +117,7 @@ def fits(view: FleetView, placement: Placement, sequence: Sequence) -> bool:
 
 
 def all_placements(plan: Plan) -> list[Placement]:
-    workers = [worker.rank for worker in plan.workers]
-    per_stage = [
-        product(*([stage.home(group).rank, *workers] for group in range(stage.primaries[-1].groups[1])))
-        for stage in plan.stages
-    ]
+    per_stage = [product(*([home, *plan.worker_ranks] for home in homes)) for homes in plan.home_ranks]
     return [Placement(owners=owners) for owners in product(*per_stage)]
 
 
@@ -152,7 +147,7 @@ def test_a_placement_is_found_exactly_when_there_is_one(
 @settings(max_examples=100)
 def test_the_largest_context_is_exact(groups: list[list[int]], pages: list[int]) -> None:
     plan = make_plan(groups, 1)
-    num_pages = {member.rank: pages[member.rank] for member in plan.members()}
+    num_pages = {rank: pages[rank] for rank in plan.ranks}
     context = largest_context(plan, num_pages, PAGE_SIZE)
     view = make_view(plan, [num_pages[pool.rank] for pool in pools_of(plan)])
     if context:

@@ -1,4 +1,4 @@
-"""Profiles keep what they are given, and say what is wrong with a file."""
+"""Profiles in files, the cache, and errors for files that cannot be used."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ LAYER = LayerProfile(
 )
 DEVICE = DeviceProfile(
     key=KEY,
-    attention=AttentionProfile(a_us_per_head=0.01, b_us_per_byte=7e-7, c_us=8.0, floor_us=11.5, accuracy=0.97),
+    attention=AttentionProfile(us_per_head=0.01, us_per_byte=7e-7, constant_us=8.0, floor_us=11.5, accuracy=0.97),
     read_bytes_per_us=1.4e6,
     usable_bytes=60 << 30,
     layer=LAYER,
@@ -140,5 +140,5 @@ def test_without_a_place_for_the_cache_one_line_says_so(
         monkeypatch.setenv("HOME", home)
         keep_profiles([KIND, KIND])
         [record] = caplog.records
-        assert record.getMessage().startswith("what was measured is not kept: ")
+        assert record.getMessage().startswith("measurements are not kept for later starts: ")
         caplog.clear()

@@ -1,4 +1,4 @@
-"""Who measures what and when, on fleets that know the truth about themselves."""
+"""Which rank measures what, and when, on fleets with known speeds."""
 
 from itertools import pairwise
 
@@ -7,7 +7,7 @@ import pytest
 
 from hetis.core.messages import MeasureLink
 from hetis.core.profile import FleetProfile, LayerShare
-from hetis.cost.memory import usable_share
+from hetis.cost.needs import usable_share
 from hetis.driver.profiling import Profiling, layer_share, report_of
 from tests.engine.measured_fleet import SPEC, Fleet, answer, make_plan
 
@@ -23,7 +23,7 @@ def test_ranks_of_one_key_are_measured_once_and_links_each() -> None:
     report = profiling.report()
     assert report.profile is not None
     devices = report.profile.devices
-    assert [devices[rank].attention.c_us for rank in range(4)] == pytest.approx([5.0, 5.0, 5.0, 20.0])
+    assert [devices[rank].attention.constant_us for rank in range(4)] == pytest.approx([5.0, 5.0, 5.0, 20.0])
     assert [devices[rank].read_bytes_per_us for rank in range(4)] == [100, 100, 100, 25]
     assert [devices[rank].usable_bytes for rank in range(4)] == [
         int((rank + 1 << 20) * usable_share("cpu")) for rank in range(4)
@@ -42,7 +42,7 @@ def test_without_sharing_every_rank_is_measured_by_itself_and_in_turn() -> None:
     assert fleet.who("attention") == [0, 1, 2]
     report = profiling.report()
     assert report.profile is not None
-    assert [report.profile.devices[rank].attention.c_us for rank in range(3)] == pytest.approx([5.0, 10.0, 15.0])
+    assert [report.profile.devices[rank].attention.constant_us for rank in range(3)] == pytest.approx([5.0, 10.0, 15.0])
     assert set(report.sources.values()) == {"measured in 3.0 s", "measured in 2.0 s"}
 
 
@@ -59,7 +59,7 @@ def test_gpus_and_hosts_measure_at_the_same_time() -> None:
     )
     profiling = Profiling(fleet.setup, {}, share=True)
     first = profiling.start()
-    assert [rank for rank, _ in first] == [0, 1, 2, 3], "rank 4 has to wait for its host's cores"
+    assert [rank for rank, _ in first] == [0, 1, 2, 3], "rank 4 has to wait for the cores of its host"
     assert [rank for rank, _ in profiling.on_measured(answer(3, first[3][1]))] == [4]
     fleet.run()
     assert len(fleet.links()) == 4
@@ -73,7 +73,7 @@ def test_primaries_of_a_stage_are_measured_together() -> None:
     assert fleet.who("attention") == [0, 1, 5]
     assert sorted(fleet.who("dense")) == [0, 1, 4]
     place = [rank for rank, _ in fleet.asked].index(1, 2)
-    assert [rank for rank, _ in fleet.asked[place - 1 : place + 1]] == [0, 1], "both are told at the same time"
+    assert [rank for rank, _ in fleet.asked[place - 1 : place + 1]] == [0, 1], "both are asked at the same time"
     report = profiling.report()
     assert report.profile is not None
     layers = [report.profile.devices[rank].layer for rank in range(5)]
@@ -88,13 +88,13 @@ def test_primaries_of_a_stage_are_measured_together() -> None:
     assert len(fleet.links()) == 5
 
 
-def test_what_the_cache_knows_is_not_measured_again() -> None:
+def test_what_the_cache_has_is_not_measured_again() -> None:
     fleet = Fleet(make_plan([1], 2), [CPU, CPU, ("b", "cpu", "large")])
     known = {profile.key: profile for profile in fleet.run().new()}
     assert known.keys() == {fleet.key(0), fleet.key(2)}
     again = fleet.run(known)
     assert fleet.who("attention") == fleet.who("dense") == []
-    assert sorted(fleet.links()) == [(0, 1), (0, 2)], "links are cheap, and depend on where ranks run"
+    assert sorted(fleet.links()) == [(0, 1), (0, 2)], "links are measured fast, and depend on the hosts"
     assert again.new() == []
     report = again.report()
     assert report.sources == dict.fromkeys(range(3), "cache")
@@ -115,7 +115,7 @@ def test_a_cached_worker_lacks_the_layers_and_another_split_needs_them_anew() ->
     profiling = split.run({whole.key: whole})
     assert (split.who("attention"), split.who("dense")) == ([], [0, 1])
     [both] = profiling.new()
-    assert both.layers[0] == layer, "what was known is kept"
+    assert both.layers[0] == layer, "the known layer is kept"
     assert [layer.share.num_ranks for layer in both.layers] == [1, 2]
     assert both.attention == whole.attention
     for again in (fleet, split):
@@ -156,7 +156,7 @@ def test_ranks_that_split_layers_unevenly_have_layers_of_their_own() -> None:
 
 
 def test_a_primary_without_head_groups_is_measured_without_links_and_prompts() -> None:
-    """Of five primaries for four groups the last one has none."""
+    """The last of five primaries for four groups has none."""
     fleet = Fleet(make_plan([5], 2), [CPU] * 7)
     profiling = fleet.run()
     assert fleet.who("dense") == [0, 1, 2, 3, 4]
@@ -187,7 +187,7 @@ def full_profile(fleet: Fleet) -> FleetProfile:
     return profile
 
 
-def test_a_file_that_has_everything_is_used_as_it_is() -> None:
+def test_a_complete_file_is_used_as_it_is() -> None:
     fleet = Fleet(make_plan([1], 2), [CPU, CPU, CPU])
     profile = full_profile(fleet)
     report = report_of(profile, fleet.setup, "fleet.json")
@@ -203,7 +203,7 @@ def test_a_file_that_has_everything_is_used_as_it_is() -> None:
         ("link", r"lacks link 0->2"),
     ],
 )
-def test_what_a_file_lacks_is_named(without: str, lacking: str) -> None:
+def test_ranks_layers_and_links_that_a_file_lacks_are_named(without: str, lacking: str) -> None:
     fleet = Fleet(make_plan([1], 2), [CPU, CPU, CPU])
     profile = full_profile(fleet)
     devices, links = dict(profile.devices), list(profile.links)
@@ -228,7 +228,7 @@ def test_what_a_file_lacks_is_named(without: str, lacking: str) -> None:
         ({"spec": msgspec.structs.replace(SPEC, hidden_size=128)}, "num_weights is"),
     ],
 )
-def test_a_file_made_for_something_else_is_refused(change: dict[str, object], said: str) -> None:
+def test_a_file_for_other_settings_is_refused(change: dict[str, object], said: str) -> None:
     fleet = Fleet(make_plan([1], 1), [CPU, CPU])
     profile = full_profile(fleet)
     other = msgspec.structs.replace(fleet.setup, **change)
@@ -236,7 +236,7 @@ def test_a_file_made_for_something_else_is_refused(change: dict[str, object], sa
         report_of(profile, other, "fleet.json")
 
 
-def test_a_file_made_on_other_devices_or_for_another_split_is_refused() -> None:
+def test_a_file_for_other_devices_or_another_split_is_refused() -> None:
     one, two = Fleet(make_plan([1], 2), [CPU, CPU, CPU]), Fleet(make_plan([2], 1), [CPU, CPU, CPU])
     large = Fleet(one.setup.plan, [CPU, CPU, ("b", "cpu", "large")])
     with pytest.raises(ValueError, match="rank 2: its device is small, 1 thread in the file and large, 1 thread"):
@@ -251,11 +251,11 @@ def test_a_file_made_on_other_devices_or_for_another_split_is_refused() -> None:
 def test_links_of_all_stages() -> None:
     fleet = Fleet(make_plan([1, 2], 2), [CPU] * 5)
     fleet.run()
-    links = [(told.primary, told.worker) for rank, told in fleet.asked if isinstance(told, MeasureLink)]
+    links = [(message.primary, message.worker) for _, message in fleet.asked if isinstance(message, MeasureLink)]
     assert links == [pair for pair in ((0, 3), (0, 4), (1, 3), (1, 4), (2, 3), (2, 4)) for _ in pair]
 
 
-def test_how_far_measuring_is_grows_by_one_measurement_at_a_time() -> None:
+def test_progress_counts_one_measurement_at_a_time() -> None:
     fleet = Fleet(make_plan([2], 2), [CPU, ("a", "cpu", "large"), ("b", "cpu", "small"), ("c", "cpu", "small")])
     profiling = Profiling(fleet.setup, {}, share=True)
     assert profiling.num_jobs == 2 + 1 + 4, "two kinds of devices, a stage, links"

@@ -1,28 +1,18 @@
-"""The lines that a start leaves in the log: true, few, and without what is as usual."""
+"""The lines about a start in the log: few, and without settings that are the default."""
 
-from hetis.core.config import DriverArgs, EngineConfig
+from hetis.core.config import EngineConfig
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import Setup
 from hetis.driver.start_report import start_lines
 from hetis.engine.setup import make_setup
-from hetis.launch.member import plan_for
+from hetis.launch.checks import plan_for
 
 GIBI = 1 << 30
 
 
 def setup_of(config: EngineConfig, devices: list[tuple[str, str, int]]) -> Setup:
-    """On devices of (kind, name, threads), each on a host of its own."""
+    """The setup on devices of (kind, name, threads), each on a host of its own."""
     _, spec, plan = plan_for(config)
-    args = DriverArgs(
-        config=config,
-        spec=spec,
-        plan=plan,
-        eos_token_ids=[],
-        run_directory="",
-        address=None,
-        announce=False,
-        parent=0,
-    )
     fleet = [
         DeviceInfo(
             rank=rank, device=device, name=name, host=f"host {rank}", address="", pid=rank, num_threads=threads,
@@ -30,11 +20,11 @@ def setup_of(config: EngineConfig, devices: list[tuple[str, str, int]]) -> Setup
         )
         for rank, (device, name, threads) in enumerate(devices)
     ]  # fmt: skip
-    setup, _ = make_setup(args, fleet)
+    setup, _ = make_setup(config, spec, plan, fleet, eos_token_ids=[])
     return setup
 
 
-def test_members_that_are_alike_share_a_line() -> None:
+def test_consecutive_members_of_one_kind_share_a_line() -> None:
     config = EngineConfig(plan="2+3", kv_cache_memory={0: 32 << 20, 1: 32 << 20, 2: 1 << 20, 3: 1 << 20, 4: 2 << 20})
     devices = [("cuda:0", "H100", 4), ("cuda:1", "H100", 4), *[("cpu", "EPYC", 1)] * 3]
     lines = start_lines(config, setup_of(config, devices))
@@ -46,7 +36,7 @@ def test_members_that_are_alike_share_a_line() -> None:
     assert all("\n" not in line for line in lines)
 
 
-def test_a_start_by_default_says_the_model_the_room_and_the_dispatch() -> None:
+def test_a_default_start_shows_model_capacity_and_dispatch() -> None:
     config = EngineConfig(kv_cache_memory=16 << 20)
     setup = setup_of(config, [("cpu", "EPYC", 8)])
     page_tokens = setup.num_pages[0] // setup.spec.num_head_groups * setup.block_size
@@ -58,7 +48,7 @@ def test_a_start_by_default_says_the_model_the_room_and_the_dispatch() -> None:
     ]
 
 
-def test_settings_that_are_not_the_default_are_named() -> None:
+def test_settings_that_are_not_the_default_are_listed() -> None:
     config = EngineConfig(kv_cache_memory=16 << 20, dispatch="even", max_num_seqs=3, seed=7, enforce_eager=True)
     last = start_lines(config, setup_of(config, [("cpu", "EPYC", 8)]))[-1]
     assert last.startswith("dispatch even; up to 3 sequences")

@@ -1,4 +1,4 @@
-"""The trace of a real fleet: valid JSON, every rank and step, bars that fill a step without overlap."""
+"""The trace of a whole fleet: valid JSON, every rank and step, bars that fill a step without overlap."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.engine.test_parity import prompts
 
 
 def run(directory: Path, plan: str, seed: int = 3) -> tuple[LocalFleet, list[StepTimes]]:
-    """All that the ranks report of a few requests."""
+    """The times that all ranks report of a few requests."""
     times: list[StepTimes] = []
     with LocalFleet(directory, plan, dispatcher=RandomDispatcher(seed), trace="wanted") as fleet:
         fleet.engine.on_times = times.append  # type: ignore[method-assign]
@@ -47,7 +47,7 @@ def test_every_step_of_every_rank_is_in_the_file(directory: Path, tmp_path: Path
     names = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert names == {"rank 0: primary on cpu", "rank 1: attention worker on cpu", "rank 2: attention worker on cpu"}
     bars = [event for event in events if event["ph"] == "X"]
-    assert min(bar["ts"] for bar in bars) >= 0, "viewers drop what comes before"
+    assert min(bar["ts"] for bar in bars) >= 0, "viewers drop events before 0"
     seen = {rank: {bar["name"] for bar in bars if bar["pid"] == rank} for rank in range(3)}
     assert {"dense", "attention", "send", "wait", "append", "prompt", "other"} <= seen[0]
     assert {"attention", "send", "wait", "append"} <= seen[1]
@@ -65,13 +65,13 @@ def test_laps_fill_a_step(directory: Path, tmp_path: Path):
             assert sum(end - begin for _, begin, end in laps) * 1e6 == pytest.approx(sum(stage.activity_us), rel=1e-6)
 
 
-def test_a_file_that_cannot_be_written_is_named(directory: Path, tmp_path: Path):
+def test_a_trace_file_that_cannot_be_written_is_named(directory: Path, tmp_path: Path):
     fleet, _ = run(directory, "1+2")
     with pytest.raises(ValueError, match=r"nowhere/trace.json cannot be written \(No such file"):
         TraceFile(tmp_path / "nowhere" / "trace.json", fleet.setup.plan, fleet.setup.fleet, 0.0)
 
 
-def test_a_pipe_is_refused_and_not_waited_for(directory: Path, tmp_path: Path):
+def test_a_pipe_is_refused_at_once(directory: Path, tmp_path: Path):
     fleet, _ = run(directory, "1+2")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe is a pipe or socket"):
@@ -83,7 +83,7 @@ def _laps(trace: bytes) -> list[list[float]]:
     return found
 
 
-def test_a_full_disk_cuts_the_trace_off_and_not_the_fleet(directory: Path, caplog: pytest.LogCaptureFixture):
+def test_a_full_disk_ends_the_trace_and_not_the_fleet(directory: Path, caplog: pytest.LogCaptureFixture):
     fleet, times = run(directory, "1+2")
     trace = TraceFile(Path("/dev/full"), fleet.setup.plan, fleet.setup.fleet, 0.0)
     for each in times * 20:  # more than a buffer holds

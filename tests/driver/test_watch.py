@@ -1,4 +1,4 @@
-"""One verdict from many signs, on a clock of the test's own."""
+"""One failure reason from many signs, on a clock of the test."""
 
 import os
 import subprocess
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from hetis.comm.control import TOLD_TO_END
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import Failure
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
 from hetis.driver.watch import GRACE_SECONDS, JOIN_SECONDS, SILENT_SECONDS, FleetFailedError, Watch
 from hetis.processes import supervision
+from hetis.processes.failure import END_REQUESTED, FailureReason
 
 TIMEOUT = 10.0
 PRIMARY = Primary(rank=0, device="cpu", groups=(0, 1), mlp_columns=(0, 1), vocab_rows=(0, 1))
@@ -23,7 +23,7 @@ PLAN = Plan(
 
 
 class Fleet:
-    """A watch whose ranks live on another host, unless they get a process."""
+    """A watch whose ranks are on another host, unless they get a process."""
 
     def __init__(self, joined: tuple[int, ...] = (0, 1, 2)) -> None:
         self.now = 100.0
@@ -46,8 +46,8 @@ class Fleet:
     def fail(self, rank: int, reason: str, traceback: str = "", is_consequence: bool = False) -> None:
         self.watch.on_failure(Failure(rank=rank, reason=reason, traceback=traceback, is_consequence=is_consequence))
 
-    def verdict(self, after: float = GRACE_SECONDS + 0.1) -> FleetFailedError:
-        """After grace, during which nothing may be decided."""
+    def error(self, after: float = GRACE_SECONDS + 0.1) -> FleetFailedError:
+        """The error after so many seconds, when there was none before, in the grace period."""
         self.watch.check()
         self.now += after
         with pytest.raises(FleetFailedError) as caught:
@@ -81,7 +81,7 @@ def test_a_healthy_fleet_is_left_alone() -> None:
         fleet.watch.on_result(step)
 
 
-def test_a_ranks_own_error_wins_at_once() -> None:
+def test_a_ranks_own_error_is_the_reason_at_once() -> None:
     fleet = Fleet()
     fleet.fail(0, "connection to rank 1 lost", is_consequence=True)
     fleet.watch.check()
@@ -90,98 +90,98 @@ def test_a_ranks_own_error_wins_at_once() -> None:
         fleet.watch.check()
 
 
-def test_an_error_without_a_traceback_is_the_users() -> None:
+def test_an_error_without_a_traceback_is_a_mistake_of_the_user() -> None:
     fleet = Fleet()
     fleet.fail(1, "model.safetensors is cut off; download it again.")
     with pytest.raises(FleetFailedError) as caught:
         fleet.watch.check()
-    assert (str(caught.value), caught.value.refused) == ("model.safetensors is cut off; download it again.", True)
+    assert caught.value.reason == FailureReason("model.safetensors is cut off; download it again.", refused=True)
 
 
 def test_a_death_explains_lost_connections(process: "subprocess.Popen[bytes]") -> None:
     fleet = Fleet((0, 1))
     fleet.fail(0, "the connection was lost", is_consequence=True)
     end(fleet, 2, process, 9)
-    assert str(fleet.verdict()) == (
-        "rank 2 (attention worker on cuda:3) was killed by SIGKILL, perhaps for want of memory."
+    assert str(fleet.error()) == (
+        "rank 2 (attention worker on cuda:3) was killed by SIGKILL, perhaps because memory ran out."
     )
 
 
-def test_those_that_were_told_to_end_are_not_the_cause(process: "subprocess.Popen[bytes]") -> None:
+def test_a_rank_that_was_asked_to_end_is_not_the_cause(process: "subprocess.Popen[bytes]") -> None:
     fleet = Fleet((0, 1))
     end(fleet, 2, process, 15)
-    fleet.fail(1, TOLD_TO_END, is_consequence=True)
+    fleet.fail(1, END_REQUESTED, is_consequence=True)
     fleet.fail(0, "the connection was lost", is_consequence=True)
-    assert "rank 0 (primary on cuda:3) failed: the connection was lost" in str(fleet.verdict())
+    assert "rank 0 (primary on cuda:3) failed: the connection was lost" in str(fleet.error())
 
 
-def test_if_all_were_told_to_end_that_is_the_reason() -> None:
+def test_if_all_were_asked_to_end_that_is_the_reason() -> None:
     fleet = Fleet()
     for rank in range(3):
-        fleet.fail(rank, TOLD_TO_END, is_consequence=True)
-    verdict = str(fleet.verdict())
-    assert verdict.count("rank") == 3
-    assert TOLD_TO_END in verdict
+        fleet.fail(rank, END_REQUESTED, is_consequence=True)
+    error = str(fleet.error())
+    assert error.count("rank") == 3
+    assert END_REQUESTED in error
 
 
-def test_one_that_never_joined_is_suspected_when_the_others_are_told_to_end() -> None:
+def test_a_rank_that_never_joined_is_suspected_when_the_others_are_asked_to_end() -> None:
     fleet = Fleet((0, 1))
-    fleet.fail(0, TOLD_TO_END, is_consequence=True)
-    assert "rank 2 (attention worker on cpu) ended before the fleet was up" in str(fleet.verdict())
+    fleet.fail(0, END_REQUESTED, is_consequence=True)
+    assert "rank 2 (attention worker on cpu) ended before the fleet was up" in str(fleet.error())
 
 
-def test_silence_is_named_with_whom_to_kill() -> None:
+def test_a_silent_rank_is_named_with_the_pid_to_kill() -> None:
     fleet = Fleet()
     fleet.now += TIMEOUT * 0.9
     fleet.beat(0, 2)
-    verdict = fleet.verdict(TIMEOUT * 0.2)
-    assert "rank 1 (attention worker on cuda:3) did not answer within --step-timeout (10 s)" in str(verdict)
-    assert verdict.culprits == {"elsewhere": [1001]}
+    error = fleet.error(TIMEOUT * 0.2)
+    assert "rank 1 (attention worker on cuda:3) did not answer within --step-timeout (10 s)" in str(error)
+    assert error.pids_to_kill == {"elsewhere": [1001]}
 
 
-def test_who_waits_for_a_silent_rank_is_not_to_blame() -> None:
-    """A step that began before the silence is late first; a peer that loses patience first speaks first."""
+def test_ranks_that_wait_for_a_silent_one_are_not_named() -> None:
+    """The step is late before the silence is long enough; so is the report of a peer that waits less."""
     fleet = Fleet()
     fleet.watch.on_step(7)
     fleet.now += 1.0
     fleet.beat(1, step=6)
     fleet.now += TIMEOUT - 1.0
     fleet.beat(0, 2, step=6)
-    assert "rank 1 (attention worker on cuda:3) has not answered for 9.1 s" in str(fleet.verdict(0.1))
+    assert "rank 1 (attention worker on cuda:3) has not answered for 9.1 s" in str(fleet.error(0.1))
     fleet = Fleet()
     fleet.now += SILENT_SECONDS
     fleet.beat(0, 2)
     fleet.fail(0, "rank 1 does not answer", is_consequence=True)
-    assert "rank 1 (attention worker on cuda:3) has not answered for 3.1 s" in str(fleet.verdict())
+    assert "rank 1 (attention worker on cuda:3) has not answered for 3.1 s" in str(fleet.error())
 
 
-def test_a_late_step_names_those_that_are_behind() -> None:
+def test_a_late_step_names_the_ranks_that_are_behind() -> None:
     fleet = Fleet()
     fleet.watch.on_step(7)
     fleet.now += TIMEOUT
     fleet.beat(0, step=7)
     fleet.beat(1, 2, step=6)
-    verdict = str(fleet.verdict(0.1))
-    assert "rank 1" in verdict
-    assert "rank 2" in verdict
-    assert "did not finish step 7 within --step-timeout (10 s)" in verdict
-    assert "rank 0" not in verdict
+    error = str(fleet.error(0.1))
+    assert "rank 1" in error
+    assert "rank 2" in error
+    assert "did not finish step 7 within --step-timeout (10 s)" in error
+    assert "rank 0" not in error
 
 
-def test_those_that_never_join_are_named() -> None:
+def test_ranks_that_never_join_are_named() -> None:
     fleet = Fleet((0,))
     fleet.now += JOIN_SECONDS
     fleet.beat(0)
-    assert "rank 1 (attention worker on cpu), rank 2 (attention worker on cpu) did not join" in str(fleet.verdict(0.1))
+    assert "rank 1 (attention worker on cpu), rank 2 (attention worker on cpu) did not join" in str(fleet.error(0.1))
 
 
-def test_the_living(process: "subprocess.Popen[bytes]") -> None:
+def test_living_ranks(process: "subprocess.Popen[bytes]") -> None:
     fleet = Fleet((0, 1))
     fd = fleet.join(2, process.pid)
     assert fleet.watch.living() == [0, 1, 2]
     fleet.now += 2.0
     fleet.beat(1)
-    assert fleet.watch.living() == [1, 2], "elsewhere life is a heartbeat, here it is a process"
+    assert fleet.watch.living() == [1, 2], "elsewhere a rank lives by its heartbeat, here by its process"
     assert fleet.watch.pid_here(2) == process.pid
     assert fleet.watch.pid_here(1) is None
     process.kill()
@@ -191,8 +191,8 @@ def test_the_living(process: "subprocess.Popen[bytes]") -> None:
     assert fleet.watch.living() == [1]
 
 
-def test_when_rank_0_is_told_to_end_while_loading_the_driver_speaks_at_once() -> None:
-    """No rank is left to explain, and the launcher ends before a time of grace does."""
+def test_when_rank_0_is_asked_to_end_while_loading_the_reason_comes_at_once() -> None:
+    """No rank is left to explain, and the launcher ends before the grace period does."""
     fleet = Fleet(())
     fleet.watch.on_parent_death(15)
     with pytest.raises(FleetFailedError) as caught:
@@ -200,11 +200,11 @@ def test_when_rank_0_is_told_to_end_while_loading_the_driver_speaks_at_once() ->
     assert "rank 1 (attention worker on cpu), rank 2 (attention worker on cpu) ended before" in str(caught.value)
     fleet = Fleet(())
     fleet.watch.on_parent_death(9)
-    assert str(fleet.verdict()).startswith("rank 0 (primary on cpu) was killed by SIGKILL")
+    assert str(fleet.error()).startswith("rank 0 (primary on cpu) was killed by SIGKILL")
 
 
 def test_a_rank_that_ended_after_its_hello_is_named() -> None:
     """It was gone before there was a descriptor of its process."""
     fleet = Fleet((0, 2))
     assert fleet.join(1, pid=2**22 - 1) is None
-    assert "rank 1 (" in str(fleet.verdict())
+    assert "rank 1 (" in str(fleet.error())

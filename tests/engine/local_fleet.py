@@ -1,6 +1,6 @@
-"""A whole fleet in one process: the driver's engine and every rank, a thread each, joined by in-process links.
+"""A fleet in one process: the engine, and a thread per rank, connected by in-process links.
 
-The same objects as in production; only processes and sockets are missing, so a test takes milliseconds to start.
+The objects are those of production without processes and sockets, so that a test starts within milliseconds.
 """
 
 import os
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from hetis.comm.rendezvous import LocalRendezvous
-from hetis.core.config import DriverArgs, EngineConfig
+from hetis.core.config import EngineConfig
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import AddRequest, Setup, StepCommand, StepResult, StepTimes, TokenOutput
+from hetis.core.messages.step_command import decode
 from hetis.core.placement import Dispatcher, FleetView, Placement
-from hetis.core.plan import resolve_plan
+from hetis.core.plan_sources import resolve_plan
 from hetis.core.profile import (
     AttentionProfile,
     DenseProfile,
@@ -47,11 +48,11 @@ from hetis.ranks.rank import build_member
 from tests.processes.look import DEADLINE
 
 GIB = 1 << 30
-default_device = "cpu"  # of fleets whose test does not say; the fixture `device` sets it
+default_device = "cpu"  # of fleets for which the test names none; set by the fixture `device`
 
 
 class Generated:
-    """What came out for one prompt."""
+    """Outputs for one prompt."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -61,12 +62,12 @@ class Generated:
         self.error: str | None = None
 
     def logits(self, vocab_size: int) -> torch.Tensor:
-        """float32 [tokens, V], when all of the vocabulary was asked for."""
+        """float32 [tokens, V], if log-probabilities of the whole vocabulary were requested."""
         return torch.stack([full_row(row, vocab_size) for row in self.rows if row is not None])
 
 
 def full_row(row: TokenLogprobs, vocab_size: int) -> torch.Tensor:
-    """The values of the whole vocabulary in order of token id."""
+    """float32 [V]: the values of the whole vocabulary in order of token id."""
     values = torch.empty(vocab_size)
     ids = np.frombuffer(row.token_ids, dtype=np.int32)[1:].astype(np.int64)
     values[torch.from_numpy(ids)] = torch.from_numpy(np.frombuffer(row.values, dtype=np.float32)[1:].copy())
@@ -74,7 +75,7 @@ def full_row(row: TokenLogprobs, vocab_size: int) -> torch.Tensor:
 
 
 class LocalFleet:
-    """Builds all ranks of `plan` for the checkpoint in `directory`; a context manager."""
+    """A fleet of all ranks of `plan` for the checkpoint in `directory`; a context manager."""
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class LocalFleet:
         clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ) -> None:
+        """`clock`: seconds, for what the engine does at intervals."""
         options.setdefault("device", default_device)
         options.setdefault("kv_cache_memory", 4 << 20)
         config = EngineConfig(model=str(directory), plan=plan, max_logprobs=-1, **options)
@@ -92,22 +94,12 @@ class LocalFleet:
         if config.load_format != "dummy":
             spec = with_own_head(spec, directory)
         resolved = resolve_plan(config.plan, spec, config.device, config.kv_cache_memory)
-        args = DriverArgs(
-            config=config,
-            spec=spec,
-            plan=resolved,
-            eos_token_ids=[],
-            run_directory="",
-            address=None,
-            announce=False,
-            parent=os.getpid(),
-        )
-        self._devices = [torch.device(member.device) for member in resolved.members()]
+        self._devices = [torch.device(member.device) for member in resolved.members]
         sum_in_float32()
         fleet = [_device(rank, device) for rank, device in enumerate(self._devices)]
-        self.setup, self.ledger = make_setup(args, fleet)
+        self.setup, self.ledger = make_setup(config, spec, resolved, fleet, eos_token_ids=[])
         policies = Policies(dispatcher) if dispatcher else make_policies(config, self.setup, flat_profile(self.setup))
-        self.engine = Engine(self.setup, policies, config.migration_budget, clock)
+        self.engine, self._clock = Engine(self.setup, policies, config.migration_budget), clock
         self._commands: list[queue.SimpleQueue[StepCommand | None]] = [queue.SimpleQueue() for _ in fleet]
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
         self.times: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()
@@ -125,7 +117,7 @@ class LocalFleet:
             torch.set_grad_enabled(False)
             member = build_member(setup, rank, self._devices[rank], rendezvous, self._results.put)
             while (command := self._commands[rank].get()) is not None:
-                result = member.run_step(command)
+                result = member.run_step(decode(command, rank))
                 if result is not None:
                     self._results.put(result)
                 for times in member.take_times():
@@ -137,7 +129,7 @@ class LocalFleet:
     def generate(
         self, prompts: Sequence[list[int]], params: SamplingParams | Sequence[SamplingParams], *, check: bool = False
     ) -> list[Generated]:
-        """Runs all prompts together to their end. `check`: the integrity of the cache after every step."""
+        """Runs all prompts together to their end. `check`: check the integrity of the cache after every step."""
         many = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         found: dict[str, Generated] = {}
         for prompt, each in zip(prompts, many, strict=True):
@@ -152,7 +144,7 @@ class LocalFleet:
 
     def turn(self, *, check: bool = False) -> None:
         """Sends every step that can start, then takes one result."""
-        while (command := self.engine.step()) is not None:
+        while (command := self.engine.step(self._clock())) is not None:
             for commands in self._commands:
                 commands.put(command)
         self.most_in_flight = max(self.most_in_flight, self.engine.num_in_flight)
@@ -175,54 +167,49 @@ class LocalFleet:
         for commands in self._commands:
             commands.put(None)
         if error is not None:
-            return  # a rank has failed, and others may wait for it
+            return  # a rank has failed, and others may wait for its messages
         for thread in self._threads:
             thread.join(DEADLINE)
 
 
 class RandomDispatcher:
-    """Any placement at all, from a seed: for the placement law."""
+    """Random placements from a seed, for the placement law."""
 
     def __init__(self, seed: int | None) -> None:
-        """None: every lane at home."""
+        """`seed`: None places every lane on its home."""
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def assign(self, sequences: list[EngineSequence], view: FleetView) -> list[Placement | None]:
         return [self._place(view) for _ in sequences]
 
     def why_not(self, sequence: EngineSequence, view: FleetView) -> str:
-        raise AssertionError("there is a place for every sequence")
+        raise AssertionError("every sequence is placed")
 
     def _place(self, view: FleetView) -> Placement:
-        workers = [worker.rank for worker in view.plan.workers]
-        owners = []
-        for stage in view.plan.stages:
-            ranks = []
-            for primary in stage.primaries:
-                choices = [primary.rank, *(workers if self._generator else ())]
-                for _ in range(*primary.groups):
-                    ranks.append(choices[int(torch.randint(len(choices), (1,), generator=self._generator))])
-            owners.append(tuple(ranks))
-        return Placement(owners=tuple(owners))
+        workers = view.plan.worker_ranks if self._generator else ()
+        return Placement(
+            owners=tuple(tuple(self._choose([home, *workers]) for home in homes) for homes in view.plan.home_ranks)
+        )
+
+    def _choose(self, ranks: list[int]) -> int:
+        return ranks[int(torch.randint(len(ranks), (1,), generator=self._generator))]
 
 
 def flat_profile(setup: Setup) -> FleetProfile:
-    """All devices and links alike."""
+    """A profile in which all devices and all links are alike."""
     way = TransferProfile(alpha_us=5.0, beta_us_per_byte=1e-4)
-    primaries = [primary.rank for stage in setup.plan.stages for primary in stage.primaries]
     devices = {
         info.rank: DeviceProfile(
             key=profile_key(info, setup),
-            attention=AttentionProfile(a_us_per_head=0.5, b_us_per_byte=1e-4, c_us=5.0),
+            attention=AttentionProfile(us_per_head=0.5, us_per_byte=1e-4, constant_us=5.0),
             read_bytes_per_us=1e4,
             usable_bytes=info.free_memory,
-            layer=_layer(layer_share(setup, info.rank)) if info.rank in primaries else None,
+            layer=None if setup.plan.is_worker(info.rank) else _layer(layer_share(setup, info.rank)),
         )
         for info in setup.fleet
     }
     links = tuple(
-        LinkProfile(primary=home.rank, worker=worker.rank, request=way, reply=way)
-        for home, worker in setup.plan.links()
+        LinkProfile(primary=home.rank, worker=worker.rank, request=way, reply=way) for home, worker in setup.plan.links
     )
     return FleetProfile(devices=devices, links=links)
 

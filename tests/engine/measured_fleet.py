@@ -1,4 +1,4 @@
-"""Ranks that know the truth about themselves, and answer when they are told to measure it."""
+"""Simulated ranks of known speed, which answer when they are asked to measure."""
 
 from collections.abc import Iterable, Mapping
 from random import Random
@@ -8,7 +8,8 @@ import msgspec
 from hetis.core.device_info import DeviceInfo
 from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.messages import Measure, Measured, MeasureLink, Setup
-from hetis.core.plan import Plan, resolve_plan
+from hetis.core.plan import Plan
+from hetis.core.plan_sources import resolve_plan
 from hetis.core.profile import KindProfile, ProfileKey
 from hetis.driver.profiling import Profiling, profile_key
 from tests.dispatcher.fleets import make_spec
@@ -17,7 +18,7 @@ SPEC = msgspec.structs.replace(make_spec(4, num_layers=4), intermediate_size=128
 
 
 def make_plan(homes: list[int], num_workers: int) -> Plan:
-    """Stages of so many primaries each, one layer per stage, then workers."""
+    """`homes`: number of primaries of each stage; one layer per stage, then workers."""
     plan = resolve_plan(f"{homes[0]}+{num_workers}", SPEC)
     first, workers = plan.stages[0].primaries, plan.workers
     stages, rank = [], 0
@@ -32,7 +33,7 @@ def make_plan(homes: list[int], num_workers: int) -> Plan:
 
 
 def answer(rank: int, message: Measure | MeasureLink) -> Measured:
-    """Times in proportion to the rank's number."""
+    """The measurement of a rank, whose times are proportional to its number plus one."""
     slow = float(rank + 1)
     sizes = [2**k for k in range(4, 16)]
     if isinstance(message, MeasureLink):
@@ -47,7 +48,7 @@ def answer(rank: int, message: Measure | MeasureLink) -> Measured:
 
 
 class Fleet:
-    """Ranks that answer when they are told to. Checks that no measurement disturbs another."""
+    """Ranks that answer measurements. Checks that no measurement disturbs another."""
 
     def __init__(self, plan: Plan, where: list[tuple[str, str, str]]) -> None:
         """`where`: host, device and name of each rank."""
@@ -70,8 +71,9 @@ class Fleet:
         assert len(infos) == plan.world_size
         self.setup = Setup(
             spec=SPEC, plan=plan, fleet=infos, model=None, revision=None, load_format="auto", dtype="float32",
-            block_size=16, num_pages={}, pages_per_haul=1, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=256,
-            seed=0, enforce_eager=False, eos_token_ids=[], logprobs_mode="raw_logprobs", step_timeout=60.0, trace=False,
+            block_size=16, num_pages={}, max_transfer_pages=1, max_num_seqs=8, max_num_batched_tokens=64,
+            max_model_len=256, seed=0, enforce_eager=False, eos_token_ids=[], logprobs_mode="raw_logprobs",
+            step_timeout=60.0, trace=False,
         )  # fmt: skip
         self.asked: list[tuple[int, Measure | MeasureLink]] = []
 
@@ -79,7 +81,7 @@ class Fleet:
         return profile_key(self.setup.fleet[rank], self.setup)
 
     def run(self, known: Mapping[ProfileKey, KindProfile] | None = None, *, share: bool = True) -> Profiling:
-        """Answers come in random order."""
+        """A whole profiling; ranks answer in random order."""
         rng, profiling = Random(0), Profiling(self.setup, known or {}, share=share)
         busy: dict[int, Measure | MeasureLink] = {}
         self.asked = []
@@ -96,23 +98,23 @@ class Fleet:
             busy[rank] = message
             self.asked.append((rank, message))
         for rank, message in busy.items():
-            for other, its in busy.items():
-                assert rank == other or not self.disturbs(rank, message, other, its), (rank, message, other, its)
+            for other, second in busy.items():
+                assert rank == other or not self.disturbs(rank, message, other, second), (rank, message, other, second)
 
-    def disturbs(self, rank: int, message: Measure | MeasureLink, other: int, its: Measure | MeasureLink) -> bool:
-        if message is its:  # one measurement of several ranks
+    def disturbs(self, rank: int, message: Measure | MeasureLink, other: int, second: Measure | MeasureLink) -> bool:
+        if message is second:  # one measurement of several ranks
             return False
         here, there = self.setup.fleet[rank], self.setup.fleet[other]
-        if isinstance(message, MeasureLink) or isinstance(its, MeasureLink):
-            return here.host == there.host or type(message) is not type(its)
+        if isinstance(message, MeasureLink) or isinstance(second, MeasureLink):
+            return here.host == there.host or type(message) is not type(second)
         return (here.host, here.device) == (there.host, there.device)
 
     def who(self, part: str) -> list[int]:
-        """Ranks that were asked, in order."""
+        """Ranks that were asked to measure that part, in order."""
         return [rank for rank, m in self.asked if isinstance(m, Measure) and m.part == part]
 
     def links(self) -> list[tuple[int, int]]:
-        """That were measured; both ends must have been asked."""
+        """Links that were measured; both ends must have been asked."""
         messages = [(rank, m) for rank, m in self.asked if isinstance(m, MeasureLink)]
         assert [rank for rank, _ in messages] == [end for _, m in messages[::2] for end in (m.primary, m.worker)]
         return [(m.primary, m.worker) for _, m in messages[::2]]

@@ -1,11 +1,11 @@
-"""The real rules, balancer and hauler on random fleets that are too small: every request is served, nothing is lost."""
+"""Dispatcher, balancer and migration on random fleets that are too small: every request is served, no page is lost."""
 
 from random import Random
 
 import pytest
 
+from hetis.dispatcher.hetis_dispatcher import HetisDispatcher
 from hetis.dispatcher.rebalance import Rebalancer
-from hetis.dispatcher.rules import HetisDispatcher
 from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, alone, churn, make_plan, make_sequence
@@ -14,24 +14,23 @@ GROUPS = [[4]], [[2, 1]], [[3], [2, 1]], [[2], [2]], [[1, 1]], [[0, 1]], [[2, 0]
 
 
 class Soak:
-    """One fleet with a clock of its own, whose devices become faster and slower."""
+    """One fleet whose devices become faster and slower, with time of its own."""
 
     def __init__(self, seed: int) -> None:
         self.random = random = Random(seed)
         plan = make_plan(random.choice(GROUPS), random.randint(0, 3))
-        num_groups = plan.stages[0].primaries[-1].groups[1]
-        self.devices = [device(random.choice((0.05, 0.5, 1, 1, 4))) for _ in plan.members()]
+        self.devices = [device(random.choice((0.05, 0.5, 1, 1, 4))) for _ in plan.members]
         self.cost = make_cost(
             plan, self.devices, alpha_us=random.choice((0.0, 5.0)), dense_us=random.choice((0.0, 5.0, 50.0))
         )
         self.now = 0.0
         self.engine = ToyEngine(
             plan,
-            {member.rank: num_groups * random.choice((8, 20, 40)) for member in plan.members()},
+            {rank: plan.num_groups * random.choice((8, 20, 40)) for rank in plan.ranks},
             page_size=random.choice((1, 2, 4)),
             random=random,
             make_relief=self.make_balancer,
-            pages_per_haul=random.choice((1, 2, 8)),
+            max_transfer_pages=random.choice((1, 2, 8)),
             max_num_seqs=random.choice((4, 8, 16)),
             max_num_batched_tokens=random.choice((8, 32, 64)),
             dispatcher=HetisDispatcher(self.cost),
@@ -39,14 +38,14 @@ class Soak:
 
     def make_balancer(self, engine: ToyEngine) -> Balancer:
         budget = self.random.choice((0, 50, 1e5, 1e9))
-        self.balancer = Balancer(engine.cache, engine.hauler, Rebalancer(self.cost), budget, lambda: self.now)
+        self.balancer = Balancer(engine.cache, engine.migrator, Rebalancer(self.cost), budget)
         return self.balancer
 
     def turn(self) -> None:
         engine, random = self.engine, self.random
         self.now += INTERVAL_SECONDS / 5
-        engine.landed += engine.hauler.land()
-        self.balancer.balance(engine.scheduler.running, engine.scheduler.refused)
+        engine.committed += engine.migrator.commit()
+        self.balancer.balance(engine.scheduler.running, engine.scheduler.refused, self.now)
         if random.random() < 0.1:
             slowness = random.choice((1.0, 1.0, 3.0, 10.0))
             for rank, profile in enumerate(self.devices):
@@ -56,7 +55,7 @@ class Soak:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_everybody_is_served_and_nothing_is_lost(seed: int) -> None:
+def test_every_request_is_served_and_no_page_is_lost(seed: int) -> None:
     soak = Soak(seed)
     engine, random = soak.engine, soak.random
     context = engine.max_model_len
@@ -69,8 +68,8 @@ def test_everybody_is_served_and_nothing_is_lost(seed: int) -> None:
         assert sequence.id in aborted or sequence.token_ids == tokens
 
 
-def test_the_soak_covers_what_it_is_for() -> None:
-    """Moves for balance and for pages, steps without rows, preemptions, and moves that are given up."""
+def test_the_soak_reaches_all_that_it_is_for() -> None:
+    """Migrations for balance and for pages, steps without rows, preemptions, and cancelled migrations."""
     soaks = [Soak(seed) for seed in range(12)]
     cancelled = 0
     for soak in soaks:

@@ -1,4 +1,4 @@
-"""Company, chunking, preemption, micro-batches: each request comes out as if it ran alone (float32)."""
+"""Batching, chunked prefill, preemption, micro-batches: each request gives the tokens that it gives alone (float32)."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from tests.engine.local_fleet import LocalFleet
 from tests.engine.test_parity import prompts
 
 PARAMS = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-PAGE_BYTES = 3 * 2 * 4 * 32 * 4  # of 4 tokens
+PAGE_BYTES = 3 * 2 * 4 * 32 * 4  # per page of 4 tokens
 
 pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.fixture(scope="module", params=["llama3", "mistral"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mistral's has a sliding window of 9 tokens."""
+    """A checkpoint per family; Mistral's has a sliding window of 9 tokens."""
     return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
@@ -45,7 +45,7 @@ def test_preemption_by_recompute(checkpoint: Path, alone: list[list[int]]):
         assert fleet.engine.scheduler.num_preemptions > 0
 
 
-def test_a_prompt_that_starts_over_is_scored_once(checkpoint: Path):
+def test_a_recomputed_prompt_is_scored_once(checkpoint: Path):
     [prompt] = [prompt for prompt in prompts() if len(prompt) > 14][:1]
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     with LocalFleet(checkpoint, "1+0", max_num_batched_tokens=7) as fleet:
@@ -62,20 +62,20 @@ def test_a_prompt_that_starts_over_is_scored_once(checkpoint: Path):
     assert len(expected.prompt_rows) == len(prompt) - 1
 
 
-def test_lanes_move_where_pages_run_out(checkpoint: Path, alone: list[list[int]]):
+def test_lanes_migrate_where_pages_run_out(checkpoint: Path, alone: list[list[int]]):
     memory = {0: 60 * PAGE_BYTES, 1: 400 * PAGE_BYTES}
     with LocalFleet(checkpoint, "1+1", clock=lambda: 0.0, block_size=4, kv_cache_memory=memory) as fleet:
         assert tokens(fleet) == alone
-        assert fleet.engine.hauler.num_landed > 0
+        assert fleet.engine.migrator.num_committed > 0
         assert fleet.engine.scheduler.num_preemptions == 0
 
 
-def test_lanes_of_few_homes_move_where_pages_run_out(checkpoint: Path, alone: list[list[int]]):
-    """Two head groups over three primaries; one full home is enough for the third, which has none, to wait as well."""
+def test_lanes_of_few_homes_migrate_where_pages_run_out(checkpoint: Path, alone: list[list[int]]):
+    """Two head groups over three primaries: the third has no head group, and waits with a home whose pages run out."""
     memory = {0: 30 * PAGE_BYTES, 1: 400 * PAGE_BYTES, 2: 1, 3: 400 * PAGE_BYTES}
     with LocalFleet(checkpoint, "3+1", clock=lambda: 0.0, block_size=4, kv_cache_memory=memory) as fleet:
         assert tokens(fleet) == alone
-        assert fleet.engine.hauler.num_landed > 0
+        assert fleet.engine.migrator.num_committed > 0
         assert fleet.engine.scheduler.num_preemptions == 0
         assert fleet.engine.cache.usage()[2].pages_total == 0
 

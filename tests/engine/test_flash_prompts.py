@@ -1,4 +1,4 @@
-"""A fleet whose prompts go through flash-attn gives the tokens of transformers: whole prompts, chunks and mixtures."""
+"""Prompts computed by flash-attn give the tokens of transformers: whole prompts, chunks and mixtures."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +19,7 @@ PARAMS = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], FlashAttention]]:
-    """Installs the stand-in, for CPUs and float32 too. (transformers, which looks for the package, comes before.)"""
+    """Installs the stand-in, also for CPUs and float32; call it after transformers has looked for the package."""
     load_flash.cache_clear()
     monkeypatch.setattr(hetis.ranks.primary, "flash_serves", lambda *of: True)
     yield partial(install, monkeypatch)
@@ -28,7 +28,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], FlashAttenti
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
 def test_tokens_equal_transformers(family: str, flash: Callable[[], FlashAttention], tmp_path: Path) -> None:
-    """48 tokens a step: prompts that go on and prompts that begin meet in one step. Mistral's has a window."""
+    """Steps of 48 tokens have first and later chunks of prompts. Mistral has a sliding window."""
     directory = make_checkpoint(tmp_path, family)
     model = load_reference(directory)
     expected = [greedy_reference(model, prompt, PARAMS.max_tokens) for prompt in prompts()]

@@ -1,4 +1,4 @@
-"""What ranks report reaches the cost model with the right numbers."""
+"""Measured times reach the cost model with the right numbers."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_attention_is_followed_and_compared() -> None:
     for _ in range(100):
         observer.on_times(times(0, 0, attention=3 * first))
     assert predicted(cost, 0) == pytest.approx(3 * first, rel=0.05)
-    assert predicted(cost, 1) == first, "others are not"
+    assert predicted(cost, 1) == first, "other ranks are not affected"
     guess, measured = observer.mean_us(0)
     assert measured == pytest.approx(3 * first)
     assert first < guess < 3 * first
@@ -63,26 +63,26 @@ def test_a_rank_without_heads_drifts_back_to_its_profile() -> None:
     for _ in range(1000):
         observer.on_times(times(2, 0, heads=0, prompt=100, decodes=0))
         observer.on_times(times(2, 0, heads=0))
-    assert predicted(cost, 2) == slow, "a rank that waits for prompts, or works for another stage, is not idle"
+    assert predicted(cost, 2) == slow, "a rank that has only prompts, or works for another stage, is not idle"
     for _ in range(1000):
         observer.on_times(times(2, 1, heads=0))
     assert predicted(cost, 2) == pytest.approx(first, rel=0.01)
 
 
-def test_steps_in_which_only_pages_travel_say_nothing() -> None:
+def test_steps_with_page_transfers_alone_are_ignored() -> None:
     observer, cost = observed()
     cost.add(2, device(), [link(0, 2, 10.0, beta_us_per_byte=0.001)])
     for _ in range(100):
         observer.on_times(times(0, 0, dense=50.0, attention=20.0))
-    paces = observer.haul_bytes
+    page_bytes = observer.page_bytes
     for _ in range(100):
         observer.on_times(times(0, 0, heads=0, decodes=0, dense=0.1, migration=1.0))
     assert cost.dense_us([0]) == 50.0
-    assert observer.haul_bytes == paces
-    assert paces[2] > 0
+    assert observer.page_bytes == page_bytes
+    assert page_bytes[2] > 0
 
 
-def test_the_dense_part_counts_without_prompts_only() -> None:
+def test_non_attention_time_is_followed_in_steps_without_prompts_only() -> None:
     observer, cost = observed()
     for _ in range(100):
         observer.on_times(times(0, 0, dense=70.0, other=10.0))
@@ -91,7 +91,7 @@ def test_the_dense_part_counts_without_prompts_only() -> None:
     assert cost.dense_us([1]) == 50.0
 
 
-def test_waiting_for_another_stage_or_home_is_not_dense_work() -> None:
+def test_waiting_for_another_stage_or_home_is_not_non_attention_time() -> None:
     """Ranks 0 and 1 compute layers together: rank 1 waits 60 us in each for the attention of rank 0."""
     plan = make_plan([[2, 2], [4]], 1)
     cost = make_cost(plan, [device()] * 4, num_layers=2)
@@ -102,7 +102,7 @@ def test_waiting_for_another_stage_or_home_is_not_dense_work() -> None:
     assert cost.dense_us([0, 1]) == pytest.approx(80.0, rel=0.01)
 
 
-def test_links_are_round_trips_less_what_the_worker_did() -> None:
+def test_link_times_are_round_trips_less_the_attention_of_the_worker() -> None:
     observer, cost = observed()
     assert cost.link_us(2, HEADS) == pytest.approx(10.0)
     for _ in range(200):
@@ -126,7 +126,7 @@ def test_a_worker_serves_homes_and_stages() -> None:
     assert cost.link_us(3, HEADS) == pytest.approx(20.0, rel=0.05)
 
 
-def test_a_round_trip_with_an_unknown_worker_says_nothing() -> None:
+def test_a_round_trip_with_an_unknown_worker_is_ignored() -> None:
     observer, cost = observed()
     observer.on_times(times(0, 0, dense=50.0, round_trip=1e6))
     assert cost.link_us(2, HEADS) == pytest.approx(10.0)

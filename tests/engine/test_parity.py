@@ -1,4 +1,4 @@
-"""Every family on every kind of plan against transformers: greedy tokens equal, logits within 1e-4 (float32)."""
+"""Every family on every kind of plan compared with transformers: equal greedy tokens, logits within 1e-4 (float32)."""
 
 import json
 import random
@@ -29,16 +29,16 @@ def prompts() -> list[list[int]]:
 
 
 def long_prompts() -> list[list[int]]:
-    """Two whose lanes attention cuts (from 256 tokens on), one whose lanes grow into that, and one that is short.
+    """Two prompts whose lanes attention splits (from 256 tokens on), one whose lanes grow to that length, a short one.
 
-    For checkpoints with `max_position_embeddings=1024`.
+    They need checkpoints with `max_position_embeddings=1024`.
     """
     draw = random.Random(2)
     return [[draw.randrange(VOCAB) for _ in range(length)] for length in (607, 701, 250, 3)]
 
 
 class Reference:
-    """A checkpoint and the logits of transformers on it, each computed once."""
+    """A checkpoint and the logits of transformers for it, each computed once."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -46,7 +46,7 @@ class Reference:
         self._known: dict[tuple[int, ...], torch.Tensor] = {}
 
     def logits(self, prompt: list[int], out: list[int]) -> torch.Tensor:
-        """float32 [len(out), V]: those from which each token of `out` is drawn, given all tokens before it."""
+        """float32 [len(out), V]: logits from which each token of `out` is drawn, given all tokens before it."""
         text = tuple(prompt + out)
         if text not in self._known:
             self._known[text] = reference_logits(self.model, prompt + out)
@@ -58,7 +58,7 @@ Checkpoints = Callable[[str], Reference]
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """By family."""
+    """A function that makes the checkpoint of a family once."""
 
     @cache
     def make(family: str) -> Reference:
@@ -75,7 +75,9 @@ def plan_text(name: str, directory: Path, tmp_path: Path) -> str:
         plan = {"stages": [{"primaries": [first, {}]}], "attention": [{}, {}]}
     elif name == "uneven stages +1":
         plan = {"stages": [{"layers": 1, "primaries": [{}]}, {"layers": 2, "primaries": [{}]}], "attention": [{}]}
-    elif name == "sparse stages +2":  # every kind of share is empty somewhere; rank 3 has vocabulary alone, and samples
+    elif (
+        name == "sparse stages +2"
+    ):  # every kind of share is empty on some rank; rank 3 has vocabulary rows only, and samples
         wide = [{"head_groups": 0, "vocab_rows": 0}, {"mlp_columns": 0}, {"vocab_rows": 7}]
         deep = [{"head_groups": 0, "mlp_columns": 0}, {"vocab_rows": 0}]
         plan = {"stages": [{"layers": 1, "primaries": wide}, {"primaries": deep}], "attention": [{}, {}]}
@@ -87,7 +89,7 @@ def plan_text(name: str, directory: Path, tmp_path: Path) -> str:
 
 
 def check_parity(family: str, plan: str, checkpoints: Checkpoints, tmp_path: Path, device: str) -> None:
-    """Each token is the best one of transformers after the same tokens, so by induction all are its greedy ones."""
+    """Asserts that each token is the best one of transformers after the same tokens: by induction all are greedy."""
     reference = checkpoints(family)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, logprobs=-1)
     options = {"device": device, "logprobs_mode": "raw_logits", "max_num_batched_tokens": 50}
@@ -135,7 +137,7 @@ def test_tokens_and_logits_equal_transformers_on_the_stand_in_of_a_gpu(
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "opt"])
 def test_bfloat16_is_close_to_float32(family: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Teacher-forced by prompt logprobs, so that one differing token does not change everything after it."""
+    """Teacher-forced by prompt log-probabilities, so that one different token does not change those after it."""
     directory, model = checkpoints(family).directory, checkpoints(family).model
     with LocalFleet(directory, "1+0") as fleet:
         drawn = fleet.generate(prompts(), SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True))
@@ -146,5 +148,5 @@ def test_bfloat16_is_close_to_float32(family: str, checkpoints: Checkpoints, tmp
     for one, text in zip(found, texts, strict=True):
         rows = torch.stack([full_row(row, VOCAB) for row in one.prompt_rows if row is not None])
         reference = reference_logits(model, text)[:-1].log_softmax(dim=-1)
-        likely = reference > -8  # the far tail of a sharp distribution says nothing
+        likely = reference > -8  # in the tail of a sharp distribution the differences are noise
         assert (rows - reference)[likely].abs().mean() < 0.08

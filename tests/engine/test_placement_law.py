@@ -1,4 +1,4 @@
-"""Placement does not change answers: the same tokens and bit-identical logits wherever the lanes live."""
+"""Placement law: the same tokens and bit-identical logits wherever lanes are placed."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def run(
     texts: list[list[int]] | None = None,
     num_batched_tokens: int = 64,
 ) -> list[Generated]:
-    """Greedy tokens with all logits; `seed` of random placements, None: everything at home."""
+    """Greedy tokens with all logits. `seed`: of random placements; None: every lane on its home."""
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=-1)
     with LocalFleet(
         directory,
@@ -47,8 +47,8 @@ def test_every_placement_gives_bit_identical_logits(dtype: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lanes_that_are_cut_give_bit_identical_logits(dtype: str, tmp_path: Path):
-    """Also whatever the chunks of their prompts are."""
+def test_split_lanes_give_bit_identical_logits(dtype: str, tmp_path: Path):
+    """The prompts are also cut into other chunks."""
     directory = make_checkpoint(tmp_path, "five_groups", max_position_embeddings=1024, num_hidden_layers=2)
     baseline = run(directory, dtype, None, texts=long_prompts(), num_batched_tokens=2048)
     for seed in range(NUM_PLACEMENTS_OF_LONG_LANES):

@@ -1,4 +1,4 @@
-"""Starting over does not change answers: bit-identical logits, whenever a sequence is preempted."""
+"""Preemption law: bit-identical logits whenever a sequence is preempted and recomputed."""
 
 import json
 import random
@@ -18,7 +18,7 @@ OPTIONS: dict[str, Any] = {"block_size": 4, "logprobs_mode": "raw_logits", "max_
 
 
 class UnsteadyFleet(LocalFleet):
-    """Preempts sequences at random; they are placed anew, at random too."""
+    """Preempts sequences at random; their new placements are random too."""
 
     def __init__(self, directory: Path, plan: str, likelihood: float, **options: Any) -> None:
         super().__init__(directory, plan, dispatcher=RandomDispatcher(3), **options)
@@ -40,8 +40,8 @@ def assert_same(found: list[Generated], expected: list[Generated]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["five_groups", "mistral"])
-def test_starting_over_does_not_change_a_bit(family: str, dtype: str, tmp_path: Path) -> None:
-    """With eight decode tokens in a step, so that outputs are recomputed in pieces. Mistral's has a sliding window."""
+def test_recompute_does_not_change_a_bit(family: str, dtype: str, tmp_path: Path) -> None:
+    """Outputs are recomputed in pieces, at eight decode tokens per step. Mistral has a sliding window."""
     directory = make_checkpoint(tmp_path, family)
     options = OPTIONS | {"dtype": dtype, "max_num_seqs": 8}
     with LocalFleet(directory, "1+0", **options) as fleet:
@@ -51,7 +51,7 @@ def test_starting_over_does_not_change_a_bit(family: str, dtype: str, tmp_path: 
         assert fleet.engine.scheduler.num_preemptions > 10
 
 
-def test_starting_over_with_lanes_that_are_cut(tmp_path: Path) -> None:
+def test_recompute_of_split_lanes(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "five_groups", max_position_embeddings=1024, num_hidden_layers=2)
     options = OPTIONS | {"max_num_batched_tokens": 700, "kv_cache_memory": 16 << 20}
     with LocalFleet(directory, "1+0", **options) as fleet:
@@ -61,7 +61,7 @@ def test_starting_over_with_lanes_that_are_cut(tmp_path: Path) -> None:
         assert fleet.engine.scheduler.num_preemptions > 2
 
 
-def test_starting_over_on_several_homes_and_stages(tmp_path: Path) -> None:
+def test_recompute_on_several_homes_and_stages(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "five_groups")
     homes = [{"head_groups": 3}, {"head_groups": 2}]
     stages = [{"layers": 2, "primaries": homes}, {"primaries": [{}]}]

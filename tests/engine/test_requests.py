@@ -1,4 +1,4 @@
-"""What is wrong with one request costs no other its answer, whatever a front end lets through."""
+"""A bad request is answered with its error, whatever a front end lets through, and the others are served."""
 
 from pathlib import Path
 

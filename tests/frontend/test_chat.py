@@ -1,4 +1,4 @@
-"""Conversations become what transformers' template makes of them; what is no conversation is refused by position."""
+"""Conversations are rendered as by transformers; wrong ones are refused with their index."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def test_one_conversation_or_many() -> None:
     assert as_conversations([]) == []
 
 
-def test_what_the_template_is_given() -> None:
+def test_arguments_of_the_template() -> None:
     assert rendered([USER]) == "<s><user>Hi</s><assistant>"
     assert rendered([USER, BOT], add_generation_prompt=False) == "<s><user>Hi</s><assistant>Hello</s>"
     goes_on = rendered([USER, BOT], add_generation_prompt=False, continue_final_message=True)
@@ -71,22 +71,22 @@ def test_parts_of_text_are_joined() -> None:
         ([{"content": "Hi"}], {}, "^message 0 of conversation 3 has no 'role'"),
         ([{"role": "user"}], {}, "^message 0 of conversation 3 has no 'content'"),
         ([{"role": "user", "content": 5}], {}, "^message 0 of conversation 3 has an int"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "part of type 'image_url'; only text"),
-        ([{"role": "user", "content": "\ud800"}], {}, "^message 0 of conversation 3 holds text that is not valid"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "part of type 'image_url'; give text parts only"),
+        ([{"role": "user", "content": "\ud800"}], {}, "^message 0 of conversation 3 is not valid Unicode"),
         (
             [{"role": "tool", "content": "x"}],
             {},
-            r"^conversation 3: the chat template does not take it \(no tools here",
+            r"^conversation 3 is refused by the chat template \(no tools here",
         ),
-        ([USER], {"chat_template": "{% if %}"}, "^conversation 3: the chat template does not take it"),
+        ([USER], {"chat_template": "{% if %}"}, "^conversation 3 is refused by the chat template"),
     ],
 )
-def test_what_is_refused(conversation: Any, arguments: dict[str, Any], words: str) -> None:
+def test_wrong_conversations_are_refused(conversation: Any, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         rendered(conversation, 3, **arguments)
 
 
 @pytest.mark.parametrize("messages", ["Hi", USER, None, 5])
-def test_what_are_no_messages(messages: Any) -> None:
+def test_messages_of_a_wrong_type_are_refused(messages: Any) -> None:
     with pytest.raises(ValueError, match=r"^messages is (a \w+|an int|None); give a list"):
         as_conversations(messages)

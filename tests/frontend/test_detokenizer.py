@@ -1,12 +1,13 @@
-"""Streamed text equals the text of all tokens at once, has only whole characters, and stops where a search would."""
+"""Streamed text equals the text of all tokens decoded at once, has whole characters only, and ends at stop strings."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from hetis.core.sampling_params import SamplingParams
 from hetis.frontend.detokenizer import Detokenizer, StopChecker
+from tests.byte_level import train_byte_level
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Every good boy deserves fudge, said the fox.",
@@ -24,20 +25,13 @@ TEXT = st.text(
 
 
 def byte_level(use_regex: bool) -> Tokenizer:
-    """GPT-2's kind; without the regex, tokens join the end of one character with the begin of the next."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
+    """A tokenizer like GPT-2's; without the regex, tokens may join the end of a character and the next one's start."""
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    return train_byte_level(CORPUS, 500, SPECIAL, words)
 
 
 def byte_fallback() -> Tokenizer:
-    """Llama-2's kind: words begin with a visible space, rare characters fall apart into bytes."""
+    """A tokenizer like Llama-2's: words begin with a visible space, rare characters are encoded as bytes."""
     pieces = ["<unk>", *[f"<0x{byte:02X}>" for byte in range(256)], "▁", *"abcdefghijklmnopqrstuvwxyz.,é日"]
     pieces += ["▁a", "th", "the", "▁the", "▁b"]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
@@ -85,11 +79,11 @@ def test_output_continues_the_prompt(name: str, text: str, data: st.DataObject) 
     ids = ids_of(tokenizer, text)
     cut = data.draw(st.integers(0, len(ids)))
     prompt_ids = ids[:cut]
-    while name == "byte_fallback" and tokenizer.decode(prompt_ids).endswith("\ufffd"):  # it takes whole words along
+    while name == "byte_fallback" and tokenizer.decode(prompt_ids).endswith("\ufffd"):  # it decodes whole words
         prompt_ids.pop()
     prompt_text = tokenizer.decode(prompt_ids).rstrip("\ufffd")
     if not tokenizer.decode(ids).startswith(prompt_text):
-        return  # a decoder that reads bytes back differently when more follow: nothing to compare with
+        return  # this decoder reads bytes differently when more follow: there is nothing to compare with
     detokenizer = Detokenizer(tokenizer, SamplingParams(), ids[:cut])
     assert prompt_text + "".join(pieces_of(detokenizer, ids[cut:])) == tokenizer.decode(ids)
 
@@ -97,28 +91,26 @@ def test_output_continues_the_prompt(name: str, text: str, data: st.DataObject) 
 @pytest.mark.parametrize("name", ["regex", "joined"])
 @given(data=st.data())
 @settings(max_examples=200)
-def test_any_tokens_make_the_text_of_all_less_the_unfinished_end(name: str, data: st.DataObject) -> None:
+def test_any_tokens_give_the_text_of_all_without_an_unfinished_character(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     ids = data.draw(st.lists(st.integers(2, tokenizer.get_vocab_size() - 1), max_size=60))
     text = "".join(pieces_of(Detokenizer(tokenizer, SamplingParams()), ids))
     whole = tokenizer.decode(ids)
-    closed = tokenizer.decode([*ids, tokenizer.token_to_id("a")])  # what is unfinished now will never be finished
-    assert closed == whole + "a", "the end is no begin of a character that an a would change"
+    closed = tokenizer.decode([*ids, tokenizer.token_to_id("a")])  # so that the last character stays unfinished
+    assert closed == whole + "a", "an a does not complete a character"
     assert text == whole or text + "\ufffd" == whole
 
 
 @tokenizers
 @given(text=TEXT, count=st.integers(1, 5), cut=st.integers(0, 3))
 @settings(max_examples=100)
-def test_a_replacement_character_that_was_written_is_text_like_any_other(
-    name: str, text: str, count: int, cut: int
-) -> None:
+def test_a_replacement_character_of_the_text_is_kept(name: str, text: str, count: int, cut: int) -> None:
     """At the end of the output, before an unfinished character, and at the end of the prompt."""
     tokenizer = TOKENIZERS[name]
     written = text + "\ufffd" * count
     whole, cut_off, followed = (ids_of(tokenizer, written + end) for end in ("", "\U0001f9ff", "a"))
     if tokenizer.decode(whole) != written or cut_off[: len(whole)] != whole or followed[: len(whole)] != whole:
-        return  # text that this tokenizer does not bring back, or tokens that depend on what follows
+        return  # text that this tokenizer does not reproduce, or tokens that depend on what follows
     for ids in (whole, cut_off[:-1][: len(whole) + cut]):
         assert "".join(pieces_of(Detokenizer(tokenizer, SamplingParams()), ids)) == written
     assert "".join(pieces_of(Detokenizer(tokenizer, SamplingParams(), whole), followed[len(whole) :])) == "a"
@@ -131,7 +123,7 @@ def test_text_cut_within_a_character_ends_before_it() -> None:
 
 
 @tokenizers
-def test_endless_bytes_that_are_no_text_do_not_grow_the_window(name: str) -> None:
+def test_a_run_of_invalid_bytes_does_not_grow_the_window(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     lone = tokenizer.token_to_id("<0xFF>" if name == "byte_fallback" else "ÿ")
     decoded = []
@@ -179,7 +171,7 @@ def test_ids_without_a_token_have_no_text() -> None:
 
 
 def first_end(text: str, stops: list[str], after: int = 0) -> tuple[int, str] | None:
-    """The naive search: the match that ends first beyond `after` characters; the longest of those."""
+    """Naive search: the first end of a match beyond `after` characters, and the longest match that ends there."""
     for end in range(after + 1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -192,9 +184,7 @@ STOPS = st.lists(st.text("ab\n👍", min_size=1, max_size=4), min_size=1, max_si
 
 @given(text=st.text("ab\n👍", max_size=30), stops=STOPS, include=st.booleans(), least=st.integers(0, 6))
 @settings(max_examples=300)
-def test_stop_strings_are_found_as_by_a_search_of_all_text(
-    text: str, stops: list[str], include: bool, least: int
-) -> None:
+def test_stop_strings_are_found_as_by_naive_search(text: str, stops: list[str], include: bool, least: int) -> None:
     ids = ids_of(BYTE_LEVEL, text)
     params = SamplingParams(stop=stops, include_stop_str_in_output=include, min_tokens=least)
     detokenizer = Detokenizer(BYTE_LEVEL, params)
@@ -218,13 +208,13 @@ def test_stop_strings_are_found_as_by_a_search_of_all_text(
 
 @given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=12))
 @settings(max_examples=200)
-def test_only_what_may_become_a_stop_string_is_held(text: str, stops: list[str]) -> None:
+def test_only_prefixes_of_stop_strings_are_held(text: str, stops: list[str]) -> None:
     checker = StopChecker(stops)
     for length in range(1, len(text) + 1):
         checker.feed(text[length - 1 : length], counts=False)
-        begins = {stop[:n] for stop in stops for n in range(1, len(stop))}
-        held = max((len(begin) for begin in begins if text[:length].endswith(begin)), default=0)
-        assert checker.longest_begin() == held
+        prefixes = {stop[:n] for stop in stops for n in range(1, len(stop))}
+        held = max((len(prefix) for prefix in prefixes if text[:length].endswith(prefix)), default=0)
+        assert checker.longest_prefix() == held
 
 
 def test_tokens_after_a_stop_string_are_ignored() -> None:

@@ -1,4 +1,4 @@
-"""Progress bars are for people: drawn on a terminal, one at a time, and never in a pipe."""
+"""Progress bars are drawn on a terminal, one at a time, and never in a pipe."""
 
 import io
 import sys
@@ -14,7 +14,7 @@ class Terminal(io.StringIO):
 
 
 def use_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """To be called by the test itself: pytest sets the standard streams anew between fixtures and test."""
+    """Replaces stderr. The test itself must call it, since pytest replaces the streams after fixtures have run."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
@@ -31,7 +31,7 @@ def test_a_terminal_shows_title_count_and_note(monkeypatch: pytest.MonkeyPatch) 
     assert all(part in text for part in ("prompts", "3/3", "7 tokens/s"))
 
 
-def test_switched_off_or_inside_another_it_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_is_invisible_if_switched_off_or_inside_another(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = use_terminal(monkeypatch)
     with progress_bar("outer", 1, show=False) as bar:
         bar.advance()

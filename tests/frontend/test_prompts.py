@@ -1,4 +1,4 @@
-"""What counts as a prompt, in every form, and how everything else is refused: by its position, never taken silently."""
+"""Prompts in every form; everything else is refused with its position."""
 
 from collections import deque
 from typing import Any
@@ -70,8 +70,8 @@ REFUSED: list[tuple[Any, str]] = [
     (torch.tensor([[5]]), r"prompt 1 is an array of shape \(1, 1\)"),
     (torch.tensor([5.0]), "prompt 1 has 5.0 at position 0"),
     (torch.tensor(5), r"prompt 1 is an array of shape \(\)"),
-    ("a\ud800b", "prompt 1 holds text that is not valid Unicode .lone surrogate at 1"),
-    ({"prompt": "\udfff"}, "prompt 1 holds text that is not valid Unicode .lone surrogate at 0"),
+    ("a\ud800b", "prompt 1 is not valid Unicode .lone surrogate at position 1"),
+    ({"prompt": "\udfff"}, "prompt 1 is not valid Unicode .lone surrogate at position 0"),
     ({"prompt": None}, "prompt 1 has None as 'prompt'"),
     ({"prompt": 5}, "prompt 1 has an int as 'prompt'"),
     ({"prompt_token_ids": "text"}, "'prompt_token_ids' of prompt 1 is a str"),
@@ -104,7 +104,7 @@ def test_everything_else_is_refused_by_position(prompt: Any, words: str) -> None
         (np.array(["a", "b"]), "prompt 0 has 'a' at position 0"),
     ],
 )
-def test_what_is_no_list_of_prompts(prompts: Any, words: str) -> None:
+def test_other_values_than_lists_of_prompts_are_refused(prompts: Any, words: str) -> None:
     with pytest.raises(ValueError, match=f"^{words}"):
         read_prompts(prompts)
 

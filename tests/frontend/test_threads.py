@@ -1,5 +1,5 @@
-"""One `LLM` in threads, asyncio's executor, under Ctrl-C and in forked children: every call gets its own answers, and
-whatever ends the fleet ends every wait."""
+"""One `LLM` in threads, asyncio's executor, under Ctrl-C and in forked children: every call gets its own outputs, and
+the end of the fleet ends every wait."""
 
 import asyncio
 import os
@@ -19,8 +19,8 @@ import pytest
 from hetis import LLM, SamplingParams
 from hetis.frontend.channel import EngineDeadError
 from hetis.frontend.client import EngineClient, ForkedError
-from hetis.frontend.llm import make_config
-from hetis.launch.member import plan_for
+from hetis.frontend.options import make_config
+from hetis.launch.checks import plan_for
 from tests.processes.look import DEADLINE, wait_until
 
 PROMPTS = ["The function returns", "It was", "In the beginning of the", "A list is"]
@@ -40,7 +40,7 @@ def pages_used(llm: LLM) -> int:
     return sum(member.pages_used for member in llm.fleet_stats().members)
 
 
-def test_threads_get_their_own_answers(tiny: LLM) -> None:
+def test_threads_get_their_own_outputs(tiny: LLM) -> None:
     expected = texts_alone(tiny)
 
     def work(index: int) -> None:
@@ -56,7 +56,7 @@ def test_threads_get_their_own_answers(tiny: LLM) -> None:
             done.result(DEADLINE)
 
 
-def test_executors_of_asyncio_as_well(tiny: LLM) -> None:
+def test_executors_of_asyncio_get_their_own_outputs(tiny: LLM) -> None:
     expected = texts_alone(tiny)
 
     async def ask() -> list[str]:
@@ -67,7 +67,7 @@ def test_executors_of_asyncio_as_well(tiny: LLM) -> None:
     assert asyncio.run(ask()) == [expected[prompt] for prompt in PROMPTS * 3]
 
 
-def test_a_stream_may_be_begun_in_one_thread_and_ended_in_another(tiny: LLM) -> None:
+def test_a_stream_may_start_in_one_thread_and_end_in_another(tiny: LLM) -> None:
     stream = tiny.stream(PROMPTS[0], GREEDY)
     first = next(stream).text
     with ThreadPoolExecutor(1) as pool:
@@ -77,7 +77,7 @@ def test_a_stream_may_be_begun_in_one_thread_and_ended_in_another(tiny: LLM) -> 
 
 def test_ctrl_c_ends_the_call_and_leaves_the_fleet_usable(tiny: LLM) -> None:
     def interrupt() -> None:
-        wait_until(lambda: pages_used(tiny), "it runs")
+        wait_until(lambda: pages_used(tiny), "the request runs")
         os.kill(os.getpid(), signal.SIGINT)
 
     def generate() -> None:
@@ -91,15 +91,15 @@ def test_ctrl_c_ends_the_call_and_leaves_the_fleet_usable(tiny: LLM) -> None:
     thread.join()
     files = {frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)}
     assert not any("zmq" in file or "/comm/" in file for file in files), files
-    wait_until(lambda: not pages_used(tiny), "what it asked for is aborted")
+    wait_until(lambda: not pages_used(tiny), "its requests are aborted")
     assert texts_alone(tiny)
 
 
-def test_a_forked_child_gets_an_error_and_the_fleet_goes_on(tiny: LLM) -> None:
+def test_a_forked_child_gets_an_error_and_the_fleet_continues(tiny: LLM) -> None:
     expected = texts_alone(tiny)
     reader, writer = os.pipe()
     child = os.fork()
-    if child == 0:  # never back into pytest
+    if child == 0:  # must not return into pytest
         words = []
         for call in (lambda: tiny.generate("It"), lambda: list(tiny.stream("It")), tiny.fleet_stats):
             try:
@@ -132,7 +132,7 @@ print(count + sum(len(piece.token_ids) for piece in stream))
 """
 
 
-def test_a_forked_child_that_ends_takes_nothing_along() -> None:
+def test_the_end_of_a_forked_child_does_not_end_the_fleet() -> None:
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=DEADLINE
     )
@@ -140,10 +140,8 @@ def test_a_forked_child_that_ends_takes_nothing_along() -> None:
 
 
 @pytest.mark.parametrize("fails", ["sys.executable", "thread"])
-def test_what_was_started_ends_if_the_rest_cannot_be(
-    fails: str, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The launcher's command, or the front end's thread, as in a container with a low limit of processes."""
+def test_processes_end_if_not_all_can_be_started(fails: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher or the front end's thread fails to start, as in a container with a low limit of processes."""
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -167,7 +165,7 @@ def test_closing_from_a_signal_handler_ends_the_call_that_it_interrupts() -> Non
     config = make_config(device="cpu", kv_cache_memory="16MiB")
     client = EngineClient(config, plan_for(config)[2])
 
-    def request_ids() -> Iterator[str]:  # runs within the call
+    def request_ids() -> Iterator[str]:  # called within `open`
         os.kill(os.getpid(), signal.SIGUSR1)
         yield "1"
 
@@ -180,7 +178,7 @@ def test_closing_from_a_signal_handler_ends_the_call_that_it_interrupts() -> Non
 
 
 def waiting(llm: LLM, pool: ThreadPoolExecutor) -> list[Any]:
-    """Three threads that wait for a fleet that is busy."""
+    """Three threads that wait for a busy fleet."""
 
     def ask() -> None:
         while True:
@@ -195,7 +193,7 @@ def waiting(llm: LLM, pool: ThreadPoolExecutor) -> list[Any]:
             llm.generate(PROMPTS[0], ENDLESS)
 
     waits = [pool.submit(call) for call in (ask, stream, generate)]
-    wait_until(lambda: pages_used(llm), "one of them runs")
+    wait_until(lambda: pages_used(llm), "a request runs")
     return waits
 
 

@@ -1,4 +1,4 @@
-"""The shipped tokenizer.json decides the ids, whatever class tokenizer_config.json names."""
+"""Tokenizers: tokenizer.json decides the ids, whatever class tokenizer_config.json names."""
 
 import json
 import subprocess
@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from hetis.frontend import tokenizer as tokenizer_module
 from hetis.frontend.tokenizer import encode, load_tokenizer
+from tests.byte_level import train_byte_level
 
 CORPUS = ["hello world, in 2024 there were 12345 of them", "It's naïve — 日本語"] * 20
 TEXTS = [
@@ -27,7 +28,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 def sentencepiece_like(prefix: bool) -> Tokenizer:
-    """Llama-2's kind; Yi's has no space in front."""
+    """A tokenizer like Llama-2's; without `prefix`, like Yi's."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     front = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*front, normalizers.Replace(" ", "▁")])
@@ -40,23 +41,14 @@ def sentencepiece_like(prefix: bool) -> Tokenizer:
 
 
 def byte_level(pattern: str, prefix: bool) -> Tokenizer:
-    """GPT-2's kind, cut by its own or another regular expression."""
-    tokenizer = Tokenizer(models.BPE())
+    """A tokenizer like GPT-2's, with its own or another regular expression."""
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, show_progress=False, special_tokens=SPECIAL, initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+    return train_byte_level(CORPUS, 420, SPECIAL, pre_tokenizers.Sequence([split, to_bytes]))
 
 
 def with_limits() -> Tokenizer:
-    """Saved while texts were cut and filled up."""
+    """A tokenizer that was saved with truncation and padding enabled."""
     tokenizer = byte_level(r"\p{N}|[^\p{N}]+", False)
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=8)
@@ -97,7 +89,7 @@ def test_ids_and_text_are_those_of_the_file(kind: str, named: str | None, tmp_pa
 
 
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
-def test_the_chat_template_comes_from_beside_it(where: str, tmp_path: Path) -> None:
+def test_the_chat_template_is_read_from_the_directory(where: str, tmp_path: Path) -> None:
     KINDS["yi"]().save(str(tmp_path / "tokenizer.json"))
     template = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
     config: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}
@@ -118,7 +110,7 @@ def test_a_begin_of_sequence_is_not_doubled(tmp_path: Path) -> None:
     assert encode(ours, "hello") == [1, *hello]
     assert encode(ours, "<s>hello") == [1, *hello]
     assert encode(ours, "<s>hello", add_special_tokens=False) == [1, *hello]
-    assert encode(ours, "<s><s>hello") == [1, 1, *hello], "what the user wrote twice is there twice"
+    assert encode(ours, "<s><s>hello") == [1, 1, *hello], "a token that the user wrote twice stays twice"
     assert encode(ours, "") == [1]
     ours.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -126,7 +118,7 @@ def test_a_begin_of_sequence_is_not_doubled(tmp_path: Path) -> None:
     assert encode(ours, "<s>hello") == [1, *hello, 2]
 
 
-def test_older_files_make_a_tokenizer_as_well(tmp_path: Path) -> None:
+def test_a_tokenizer_without_tokenizer_json_is_converted(tmp_path: Path) -> None:
     """OPT ships vocab.json and merges.txt only."""
     byte_level(r"\p{N}|[^\p{N}]+", False).model.save(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
@@ -141,7 +133,7 @@ def test_only_tokenizer_model_names_the_remedy(tmp_path: Path, monkeypatch: pyte
         load_tokenizer(tmp_path, None)
 
 
-def test_no_tokenizer_is_none_for_a_model_and_refused_where_one_was_named(tmp_path: Path) -> None:
+def test_a_model_may_have_no_tokenizer_but_a_named_tokenizer_must_exist(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path, None) is None
     with pytest.raises(ValueError, match=r"^tokenizer '.*' has none of tokenizer.json"):
         load_tokenizer(tmp_path, None, what="tokenizer")
@@ -153,8 +145,8 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, None)
 
 
-def test_text_that_a_tokenizer_cannot_encode_is_one_sentence(tmp_path: Path) -> None:
-    """It knows no character but two, and has no token for the others."""
+def test_text_that_cannot_be_encoded_is_a_user_error(tmp_path: Path) -> None:
+    """The vocabulary has two characters and no token for others."""
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path, None)
     assert encode(ours, "a") == [0]
@@ -162,8 +154,8 @@ def test_text_that_a_tokenizer_cannot_encode_is_one_sentence(tmp_path: Path) -> 
         encode(ours, "c")
 
 
-def test_a_panic_of_the_library_is_one_sentence(tmp_path: Path) -> None:
-    """Merges that do not fit the prefix of subwords: tokenizers indexes beyond their end."""
+def test_a_panic_of_the_library_is_a_user_error(tmp_path: Path) -> None:
+    """The prefix of subwords is longer than the merges, which tokenizers then indexes beyond their end."""
     broken = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     broken["continuing_subword_prefix"] = "a long prefix"
     file = {"version": "1.0", "added_tokens": [], "model": broken}
@@ -172,8 +164,8 @@ def test_a_panic_of_the_library_is_one_sentence(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, None)
 
 
-def test_threads_that_load_the_first_tokenizer_at_once() -> None:
-    """None of them meets a half-imported transformers."""
+def test_threads_may_load_the_first_tokenizer_at_once() -> None:
+    """No thread sees a partially imported transformers."""
     code = """
 from concurrent.futures import ThreadPoolExecutor
 from hetis.frontend.tokenizer import load_tokenizer

@@ -39,23 +39,17 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     for m, d, dtype in [*shapes, (1, 128, fp16), (8, 80, bf16), (64, 128, bf16), (4, 256, bf16)]:
         name = f"{TYPES[dtype]} M={m} D={d}"
         pool, table = empty(2, 1 << 21, 16, d, dtype=dtype), int32(512, 2048)
-        q, out, lse2 = empty(99, m + 2, d, dtype=dtype)[:, :m], empty(99, m, d, dtype=dtype), empty(99, m)
+        q, out = empty(99, m + 2, d, dtype=dtype)[:, :m], empty(99, m, d, dtype=dtype)
         lanes = (int32(99), int32(99), int32(99))
-        yield f"paged_decode {name}", launch(hk.paged_decode, q, pool, table, *lanes, 0.1, 0, out, lse2)
-        q, out, lse2 = (
-            empty(500, 8, m + 2, d, dtype=dtype)[:, :, :m],
-            empty(500, 8, m, d, dtype=dtype),
-            empty(500, 8, m),
-        )
+        yield f"paged_decode {name}", launch(hk.paged_decode, q, pool, table, *lanes, 0.1, 0, out)
+        q, out = empty(500, 8, m + 2, d, dtype=dtype)[:, :, :m], empty(500, 8, m, d, dtype=dtype)
         chunks = (int32(6), int32(5, 8), int32(5))
-        yield f"paged_prefill {name}", launch(hk.paged_prefill, q, pool, table, *chunks, 0.1, 0, out, lse2)
+        yield f"paged_prefill {name}", launch(hk.paged_prefill, q, pool, table, *chunks, 0.1, 0, out)
     for d, dtype in ((80, bf16), (128, fp32)):
         name = f"{TYPES[dtype]} D={d}"
         rows, index = empty(99, 6, d, dtype=dtype), int32(64)
         pool, buffer = empty(32, 2, 1 << 16, 16, d, dtype=dtype), empty(64, 32, 2, 16, d, dtype=dtype)
         yield f"kv_append {name}", launch(hk.kv_append, rows[:, 4], rows[:, 5], pool[3], index, index.long())
-        out, lse2 = empty(64, 4, d, dtype=dtype), empty(64, 4)
-        yield f"merge_states {name}", launch(hk.merge_states, out, lse2, out, lse2, out, lse2)
         yield f"page_gather {name}", launch(hk.page_gather, pool, index, buffer)
     qkv, weight, angles = empty(64, 8, 6, 128, dtype=bf16), empty(128, dtype=bf16), empty(4096, 128)
     position, packed = empty(64, dtype=torch.int64), empty(64, 6 * 128, dtype=bf16)

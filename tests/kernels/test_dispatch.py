@@ -4,17 +4,17 @@ import pytest
 import torch
 
 import hetis_kernels
-from hetis_kernels.dispatch import dispatch
+from hetis_kernels.dispatch import select
 
 
 def picked(backend: str, device: str) -> str:
     calls: list[str] = []
     arguments = ("no_such_operation", backend, torch.device(device))
-    dispatch(*arguments, lambda: calls.append("reference"), lambda: calls.append("triton"), ())  # type: ignore[arg-type]
+    select(*arguments, lambda: calls.append("reference"), lambda: calls.append("triton"))()  # type: ignore[arg-type]
     return calls[0]
 
 
-def test_auto_goes_by_device_and_names_force_one() -> None:
+def test_auto_selects_by_device_and_names_force_one() -> None:
     assert picked("auto", "cpu") == "reference"
     assert picked("triton", "cpu") == "triton"
     assert picked("reference", "cpu") == "reference"

@@ -52,7 +52,7 @@ def test_whole_prompts_equal_the_paged_reference(
                 new = problem.qkv_TGHD[tokens, group, num_queries + half]
                 for position in range(length):
                     problem.lanes.pool_2PSD[half, row[position // 16], position % 16] = new[position]
-    expected, _ = problem.run(CPU, window, backend="reference")
+    expected = problem.run(CPU, window, backend="reference")
     out = torch.full_like(expected, torch.nan)
     flash_prefill(problem.qkv_TGHD, problem.query_start_C1, max(LENGTHS), problem.scale, window, out)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)

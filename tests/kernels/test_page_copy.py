@@ -29,6 +29,8 @@ def test_pages_move_between_pools_bit_for_bit(
 def test_arguments_are_checked() -> None:
     pool, page = torch.zeros(1, 2, 3, 4, 64), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="page buffer has shape"):
-        page_gather(pool, page, torch.zeros(2, 1, 2, 4, 64))
+        page_gather(pool, page, torch.zeros(2, 1, 2, 4, 64), backend="reference")
     with pytest.raises(ValueError, match="not contiguous"):
-        page_scatter(torch.zeros(1, 1, 2, 4, 64), page, torch.zeros(1, 2, 4, 3, 64).transpose(2, 3))
+        page_scatter(
+            torch.zeros(1, 1, 2, 4, 64), page, torch.zeros(1, 2, 4, 3, 64).transpose(2, 3), backend="reference"
+        )

@@ -69,10 +69,10 @@ def test_kernel_is_reference_for_partial_rotation(
 def test_arguments_are_checked() -> None:
     qkv, position, weight = torch.zeros(2, 1, 4, 64), torch.zeros(2).long(), torch.zeros(64)
     with pytest.raises(ValueError, match="give both or neither"):
-        qk_norm_rope(qkv, 2, weight, None, 1e-6, None, position)
+        qk_norm_rope(qkv, 2, weight, None, 1e-6, None, position, backend="reference")
     with pytest.raises(ValueError, match="even number of columns up to 64"):
-        qk_norm_rope(qkv, 2, None, None, 1e-6, torch.zeros(3, 80), position)
+        qk_norm_rope(qkv, 2, None, None, 1e-6, torch.zeros(3, 80), position, backend="reference")
     with pytest.raises(ValueError, match="qkv_TGHD has shape"):
-        qk_norm_rope(qkv, 3, None, None, 1e-6, None, position)
+        qk_norm_rope(qkv, 3, None, None, 1e-6, None, position, backend="reference")
     with pytest.raises(ValueError, match="not contiguous"):
-        qk_norm_rope(torch.zeros(2, 1, 4, 128)[..., :64], 2, weight, weight, 1e-6, None, position)
+        qk_norm_rope(torch.zeros(2, 1, 4, 128)[..., :64], 2, weight, weight, 1e-6, None, position, backend="reference")

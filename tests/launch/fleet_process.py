@@ -1,4 +1,4 @@
-"""A fleet in processes of its own, to be watched and hurt: who runs, what was said, what is left over."""
+"""A fleet as a process to watch and to hurt: its members, its output, and what it leaves."""
 
 import os
 import re
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 SHIM = Path(__file__).parent / "shim"
 END_SECONDS = 50.0
 
-# A front end: says where it is, waits for a word when idle or closing, streams for long when busy.
+# A front end: prints "ready"; waits for a line when idle or closing, streams for long when busy.
 SCRIPT = """
 import sys
 from hetis import LLM, SamplingParams
@@ -43,10 +43,10 @@ else:
 
 
 class FleetProcess:
-    """A command that runs a fleet. A context manager; at its end nothing that it started is left."""
+    """A command that runs a fleet. A context manager, which ends all that the command started."""
 
     def __init__(self, command: Sequence[str], directory: Path, **variables: str) -> None:
-        """`directory`: for temporary files; it must be empty in the end, and its path short (it holds sockets)."""
+        """`directory`: for temporary files, with a path short enough for sockets."""
         self.directory = directory
         environment = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
         environment |= {"TMPDIR": str(directory), "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
@@ -89,24 +89,24 @@ class FleetProcess:
         for line in stream:
             lines.append(line.rstrip("\n"))
 
-    # --- who runs -----------------------------------------------------------------------------------------------------
+    # --- members ------------------------------------------------------------------------------------------------------
 
     def members(self) -> dict[str, psutil.Process]:
-        """By role: "front", "launcher", "torchrun", "driver", "rank 0" … of those that live."""
+        """Living processes by role: "front", "launcher", "torchrun", "driver", "rank 0" …"""
         found: dict[str, psutil.Process] = {}
         for process in family(self._root):
             self._seen[process.pid] = process
             if (seen := look(process)) is not None and (role := role_of(seen)) is not None:
-                # a child looks like its parent until it has replaced itself, and comes after it
+                # a child looks like its parent until it has called exec, and comes after it
                 found.setdefault(role, process)
         return found
 
     def member(self, role: str) -> psutil.Process:
-        """The process in this role, as soon as it is there."""
-        return self.until(lambda: self.members().get(role), f"there is a {role}")
+        """The process in this role, as soon as it runs."""
+        return self.until(lambda: self.members().get(role), f"a {role} runs")
 
     def wait_for(self, text: str) -> None:
-        """Until the front end has printed a line with `text`."""
+        """Waits until the front end has printed a line with `text`."""
         self.until(lambda: any(text in line for line in self.out), f"{text!r} is printed")
         self.members()
 
@@ -121,7 +121,7 @@ class FleetProcess:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def hurt(self, role: str, with_signal: signal.Signals) -> int:
-        """The pid of whom it hit."""
+        """Sends a signal to the process in a role; its pid."""
         self.members()
         victim = self.member(role)
         victim.send_signal(with_signal)
@@ -133,15 +133,15 @@ class FleetProcess:
         self.process.stdin.flush()
 
     def wait(self) -> int:
-        """The exit code. All that it started must end as well, long before a step's default time limit would see to it.
+        """The exit code. All that it started must end as well, before the default time limit of a step ends it.
 
-        That a fleet ends soon is no claim of these tests: on a machine with other work it takes what it takes.
+        These tests do not claim that a fleet ends soon: that depends on other work of the machine.
         """
         deadline = time.monotonic() + END_SECONDS
         try:
             code = self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still there after {END_SECONDS} s: {self.members()}\n{self.text()}") from None
+            raise AssertionError(f"still running after {END_SECONDS} s: {self.members()}\n{self.text()}") from None
         left = psutil.wait_procs(list(self._seen.values()), timeout=max(0.0, deadline - time.monotonic()))[1]
         assert not left, f"orphans after {END_SECONDS} s: {left}\n{self.text()}"
         for reader in self._readers:
@@ -149,7 +149,7 @@ class FleetProcess:
         return code
 
     def leftovers(self) -> list[str]:
-        """Files and sockets in the temporary directory; torchrun's own log directories are not ours."""
+        """Files and sockets in the temporary directory, without the log directories of torchrun."""
         return [path.name for path in self.directory.iterdir() if not path.name.startswith("torchelastic_")]
 
     def text(self) -> str:
@@ -174,7 +174,7 @@ def torchrun_command(*arguments: str) -> list[str]:
 
 
 def role_of(seen: Look) -> str | None:
-    """What a process of a fleet is; None if it is none, or none yet."""
+    """The role of a process in a fleet; None for other processes, and before it has called exec."""
     command, rank = seen.command, seen.variables.get("RANK")
     if "hetis.driver.driver" in command:
         return "driver"

@@ -1,10 +1,11 @@
-"""Too many ranks are refused before one is started, with the numbers; what is usual is not."""
+"""Too many ranks for this host are refused with the numbers, before one starts."""
 
 import psutil
 import pytest
 
 from hetis import LLM
-from hetis.core.plan import AttentionWorker, Plan, split_evenly
+from hetis.core.plan import AttentionWorker, Plan
+from hetis.core.plan_sources import split_evenly
 from hetis.launch.capacity import ALWAYS, RANK_BYTES, RANKS_PER_CORE, why_too_many
 from hetis.processes.limits import Memory
 from tests.core.test_plan import SPEC
@@ -25,7 +26,7 @@ def test_memory_is_a_limit_whatever_the_cores() -> None:
     most = memory.available // RANK_BYTES
     assert why_too_many(plan(most - 1), memory, 1000.0) is None
     assert why_too_many(plan(most), memory, 1000.0) is not None
-    assert why_too_many(plan(most, "cuda"), memory, 1000.0) is not None, "a rank on a GPU is a process, too"
+    assert why_too_many(plan(most, "cuda"), memory, 1000.0) is not None, "a rank on a GPU is a process as well"
 
 
 @pytest.mark.parametrize("cores", [0.6, 1.0, 2.0, 2.5, 64.0])
@@ -41,14 +42,14 @@ def test_cores_are_a_limit_for_ranks_on_the_cpu(cores: float) -> None:
     assert why_too_many(Plan(stages=mixed.stages, workers=workers), PLENTY, cores) is None
 
 
-def test_nothing_is_started_that_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_ranks_are_refused_before_one_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     with pytest.raises(ValueError, match=r"10000 ranks.*oversubscribe"):
         LLM(plan="1+9999", device="cpu")
     assert {process.pid for process in psutil.Process().children(recursive=True)} == before
 
 
-def test_it_is_done_nevertheless_if_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversubscribe_starts_them_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hetis.launch.capacity.usable_cores", lambda: 0.1)
     monkeypatch.setattr("hetis.launch.capacity.ALWAYS", 0)
     options = {"device": "cpu", "kv_cache_memory": "8MiB", "dispatch": "even"}

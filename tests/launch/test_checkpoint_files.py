@@ -1,4 +1,4 @@
-"""Checkpoints with files that are not what they should be are refused in the front end, before anything starts."""
+"""Checkpoints with damaged or missing files are refused in the front end, before a process starts."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from hetis import LLM, SamplingParams
 from hetis.core.config import EngineConfig
 from hetis.frontend import llm as llm_module
-from hetis.launch import member as launch
-from hetis.launch.member import plan_for
+from hetis.launch import checks
+from hetis.launch.checks import plan_for
 from hetis.models.hub import PACKAGED
 from hetis.models.weight_files import INDEX
 
@@ -35,11 +35,11 @@ def model(tmp_path: Path) -> Path:
         ("model.safetensors", None, ["no *.safetensors"]),
     ],
 )
-def test_a_broken_file_is_refused_before_anything_starts(
+def test_a_broken_file_is_refused_before_a_process_starts(
     model: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None, words: list[str]
 ) -> None:
     def start(*_: Any) -> None:
-        raise AssertionError("something was started")
+        raise AssertionError("a process was started")
 
     monkeypatch.setattr(llm_module, "EngineClient", start)
     if content is None:
@@ -58,10 +58,10 @@ def test_a_broken_file_is_refused_before_anything_starts(
 @pytest.mark.parametrize(
     ("tied", "load_format", "fetched"), [(True, "auto", True), (False, "auto", False), (True, "dummy", False)]
 )
-def test_weights_of_a_tied_model_are_fetched_before_anything_starts(
+def test_weights_of_a_tied_model_are_fetched_before_a_process_starts(
     model: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, load_format: Any, fetched: bool
 ) -> None:
-    """Whether the LM head is the embedding decides about memory, and only the weights tell."""
+    """The memory depends on whether the LM head is the embedding, which only the weights tell."""
     asked: list[bool] = []
 
     def resolve(name: str, revision: str | None, weights: bool = True) -> Path:
@@ -70,7 +70,7 @@ def test_weights_of_a_tied_model_are_fetched_before_anything_starts(
 
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
-    monkeypatch.setattr(launch, "resolve_model", resolve)
+    monkeypatch.setattr(checks, "resolve_model", resolve)
     plan_for(EngineConfig(model="organisation/model", load_format=load_format, device="cpu"))
     assert asked == [False, True] if fetched else [False]
 
@@ -82,7 +82,7 @@ def test_dummy_weights_need_no_files(model: Path) -> None:
 
 
 def test_a_fleet_uses_a_head_that_differs_from_the_embedding(model: Path) -> None:
-    """The embedding in reverse order: the best token is counted from the other end."""
+    """With the embedding in reverse order as head, the ids of the best tokens are mirrored."""
     path = model / "model.safetensors"
     weights = load_file(path)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()

@@ -1,4 +1,4 @@
-"""The end of any process ends the job, with the reason in the last line, and with nothing left over."""
+"""The end of any process ends the job, with the reason in the last line, and leaves neither processes nor files."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from tests.launch.fleet_process import SHIM, FleetProcess
 pytestmark = pytest.mark.process
 STEP_TIMEOUT = 10.0
 
-# so that every rank is needed: the small model would stay on the primary otherwise
+# so that every rank gets lanes: otherwise the small model would stay on the primary
 EVEN = "dispatch=even"
 NAMES = {"rank 0": "rank 0 (primary on cpu)", "rank 1": "rank 1 (attention worker on cpu)", "driver": "the driver"}
 LONG = ("generate", "--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--device", "cpu")
@@ -29,14 +29,14 @@ def check_end(fleet: FleetProcess, *words: str) -> None:
     """All processes ended, badly, and the last line has all `words`."""
     code = fleet.wait()
     assert code != 0
-    last = verdict(fleet)
+    last = reason(fleet)
     assert all(word in last for word in words), f"{words} are not all in {last!r}:\n{fleet.text()}"
     assert fleet.leftovers() == []
     assert not shared_memory()
 
 
-def verdict(fleet: FleetProcess) -> str:
-    """The last line of stderr; under torchrun its own report follows after ours."""
+def reason(fleet: FleetProcess) -> str:
+    """The last line of stderr; under torchrun the one before its report."""
     ours = [
         line
         for line in fleet.err
@@ -74,7 +74,7 @@ def test_a_killed_process_takes_an_idle_fleet_down(directory: Path, victim: str)
         fleet.hurt(victim, signal.SIGKILL)
         ranks = [process for role, process in fleet.members().items() if role.startswith("rank")]
         fleet.until(lambda: not any(process.is_running() for process in ranks), "the ranks have ended")
-        fleet.say("go on")  # the user's own process learns of it when it uses the fleet
+        fleet.say("go on")  # the user's process gets the error when it uses the fleet
         check_end(fleet, NAMES[victim], "was killed by SIGKILL")
 
 
@@ -135,12 +135,12 @@ def test_another_primary_that_is_killed_is_named(directory: Path) -> None:
         check_end(fleet, "rank 1 (primary on cpu)", "was killed by SIGKILL")
 
 
-def test_a_mistake_that_only_a_rank_sees_is_told_in_one_sentence(directory: Path, tmp_path: Path) -> None:
+def test_a_mistake_that_only_a_rank_can_see_is_one_sentence(directory: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text('{"stages": [{"primaries": [{}]}], "attention": [{"device": "cuda:99"}]}')
     with FleetProcess.script(directory, str(plan), "idle") as fleet:
         check_end(fleet, "FleetRefusedError: ", "device cuda:99 does not exist")
-        assert not any("rank" in line for line in fleet.err), "ranks must not show tracebacks of a user's mistake"
+        assert not any("rank" in line for line in fleet.err), "ranks show no traceback of a user's mistake"
 
 
 # --- under torchrun ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Whatever stands in the files of a checkpoint, it is read, or refused in one sentence: random changes, seeded."""
+"""Randomly damaged files of a checkpoint are read, or refused in one sentence. The damage is seeded."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ import pytest
 
 from hetis.core.config import EngineConfig
 from hetis.frontend.tokenizer import encode, load_tokenizer
-from hetis.launch.member import end_of_sequence_ids, plan_for
+from hetis.launch.checks import end_of_sequence_ids, plan_for
 from hetis.models.hub import PACKAGED
 from hetis.models.weight_files import with_own_head
 
@@ -69,7 +69,7 @@ def changed(name: str, content: bytes, draw: random.Random) -> bytes:
 
 
 def read_all(directory: Path) -> None:
-    """What front end and rank 0 read before weights are loaded."""
+    """Reads what front end and rank 0 read before weights are loaded."""
     config = EngineConfig(model=str(directory), device="cpu", plan="2+1")
     _, spec, _ = plan_for(config)
     with_own_head(spec, directory)

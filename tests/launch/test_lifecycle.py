@@ -1,4 +1,4 @@
-"""Fleets come and go with their `LLM`, and what cannot be is refused before one starts."""
+"""Fleets start and end with their `LLM`, and impossible settings are refused before one starts."""
 
 import gc
 import inspect
@@ -18,7 +18,7 @@ import hetis
 from hetis import LLM, EngineConfig, SamplingParams
 from hetis.frontend.channel import EngineDeadError
 from hetis.frontend.tokenizer import load_tokenizer
-from hetis.launch.member import end_of_sequence_ids
+from hetis.launch.checks import end_of_sequence_ids
 from hetis.models.end_tokens import read_eos_token_ids
 from hetis.models.hub import PACKAGED
 from tests.checkpoints import greedy_reference, load_reference, make_checkpoint, make_tokenizer
@@ -33,7 +33,7 @@ def children() -> set[psutil.Process]:
 
 
 def wait_until_gone(processes: set[psutil.Process]) -> None:
-    """Looks without reaping: their parent has to know how they ended."""
+    """Does not reap them: their parent has to read their wait status."""
     wait_until(lambda: not any(process.is_running() for process in processes), "they have ended")
 
 
@@ -47,13 +47,13 @@ def test_two_at_once_and_one_after_the_other(tmp_path: Path) -> None:
         assert texts[0] == texts[1]
         prompt = make_tokenizer(331).encode("It was").ids
         assert ids == greedy_reference(load_reference(directory), prompt, 6)
-        assert first.generate(prompt, GREEDY)[0].outputs[0].token_ids == ids, "the other's end is none of its business"
+        assert first.generate(prompt, GREEDY)[0].outputs[0].token_ids == ids, "the end of the other one changes nothing"
     with LLM(**SMALL) as third:
         assert third.generate("It was", GREEDY)[0].outputs[0].text == texts[0]
     wait_until_gone(children() - before)
 
 
-def test_deleting_the_last_name_ends_the_fleet() -> None:
+def test_deleting_the_last_reference_ends_the_fleet() -> None:
     before = children()
     llm = LLM(**SMALL)
     mine = children() - before
@@ -63,7 +63,7 @@ def test_deleting_the_last_name_ends_the_fleet() -> None:
     wait_until_gone(mine)
 
 
-def test_a_closed_fleet_says_so() -> None:
+def test_calls_to_a_closed_fleet_raise() -> None:
     llm = LLM(**SMALL)
     stream = llm.stream("It", SamplingParams(max_tokens=900, ignore_eos=True))
     next(stream)
@@ -78,7 +78,7 @@ def test_a_closed_fleet_says_so() -> None:
 
 
 def test_a_fleet_outlives_the_thread_that_started_it() -> None:
-    """The kernel's "end with your parent" means the parent's thread; ours must not be the user's."""
+    """The kernel's signal at the end of the parent comes at the end of the thread that started the child."""
     made: list[LLM] = []
     thread = threading.Thread(target=lambda: made.append(LLM(**SMALL)))
     thread.start()
@@ -112,7 +112,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         ({"dtype": "float8"}, ["dtype is 'float8'; known: auto, float32, bfloat16, float16."]),
         ({"load_format": "pickle"}, ["load_format is 'pickle'; known: auto, safetensors, dummy."]),
         ({"logprobs_mode": "processed"}, ["known: raw_logprobs, raw_logits."]),
-        ({"dispatch": "best"}, ["known: hetis, highs, "]),
+        ({"dispatch": "best"}, ["known: hetis, proportional, "]),
         ({"block_size": 0}, ["block_size"]),
         ({"block_size": "32"}, ["block_size"]),
         ({"max_model_len": -1}, ["max_model_len"]),
@@ -132,7 +132,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         ({"trace": "/no/such/folder/trace.json"}, ["trace file /no/such/folder/trace.json", "No such file"]),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_starts(options: dict[str, Any], words: list[str]) -> None:
+def test_impossible_settings_are_refused_before_a_process_starts(options: dict[str, Any], words: list[str]) -> None:
     before = children()
     with pytest.raises(ValueError) as caught:
         LLM(**({"device": "cpu"} | options))
@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(options: dict[str, Any
     assert children() == before
 
 
-def test_what_does_not_fit_the_memory_is_refused_with_the_numbers() -> None:
+def test_a_plan_that_does_not_fit_the_memory_is_refused_with_the_numbers() -> None:
     before = children()
     with pytest.raises(ValueError, match=r"rank 0.*\d"):
         LLM(device="cpu", kv_cache_memory="1KiB")
@@ -156,8 +156,8 @@ def test_a_plan_may_be_given_as_a_dict(tmp_path: Path) -> None:
     assert stats.members[0].pages_total == 2 * stats.members[1].pages_total
 
 
-def test_the_tokenizers_end_of_sequence_ends_it_as_well(tmp_path: Path) -> None:
-    """As fine-tunes for chat have it: the config still names the base model's."""
+def test_the_tokenizers_end_of_sequence_token_ends_a_sequence_as_well(tmp_path: Path) -> None:
+    """As in fine-tunes for chat, whose config still names the token of the base model."""
     directory = Path(shutil.copytree(PACKAGED, tmp_path / "model"))
     end = 300
     content = load_tokenizer(PACKAGED, None).convert_ids_to_tokens(end)

@@ -1,4 +1,4 @@
-"""Nothing of a fleet stays when some of its processes are stopped or hang while it is closed, or a parent is killed."""
+"""No process of a fleet stays when some are stopped or hang while it is closed, or when a parent is killed."""
 
 import signal
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a user's shell, launcher or container may look like: a fleet runs in it, with the same tokens."""
+"""A fleet runs in unusual shells, launchers and containers, with the same tokens."""
 
 import os
 import subprocess
@@ -65,13 +65,12 @@ def test_files_of_the_working_directory_are_not_imported_and_paths_are_relative_
         {"HETIS_FRONT": "/nowhere", "HETIS_PARENT": "1", "OMP_NUM_THREADS": "abc", "CUDA_VISIBLE_DEVICES": ""},
     ],
 )
-def test_variables_that_others_have_left(text: str, variables: dict[str, str]) -> None:
+def test_variables_of_other_programs(text: str, variables: dict[str, str]) -> None:
     assert text in run([*HETIS, *GENERATE, "--plan", "1+1"], **variables)
 
 
 def test_a_bare_container(tmp_path: Path, text: str) -> None:
-    """No home, no place for temporary files but those of the system, few files, ASCII, a directory that is gone, no
-    standard input and nowhere to write messages."""
+    """No home, no TMPDIR, few open files, ASCII, a deleted working directory, no standard input, a full stderr."""
     gone = tmp_path / "gone"
     variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     shell = (
@@ -88,7 +87,7 @@ def test_a_sandbox_without_calls_for_processes(text: str) -> None:
 
 
 def test_standard_streams_that_are_closed(tmp_path: Path) -> None:
-    """An `LLM` in a program without any: its processes have them."""
+    """The processes of an `LLM` have them, even if the program has none."""
     script = (
         "from hetis import LLM, SamplingParams\n"
         f"with LLM(device='cpu', kv_cache_memory='16MiB') as llm, open({str(tmp_path / 'ids')!r}, 'w') as file:\n"
@@ -100,7 +99,7 @@ def test_standard_streams_that_are_closed(tmp_path: Path) -> None:
 
 
 def test_a_user_without_an_entry_or_a_home(text: str) -> None:
-    """As in containers that run under an arbitrary number."""
+    """As in containers that run with an arbitrary user id."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to become another user")
     caps = "+dac_override,+dac_read_search"  # so that it can read this installation, wherever it is
@@ -110,7 +109,7 @@ def test_a_user_without_an_entry_or_a_home(text: str) -> None:
 
 
 def test_a_container_with_less_than_its_host(text: str, groups: dict[str, Path]) -> None:
-    """Without a size the cache is what the container has room for; the model's context would take several GiB."""
+    """Without a size the cache gets what the container has free: sequences of full length would take several GiB."""
     (groups["memory"] / "memory.limit_in_bytes").write_text(str(1 << 30))
     (groups["cpu"] / "cpu.cfs_quota_us").write_text("60000")
     join = "".join(f"echo $$ > {path}/cgroup.procs; " for path in groups.values())

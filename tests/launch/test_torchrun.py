@@ -1,12 +1,7 @@
-"""Whether torchrun has started a process, and variables that cannot be its own."""
-
-import os
-import tempfile
-from pathlib import Path
+"""Whether torchrun has started a process, and variables that it does not set."""
 
 import pytest
 
-from hetis.launch import member as launch
 from hetis.launch import torchrun
 
 TORCHRUN = {
@@ -73,67 +68,3 @@ def test_variables_that_cannot_be_torchruns_are_refused(
 def test_children_of_another_kind_see_nothing_of_torchrun() -> None:
     more = {"TORCHELASTIC_ERROR_FILE": "/x", "PATH": "/bin", "HOME": "/root"}
     assert torchrun.without_torchrun(TORCHRUN | more) == {"PATH": "/bin", "HOME": "/root"}
-
-
-# --- the run directory ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("runtime", "temporary", "expected"),
-    [
-        ("run", "tmp", "run"),
-        (None, "tmp", "tmp"),
-        ("missing", "tmp", "tmp"),
-        ("file", "tmp", "tmp"),
-        ("long" * 30, "tmp", "tmp"),
-        ("", "tmp", "tmp"),
-    ],
-)
-def test_sockets_go_where_they_can(
-    monkeypatch: pytest.MonkeyPatch, runtime: str | None, temporary: str, expected: str
-) -> None:
-    with tempfile.TemporaryDirectory(prefix="t") as name:
-        root = Path(name)
-        for folder in ("run", "tmp", "long" * 30):
-            (root / folder).mkdir()
-        (root / "file").touch()
-        monkeypatch.setenv("TMPDIR", str(root / temporary))
-        monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-        if runtime is not None:
-            monkeypatch.setenv("XDG_RUNTIME_DIR", str(root / runtime) if runtime else "")
-        made = launch.make_run_directory()
-        assert made.parent == root / expected
-        assert made.stat().st_mode & 0o777 == 0o700
-        assert len(os.fsencode(made / "health")) <= 107
-
-
-def test_relative_places_are_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The sockets are named to processes that may work elsewhere."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", ".")
-    monkeypatch.setenv("TMPDIR", ".")
-    made = launch.make_run_directory()
-    assert made.is_absolute()
-    assert made.parent != tmp_path
-    made.rmdir()
-
-
-def test_a_file_system_without_sockets_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    with tempfile.TemporaryDirectory(prefix="t") as first, tempfile.TemporaryDirectory(prefix="t") as second:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", first)
-        monkeypatch.setenv("TMPDIR", second)
-        bind = launch.holds_sockets
-        monkeypatch.setattr(launch, "holds_sockets", lambda path: path.parent != Path(first) and bind(path))
-        made = launch.make_run_directory()
-        assert made.parent == Path(second)
-        assert list(made.iterdir()) == list(Path(first).iterdir()) == []
-
-
-def test_no_place_for_sockets_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> str:
-        raise OSError("read-only file system")
-
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-    monkeypatch.setenv("TMPDIR", "/nowhere")
-    with pytest.raises(ValueError, match=r"no place for the sockets.*/nowhere, /tmp, /var/tmp, /dev/shm.*TMPDIR"):
-        launch.make_run_directory()

@@ -1,4 +1,4 @@
-"""Run a decoder in tests without workers: plain attention over whole sequences, and tensor parallelism in threads."""
+"""Decoders in tests without workers: plain attention over whole sequences, and tensor parallelism in threads."""
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -35,7 +35,7 @@ class FullAttention:
 
 
 class SumOverThreads:
-    """all_reduce among the threads of one stage, in order of rank, so that runs repeat exactly."""
+    """All-reduce among the threads of one stage, in rank order, so that runs are reproducible."""
 
     def __init__(self, num_ranks: int) -> None:
         self._barrier, self._parts = Barrier(num_ranks, timeout=DEADLINE), [torch.empty(0)] * num_ranks
@@ -62,7 +62,7 @@ class RankOfThreads:
 
 
 def run_threads(group: SumOverThreads, work: Callable[[int], None], num_ranks: int) -> None:
-    """Runs work(rank) for all ranks at once; the first error of a thread is raised here."""
+    """Runs work(rank) for all ranks concurrently; raises the first error of a thread."""
     errors: list[BaseException] = []
 
     def guarded(rank: int) -> None:
@@ -102,7 +102,7 @@ def decode_all(
 
 
 def run_stage(spec: ModelSpec, shards: list[StageWeights], hidden_TH: Tensor, token_T: Tensor) -> tuple[Tensor, Tensor]:
-    """(hidden states after the stage, logits if it is the last one), all shards at once."""
+    """(hidden states after the stage, logits if it is the last one), with all shards in parallel."""
     position_T = torch.arange(len(token_T))
     group = SumOverThreads(len(shards))
     hidden = [hidden_TH.clone() for _ in shards]

@@ -1,4 +1,4 @@
-"""The decoder computes what transformers computes, for every family and however it is split."""
+"""Logits of the decoder equal those of transformers, for every family and every split."""
 
 from pathlib import Path
 from typing import Any
@@ -8,37 +8,15 @@ import pytest
 import torch
 
 from hetis.core.model_spec import ModelSpec
-from hetis.core.plan import AttentionWorker, Plan, Primary, Stage, split_evenly
+from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
+from hetis.core.plan_sources import split_evenly
 from hetis.core.spans import spans
 from hetis.models.families import read_model_spec
 from tests.checkpoints import FAMILIES, load_reference, make_checkpoint, reference_logits
 from tests.models.reference import decode_all
 
-PROMPT = [
-    5,
-    17,
-    300,
-    2,
-    2,
-    99,
-    41,
-    330,
-    7,
-    250,
-    0,
-    18,
-    64,
-    129,
-    3,
-    77,
-    199,
-    200,
-    9,
-    9,
-    201,
-    33,
-    54,
-]  # 199 | 200: `uneven`
+# tokens 199 and 200 are in different shards of `uneven`
+PROMPT = [5, 17, 300, 2, 2, 99, 41, 330, 7, 250, 0, 18, 64, 129, 3, 77, 199, 200, 9, 9, 201, 33, 54]
 
 
 class Case:
@@ -64,7 +42,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def uneven(spec: ModelSpec, num_stages: int) -> Plan:
-    """One or two stages, two primaries each; no share is half. Of one group the second has none."""
+    """Plan of one or two stages with two primaries each; shares are unequal, and a single head group is the first's."""
 
     def primaries(first_rank: int) -> tuple[Primary, ...]:
         group, column, row = max(1, spec.num_head_groups - 2), 37, 200
@@ -85,12 +63,12 @@ def uneven(spec: ModelSpec, num_stages: int) -> Plan:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_early_token_moves_the_last_logits(cases: Any, family: str) -> None:
+def test_an_early_token_changes_the_last_logits(cases: Any, family: str) -> None:
     case = cases(family)
-    moved = reference_logits(case.model, [PROMPT[0], PROMPT[1] + 1, *PROMPT[2:]])[-1] - case.logits_TV[-1]
+    difference = reference_logits(case.model, [PROMPT[0], PROMPT[1] + 1, *PROMPT[2:]])[-1] - case.logits_TV[-1]
     window = max(case.spec.windows)
     reach = len(PROMPT) if min(case.spec.windows) == 0 else window * case.spec.num_layers
-    assert moved.abs().max() > (0.3 if reach >= len(PROMPT) else 0.01)
+    assert difference.abs().max() > (0.3 if reach >= len(PROMPT) else 0.01)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,7 +111,7 @@ def test_five_shards_of_one_group_each(cases: Any) -> None:
 
 
 def test_two_stages_are_bit_identical_to_one(cases: Any) -> None:
-    """A stage border only moves the residual stream from one buffer to another."""
+    """A stage border only copies the residual stream from one buffer to another."""
     case = cases("mqa")
     plan = split_evenly("1+0", case.spec)
     stages = tuple(msgspec.structs.replace(plan.stages[0], layers=span) for span in ((0, 1), (1, case.spec.num_layers)))
@@ -143,9 +121,9 @@ def test_two_stages_are_bit_identical_to_one(cases: Any) -> None:
 
 
 def sparse(spec: ModelSpec) -> Plan:
-    """Three stages in which every kind of share is empty on some rank, and some ranks have but one kind.
+    """Plan of three stages in which every kind of share is empty on some rank, and some ranks have only one kind.
 
-    The first rank of a stage adds the biases of row-parallel layers, also where it has nothing of the layer.
+    The first rank of a stage adds the biases of row-parallel layers even if it has no share of the layer.
     """
 
     def stage(first_rank: int, layer: int, *shares: tuple[int, int, int]) -> Stage:

@@ -1,4 +1,4 @@
-"""config.json, old and new, becomes the ModelSpec that transformers would build; what is not computed is refused."""
+"""Old and new forms of config.json give the spec that transformers uses; unsupported settings are refused."""
 
 import json
 import subprocess
@@ -104,7 +104,7 @@ def test_llama_31_as_on_the_hub(tmp_path: Path) -> None:
     assert (spec.qkv_bias, spec.mlp_bias, spec.tied_embeddings, spec.qk_norm) == (False,) * 4
 
 
-def test_what_a_config_leaves_out_is_what_transformers_assumes(tmp_path: Path) -> None:
+def test_defaults_of_absent_keys_are_those_of_transformers(tmp_path: Path) -> None:
     spec = read_model_spec(write(tmp_path, LLAMA_2))
     assert (spec.num_head_groups, spec.queries_per_group) == (32, 1)
     assert spec.rope == RopeSpec(theta=10000.0, rotary_dim=128)
@@ -189,7 +189,9 @@ def test_opt(tmp_path: Path) -> None:
         (OPT, {"_remove_final_layer_norm": True}, ["_remove_final_layer_norm"]),
     ],
 )
-def test_refused(tmp_path: Path, base: dict[str, Any], change: dict[str, Any], words: list[str]) -> None:
+def test_unsupported_and_malformed_configs_are_refused(
+    tmp_path: Path, base: dict[str, Any], change: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(ValueError) as refused:
         read_model_spec(write(tmp_path, base | change))
     message = str(refused.value)
@@ -199,7 +201,7 @@ def test_refused(tmp_path: Path, base: dict[str, Any], change: dict[str, Any], w
     assert message.endswith(".")
 
 
-def test_missing_keys(tmp_path: Path) -> None:
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config.json: vocab_size is missing; it must be a whole number"):
         read_model_spec(write(tmp_path, {key: value for key, value in OPT.items() if key != "vocab_size"}))
 
@@ -210,7 +212,7 @@ def test_either_key_of_the_dtype(tmp_path: Path) -> None:
     assert read_model_spec(write(tmp_path, OPT | {"dtype": None, "torch_dtype": None})).dtype == "float32"
 
 
-def test_dtype_auto_is_the_checkpoint_s(tmp_path: Path) -> None:
+def test_dtype_auto_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     spec = read_model_spec(write(tmp_path, OPT))
     assert resolve_dtype("auto", spec) == "float16"
     assert resolve_dtype("bfloat16", spec) == "bfloat16"
@@ -219,7 +221,7 @@ def test_dtype_auto_is_the_checkpoint_s(tmp_path: Path) -> None:
 
 
 def test_reading_a_spec_needs_no_torch() -> None:
-    """Front ends and the driver's parent read it, and start faster for it."""
+    """Front ends and launchers read it, and start faster without torch."""
     code = """
 import sys
 import hetis.models.families, hetis.models.hub, hetis.models.end_tokens, hetis.models.weight_files

@@ -1,4 +1,4 @@
-"""Finding a model: packaged, local, or on the hub (never asked for real here)."""
+"""Location of a model: packaged, local, or on the hub, which is replaced here."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_a_directory_is_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["/no/such/directory", "./here", "a/b/c", "", "has space/x"])
-def test_what_is_no_directory_and_no_hub_id_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_neither_a_directory_nor_a_hub_id_are_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match="neither an existing directory nor a hub id"):
         resolve_model(model)
@@ -33,12 +33,12 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_a_revision_of_what_has_none_is_refused(local: bool, tmp_path: Path) -> None:
+def test_a_revision_of_a_local_model_is_refused(local: bool, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^revision 'v9': .* has no revisions"):
         resolve_model(str(tmp_path) if local else None, "v9")
 
 
-def test_a_tokenizer_is_called_one() -> None:
+def test_errors_about_a_tokenizer_say_tokenizer() -> None:
     with pytest.raises(ValueError, match=r"^tokenizer '/no/such' is neither"):
         resolve_model("/no/such", what="tokenizer")
 
@@ -68,7 +68,7 @@ def test_only_data_is_downloaded(weights: bool, tmp_path: Path, monkeypatch: pyt
         (ConnectionError, "check the network or give a directory"),
     ],
 )
-def test_errors_of_the_hub_say_what_to_do(error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_hub_have_a_remedy(error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_: Any, **__: Any) -> str:
         raise error.__new__(error)
 
@@ -103,11 +103,11 @@ def test_a_directory_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: p
         resolve_model(str(tmp_path))
 
 
-def test_a_pipe_among_the_files_is_refused_and_a_dead_link_is_not(tmp_path: Path) -> None:
-    """Reading it would wait for ever."""
+def test_a_pipe_among_the_files_is_refused_and_a_broken_link_is_not(tmp_path: Path) -> None:
+    """Reading a pipe would block."""
     (tmp_path / "tokenizer.json").symlink_to("nowhere")
     os.mkfifo(tmp_path / "notes")
     assert resolve_model(str(tmp_path)) == tmp_path
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(ValueError, match=r"config.json, a pipe, socket or device and no file"):
+    with pytest.raises(ValueError, match=r"config.json, a pipe, socket or device instead of a file"):
         resolve_model(str(tmp_path))

@@ -1,6 +1,6 @@
-"""Configs of well-known checkpoints, as they stand on the hub: the right spec, or a sentence that says why not.
+"""Configs of well-known checkpoints on the hub: the correct spec, or an error that says what is not supported.
 
-Only keys that matter to a decoder, and those that could be taken for one.
+Only keys that matter to a decoder, and keys that could be mistaken for one.
 """
 
 import json
@@ -81,7 +81,7 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"
 QWEN25_7B = qwen25(3584, 18944, 28, 28, 4, tie_word_embeddings=False)
 MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05}
 
-# name -> (config, what must come out: groups, head_dim, positions, tied, kind of rope, theta, window)
+# name -> (config, expected: groups, head_dim, positions, tied, kind of rope, theta, window)
 CHECKPOINTS: dict[str, tuple[Config, tuple[int, int, int, bool, str, float, int]]] = {
     "Qwen2.5-0.5B": (
         qwen25(896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True),
@@ -269,7 +269,7 @@ def outcome(spec: ModelSpec) -> tuple[int, int, int, bool, str, float, int]:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_known_checkpoint_is_read_as_it_is(tmp_path: Path, name: str) -> None:
+def test_specs_of_known_checkpoints(tmp_path: Path, name: str) -> None:
     config, expected = CHECKPOINTS[name]
     spec = read_model_spec(write(tmp_path, config))
     assert outcome(spec) == expected
@@ -308,7 +308,7 @@ def test_opt_125m_and_2_7b(tmp_path: Path, hidden: int, layers: int, heads: int,
         (decoder("llama", 3200, 8640, 26, 32, 32000), ["head_dim is 100", "hidden_size 3200"]),  # open_llama_3b
     ],
 )
-def test_a_checkpoint_that_needs_more_is_refused(tmp_path: Path, config: Config, words: list[str]) -> None:
+def test_unsupported_checkpoints_are_refused(tmp_path: Path, config: Config, words: list[str]) -> None:
     with pytest.raises(ValueError) as refused:
         read_model_spec(write(tmp_path, config))
     message = str(refused.value)

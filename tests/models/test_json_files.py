@@ -1,4 +1,4 @@
-"""Files of a checkpoint that are not what they should be: one sentence that names the file and the key, always."""
+"""Malformed files of a checkpoint: every error is one sentence that names the file and the key."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ _DELETED = object()
 
 @st.composite
 def mutated(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
-    """A config with one value, also inside its rope, replaced or deleted; and the key."""
+    """A config with one value replaced or deleted, possibly inside its rope, and the key of that value."""
     config = json.loads(json.dumps(draw(st.sampled_from(CONFIGS))))
     target = config
     key = draw(st.sampled_from(sorted(config)))
@@ -63,7 +63,9 @@ def mutated(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
     max_examples=600, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(mutated())
-def test_any_value_of_a_config_gives_a_spec_or_a_sentence(tmp_path: Path, case: tuple[dict[str, Any], str]) -> None:
+def test_any_value_in_a_config_gives_a_spec_or_an_error_of_one_sentence(
+    tmp_path: Path, case: tuple[dict[str, Any], str]
+) -> None:
     config, key = case
     (tmp_path / "config.json").write_text(json.dumps(config))
     try:
@@ -77,7 +79,7 @@ def test_any_value_of_a_config_gives_a_spec_or_a_sentence(tmp_path: Path, case: 
         message.encode("utf-8")  # it can be printed
         assert message.isprintable(), message
     else:
-        assert msgspec.json.decode(msgspec.json.encode(spec), type=ModelSpec) == spec  # the driver will read it so
+        assert msgspec.json.decode(msgspec.json.encode(spec), type=ModelSpec) == spec  # as the driver reads it
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_any_value_of_a_config_gives_a_spec_or_a_sentence(tmp_path: Path, case: 
         (b'"text"', "not a JSON object"),
     ],
 )
-def test_files_that_are_no_object(tmp_path: Path, content: bytes, words: str) -> None:
+def test_files_without_an_object_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=words) as refused:
         read_model_spec(tmp_path)
@@ -101,7 +103,7 @@ def test_files_that_are_no_object(tmp_path: Path, content: bytes, words: str) ->
     assert "\n" not in str(refused.value)
 
 
-def test_a_file_that_is_none(tmp_path: Path) -> None:
+def test_missing_files_and_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config.json does not exist; give a directory"):
         read_model_spec(tmp_path)
     (tmp_path / "config.json").mkdir()
@@ -109,7 +111,7 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
         read_model_spec(tmp_path)
 
 
-def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_object(tmp_path / "config.json") == {"a": 1}
 

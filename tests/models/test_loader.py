@@ -1,4 +1,4 @@
-"""Loading: exact slices, little memory, and one clear sentence for every broken checkpoint."""
+"""Loading of weights: exact slices, bounded memory, and an error of one sentence for every broken checkpoint."""
 
 import json
 import shutil
@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hetis.core.plan import Plan, split_evenly
+from hetis.core.plan import Plan
+from hetis.core.plan_sources import split_evenly
 from hetis.cost.footprint import weight_bytes
 from hetis.models.families import read_model_spec
 from hetis.models.layers import StageWeights
@@ -54,7 +55,7 @@ def copy(source: Path, target: Path) -> Path:
 
 
 def change(directory: Path, edit: Callable[[dict[str, Tensor]], None]) -> Path:
-    """Rewrite the tensors of a copied checkpoint."""
+    """Rewrites the tensors of a copied checkpoint."""
     tensors = load_file(directory / "model.safetensors")
     edit(tensors)
     save_file(tensors, directory / "model.safetensors")
@@ -65,7 +66,7 @@ def change(directory: Path, edit: Callable[[dict[str, Tensor]], None]) -> Path:
 
 
 def test_fused_layouts(llama: Path) -> None:
-    """Per group: its query heads, key, value; then gate before up; shards are slices of the whole."""
+    """QKV has query heads, key and value per group; gate precedes up; shards are slices of the whole."""
     spec, tensors = read_model_spec(llama), load_file(llama / "model.safetensors")
     q, k, v = (tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
     weights = load(llama, "2+0", rank=1).layers[1]
@@ -97,13 +98,14 @@ def test_the_ledger_counts_exactly_the_loaded_weights(tmp_path: Path, family: st
     spec = read_model_spec(directory)
     for plan in (uneven(spec, 2), sparse(spec)):
         for stage_index, stage in enumerate(plan.stages):
-            for rank in range(len(stage.primaries)):
-                weights = load(directory, plan, stage_index, rank, dtype=torch.bfloat16)
+            for tp_index, primary in enumerate(stage.primaries):
+                weights = load(directory, plan, stage_index, tp_index, dtype=torch.bfloat16)
                 unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(weights) if tensor.nbytes}
-                assert sum(unique.values()) == weight_bytes(spec, plan, stage_index, rank, "bfloat16")
+                assert sum(unique.values()) == weight_bytes(spec, plan, primary, "bfloat16")
     whole = load(directory, dtype=torch.bfloat16)
     unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(whole)}
-    assert sum(unique.values()) == weight_bytes(spec, split_evenly("1+0", spec), 0, 0, "bfloat16")
+    alone = split_evenly("1+0", spec)
+    assert sum(unique.values()) == weight_bytes(spec, alone, alone.primaries[0], "bfloat16")
 
 
 def test_a_tied_head_is_the_embedding_itself(tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_many_files_with_an_index(llama: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(load(llama)), tensors_of(load(directory)), strict=True))
 
 
-def test_names_without_prefix_and_harmless_extras(opt: Path, tmp_path: Path) -> None:
+def test_names_without_prefix_and_ignored_tensors(opt: Path, tmp_path: Path) -> None:
     def edit(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
             tensors[name.removeprefix("model.")] = tensors.pop(name)
@@ -168,7 +170,7 @@ _MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from hetis.core.plan import split_evenly
+from hetis.core.plan_sources import split_evenly
 from hetis.models.families import read_model_spec
 from hetis.models.loader import load_weights
 from tests.models.reference import tensors_of
@@ -179,7 +181,7 @@ def status(key):
 directory, plan, dtype, load_format = Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3]), sys.argv[4]
 spec = read_model_spec(directory)
 torch.empty(1).normal_()
-open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM
 before = status("VmRSS")
 weights = load_weights(spec, split_evenly(plan, spec), 0, 0, directory, dtype, torch.device("cpu"), load_format)
 peak = status("VmHWM") - before
@@ -215,7 +217,7 @@ def test_peak_memory_is_what_is_kept_and_the_largest_tensor(
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, kept = map(int, result.stdout.split())
     largest = 8192 * 1024 * 4
-    table = 2 * 2**21 * 4 if load_format == "dummy" else 0  # what dummy weights are cut from
+    table = 2 * 2**21 * 4 if load_format == "dummy" else 0  # of random values that dummy weights are copied from
     assert peak <= kept + largest + table + 8 * 2**20  # a few megabytes for code that is touched for the first time
     assert peak >= kept
 

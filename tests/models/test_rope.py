@@ -1,4 +1,4 @@
-"""Scaled rope in every written form: logits of transformers beyond the original length, and vLLM's usable length."""
+"""Scaled rope in every form of config.json: transformers' logits beyond the original length, vLLM's longest length."""
 
 import json
 import random
@@ -11,7 +11,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hetis.core.model_spec import RopeSpec
-from hetis.core.plan import split_evenly
+from hetis.core.plan_sources import split_evenly
 from hetis.core.sampling_params import SamplingParams
 from hetis.models.families import read_model_spec
 from hetis.models.layers import rope_frequencies, rope_table
@@ -104,16 +104,16 @@ def test_logits_beyond_the_original_length_equal_those_of_transformers(
     torch.testing.assert_close(logits_TV, expected_TV, rtol=0, atol=1e-4)
 
 
-def test_attn_factor_multiplies_what_is_inferred(checkpoint: Path, tmp_path: Path) -> None:
-    """transformers passes over this key, and so it has to be told the product."""
+def test_attn_factor_multiplies_the_inferred_factor(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers ignores this key, so that the reference gets the product as attention_factor."""
     yarn = {"type": "yarn"} | YARN
     spec = read_model_spec(with_rope(checkpoint, tmp_path, rope_scaling=yarn | {"attn_factor": 0.8782488562869419}))
     assert spec.rope is not None
     assert spec.rope.attention_factor == pytest.approx(1.0, abs=1e-6)
-    (tmp_path / "told").mkdir()
-    told = with_rope(checkpoint, tmp_path / "told", rope_scaling=yarn | {"attention_factor": 1.0})
+    (tmp_path / "product").mkdir()
+    product = with_rope(checkpoint, tmp_path / "product", rope_scaling=yarn | {"attention_factor": 1.0})
     logits_TV = decode_all(spec, split_evenly("1+0", spec), tmp_path, tokens(100))
-    torch.testing.assert_close(logits_TV, reference_logits(load_reference(told), tokens(100)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits_TV, reference_logits(load_reference(product), tokens(100)), rtol=0, atol=1e-4)
     both = yarn | {"attn_factor": 0.5, "attention_factor": 1.25}
     (tmp_path / "both").mkdir()
     spec = read_model_spec(with_rope(checkpoint, tmp_path / "both", rope_scaling=both))
@@ -122,7 +122,7 @@ def test_attn_factor_multiplies_what_is_inferred(checkpoint: Path, tmp_path: Pat
 
 
 def test_dynamic_rope_is_that_of_transformers_at_the_longest_length(checkpoint: Path, tmp_path: Path) -> None:
-    """transformers computes the table anew for every length; the fixed one is that of the longest sequence."""
+    """transformers computes a table for every length; hetis uses that of the longest sequence."""
     keys = {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_theta": 500.0}
     directory = with_rope(checkpoint, tmp_path, **keys)
     spec = read_model_spec(directory)
@@ -148,7 +148,7 @@ def test_dynamic_rope_of_shorter_sequences_has_the_same_base(checkpoint: Path, t
 
 @pytest.mark.parametrize("kind", ["yarn", "linear"])
 def test_a_fleet_decodes_past_the_original_length(checkpoint: Path, tmp_path: Path, kind: str) -> None:
-    """Prompts before, across and behind it, lanes on a worker; the longest context follows from the rope."""
+    """Prompts below, across and beyond that length, with lanes on a worker; max_model_len follows from the rope."""
     directory = with_rope(checkpoint, tmp_path, rope_scaling={"type": kind} | YARN, rope_theta=500.0)
     model = load_reference(directory)
     prompts = [tokens(count) for count in (50, 61, 150)]
@@ -187,7 +187,7 @@ def test_a_fleet_decodes_past_the_original_length(checkpoint: Path, tmp_path: Pa
         ({"full_attention": {"rope_type": "default"}}, ["differs by layer", "full_attention"]),
     ],
 )
-def test_rope_that_is_not_computed_is_refused(
+def test_unsupported_rope_is_refused(
     checkpoint: Path, tmp_path: Path, scaling: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(ValueError) as refused:

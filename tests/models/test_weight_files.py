@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint holds: LM heads of their own where config.json says tied, indexes that are none."""
+"""Tensors of a checkpoint: LM heads that differ from the embedding that config.json ties, and malformed indexes."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hetis.core.plan import split_evenly
+from hetis.core.plan_sources import split_evenly
 from hetis.core.sampling_params import SamplingParams
 from hetis.cost.footprint import weight_bytes
 from hetis.models.families import read_model_spec
@@ -28,7 +28,7 @@ NUM_PARTS = 3
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tied checkpoint whose embedding takes several blocks of the comparison."""
+    """A tied checkpoint whose embedding spans several blocks of the comparison."""
     directory = tmp_path_factory.mktemp("tied")
     return make_checkpoint(directory, "qwen3", vocab_size=5000, num_hidden_layers=2)
 
@@ -80,10 +80,10 @@ def test_the_ledger_counts_a_head_of_its_own(tied: Path, tmp_path: Path) -> None
     directory = with_head(tied, tmp_path, embedding_of(tied) + 1)
     spec = with_own_head(read_model_spec(directory), directory)
     for plan in (split_evenly("1+0", spec), uneven(spec, 1)):
-        for rank in range(len(plan.stages[0].primaries)):
-            weights = load_weights(spec, plan, 0, rank, directory, torch.float32, CPU)
+        for tp_index, primary in enumerate(plan.primaries):
+            weights = load_weights(spec, plan, 0, tp_index, directory, torch.float32, CPU)
             unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(weights)}
-            assert sum(unique.values()) == weight_bytes(spec, plan, 0, rank, "float32")
+            assert sum(unique.values()) == weight_bytes(spec, plan, primary, "float32")
 
 
 def test_a_fleet_generates_with_the_head_that_differs(tied: Path, tmp_path: Path) -> None:
@@ -105,14 +105,14 @@ def test_equal_values_stay_tied_in_memory(tied: Path, tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize("place", [(0, 0), (2500, 64), (4999, 127)])
-def test_one_value_is_a_difference(tied: Path, tmp_path: Path, place: tuple[int, int]) -> None:
+def test_a_head_that_differs_in_one_value_is_used(tied: Path, tmp_path: Path, place: tuple[int, int]) -> None:
     head = embedding_of(tied).clone()
     head[place] += 1
     directory = with_head(tied, tmp_path, head)
     assert not with_own_head(read_model_spec(directory), directory).tied_embeddings
 
 
-def test_another_dtype_is_a_difference(tied: Path, tmp_path: Path) -> None:
+def test_a_head_of_another_dtype_is_used(tied: Path, tmp_path: Path) -> None:
     directory = with_head(tied, tmp_path, embedding_of(tied).half())
     spec = with_own_head(read_model_spec(directory), directory)
     assert not spec.tied_embeddings
@@ -121,7 +121,7 @@ def test_another_dtype_is_a_difference(tied: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logits_TV, expected_TV, rtol=0, atol=1e-4)
 
 
-def test_either_tensor_alone_is_both(tied: Path, tmp_path: Path) -> None:
+def test_either_tensor_alone_serves_as_both(tied: Path, tmp_path: Path) -> None:
     for name in ("embedding", "head"):
         (tmp_path / name).mkdir()
     alone = with_head(tied, tmp_path / "embedding", None)
@@ -141,7 +141,7 @@ def test_either_tensor_alone_is_both(tied: Path, tmp_path: Path) -> None:
         (torch.ones(5000, 128, dtype=torch.int8), ["lm_head.weight", "I8", "unquantised"]),
     ],
 )
-def test_a_head_that_cannot_be_one_is_refused(tied: Path, tmp_path: Path, head: Tensor, words: list[str]) -> None:
+def test_a_head_of_wrong_shape_or_dtype_is_refused(tied: Path, tmp_path: Path, head: Tensor, words: list[str]) -> None:
     directory = with_head(tied, tmp_path, head)
     with pytest.raises(ValueError) as refused:
         with_own_head(read_model_spec(directory), directory)
@@ -166,7 +166,7 @@ def test_a_head_that_cannot_be_one_is_refused(tied: Path, tmp_path: Path, head: 
         ([], ["not a JSON object"]),
     ],
 )
-def test_an_index_that_is_none_is_refused(tied: Path, tmp_path: Path, index: Any, words: list[str]) -> None:
+def test_malformed_indexes_are_refused(tied: Path, tmp_path: Path, index: Any, words: list[str]) -> None:
     directory = with_head(tied, tmp_path, None)
     (directory / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError) as refused:

@@ -1,4 +1,4 @@
-"""Limits of control groups, read from file trees as kernels show them, and from a real group where one can be made."""
+"""Limits of control groups: from file trees like those of the kernel, and from a real group where one can be made."""
 
 import math
 import os
@@ -26,7 +26,7 @@ V1_GROUPS = "8:cpu,cpuacct:{path}\n4:memory:{path}\n1:name=systemd:{path}\n"
 
 
 class Host:
-    """A root directory with a /proc and a /sys of our making."""
+    """A root directory with a /proc and a /sys of the test."""
 
     def __init__(self, root: Path, groups: str, mounts: str) -> None:
         self.root = root

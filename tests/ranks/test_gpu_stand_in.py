@@ -1,4 +1,4 @@
-"""Whole ranks on a stand-in of a GPU: what Python does there, from the first made-up step to the last measurement."""
+"""Whole ranks on a stand-in of a GPU: the Python code of a GPU's ranks, from warm-up to the last measurement."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def build_warm_up_and_measure(setup: Setup, rank: int, *arguments: Any) -> Any:
     return member
 
 
-def test_answers_are_those_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_equal_those_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make_checkpoint(tmp_path, "five_groups", max_position_embeddings=512)
     expected = generate(directory, "cpu")
     monkeypatch.setattr(local_fleet, "build_member", build_warm_up_and_measure)

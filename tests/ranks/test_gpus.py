@@ -1,4 +1,4 @@
-"""Which GPUs are taken, and what is set for them; torch's answers are given by the tests."""
+"""Choice of GPUs and their settings; results of torch.cuda are replaced."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "compute_90"]
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], built_for: list[str] = WHEEL) -> None:
-    """This host has GPUs of these compute capabilities."""
+    """Makes torch report GPUs of these compute capabilities."""
     cuda = {
         "is_available": lambda: bool(capabilities),
         "device_count": lambda: len(capabilities),
@@ -33,7 +33,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], bui
 
 
 @pytest.fixture(autouse=True)
-def same_settings_afterwards() -> Iterator[None]:
+def restore_settings() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
     yield
@@ -50,7 +50,7 @@ def test_a_gpu_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("capability", [(6, 0), (7, 0), (7, 5)])
-def test_an_old_gpu_is_refused_by_name_and_passed_over_by_auto(
+def test_an_old_gpu_is_refused_if_named_and_skipped_by_auto(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretend(monkeypatch, capability)
@@ -66,12 +66,12 @@ def test_an_old_gpu_is_refused_by_name_and_passed_over_by_auto(
 
 def test_a_torch_without_code_for_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (8, 0), built_for=["sm_90", "sm_100"])
-    with pytest.raises(ValueError, match=r"compute capability 8\.0, and torch was built for sm_90 sm_100 alone"):
+    with pytest.raises(ValueError, match=r"compute capability 8\.0, and torch was built for sm_90 sm_100 only"):
         prepare_device("cuda:0", 1)
     assert choose_device("auto", 0) == "cpu"
 
 
-def test_a_broken_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_with_a_broken_driver_is_refused_if_named_and_skipped_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(device: object) -> str:
         raise RuntimeError("The NVIDIA driver on your system is too old\nand so on")
 
@@ -82,7 +82,7 @@ def test_a_broken_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare_device("cuda:0", 1)
 
 
-def test_devices_that_are_named_are_taken_or_refused_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_devices_are_used_or_refused_and_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (9, 0))
     assert [choose_device("auto", local_rank) for local_rank in range(2)] == ["cuda:0", "cpu"]
     assert [choose_device(wanted, 1) for wanted in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
@@ -100,17 +100,19 @@ def test_devices_that_are_named_are_taken_or_refused_never_replaced(monkeypatch:
         ((9, 0), ["sm_80", "compute_80"], True),  # PTX is compiled when it is loaded
         ((7, 5), ["compute_80"], False),
         ((9, 0), ["sm_90a"], True),
-        ((10, 3), ["sm_100a"], False),  # features of 10.0 alone
+        ((10, 3), ["sm_100a"], False),  # features of 10.0 only
         ((12, 0), ["sm_90", "sm_120"], True),
         ((12, 1), ["sm_100", "sm_120"], True),
         ((8, 0), [], False),
     ],
 )
-def test_what_code_runs_where(capability: tuple[int, int], architectures: list[str], runs: bool) -> None:
+def test_code_runs_on_gpus_it_is_compatible_with(
+    capability: tuple[int, int], architectures: list[str], runs: bool
+) -> None:
     assert is_built_for(capability, architectures) is runs
 
 
-def test_a_rank_tells_which_gpu_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_describes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (8, 0), (8, 9))
     monkeypatch.setattr(build, "nccl_version", lambda: "2.28.9")
     info = describe_device(3, torch.device("cuda:1"), "10.0.0.1", "host")
@@ -123,7 +125,7 @@ def test_a_rank_tells_which_gpu_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (cpu.gpu, cpu.capability, cpu.nccl, cpu.place) == ("", (0, 0), "", (cpu.host, "cpu"))
 
 
-def test_nccl_is_asked_only_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_version_of_builds_with_and_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "_nccl_version", raising=False)
     assert nccl_version() == ""
     monkeypatch.setattr(torch._C, "_nccl_version", lambda: 2 << 32 | 28 << 16 | 9, raising=False)
@@ -131,8 +133,8 @@ def test_nccl_is_asked_only_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) 
     assert nccl_version() == "2.28.9"
 
 
-def test_nccl_uses_the_interface_of_the_rank_s_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")  # so that it is as before afterwards
+def test_nccl_uses_the_interface_of_the_address_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")  # so that monkeypatch restores it
     monkeypatch.delenv("NCCL_SOCKET_IFNAME")
     use_interface_of("192.0.2.77")  # of no interface
     assert "NCCL_SOCKET_IFNAME" not in os.environ
@@ -140,4 +142,4 @@ def test_nccl_uses_the_interface_of_the_rank_s_address(monkeypatch: pytest.Monke
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
     use_interface_of("127.0.0.1")
-    assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7", "the user knows better"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7", "the user's choice stays"

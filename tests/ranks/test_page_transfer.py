@@ -1,20 +1,28 @@
-"""Both ends of every link agree about what travels, and pages end where they belong."""
+"""Both ends of every link agree on the pages that it carries, and pages end in the cells where they belong."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import numpy as np
 import pytest
 import torch
 
-from hetis.cache.migration import Haul, pack_hauls
-from hetis.core.messages import PageDelta, StepCommand
+from hetis.comm.links.base import Link
+from hetis.comm.links.local import local_pair
+from hetis.core.batch import Batch
+from hetis.core.messages.step_command import PageEntries, PageTransfer, Step, decode, encode
 from hetis.core.placement import PoolId
-from hetis.ranks.page_transfer import LinkHaul, hauls_of, primary_hauls, worker_haul
+from hetis.core.plan import Primary
+from hetis.core.step_times import Activity
+from hetis.ranks.page_transfer import HomeTransfers, WorkerTransfers
 from hetis.ranks.pool import PagePool
+from tests.ranks.unbuffered_link import unbuffered_pair
 
 HOMES = {0: (0, 3), 1: (3, 5)}  # rank -> its head groups
 WORKERS = [2, 3, 4]
 GROUPS, SLOTS, PAGES, LAYERS, PAGE_SIZE, HEAD_DIM = 5, 4, 160, 2, 4, 8
+MAX_BYTES = PAGES * 2 * PAGE_SIZE * HEAD_DIM * 4
 
 
 def make_pool(rank: int, random: Random) -> PagePool:
@@ -25,67 +33,81 @@ def make_pool(rank: int, random: Random) -> PagePool:
         num_pages=PAGES,
         page_size=PAGE_SIZE,
         head_dim=HEAD_DIM,
-        num_rows=SLOTS * GROUPS,
+        num_lanes=SLOTS * GROUPS,
         max_model_len=8 * PAGE_SIZE,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
     pool.pages_L2PSD.copy_(torch.randn(pool.pages_L2PSD.shape, generator=torch.Generator().manual_seed(rank)))
-    cells = [(row, index) for row in range(SLOTS * GROUPS) for index in range(8)]
-    pages = random.sample(range(PAGES), PAGES)
-    entries = np.array([(*cell, page) for cell, page in zip(cells, pages, strict=True)], dtype=np.int32)
-    pool.apply([PageDelta(rank=rank, stage=0, entries=entries.tobytes())])
+    lanes, indices = np.divmod(np.arange(PAGES, dtype=np.int32), 8)
+    pool.apply(PageEntries(lanes, indices, np.array(random.sample(range(PAGES), PAGES), dtype=np.int32)))
     return pool
 
 
-def random_hauls(random: Random) -> list[Haul]:
+def random_transfers(random: Random) -> list[PageTransfer]:
     """A lane takes part once at most, as in a real step."""
-    hauls = []
-    for row in random.sample(range(SLOTS * GROUPS), random.randint(0, 15)):
-        home = 0 if row % GROUPS < 3 else 1
+    transfers = []
+    for lane in random.sample(range(SLOTS * GROUPS), random.randint(0, 15)):
+        home = 0 if lane % GROUPS < 3 else 1
         source, target = random.sample([home, *WORKERS], 2)
         first = random.randint(0, 7)
-        hauls.append(Haul(0, row, source, target, first, random.randint(first + 1, 8)))
-    return [*hauls, Haul(1, 0, 0, 2, 0, 1)]  # one of another stage
+        transfers.append(PageTransfer(0, lane, source, target, first, random.randint(first + 1, 8)))
+    return [*transfers, PageTransfer(1, 0, 0, 2, 0, 1)]  # one of another stage
 
 
-def command_with(hauls: list[Haul]) -> StepCommand:
-    nothing = {"landed": b"", "slots": b"", "starts": b"", "counts": b"", "tokens": b"", "sampled": b""}
-    return StepCommand(step=0, released=[], admitted=[], pages=[], num_decode=0, hauls=pack_hauls(hauls), **nothing)
+def step_with(transfers: list[PageTransfer], rank: int) -> Step:
+    return decode(encode(0, Batch(rows=[], admitted=[], released=[]), transfers=transfers), rank)
 
 
-def message(num_pages: int) -> torch.Tensor:
-    return torch.full((num_pages, 1, 2, PAGE_SIZE, HEAD_DIM), torch.nan)
+def primary(rank: int) -> Primary:
+    return Primary(rank=rank, device="cpu", groups=HOMES[rank], mlp_columns=(0, 0), vocab_rows=(0, 0))
 
 
-def carry(here: LinkHaul, there: LinkHaul, layer: int) -> None:
-    """One message from one end to the other."""
-    assert here.num_out == there.num_in
-    pages = message(here.num_out)
-    here.write(layer, pages)
-    there.read(layer, pages)
+def lap(activity: Activity) -> None:
+    assert activity in (Activity.WAIT, Activity.MIGRATION)
 
 
+def exchange(
+    transfers: list[PageTransfer], pools: dict[int, PagePool], pair: Callable[..., tuple[Link, Link]]
+) -> dict[int, int]:
+    """All layers of a step, each rank on a thread of its own. Pages of a layer that each rank counts."""
+    ends = {(home, worker): pair(MAX_BYTES, MAX_BYTES) for home in HOMES for worker in WORKERS}
+    ranks: dict[int, HomeTransfers | WorkerTransfers] = {}
+    for home, groups in HOMES.items():
+        links = {worker: ends[home, worker][0] for worker in WORKERS}
+        ranks[home] = HomeTransfers(pools[home], links, groups, GROUPS, lap)
+    for worker in WORKERS:
+        homes = [(primary(home), ends[home, worker][1]) for home in HOMES]
+        ranks[worker] = WorkerTransfers(pools[worker], homes, GROUPS, lap)
+
+    def run(rank: HomeTransfers | WorkerTransfers) -> int:
+        rank.begin(step_with(transfers, rank=0))
+        for layer in range(LAYERS):
+            rank.exchange(layer)
+        return rank.num_pages
+
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        return dict(zip(ranks, threads.map(run, ranks.values()), strict=True))
+
+
+@pytest.mark.parametrize("pair", [local_pair, unbuffered_pair])
 @pytest.mark.parametrize("seed", range(30))
-def test_pages_arrive_where_they_belong(seed: int):
+def test_pages_arrive_where_they_belong(seed: int, pair: Callable[..., tuple[Link, Link]]) -> None:
     random = Random(seed)
     pools = {rank: make_pool(rank, random) for rank in [*HOMES, *WORKERS]}
-    before = {rank: pool.pages_L2PSD.clone() for rank, pool in pools.items()}
-    hauls = random_hauls(random)
-    command = command_with(hauls)
-    for home, groups in HOMES.items():
-        mine = hauls_of(command, 0, groups, GROUPS)
-        ends = primary_hauls(mine, pools[home], WORKERS)
-        for layer in range(LAYERS):
-            for worker in ends:
-                carry(worker_haul(mine, pools[worker], home), ends[worker], layer)
-            for worker in ends:
-                carry(ends[worker], worker_haul(mine, pools[worker], home), layer)
-    for haul in hauls[:-1]:
+    expected = {rank: pool.pages_L2PSD.clone() for rank, pool in pools.items()}
+    transfers = random_transfers(random)
+    counted = exchange(transfers, pools, pair)
+    for transfer in transfers[:-1]:
         source, target = (
-            pools[rank].table_host_BW[haul.row, haul.first : haul.stop] for rank in (haul.source, haul.target)
+            pools[rank].table_host_BW[transfer.lane, transfer.first : transfer.stop]
+            for rank in (transfer.source, transfer.target)
         )
-        expected = before[haul.source][:, :, source]
-        assert torch.equal(pools[haul.target].pages_L2PSD[:, :, target], expected)
-        before[haul.target][:, :, target] = expected
-    assert all(torch.equal(pool.pages_L2PSD, before[rank]) for rank, pool in pools.items()), "other pages were touched"
+        pages = expected[transfer.source][:, :, source]
+        expected[transfer.target][:, :, target] = pages
+        num_links = 1 if {transfer.source, transfer.target} & HOMES.keys() else 2
+        counted[0 if transfer.lane % GROUPS < 3 else 1] -= num_links * len(source)
+        for worker in {transfer.source, transfer.target} - HOMES.keys():
+            counted[worker] -= len(source)
+    assert all(torch.equal(pool.pages_L2PSD, expected[rank]) for rank, pool in pools.items())
+    assert not any(counted.values()), "every page counts at both ends of each link that it crosses"

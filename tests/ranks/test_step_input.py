@@ -2,44 +2,57 @@
 
 import random
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 
-from hetis.core.messages import NewSequence, PageDelta, StepCommand
-from hetis.core.placement import PoolId
+from hetis.core.batch import Batch, Row
+from hetis.core.messages.step_command import PageEntries, Step, decode, encode
+from hetis.core.placement import Move, Placement, PoolId
+from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
 from hetis.ranks.pool import PagePool
-from hetis.ranks.step_input import StepPlanner
+from hetis.ranks.step_input import Route, StepPlanner
 
 CPU = torch.device("cpu")
 GROUPS, SLOTS, PAGE_SIZE = 5, 6, 4
+LANE_PAGES = 16
+NUM_PAGES = SLOTS * GROUPS * LANE_PAGES
 WINDOWS = 0, 9  # of two layers
 PRIMARY, WORKERS = 0, [2, 3]
-
-
-def int32(values: list[int]) -> bytes:
-    return np.asarray(values, dtype=np.int32).tobytes()
 
 
 def make_planner(rank: int) -> StepPlanner:
     pool = PagePool(
         PoolId(rank, 0),
         num_layers=len(WINDOWS),
-        num_pages=480,
+        num_pages=NUM_PAGES,
         page_size=PAGE_SIZE,
         head_dim=8,
-        num_rows=SLOTS * GROUPS,
-        max_model_len=64,
+        num_lanes=SLOTS * GROUPS,
+        max_model_len=LANE_PAGES * PAGE_SIZE,
         dtype=torch.float32,
         device=CPU,
     )
     return StepPlanner(pool, GROUPS, SLOTS, WINDOWS, CPU)
 
 
-class Step:
-    """A random step: who owns what, which page of whom is where, and the rows."""
+def sequence(slot: int, prompt_len: int, num_tokens: int) -> Sequence:
+    return Sequence(
+        id=str(slot),
+        token_ids=list(range(num_tokens)),
+        prompt_len=prompt_len,
+        params=SamplingParams(),
+        max_tokens=1,
+        seed=0,
+        stop_ids=frozenset(),
+        arrival=slot,
+        slot=slot,
+    )
+
+
+class RandomStep:
+    """Random owners of all lanes, pages of all lanes on all ranks, and rows."""
 
     def __init__(self, seed: int) -> None:
         draw = random.Random(seed)
@@ -52,125 +65,137 @@ class Step:
             start = draw.randrange(30)
             self.prefill.append((slot, start, draw.randrange(1, 20)))
         self.rows = self.decode + self.prefill
-        self.pages = {
-            rank: {(lane, w): page for (lane, w), page in zip(cells(), draw.sample(range(480), 480), strict=True)}
-            for rank in (PRIMARY, *WORKERS)
+        self.is_cut = {slot: draw.random() < 0.5 for slot in range(SLOTS)}  # more tokens follow, so none is sampled
+        self.pages = {rank: draw.sample(range(NUM_PAGES), NUM_PAGES) for rank in (PRIMARY, *WORKERS)}
+
+    def seen_by(self, rank: int, committed: list[Move] | None = None) -> Step:
+        batch_rows = []
+        for index, (slot, start, count) in enumerate(self.rows):
+            num_tokens = start + count + self.is_cut[slot]
+            prompt_len = start if index < len(self.decode) else num_tokens
+            batch_rows.append(Row(sequence=sequence(slot, prompt_len, num_tokens), start=start, count=count))
+        admitted = [] if committed else [(row.sequence, self.placement(row.sequence.slot)) for row in batch_rows]
+        lanes, indices = np.divmod(np.arange(NUM_PAGES, dtype=np.int32), LANE_PAGES)
+        pages = {
+            PoolId(each, 0): PageEntries(lanes, indices, np.array(table, np.int32))
+            for each, table in self.pages.items()
         }
+        pages[PoolId(PRIMARY, 1)] = PageEntries(*np.array([[0], [0], [NUM_PAGES - 1]], dtype=np.int32))  # to be ignored
+        batch = Batch(rows=batch_rows, admitted=admitted, released=[])
+        return decode(encode(0, batch, committed=committed or [], pages=pages), rank)
 
-    def command(self) -> StepCommand:
-        deltas = [
-            PageDelta(rank=rank, stage=0, entries=int32([v for (lane, w), page in t.items() for v in (lane, w, page)]))
-            for rank, t in self.pages.items()
-        ]
-        new = [
-            NewSequence(slot=s, owners=int32(o), prompt_len=1, seed=0, params=SamplingParams())
-            for s, o in self.owners.items()
-        ]
-        slots, starts, counts = (int32([row[i] for row in self.rows]) for i in range(3))
-        return StepCommand(
-            step=0,
-            landed=b"",
-            released=[],
-            admitted=new,
-            pages=[*deltas, PageDelta(rank=PRIMARY, stage=1, entries=int32([0, 0, 479]))],  # another stage's: not ours
-            slots=slots,
-            starts=starts,
-            counts=counts,
-            num_decode=len(self.decode),
-            tokens=int32(list(range(sum(row[2] for row in self.rows)))),
-            sampled=b"",
-            hauls=b"",
-        )
+    def placement(self, slot: int) -> Placement:
+        return Placement(owners=(tuple(self.owners[slot]), (PRIMARY,) * GROUPS))
 
-    def slot_of(self, rank: int, lane: int, position: int) -> int:
-        return self.pages[rank][lane, position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
-
-
-def cells() -> list[tuple[int, int]]:
-    return [(lane, w) for lane in range(SLOTS * GROUPS) for w in range(16)]
+    def cell_of(self, rank: int, lane: int, position: int) -> int:
+        return self.pages[rank][lane * LANE_PAGES + position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("span", [(0, 0), (3, 3), (GROUPS, GROUPS)])
-def test_without_head_groups_there_are_tokens_alone(seed: int, span: tuple[int, int]):
-    command, primary = Step(seed).command(), make_planner(PRIMARY)
-    primary.apply(command)
-    found = primary.primary_input(command, span, WORKERS)
-    assert found.token_T.tolist() == list(range(found.num_tokens))
-    assert len(found.position_T) == found.num_tokens > 0
+def test_without_head_groups_there_are_tokens_alone(seed: int, span: tuple[int, int]) -> None:
+    random_step, primary = RandomStep(seed), make_planner(PRIMARY)
+    step = random_step.seen_by(PRIMARY)
+    primary.apply(step)
+    found = primary.primary_input(step, span, WORKERS)
+    positions = [start + i for _, start, count in random_step.rows for i in range(count)]
+    assert found.token_T.tolist() == found.position_T.tolist() == positions, "a token's id is its position here"
+    assert found.num_tokens == len(positions) > 0
     assert (len(found.append), len(found.local), found.prefill, found.routes) == (0, 0, None, [])
 
 
 @pytest.mark.parametrize("span", [(0, GROUPS), (2, 5), (1, 2)])
 @pytest.mark.parametrize("seed", range(8))
-def test_against_loops(seed: int, span: tuple[int, int]):
-    step, command = Step(seed), Step(seed).command()
+def test_against_loops(seed: int, span: tuple[int, int]) -> None:
+    random_step, primary = RandomStep(seed), make_planner(PRIMARY)
+    step = random_step.seen_by(PRIMARY)
     first, width = span[0], span[1] - span[0]
-    primary = make_planner(PRIMARY)
-    primary.apply(command)
-    found = primary.primary_input(command, span, WORKERS)
+    primary.apply(step)
+    found = primary.primary_input(step, span, WORKERS)
 
-    local, appended, remote = [], [], {w: [] for w in WORKERS}
-    decoded = [(slot, start + i) for slot, start, count in step.decode for i in range(count)]
+    local, appended = [], []
+    remote: dict[int, list[tuple[int, int, int]]] = {worker: [] for worker in WORKERS}
+    decoded = [(slot, start + i) for slot, start, count in random_step.decode for i in range(count)]
     for token, (slot, position) in enumerate(decoded):
         for group in range(*span):
-            lane, row = slot * GROUPS + group, token * width + group - first
-            if step.owners[slot][group] == PRIMARY:
-                local.append((lane, row, position + 1))
-                appended.append((row, step.slot_of(PRIMARY, lane, position)))
+            lane, qkv = slot * GROUPS + group, token * width + group - first
+            if random_step.owners[slot][group] == PRIMARY:
+                local.append((lane, qkv, position + 1))
+                appended.append((qkv, random_step.cell_of(PRIMARY, lane, position)))
             else:
-                remote[step.owners[slot][group]].append((lane, row, position))
-    prompts, token = {w: [] for w in WORKERS}, len(decoded)
-    for slot, start, count in step.prefill:
+                remote[random_step.owners[slot][group]].append((lane, qkv, position))
+    prompts: dict[int, list[tuple[int, int, int]]] = {worker: [] for worker in WORKERS}
+    token = len(decoded)
+    for slot, start, count in random_step.prefill:
         for position in range(start, start + count):
             for group in range(*span):
-                lane, row = slot * GROUPS + group, token * width + group - first
-                appended.append((row, step.slot_of(PRIMARY, lane, position)))
-                if step.owners[slot][group] != PRIMARY:
-                    prompts[step.owners[slot][group]].append((lane, row, position))
+                lane, qkv = slot * GROUPS + group, token * width + group - first
+                appended.append((qkv, random_step.cell_of(PRIMARY, lane, position)))
+                if random_step.owners[slot][group] != PRIMARY:
+                    prompts[random_step.owners[slot][group]].append((lane, qkv, position))
             token += 1
 
-    assert (
-        list(zip(found.local.lane_U.tolist(), found.local.row_U.tolist(), found.local.length_U.tolist(), strict=True))
-        == local
-    )
+    lanes = found.local
+    assert list(zip(lanes.lane_U.tolist(), lanes.qkv_U.tolist(), lanes.length_U.tolist(), strict=True)) == local
     lengths = [length for *_, length in local]
-    assert found.local.kv_tokens == (sum(lengths) + sum(min(length, WINDOWS[1]) for length in lengths)) / 2
-    assert list(zip(found.append.row_A.tolist(), found.append.slot_A.tolist(), strict=True)) == appended
+    assert lanes.kv_tokens == (sum(lengths) + sum(min(length, WINDOWS[1]) for length in lengths)) / 2
+    assert list(zip(found.append.qkv_A.tolist(), found.append.cell_A.tolist(), strict=True)) == appended
     assert (found.num_tokens, found.num_decode) == (token, len(decoded))
-    assert found.position_T.tolist() == [s + i for _, s, count in step.rows for i in range(count)]
-    if step.prefill:
-        assert found.prefill.context_C.tolist() == [start + count for _, start, count in step.prefill]
-        assert found.prefill.lane_CG.tolist() == [[s * GROUPS + g for g in range(*span)] for s, _, _ in step.prefill]
+    if random_step.prefill:
+        assert found.prefill is not None
+        assert found.prefill.context_C.tolist() == [start + count for _, start, count in random_step.prefill]
+        expected = [[slot * GROUPS + g for g in range(*span)] for slot, _, _ in random_step.prefill]
+        assert found.prefill.lane_CG.tolist() == expected
     else:
         assert found.prefill is None
     routes = {route.peer: route for route in found.routes}
     for worker in WORKERS:
-        check_link(step, command, span, worker, routes.get(worker), remote[worker], prompts[worker])
+        check_link(random_step, span, worker, routes.get(worker), remote[worker], prompts[worker])
 
 
-def test_a_lane_that_has_landed_lives_there() -> None:
-    planner, command = make_planner(PRIMARY), Step(0).command()
-    planner.apply(command)
+@pytest.mark.parametrize("seed", range(8))
+def test_the_last_tokens_are_those_of_rows_that_reach_the_end(seed: int) -> None:
+    random_step, primary = RandomStep(seed), make_planner(PRIMARY)
+    step = random_step.seen_by(PRIMARY)
+    primary.apply(step)
+    expected, stop = [], 0
+    for slot, _, count in random_step.rows:
+        stop += count
+        expected += [] if random_step.is_cut[slot] else [stop - 1]
+    assert primary.primary_input(step, (0, GROUPS), WORKERS).last_token_I.tolist() == expected
+
+
+def test_a_lane_lives_at_its_target_once_its_migration_is_committed() -> None:
+    planner, random_step = make_planner(PRIMARY), RandomStep(0)
+    planner.apply(random_step.seen_by(PRIMARY))
     before = planner.owners_BG.copy()
-    landed = int32([3, 0, 2, WORKERS[1], 3, 1, 4, 9])  # the second one of another stage
-    planner.apply(msgspec.structs.replace(command, landed=landed, admitted=[]))
+    here = Move(slot=3, stage=0, group=2, source=PRIMARY, target=WORKERS[1])
+    elsewhere = Move(slot=3, stage=1, group=4, source=PRIMARY, target=WORKERS[0])
+    planner.apply(random_step.seen_by(PRIMARY, committed=[here, elsewhere]))
     before[3, 2] = WORKERS[1]
     assert np.array_equal(planner.owners_BG, before)
 
 
-def check_link(step, command, span, worker, route, lanes, prompts):
-    """The route on the primary, and the worker's reading of the same message."""
+def check_link(
+    random_step: RandomStep,
+    span: tuple[int, int],
+    worker: int,
+    route: Route | None,
+    lanes: list[tuple[int, int, int]],
+    prompts: list[tuple[int, int, int]],
+) -> None:
+    """The route on the primary, and the worker's reading of the same message. Both lists: (lane, qkv, position)."""
     assert (route is None) == (not lanes and not prompts)
     if route is not None:
-        assert route.decode_row_U.tolist() == [row for _, row, _ in lanes]
-        assert route.prefill_row_A.tolist() == [row for _, row, _ in prompts]
-    planner = make_planner(worker)
-    planner.apply(command)
-    found = planner.worker_input(command, PRIMARY, span)
+        assert route.decode_qkv_U.tolist() == [qkv for _, qkv, _ in lanes]
+        assert route.prefill_qkv_A.tolist() == [qkv for _, qkv, _ in prompts]
+    planner, step = make_planner(worker), random_step.seen_by(worker)
+    planner.apply(step)
+    found = planner.worker_input(step, PRIMARY, span)
     assert found.lanes.lane_U.tolist() == [lane for lane, _, _ in lanes]
-    assert found.lanes.row_U.tolist() == list(range(len(lanes)))
+    assert found.lanes.qkv_U.tolist() == found.append.qkv_A.tolist() == list(range(len(lanes)))
     assert found.lanes.length_U.tolist() == [position + 1 for _, _, position in lanes]
-    assert found.append.slot_A.tolist() == [step.slot_of(worker, lane, position) for lane, _, position in lanes]
-    expected = [step.slot_of(worker, lane, position) for lane, _, position in prompts]
-    assert found.prefill_append.slot_A.tolist() == expected
+    assert found.append.cell_A.tolist() == [random_step.cell_of(worker, lane, position) for lane, _, position in lanes]
+    expected = [random_step.cell_of(worker, lane, position) for lane, _, position in prompts]
+    assert found.prefill_append.cell_A.tolist() == expected
+    assert found.prefill_append.qkv_A.tolist() == list(range(len(prompts)))

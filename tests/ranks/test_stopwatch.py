@@ -1,4 +1,4 @@
-"""Laps of a step on a GPU: kernels that take long are counted where they were launched."""
+"""Laps of a step on a GPU: the time of a kernel counts in the lap in which it was launched."""
 
 import time
 from itertools import pairwise
@@ -16,7 +16,7 @@ CYCLES = 50_000_000  # some 25 ms at 2 GHz
 def test_laps_on_a_gpu_hold_what_was_launched_in_them() -> None:
     watch = CudaStopwatch(torch.device("cuda:0"))
     torch.cuda._sleep(1)  # loads its kernel
-    for _ in range(2):  # events are used again
+    for _ in range(2):  # events are reused
         torch.cuda.synchronize()
         begin = time.perf_counter()
         watch.begin()

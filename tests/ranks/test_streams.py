@@ -1,8 +1,13 @@
-"""Each stage of a worker works on a stream of its own: index tensors, tables, links, kernels and the stopwatch."""
+"""Each stage of a worker works on a stream of its own: index tensors, tables, links, kernels and the stopwatch.
+
+And few Python frames lie between a command and the kernel that attends over a worker's lanes.
+"""
 
 import json
+import sys
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,7 @@ import torch
 from hetis.comm.links.local import LocalLink
 from hetis.core.messages import Setup
 from hetis.core.sampling_params import SamplingParams
-from hetis.ranks import primary, split_attention
-from hetis.ranks import worker as attention
+from hetis.ranks import primary, split_attention, worker
 from hetis.ranks.pool import PagePool
 from hetis.ranks.step_input import StepPlanner
 from hetis.ranks.stopwatch import HostStopwatch
@@ -36,8 +40,8 @@ class FakeStream:
         current.stream = None
 
 
-class Witness:
-    """Wraps functions, and keeps which streams were current in calls by threads that serve stages."""
+class StreamRecorder:
+    """Wraps functions, and keeps which streams were current in calls by threads of a worker's stages."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
@@ -48,7 +52,7 @@ class Witness:
         seen = self.seen.setdefault(name, set())
 
         def watched(*arguments: Any, **keywords: Any) -> Any:
-            if "_serve" in threading.current_thread().name:
+            if threading.current_thread().name.startswith("stage "):
                 seen.add((threading.get_ident(), getattr(current, "stream", None)))
             return original(*arguments, **keywords)
 
@@ -56,23 +60,23 @@ class Witness:
 
 
 def test_all_work_of_a_stage_is_on_its_own_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "own_stream", FakeStream)
-    witness = Witness(monkeypatch)
+    monkeypatch.setattr(worker, "own_stream", FakeStream)
+    recorder = StreamRecorder(monkeypatch)
     for owner, names in {
-        attention: ("kv_append", "paged_decode"),
+        worker: ("kv_append", "paged_decode"),
         StepPlanner: ("apply", "worker_input"),
         PagePool: ("apply",),
         LocalLink: ("send_buffer", "send", "recv", "release"),
         HostStopwatch: ("begin", "lap", "read"),
     }.items():
         for name in names:
-            witness.watch(owner, name)
+            recorder.watch(owner, name)
     plan = tmp_path / "plan.json"
     stages = [{"layers": 1, "primaries": [{}]} for _ in range(3)]
     plan.write_text(json.dumps({"stages": stages, "attention": [{}]}))
     with LocalFleet(make_checkpoint(tmp_path, "llama3"), str(plan), dispatcher=RandomDispatcher(1)) as fleet:
         fleet.generate([[3, 1, 4]] * 4, SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
-    for name, seen in witness.seen.items():
+    for name, seen in recorder.seen.items():
         assert len(seen) == 3, f"{name}: a thread for each stage, and one stream for each thread"
         assert len({stream for _, stream in seen}) == 3, f"{name}: two stages share a stream"
         assert None not in {stream for _, stream in seen}, f"{name} is called on the default stream"
@@ -89,9 +93,9 @@ def test_every_launch_of_decode_attention_has_memory_of_its_stage_alone(
         made.append((num_groups, torch.empty(1)))
         return made[-1][1]
 
-    for module in (attention, primary):
+    for module in (worker, primary):
         monkeypatch.setattr(module, "decode_scratch", make)
-    for module in (attention, split_attention):
+    for module in (worker, split_attention):
         decode = module.paged_decode
 
         def watched(*arguments: Any, scratch: torch.Tensor, decode: Any = decode, **keywords: Any) -> None:
@@ -112,3 +116,42 @@ def test_every_launch_of_decode_attention_has_memory_of_its_stage_alone(
     assert sorted(count for count, _ in made) == sorted(of_primaries + of_worker)
     assert used.keys() == {memory.data_ptr() for _, memory in made}
     assert all(len(threads) == 1 for threads in used.values()), "two threads share one"
+
+
+def frames_since_command() -> int | None:
+    """Python frames of the caller's caller and those below it, down to a worker's loop; None on a primary."""
+    found, frame = [], sys._getframe(2)
+    while frame is not None:
+        found.append(frame.f_code)
+        if frame.f_code in (LocalFleet._rank.__code__, worker.AttentionWorker._obey.__code__):
+            return len(found) if worker.StageServer.serve.__code__ in found else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_at_most_four_frames_lie_between_a_command_and_the_kernel(
+    num_stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's decode token: the loop over commands, the worker (without threads), its stage, and the launcher."""
+    depths: set[int] = set()
+    module = import_module("hetis_kernels.paged_decode")
+    select = module.select
+
+    def counting(*arguments: Any) -> Callable[..., None]:
+        def kernel(*tensors: Any) -> None:
+            if (depth := frames_since_command()) is not None:
+                depths.add(depth)
+            selected(*tensors)
+
+        selected = select(*arguments)
+        return kernel
+
+    monkeypatch.setattr(module, "select", counting)
+    plan = tmp_path / "plan.json"
+    stages = [{"layers": 1, "primaries": [{}]}, {"primaries": [{}]}][2 - num_stages :]
+    plan.write_text(json.dumps({"stages": stages, "attention": [{}]}))
+    with LocalFleet(make_checkpoint(tmp_path, "llama3"), str(plan), dispatcher=RandomDispatcher(1)) as fleet:
+        fleet.generate([[3, 1, 4]] * 4, SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    assert depths
+    assert max(depths) <= 4

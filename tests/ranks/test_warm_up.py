@@ -1,7 +1,7 @@
-"""After the made-up steps every kernel has been launched as later steps launch it, and nothing else is left of them.
+"""Warm-up steps launch every kernel as later steps do, and leave no other trace.
 
-What Triton would compile for a launch follows from its arguments. A child process keeps that in the place of kernels
-(this one may have imported triton as an interpreter); the C++ operations compute the results.
+What Triton would compile for a launch follows from its arguments. A child process records that in place of kernels
+(this process may have imported triton as an interpreter); the C++ operations compute the results.
 """
 
 import json
@@ -16,21 +16,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from hetis.core.messages.step_command import decode
 from hetis.core.sampling_params import SamplingParams
 from hetis.ranks.rank import build_member, warm_up
 from hetis.ranks.warm_up import is_needed, warm_up_commands
 from tests.checkpoints import make_checkpoint
 from tests.engine import local_fleet
 from tests.engine.local_fleet import Generated, LocalFleet, RandomDispatcher
-from tests.kernels.against_reference import KERNELS as EVERY_KERNEL
+from tests.kernels.against_reference import KERNELS
 from tests.processes.look import DEADLINE
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {name: kernels for name, kernels in EVERY_KERNEL.items() if name != "merge_states"}  # which no step launches
 PLAN = {
     "stages": [{"layers": 1, "primaries": [{"head_groups": 3}, {"head_groups": 2}]}, {"primaries": [{}]}],
     "attention": [{}, {}],
@@ -39,7 +38,7 @@ NUM_RANKS = 5
 
 
 def variant(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[str]:
-    """What a launch is compiled for: types, constants, and which numbers are 1 or divisible by 16."""
+    """Specialisation of a launch: types, constants, and which numbers are 1 or divisible by 16."""
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
     parts = [f"{name}={value}" for name, value in keywords.items() if name not in kernel.arg_names]
     for parameter in kernel.params:
@@ -59,7 +58,7 @@ def variant(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -
 
 
 class Recorder:
-    """Stands for a kernel and keeps the variants that its launches need."""
+    """Stand-in for a kernel that records the variants that its launches need."""
 
     def __init__(self, kernel: Any, found: set[tuple[str, ...]]) -> None:
         self._kernel, self._found = kernel, found
@@ -72,24 +71,28 @@ class Recorder:
 
 
 def record_launches() -> set[tuple[str, ...]]:
-    """From now on each call of a launcher is noted as if on a GPU, then computed as ever."""
+    """Makes every launcher record its launch as on a GPU, then compute as before."""
     found: set[tuple[str, ...]] = set()
 
-    def both(name: str, backend: str, device: torch.device, reference: Any, triton: Any, arguments: Any) -> None:
-        triton(*arguments)
-        dispatch(name, backend, device, reference, triton, arguments)
+    def both(name: str, backend: str, device: torch.device, reference: Any, triton: Any) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            triton(*arguments)
+            selected(*arguments)
 
-    dispatch = import_module("hetis_kernels.dispatch").dispatch
+        selected = select(name, backend, device, reference, triton)
+        return run
+
+    select = import_module("hetis_kernels.dispatch").select
     for module_name, kernels in KERNELS.items():
         module = import_module(f"hetis_kernels.{module_name}")
-        module.dispatch = both  # type: ignore[attr-defined]
+        module.select = both  # type: ignore[attr-defined]
         for kernel in kernels:
             setattr(module, kernel, Recorder(getattr(module, kernel), found))
     return found
 
 
 def generate(directory: Path) -> list[Generated]:
-    """Prompts of all lengths on a fleet with two homes in its first stage and two workers, lanes anywhere."""
+    """Generates for prompts of many lengths on a fleet with two homes in its first stage, two workers, random lanes."""
     plan = directory / "plan.json"
     plan.write_text(json.dumps(PLAN))
     draw = random.Random(0)
@@ -109,7 +112,7 @@ def build_and_warm_up(setup: Any, *arguments: Any) -> Any:
     return member
 
 
-def test_answers_are_the_same_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_are_the_same_after_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkpoint(tmp_path, "five_groups", max_position_embeddings=512)
     cold = generate(tmp_path)
     monkeypatch.setattr(local_fleet, "build_member", build_and_warm_up)
@@ -118,7 +121,7 @@ def test_answers_are_the_same_after_it(tmp_path: Path, monkeypatch: pytest.Monke
         assert one.rows == expected.rows
 
 
-def test_no_kernel_is_compiled_after_it() -> None:
+def test_no_kernel_is_compiled_after_warm_up() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.ranks.test_warm_up"]
     child = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -129,23 +132,24 @@ def test_no_kernel_is_compiled_after_it() -> None:
     assert later <= warm, "\n".join(map(str, sorted(later - warm)))
 
 
-def test_pages_go_both_ways_over_every_link(tmp_path: Path) -> None:
-    """So that either end has read and written some."""
+def test_pages_are_transferred_both_ways_over_every_link(tmp_path: Path) -> None:
+    """Both ends have then read and written pages."""
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
     with LocalFleet(make_checkpoint(tmp_path, "five_groups"), str(tmp_path / "plan.json")) as fleet:
         setup = fleet.setup
-    hauls = np.concatenate([np.frombuffer(each.hauls, np.int32) for each in warm_up_commands(setup)]).reshape(-1, 6)
-    links = {(home.rank, worker.rank) for home, worker in setup.plan.links()}
-    assert {(source, target) for source, target in hauls[:, 2:4].tolist()} == links | {link[::-1] for link in links}
+    tables = [decode(command, rank=0).transfers for command in warm_up_commands(setup)]
+    found = {pair for table in tables for pair in zip(table.source_N.tolist(), table.target_N.tolist(), strict=True)}
+    links = {(home.rank, worker.rank) for home, worker in setup.plan.links}
+    assert found == links | {link[::-1] for link in links}
 
 
-def test_fleets_without_gpus_do_without(tmp_path: Path) -> None:
+def test_fleets_without_gpus_need_no_warm_up(tmp_path: Path) -> None:
     with LocalFleet(make_checkpoint(tmp_path, "llama3"), "1+1") as fleet:
         assert not is_needed(fleet.setup)
 
 
 def main() -> None:
-    """Prints a JSON list: variants that the made-up steps need, and those of real steps."""
+    """Prints a JSON list: the variants that warm-up steps need, and those of real steps."""
     found = record_launches()
     warm: set[tuple[str, ...]] = set()
 

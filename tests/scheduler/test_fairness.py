@@ -1,13 +1,13 @@
-"""Where pages run out, an earlier sequence never waits while later ones go on: on random fleets, under every policy.
+"""Fairness: between two tokens of a sequence a later arrival gets a bounded number, on random fleets, by every policy.
 
 The bound. Let X be a sequence that has been admitted, Y a later one, S the tokens of a page. Between two tokens of X:
 
-- While X runs it is in every micro-batch that Y enters, or in flight: batches return in the order in which they were
-  sent, so Y gets at most one token for each batch that X is in, and one for each micro-batch that earlier sequences
-  fill before X.
-- While X lacks pages, or waits to come back, Y takes no pages. It has those that it holds: at most S tokens. X lacks
-  pages once, and once more for each time that it is preempted.
-- Where lanes move to make room for X, others go on in pools that X does not lack, a token in a step.
+- While X runs, it is in every micro-batch that Y is added to, or in flight. Batches return in the order in which they
+  were sent, so Y gets at most one token for each batch that X is in, and one for each micro-batch that earlier
+  sequences fill before X.
+- While X lacks pages or waits to be admitted again, Y allocates no pages. It fills those that it holds: at most S
+  tokens. X lacks pages once, and once more for each of its preemptions.
+- While lanes migrate to make room for X, others continue in pools that X does not lack, one token per step.
 """
 
 from collections import Counter, defaultdict
@@ -18,9 +18,9 @@ import pytest
 
 from hetis.core.batch import Batch
 from hetis.core.placement import Dispatcher
-from hetis.dispatcher.proportional import ProportionalDispatcher
+from hetis.dispatcher.hetis_dispatcher import HetisDispatcher
 from hetis.dispatcher.rebalance import Rebalancer
-from hetis.dispatcher.rules import EvenDispatcher, HetisDispatcher, PrimaryOnlyDispatcher
+from hetis.dispatcher.simple_dispatchers import EvenDispatcher, PrimaryOnlyDispatcher, ProportionalDispatcher
 from hetis.engine.balancer import Balancer
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence
@@ -32,29 +32,29 @@ PAGE_SIZE = 4
 
 @dataclass
 class Wait:
-    """What has happened since the last token of a sequence."""
+    """Events since the last token of a sequence X."""
 
-    num_batches: int = 0  # that it was in
+    num_batches: int = 0  # that X was in
     num_preemptions: int = 0
-    num_moving_steps: int = 0
-    others: Counter[int] = field(default_factory=Counter)  # tokens of later ones
+    num_steps_with_migration: int = 0
+    others: Counter[int] = field(default_factory=Counter)  # tokens of each later sequence
 
 
 class FairEngine(ToyEngine):
-    """Holds every token against the bound."""
+    """Checks the bound at every token."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.waits: dict[int, Wait] = defaultdict(Wait)  # by arrival, of those that have been admitted
+        self.waits: dict[int, Wait] = defaultdict(Wait)  # by arrival; of admitted sequences
         self.preempted: Counter[int] = Counter()
         self.longest = 0
 
     def _send(self, batch: Batch) -> None:
-        assert batch.rows or self.hauler.is_busy, "a step in which nothing gets on"
+        assert batch.rows or self.migrator.is_busy, "a step without progress"
         for sequence, _ in batch.admitted:
             self.waits[sequence.arrival].num_preemptions = sequence.num_preemptions - self.preempted[sequence.arrival]
         for wait in self.waits.values():
-            wait.num_moving_steps += self.hauler.is_busy
+            wait.num_steps_with_migration += self.migrator.is_busy
         super()._send(batch)
 
     def _finish(self, batch: Batch) -> None:
@@ -71,29 +71,29 @@ class FairEngine(ToyEngine):
         for sequence in drawn:
             self.preempted[sequence.arrival] = sequence.num_preemptions
             wait = self.waits.pop(sequence.arrival)
-            self._hold_against_the_bound(wait)
+            self._check_bound(wait)
             if sequence.finish_reason is None:
                 self.waits[sequence.arrival] = Wait()
 
-    def _hold_against_the_bound(self, wait: Wait) -> None:
+    def _check_bound(self, wait: Wait) -> None:
         most = max(wait.others.values(), default=0)
-        bound = wait.num_batches + len(self.stages) + PAGE_SIZE * (1 + wait.num_preemptions) + wait.num_moving_steps
+        bound = wait.num_batches + len(self.stages) + PAGE_SIZE * (1 + wait.num_preemptions)
+        bound += wait.num_steps_with_migration
         assert most <= bound, f"a later sequence got {most} tokens: {wait}"
         self.longest = max(self.longest, most)
 
 
 def fair_engine(policy: str, groups: list[list[int]], num_workers: int, random: Random) -> FairEngine:
     plan = make_plan(groups, num_workers)
-    num_groups = plan.stages[0].primaries[-1].groups[1]
     num_pages = {
-        rank: num_groups * random.randint(8, 20) if plan.role_of(rank) == "primary" else random.randint(2, 30)
-        for rank in range(plan.world_size)
+        rank: random.randint(2, 30) if plan.is_worker(rank) else plan.num_groups * random.randint(8, 20)
+        for rank in plan.ranks
     }
-    cost = make_cost(plan, [device(random.choice((0.3, 1, 3))) for _ in plan.members()], num_layers=len(groups))
+    cost = make_cost(plan, [device(random.choice((0.3, 1, 3))) for _ in plan.members], num_layers=len(groups))
 
     def balancer(engine: ToyEngine) -> Balancer | None:
         rebalancer = Rebalancer(cost)
-        return Balancer(engine.cache, engine.hauler, rebalancer, 0, lambda: 0.0) if "moves" in policy else None
+        return Balancer(engine.cache, engine.migrator, rebalancer, 0) if "moves" in policy else None
 
     rules: dict[str, Dispatcher] = {
         "primary-only": PrimaryOnlyDispatcher(),
@@ -116,7 +116,7 @@ def fair_engine(policy: str, groups: list[list[int]], num_workers: int, random: 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_earlier_sequences_do_not_wait_for_later_ones(
+def test_later_sequences_get_no_more_tokens_than_the_bound(
     policy: str, groups: list[list[int]], num_workers: int, seed: int
 ) -> None:
     random = Random(f"{groups} {num_workers} {seed}")
@@ -135,8 +135,8 @@ def test_earlier_sequences_do_not_wait_for_later_ones(
     assert [sequence.token_ids for sequence in sequences] == expected
 
 
-def test_a_sequence_that_fills_a_worker_alone_is_placed_anew_at_once() -> None:
-    """The oldest needs its whole prompt's pages at home then, which later ones hold."""
+def test_a_sequence_that_fills_a_worker_alone_is_placed_elsewhere_at_once() -> None:
+    """A new placement needs the pages of its whole prompt on its home, which later sequences hold."""
     engine = FairEngine(make_plan([[4]], 1), {0: 4 * 64, 1: 2 * 14}, dispatcher=EvenDispatcher())
     sequences = [make_sequence(arrival, 10, 200) for arrival in range(5)]
     for sequence in sequences:
@@ -148,8 +148,8 @@ def test_a_sequence_that_fills_a_worker_alone_is_placed_anew_at_once() -> None:
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_the_latest_arrival_gives_way_also_when_it_is_in_flight(stages: int) -> None:
-    """With one pool per stage, preempted sequences are later than all that run."""
+def test_the_latest_arrivals_are_preempted_also_those_in_flight(stages: int) -> None:
+    """Every preempted sequence is later than all running ones, since there is one pool per stage."""
     random = Random(stages)
     engine = FairEngine(make_plan([[2]] * stages), dict.fromkeys(range(stages), 60), random=random)
     sequences = [make_sequence(arrival, random.randint(1, 20), random.randint(20, 80)) for arrival in range(8)]

@@ -1,4 +1,4 @@
-"""Random requests on random small fleets: all complete, undisturbed by each other, and no page is lost."""
+"""Random requests on random small fleets: all complete as if they ran alone, and no page leaks."""
 
 from random import Random
 
@@ -15,10 +15,7 @@ def random_engine(random: Random, groups: list[list[int]], num_workers: int, mov
     page_size = random.choice([1, 4, 7])
     biggest = max(max(counts) for counts in groups)
     num_pages = {
-        member.rank: biggest * random.randint(3, 12)
-        if plan.role_of(member.rank) == "primary"
-        else random.randint(0, 40)
-        for member in plan.members()
+        rank: random.randint(0, 40) if plan.is_worker(rank) else biggest * random.randint(3, 12) for rank in plan.ranks
     }
     return ToyEngine(
         plan,
@@ -28,7 +25,7 @@ def random_engine(random: Random, groups: list[list[int]], num_workers: int, mov
         max_num_batched_tokens=random.choice([1, 5, 16, 64]),
         random=random,
         moves_per_step=moves_per_step,
-        pages_per_haul=random.choice([1, 2, 50]),
+        max_transfer_pages=random.choice([1, 2, 50]),
     )
 
 
@@ -45,7 +42,7 @@ def random_sequence(random: Random, arrival: int, context: int) -> Sequence:
 def test_random_requests_complete_as_if_alone(
     groups: list[list[int]], num_workers: int, seed: int, moves_per_step: float
 ) -> None:
-    """Also while lanes move about at random, and sequences end, are aborted or start over in the middle of it."""
+    """Lanes migrate at random, and sequences finish, are aborted or are preempted during their migration."""
     random = Random(f"{groups} {num_workers} {seed}")
     engine = random_engine(random, groups, num_workers, moves_per_step)
     context = engine.max_model_len
@@ -64,7 +61,7 @@ def test_random_requests_complete_as_if_alone(
 
 
 def test_soak_covers_preemption_and_staging() -> None:
-    """The sizes above are small enough that what they are meant to test happens."""
+    """Sizes like those above are small enough for preemptions, and for lanes on every rank."""
     random = Random(5)
     engine = ToyEngine(make_plan([[5, 3]], 2), {0: 40, 1: 24, 2: 30, 3: 50}, random=random)
     for arrival in range(40):
@@ -76,7 +73,7 @@ def test_soak_covers_preemption_and_staging() -> None:
     assert owners == {0, 1, 2, 3}
 
 
-def test_soak_covers_moves_of_every_kind() -> None:
+def test_soak_covers_migrations_of_every_kind() -> None:
     random = Random(5)
     plan = make_plan([[5, 3]], 2)
     engine = ToyEngine(plan, {0: 60, 1: 40, 2: 90, 3: 90}, random=random, moves_per_step=0.7)
@@ -87,7 +84,7 @@ def test_soak_covers_moves_of_every_kind() -> None:
     homes = {0, 1}
     kinds = {(move.source in homes, move.target in homes) for move in engine.started}
     assert kinds == {(True, False), (False, True), (False, False)}
-    assert 0 < engine.hauler.num_landed < len(engine.started), "some must be cut short"
+    assert 0 < engine.migrator.num_committed < len(engine.started), "some must be cancelled"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -102,5 +99,5 @@ def test_admission_is_first_come_first_served(num_workers: int) -> None:
         for batch in engine.batches[-1:]:
             latest = max((sequence.arrival for sequence, _ in batch.admitted), default=-1)
             waiting = [s.arrival for s in sequences if s.slot < 0 and s.finish_reason is None and not s.num_preemptions]
-            assert latest < min(waiting, default=1_000), "a sequence was overtaken"
+            assert latest < min(waiting, default=1_000), "a later sequence was admitted first"
     engine.check_idle()

@@ -1,8 +1,8 @@
-"""An engine without a model: scheduler, dispatcher and cache for real, ranks that only remember what was written where.
+"""An engine without a model: the real scheduler, dispatcher and cache, with ranks that keep tags instead of K and V.
 
-Every stage keeps page tables made of deltas alone and, for each place in its pools, a tag of the token that was stored
-there last. Before a row is computed, all earlier tokens of all its lanes must be found where they are looked for. So a
-page given away too early, a stale table entry or a missing staging page shows as a wrong tag.
+Every stage keeps page tables made of new entries alone and, for each cell of its pools, a tag of the token that was
+stored there last. Before a row is computed, all earlier tokens of all its lanes must be found in the cells that are
+read. So a page freed too early, a stale table entry or a missing staging page shows as a wrong tag.
 """
 
 from collections import Counter, deque
@@ -13,17 +13,17 @@ from random import Random
 import msgspec
 import numpy as np
 
-from hetis.cache.lane_table import CacheManager
-from hetis.cache.migration import Haul, Hauler
+from hetis.cache.cache_manager import CacheManager
+from hetis.cache.migration import Migrator
 from hetis.core.batch import Batch, Row
-from hetis.core.messages import PageDelta
+from hetis.core.messages.step_command import PageEntries, PageTransfer
 from hetis.core.placement import Dispatcher, Move, PoolId, Relief, pages_for
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
 from hetis.core.request import Sequence
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.spans import spans
 from hetis.cost.memory import largest_context
-from hetis.dispatcher.proportional import ProportionalDispatcher
+from hetis.dispatcher.simple_dispatchers import ProportionalDispatcher
 from hetis.scheduler.scheduler import Scheduler
 
 VOCABULARY = 97
@@ -75,7 +75,7 @@ def alone(sequence: Sequence, max_model_len: int) -> list[int]:
 
 @dataclass(frozen=True)
 class FakeRow:
-    """What a rank learns of a row, and a name for its sequence to tag tokens with."""
+    """A row as a rank knows it, and a number for its sequence to tag tokens with."""
 
     slot: int
     arrival: int
@@ -88,10 +88,10 @@ class FakeRow:
 class Command:
     rows: list[FakeRow]
     owners: dict[int, tuple[tuple[int, ...], ...]]  # of admitted slots
-    pages: list[PageDelta]
+    pages: dict[PoolId, PageEntries]
     batch: Batch
-    landed: list[Move]
-    hauls: list[Haul]
+    committed: list[Move]
+    transfers: list[PageTransfer]
 
 
 class FakeStage:
@@ -99,14 +99,14 @@ class FakeStage:
 
     def __init__(self, index: int, plan: Plan, num_groups: int, num_pages: dict[int, int], page_size: int) -> None:
         self.index, self.num_groups, self.page_size = index, num_groups, page_size
-        self.homes = [plan.stages[index].home(group).rank for group in range(num_groups)]
-        ranks = {*self.homes, *(worker.rank for worker in plan.workers)}
-        self.tables: dict[int, dict[tuple[int, int], int]] = {rank: {} for rank in ranks}  # (row, index) -> page
+        self.homes = plan.home_ranks[index]
+        ranks = {*self.homes, *plan.worker_ranks}
+        self.tables: dict[int, dict[tuple[int, int], int]] = {rank: {} for rank in ranks}  # (lane, index) -> page
         self.memory = {rank: np.full((num_pages[rank], page_size), -1, dtype=np.int64) for rank in ranks}
         self.owners: dict[int, tuple[int, ...]] = {}
 
     def run(self, command: Command) -> None:
-        for move in command.landed:
+        for move in command.committed:
             if move.stage == self.index:
                 owners = list(self.owners[move.slot])
                 assert owners[move.group] == move.source
@@ -114,37 +114,36 @@ class FakeStage:
                 self.owners[move.slot] = tuple(owners)
         for slot, owners in command.owners.items():
             self.owners[slot] = owners[self.index]
-        for delta in command.pages:
-            if delta.stage == self.index:
-                entries = np.frombuffer(delta.entries, dtype=np.int32).reshape(-1, 3).tolist()
-                cells = [(row, column) for row, column, _ in entries]
-                assert len(set(cells)) == len(cells), "a cell is written twice in one delta"
-                self.tables[delta.rank].update({(row, column): page for row, column, page in entries})
+        for pool, entries in command.pages.items():
+            if pool.stage == self.index:
+                written = as_dict(entries)
+                assert len(written) == len(entries.lane_E), "an entry of a page table is written twice in one step"
+                self.tables[pool.rank].update(written)
         for compute in (self._append, self._attend):  # all K and V of a step are there before any row attends
             for row in command.rows:
                 for group in range(self.num_groups):
                     compute(row, group)
-        for haul in command.hauls:
-            if haul.stage == self.index:
+        for transfer in command.transfers:
+            if transfer.stage == self.index:
                 source, target = (
-                    [self.tables[rank][haul.row, index] for index in range(haul.first, haul.stop)]
-                    for rank in (haul.source, haul.target)
+                    [self.tables[rank][transfer.lane, index] for index in range(transfer.first, transfer.stop)]
+                    for rank in (transfer.source, transfer.target)
                 )
-                self.memory[haul.target][target] = self.memory[haul.source][source]
+                self.memory[transfer.target][target] = self.memory[transfer.source][source]
 
     def _append(self, row: FakeRow, group: int) -> None:
         owner, home = self.owners[row.slot][group], self.homes[group]
         tags = self._tags(row, group)
         for rank in {owner} if row.is_decode else {owner, home}:
-            pages, offsets = self._places(rank, row, group)
+            pages, offsets = self._cells(rank, row, group)
             self.memory[rank][pages[row.start :], offsets[row.start :]] = tags[row.start :]
 
     def _attend(self, row: FakeRow, group: int) -> None:
         reader = self.owners[row.slot][group] if row.is_decode else self.homes[group]
-        found = self.memory[reader][self._places(reader, row, group)]
+        found = self.memory[reader][self._cells(reader, row, group)]
         assert np.array_equal(found, self._tags(row, group)), f"{row} reads foreign tokens on rank {reader}"
 
-    def _places(self, rank: int, row: FakeRow, group: int) -> tuple[np.ndarray, np.ndarray]:
+    def _cells(self, rank: int, row: FakeRow, group: int) -> tuple[np.ndarray, np.ndarray]:
         """(page, offset) of every token of the row's lane, the new ones included."""
         lane, position = row.slot * self.num_groups + group, np.arange(row.start + row.count)
         table = self.tables[rank]
@@ -168,16 +167,16 @@ class ToyEngine:
     random: Random = field(default_factory=lambda: Random(0))
     dispatcher: Dispatcher = field(default_factory=ProportionalDispatcher)
     make_relief: Callable[["ToyEngine"], Relief | None] = lambda _: None
-    pages_per_haul: int = 2
+    max_transfer_pages: int = 2
     moves_per_step: float = 0.0
 
     def __post_init__(self) -> None:
-        num_groups = self.plan.stages[0].primaries[-1].groups[1]
+        num_groups = self.plan.num_groups
         capacity = largest_context(self.plan, self.num_pages, self.page_size)
         self.max_model_len = self.max_model_len or capacity
         assert self.max_model_len <= capacity
         self.cache = CacheManager(self.plan, num_groups, self.num_pages, self.page_size, self.max_num_seqs)
-        self.hauler = Hauler(self.cache, self.plan, num_groups, self.page_size, 1, self.pages_per_haul)
+        self.migrator = Migrator(self.cache, self.plan, num_groups, self.page_size, 1, self.max_transfer_pages)
         self.relief = self.make_relief(self)
         self.scheduler = Scheduler(
             self.cache,
@@ -197,7 +196,7 @@ class ToyEngine:
         self.batches: list[Batch] = []
         self.finished: list[Sequence] = []
         self.started: list[Move] = []
-        self.landed: list[Move] = []
+        self.committed: list[Move] = []
 
     @property
     def has_work(self) -> bool:
@@ -240,36 +239,35 @@ class ToyEngine:
         self._check_pages()
 
     def _check_pages(self) -> None:
-        """Where no lane moves, pools hold the lanes that live there, the staging of prompts, and nothing else."""
-        if self.hauler.is_busy:
+        """While no lane migrates, pools hold the lanes that live there, the staging of prompts, and nothing else."""
+        if self.migrator.is_busy:
             return
         used: Counter[PoolId] = Counter()
         for sequence in self.scheduler.running:
             pages = pages_for(self.cache.num_tokens(sequence.slot), self.page_size)
             for index, owners in enumerate(self.cache.owners(sequence.slot)):
                 for group, owner in enumerate(owners):
-                    home = self.plan.stages[index].home(group).rank
+                    home = self.plan.home_ranks[index][group]
                     places = {owner, home} if sequence.is_prefilling else {owner}
                     used.update({PoolId(rank, index): pages for rank in places})
         for pool in self.cache.pools:
             assert self.num_pages[pool.rank] - self.cache.free_pages(pool) == used[pool], f"{pool} holds other pages"
 
     def _start_moves(self) -> None:
-        """A random lane goes to a random rank, with the probability `moves_per_step`."""
+        """Starts migrations of a random sequence's lanes to random ranks, with the probability `moves_per_step`."""
         candidates = [s for s in self.scheduler.running if s.is_generating and not self.cache.is_moving(s.slot)]
         if not candidates or self.random.random() >= self.moves_per_step:
             return
         sequence = self.random.choice(candidates)
         for stage, owners in enumerate(self.cache.owners(sequence.slot)):
             for group, source in enumerate(owners):
-                home = self.plan.stages[stage].home(group).rank
-                target = self.random.choice([home, *(worker.rank for worker in self.plan.workers)])
+                target = self.random.choice([self.plan.home_ranks[stage][group], *self.plan.worker_ranks])
                 if target != source and self.random.random() < 0.5:
                     move = Move(slot=sequence.slot, stage=stage, group=group, source=source, target=target)
-                    self.started += self.hauler.start([move])
+                    self.started += self.migrator.start([move])
 
     def _schedule(self) -> Batch | None:
-        self.landed += self.hauler.land()
+        self.committed += self.migrator.commit()
         return self.scheduler.schedule()
 
     def _send(self, batch: Batch) -> None:
@@ -279,8 +277,9 @@ class ToyEngine:
             FakeRow(row.sequence.slot, row.sequence.arrival, row.start, row.count, row.is_decode) for row in batch.rows
         ]
         owners = {sequence.slot: placement.owners for sequence, placement in batch.admitted}
-        landed, self.landed = self.landed, []
-        self.pipeline[0].append(Command(rows, owners, self.cache.take_deltas(), batch, landed, self.hauler.plan({})))
+        committed, self.committed = self.committed, []
+        pages, transfers = self.cache.take_deltas(), self.migrator.plan({})
+        self.pipeline[0].append(Command(rows, owners, pages, batch, committed, transfers))
 
     def _finish(self, batch: Batch) -> None:
         tokens = [next_token(row.sequence.token_ids) for row in batch.rows if row.samples]
@@ -309,11 +308,11 @@ class ToyEngine:
         self.slots_in_use.difference_update(batch.released)
         admitted = [sequence for sequence, _ in batch.admitted]
         assert self.slots_in_use.isdisjoint(sequence.slot for sequence in admitted), "a slot is given away twice"
-        assert batch.rows or self.hauler.is_busy
+        assert batch.rows or self.migrator.is_busy
         assert {sequence.id for sequence in admitted} <= ids, "admitted but not computed"
         self.slots_in_use.update(sequence.slot for sequence in admitted)
         assert {row.sequence.slot for row in batch.rows} <= self.slots_in_use
-        assert self.scheduler.num_running <= self.max_num_seqs
+        assert len(self.scheduler.running) <= self.max_num_seqs
 
     def check_idle(self) -> None:
         """Nothing runs, and every page is free."""
@@ -342,12 +341,16 @@ def churn(engine: ToyEngine, sequences: list[Sequence], random: Random, turn: Ca
     raise AssertionError("a sequence is never done")
 
 
-def replay(deltas: list[PageDelta], tables: dict[PoolId, dict[tuple[int, int], int]]) -> None:
-    """Enters deltas in tables of (row, page index) -> page, as a rank does."""
-    for delta in deltas:
-        table = tables.setdefault(PoolId(delta.rank, delta.stage), {})
-        for row, column, page in np.frombuffer(delta.entries, dtype=np.int32).reshape(-1, 3).tolist():
-            table[row, column] = page
+def as_dict(entries: PageEntries) -> dict[tuple[int, int], int]:
+    """(lane, page index) -> page."""
+    lanes, indices, pages = (column.tolist() for column in entries)
+    return dict(zip(zip(lanes, indices, strict=True), pages, strict=True))
+
+
+def replay(deltas: dict[PoolId, PageEntries], tables: dict[PoolId, dict[tuple[int, int], int]]) -> None:
+    """Writes new entries into tables of (lane, page index) -> page, as a rank does."""
+    for pool, entries in deltas.items():
+        tables.setdefault(pool, {}).update(as_dict(entries))
 
 
 def rows_of(batch: Batch) -> list[tuple[str, int, int]]:

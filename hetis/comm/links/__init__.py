@@ -1,8 +1,8 @@
-"""Links: which kind joins two ranks, and how both open it."""
+"""Links: choice of the kind that joins two ranks, and opening of either end."""
 
 import torch
 
-from hetis.comm.links.base import Link
+from hetis.comm.links.base import Link, LinkEnd
 from hetis.comm.links.local import open_local
 from hetis.comm.links.shm import open_shm
 from hetis.comm.links.staged import PageLock, StagedLink
@@ -15,10 +15,10 @@ KINDS = ("local", "shm", "torchdist", "tcp")
 
 
 def choose_link(primary: DeviceInfo, worker: DeviceInfo) -> str:
-    """The fastest kind of link that joins two ranks.
+    """Fastest kind of link that joins two ranks.
 
     Ranks that share a GPU wait for messages on the host: the GPU runs one of two processes at a time, so a kernel that
-    waits for the other process would spin through its own turn.
+    waits for the other process would spin through its own time slice.
     """
     same_host = primary.host == worker.host
     if same_host and primary.pid == worker.pid and primary.place == worker.place:
@@ -44,54 +44,28 @@ def open_link(
     """Opens this rank's end of the link between `primary` and `worker`; its buffers are on `device`.
 
     Waits for the other end, so ranks must open their links in one global order. `max_send_bytes` and `max_recv_bytes`
-    are the largest messages either way, mirrored at the other end. `timeout`: seconds for the other end to come, and
-    for single operations where the transport knows such a limit ("torchdist"). `spin_us`: how long "shm" waits with the
-    core before it sleeps; None: by cores and ranks. TimeoutError naming the key if the other end does not come.
+    are the sizes of the largest messages, mirrored at the other end. `timeout`: seconds for the other end to open, and
+    for single operations where the transport has such a limit ("torchdist"). `spin_us`: microseconds that "shm" spins
+    before it sleeps; None: by cores and ranks. TimeoutError, naming the key, if the other end does not open.
     """
-    key = f"link/{primary.rank}-{worker.rank}"
-    peer_rank = worker.rank if is_primary else primary.rank
     limits = (max_send_bytes, max_recv_bytes) if is_primary else (max_recv_bytes, max_send_bytes)
-    if kind == "local":
-        ranks = (primary.rank, worker.rank)
-        return open_local(
-            rendezvous, key, ranks=ranks, is_primary=is_primary, limits=limits, device=device, timeout=timeout
-        )
+    end = LinkEnd(rendezvous, (primary.rank, worker.rank), is_primary, limits, timeout)
     address = primary.address if is_primary else worker.address
+    if kind == "local":
+        return open_local(end, device)
     if kind == "torchdist":
-        return open_torchdist(
-            rendezvous,
-            key,
-            address=address,
-            peer_rank=peer_rank,
-            is_primary=is_primary,
-            limits=limits,
-            device=device,
-            timeout=timeout,
-        )
-    staged, page_lock = device.type == "cuda", None
-    inner: Link
+        return open_torchdist(end, address, device)
     if kind == "shm":
-        inner = open_shm(
-            rendezvous,
-            key,
-            peer_rank=peer_rank,
-            is_primary=is_primary,
-            limits=limits,
-            timeout=timeout,
-            spin_us=spin_us,
-        )
-        page_lock = PageLock(inner.segment.memory_B, device) if staged else None
-    elif kind == "tcp":
-        inner = open_tcp(
-            rendezvous,
-            key,
-            address=address,
-            peer_rank=peer_rank,
-            is_primary=is_primary,
-            limits=limits,
-            timeout=timeout,
-            pinned=staged,
-        )
-    else:
-        raise ValueError(f"unknown link kind {kind!r}: choose one of {', '.join(KINDS)}.")
-    return StagedLink(inner, device, max_send_bytes, max_recv_bytes, page_lock) if staged else inner
+        shm = open_shm(end, spin_us)
+        return _staged(shm, end, device, shm.segment.memory_B)
+    if kind == "tcp":
+        return _staged(open_tcp(end, address, pinned=device.type == "cuda"), end, device)
+    raise ValueError(f"link kind {kind!r} is unknown; use one of {', '.join(KINDS)}.")
+
+
+def _staged(inner: Link, end: LinkEnd, device: torch.device, memory_B: torch.Tensor | None = None) -> Link:
+    """Link with its buffers on `device`, over one in CPU memory. `memory_B`: memory of `inner` that is to be locked."""
+    if device.type != "cuda":
+        return inner
+    page_lock = None if memory_B is None else PageLock(memory_B, device)
+    return StagedLink(inner, device, end.max_send_bytes, end.max_recv_bytes, page_lock)

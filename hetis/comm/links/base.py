@@ -1,19 +1,22 @@
-"""The data path between one primary and one attention worker."""
+"""Interface of links, the data path between two ranks: a primary and an attention worker, or two primaries."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor
 
-NUM_SLOTS = 2  # per direction: one message is read while the next one is written
+from hetis.comm.rendezvous import Rendezvous
+
+NUM_BUFFERS = 2  # per direction: one message is read while the next one is written
 ALIGNMENT = 64  # bytes, of every buffer handed out: a cache line, the widest vector register
 
 
 class Link(ABC):
     """One end of an ordered two-way path of byte messages.
 
-    Sizes are not sent to be learnt: both ends plan the same step and know them. Each direction has two slots of a
-    largest size fixed when the link is opened, so a sender may be one message ahead of the receiver. Messages are
-    written and read in place:
+    Sizes are not transmitted: both ends plan the same step and know them. Each direction has two buffers of a size
+    fixed when the link is opened, so a sender may be one message ahead of the receiver. Messages are written and read
+    in place:
 
         buffer = link.send_buffer(n)      view = link.recv(n)
         ... write into buffer ...         ... read view ...
@@ -29,14 +32,14 @@ class Link(ABC):
 
     @abstractmethod
     def send_buffer(self, num_bytes: int) -> Tensor:
-        """Where to write the next message: uint8 [num_bytes], contiguous, 64-byte aligned, on this end's device.
+        """Buffer for the next message: uint8 [num_bytes], contiguous, 64-byte aligned, on this end's device.
 
-        Waits while both slots are full. Contents are undefined.
+        Waits while both buffers are full. Contents are undefined.
         """
 
     @abstractmethod
     def send(self) -> None:
-        """Publishes the message written there; may return before the peer has it."""
+        """Publishes the message in the last `send_buffer`; may return before the peer has it."""
 
     @abstractmethod
     def recv(self, num_bytes: int) -> Tensor:
@@ -44,18 +47,46 @@ class Link(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Gives the received buffer back."""
+        """Returns the received buffer to the link."""
 
     @abstractmethod
     def close(self) -> None:
-        """Ends this end; what has been sent still arrives. May be called twice."""
+        """Closes this end; messages already sent still arrive. May be called twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEnd:
+    """Arguments that every kind of link needs to open one end."""
+
+    rendezvous: Rendezvous
+    ranks: tuple[int, int]  # (primary, worker)
+    is_primary: bool
+    limits: tuple[int, int]  # bytes of the largest message to the worker and to the primary
+    timeout: float  # seconds for the other end to open
+
+    @property
+    def key(self) -> str:
+        """Prefix of the link's keys at the rendezvous."""
+        return f"link/{self.ranks[0]}-{self.ranks[1]}"
+
+    @property
+    def peer_rank(self) -> int:
+        return self.ranks[1] if self.is_primary else self.ranks[0]
+
+    @property
+    def max_send_bytes(self) -> int:
+        return self.limits[0] if self.is_primary else self.limits[1]
+
+    @property
+    def max_recv_bytes(self) -> int:
+        return self.limits[1] if self.is_primary else self.limits[0]
 
 
 def check_size(num_bytes: int, max_bytes: int) -> None:
-    """Both ends sized the link from the same plan, so a larger message is our mistake."""
+    """Asserts that a message fits: both ends sized the link from the same plan."""
     assert 0 <= num_bytes <= max_bytes, f"a message of {num_bytes} bytes on a link opened for {max_bytes}"
 
 
 def check_agreement(num_bytes: int, sent_bytes: int) -> None:
-    """Both ends plan the same step."""
+    """Asserts that both ends planned the same size."""
     assert num_bytes == sent_bytes, f"expected a message of {num_bytes} bytes, the peer sent {sent_bytes}"

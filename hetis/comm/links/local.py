@@ -1,6 +1,6 @@
 """Link between two threads of one process and one device, for tests and for roles that share a process.
 
-Threads on a GPU may have streams of their own, so each slot carries the points in them after which it may be touched.
+Threads on a GPU may have streams of their own, so each buffer has the events after which it may be read and written.
 """
 
 import threading
@@ -10,31 +10,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hetis.comm.links.base import NUM_SLOTS, Link, check_agreement, check_size
-from hetis.comm.rendezvous import Rendezvous
+from hetis.comm.links.base import NUM_BUFFERS, Link, LinkEnd, check_agreement, check_size
 from hetis.comm.streams import StreamEvent
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class _Buffer:
     memory_B: Tensor
     written: StreamEvent
     read: StreamEvent
 
     @classmethod
-    def allocate(cls, max_bytes: int, device: torch.device) -> "_Slot":
+    def allocate(cls, max_bytes: int, device: torch.device) -> "_Buffer":
         memory_B = torch.empty(max_bytes, dtype=torch.uint8, device=device)
         return cls(memory_B, StreamEvent(device), StreamEvent(device))
 
 
 class _Channel:
-    """One direction: free slots and sent messages."""
+    """One direction: free buffers and sent messages."""
 
     def __init__(self, max_bytes: int, device: torch.device) -> None:
         self.max_bytes = max_bytes
         self.changed = threading.Condition()
-        self.free = deque(_Slot.allocate(max_bytes, device) for _ in range(NUM_SLOTS))
-        self.sent: deque[tuple[_Slot, int]] = deque()
+        self.free = deque(_Buffer.allocate(max_bytes, device) for _ in range(NUM_BUFFERS))
+        self.sent: deque[tuple[_Buffer, int]] = deque()
         self.is_closed = False
 
 
@@ -49,9 +48,9 @@ class LocalLink(Link):
         check_size(num_bytes, self._out.max_bytes)
         self._wait(self._out, self._out.free)
         self._pending_bytes = num_bytes
-        slot = self._out.free[0]
-        slot.read.wait()
-        return slot.memory_B[:num_bytes]
+        buffer = self._out.free[0]
+        buffer.read.wait()
+        return buffer.memory_B[:num_bytes]
 
     def send(self) -> None:
         self._out.free[0].written.record()
@@ -63,11 +62,11 @@ class LocalLink(Link):
     def recv(self, num_bytes: int) -> Tensor:
         check_size(num_bytes, self._in.max_bytes)
         self._wait(self._in, self._in.sent)
-        slot, sent_bytes = self._in.sent[0]
+        buffer, sent_bytes = self._in.sent[0]
         check_agreement(num_bytes, sent_bytes)
         self.bytes_received += num_bytes
-        slot.written.wait()
-        return slot.memory_B[:num_bytes]
+        buffer.written.wait()
+        return buffer.memory_B[:num_bytes]
 
     def release(self) -> None:
         self._in.sent[0][0].read.record()
@@ -81,7 +80,7 @@ class LocalLink(Link):
                 channel.is_closed = True
                 channel.changed.notify_all()
 
-    def _wait(self, channel: _Channel, queue: "deque[_Slot] | deque[tuple[_Slot, int]]") -> None:
+    def _wait(self, channel: _Channel, queue: "deque[_Buffer] | deque[tuple[_Buffer, int]]") -> None:
         with channel.changed:
             channel.changed.wait_for(lambda: bool(queue) or channel.is_closed)
             if not queue:
@@ -100,24 +99,15 @@ def local_pair(
     return LocalLink(to_worker, to_primary, ranks[1]), LocalLink(to_primary, to_worker, ranks[0])
 
 
-_offered: dict[str, LocalLink] = {}  # workers' ends that have not been fetched yet
+_offered: dict[str, LocalLink] = {}  # workers' ends that have not been opened yet
 
 
-def open_local(
-    rendezvous: Rendezvous,
-    key: str,
-    *,
-    ranks: tuple[int, int],
-    is_primary: bool,
-    limits: tuple[int, int],
-    device: torch.device,
-    timeout: float,
-) -> LocalLink:
-    """Opens this rank's end; both are in this process. `ranks`: (primary, worker); `limits`: bytes to either."""
-    if is_primary:
-        primary_end, worker_end = local_pair(*limits, device, ranks)
-        name = f"{key}/{id(primary_end)}"
+def open_local(end: LinkEnd, device: torch.device) -> LocalLink:
+    """Opens one end; the other one is opened by another thread of this process."""
+    if end.is_primary:
+        primary_end, worker_end = local_pair(*end.limits, device, end.ranks)
+        name = f"{end.key}/{id(primary_end)}"
         _offered[name] = worker_end
-        rendezvous.set(f"{key}/local", name.encode())
+        end.rendezvous.set(f"{end.key}/local", name.encode())
         return primary_end
-    return _offered.pop(rendezvous.get(f"{key}/local", timeout).decode())
+    return _offered.pop(end.rendezvous.get(f"{end.key}/local", end.timeout).decode())

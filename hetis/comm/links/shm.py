@@ -1,10 +1,10 @@
-"""Link between two processes of one host, both with their tensors in CPU memory.
+"""Link between two processes of one host, with messages in shared CPU memory.
 
-    counters   published and released of either direction, closed of either end; a page
-    slots      primary -> worker: 2 x max bytes;   worker -> primary: 2 x max bytes
+    counters   per direction: published, released, closed by its sender; one page
+    buffers    primary -> worker: 2 x max bytes;   worker -> primary: 2 x max bytes
 
-The sender writes a slot and advances `published`; the receiver reads it in place and advances `released`. A direction's
-sender waits while published - released == 2, its receiver while published == what it has released. They wrap at 2^32.
+The sender writes a buffer and advances `published`; the receiver reads it in place and advances `released`. The sender
+waits while published - released == 2, the receiver while published == released. Counters wrap at 2^32.
 """
 
 import os
@@ -13,12 +13,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from hetis.comm.links.base import NUM_SLOTS, Link, check_agreement, check_size
-from hetis.comm.rendezvous import Rendezvous
+from hetis.comm.links.base import NUM_BUFFERS, Link, LinkEnd, check_agreement, check_size
 from hetis.comm.shared_memory import PAGE_BYTES, WORD_BYTES, Address, Peer, Segment, Waiter, default_spin_us
 
-_COUNTERS = 3  # of one direction: published, released, closed by its sender
-_SIZES = 2  # index of the first slot's message size, in 8 bytes behind the counter `published`
+_COUNTERS = 3  # per direction
+_SIZES = 2  # index of the first buffer's message size among the 8-byte values at the counter `published`
 _MASK = 0xFFFFFFFF
 
 
@@ -31,31 +30,31 @@ class _Channel:
         self.max_bytes = max_bytes
         self.count = 0  # messages this end has sent, or received and released
         stride = _round_up(max_bytes)
-        self._slots = [segment.memory_B[start + i * stride :][:max_bytes] for i in range(NUM_SLOTS)]
-        self._views = list(self._slots)  # the same size comes again and again: keep the last view of each slot
+        self._buffers = [segment.memory_B[start + i * stride :][:max_bytes] for i in range(NUM_BUFFERS)]
+        self._views = list(self._buffers)  # the last view of each buffer: sizes mostly repeat
         sizes = segment.memory_B[first * WORD_BYTES :][:WORD_BYTES].view(torch.int64)
-        self._sizes = sizes.numpy().data  # in the cache line of `published`, behind the counter
+        self._sizes = sizes.numpy().data  # behind the counter, in the cache line of `published`
 
     def view(self, num_bytes: int) -> Tensor:
         check_size(num_bytes, self.max_bytes)
-        slot = self.count % NUM_SLOTS
-        if self._views[slot].numel() != num_bytes:
-            self._views[slot] = self._slots[slot][:num_bytes]
-        return self._views[slot]
+        index = self.count % NUM_BUFFERS
+        if self._views[index].numel() != num_bytes:
+            self._views[index] = self._buffers[index][:num_bytes]
+        return self._views[index]
 
     @property
     def size(self) -> int:
         """Bytes of the current message, written by the sender."""
-        return int(self._sizes[_SIZES + self.count % NUM_SLOTS])
+        return int(self._sizes[_SIZES + self.count % NUM_BUFFERS])
 
     @size.setter
     def size(self, num_bytes: int) -> None:
-        self._sizes[_SIZES + self.count % NUM_SLOTS] = num_bytes
+        self._sizes[_SIZES + self.count % NUM_BUFFERS] = num_bytes
 
     @property
     def full(self) -> int:
-        """The value of `released` at which both slots are taken."""
-        return (self.count - NUM_SLOTS) & _MASK
+        """Value of `released` at which both buffers are full."""
+        return (self.count - NUM_BUFFERS) & _MASK
 
 
 class ShmLink(Link):
@@ -64,11 +63,11 @@ class ShmLink(Link):
     def __init__(
         self, segment: Segment, peer: Peer, is_primary: bool, limits: tuple[int, int], spin_us: int | None = None
     ) -> None:
-        """`limits`: largest message in bytes, to the worker and to the primary. `spin_us`: None: by cores and ranks."""
+        """`limits`: bytes of the largest message to the worker and to the primary. `spin_us`: None: by cores, ranks."""
         self.segment, self._peer = segment, peer
         self._waiter = Waiter(default_spin_us() if spin_us is None else spin_us)
         to_worker = _Channel(segment, 0, PAGE_BYTES, limits[0])
-        to_primary = _Channel(segment, 1, PAGE_BYTES + NUM_SLOTS * _round_up(limits[0]), limits[1])
+        to_primary = _Channel(segment, 1, PAGE_BYTES + NUM_BUFFERS * _round_up(limits[0]), limits[1])
         self._out, self._in = (to_worker, to_primary) if is_primary else (to_primary, to_worker)
         self._pending_bytes = 0
         self._is_closed = False
@@ -123,27 +122,19 @@ class _Offer(msgspec.Struct):
     limits: tuple[int, int]
 
 
-def open_shm(
-    rendezvous: Rendezvous,
-    key: str,
-    *,
-    peer_rank: int,
-    is_primary: bool,
-    limits: tuple[int, int],
-    timeout: float,
-    spin_us: int | None = None,
-) -> ShmLink:
-    """Opens this rank's end; returns when both ends have the memory. The primary creates it.
+def open_shm(end: LinkEnd, spin_us: int | None = None) -> ShmLink:
+    """Opens one end; returns when both ends have mapped the memory, which the primary creates.
 
-    TimeoutError, naming the rendezvous key, if the peer does not come within `timeout` seconds.
+    TimeoutError, naming the rendezvous key, if the peer does not open its end.
     """
-    if is_primary:
-        segment = Segment.create(PAGE_BYTES + NUM_SLOTS * sum(map(_round_up, limits)))
-        rendezvous.set(f"{key}/memory", msgspec.msgpack.encode(_Offer(segment.address, limits)))
-        pid = int(rendezvous.get(f"{key}/attached", timeout))
+    key, limits = end.key, end.limits
+    if end.is_primary:
+        segment = Segment.create(PAGE_BYTES + NUM_BUFFERS * sum(map(_round_up, limits)))
+        end.rendezvous.set(f"{key}/memory", msgspec.msgpack.encode(_Offer(segment.address, limits)))
+        pid = int(end.rendezvous.get(f"{key}/attached", end.timeout))
     else:
-        offer = msgspec.msgpack.decode(rendezvous.get(f"{key}/memory", timeout), type=_Offer)
+        offer = msgspec.msgpack.decode(end.rendezvous.get(f"{key}/memory", end.timeout), type=_Offer)
         assert offer.limits == limits, f"the ends of {key} plan messages of {offer.limits} and {limits} bytes"
         segment, pid = Segment.attach(offer.address), offer.address.pid
-        rendezvous.set(f"{key}/attached", str(os.getpid()).encode())
-    return ShmLink(segment, Peer(peer_rank, pid), is_primary, limits, spin_us)
+        end.rendezvous.set(f"{key}/attached", str(os.getpid()).encode())
+    return ShmLink(segment, Peer(end.peer_rank, pid), end.is_primary, limits, spin_us)

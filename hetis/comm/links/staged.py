@@ -1,11 +1,11 @@
-"""The CUDA end of a link whose transport works on CPU memory.
+"""CUDA end of a link whose transport works on CPU memory.
 
-Messages are written and read on the device; page-locked memory (the slots of the link underneath) is what both sides
-copy from and to, so a message crosses the bus once and is not copied again.
+Messages are written and read on the device. They are copied from and to page-locked memory, the buffers of the inner
+link, so that a message crosses the bus once and is not copied again on the host.
 
     send      copy device -> host on the current stream, wait for it on the host, publish
-    recv      wait for the message, copy host -> device on the current stream; the host slot is given back with
-              the next message of either direction, by when that copy has long ended
+    recv      wait for the message, copy host -> device on the current stream; the host buffer is released with the
+              next message of either direction, when that copy has long ended
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetis.comm.links.base import NUM_SLOTS, Link, check_size
+from hetis.comm.links.base import NUM_BUFFERS, Link, check_size
 from hetis.comm.streams import StreamEvent
 
 _log = logging.getLogger(__name__)
@@ -32,24 +32,24 @@ class StagedLink(Link):
         max_recv_bytes: int,
         page_lock: "PageLock | None" = None,
     ) -> None:
-        """Owns `inner`, and `page_lock` on its memory, from now on. A CPU `device` works as well, with plain copies."""
+        """Takes ownership of `inner` and of `page_lock` on its memory. A CPU `device` works too, with plain copies."""
         self.kind = inner.kind
         self._inner, self._page_lock = inner, page_lock
         self._limits = (max_send_bytes, max_recv_bytes)
-        self._out = [torch.empty(max_send_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
-        self._in = [torch.empty(max_recv_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
+        self._out = [torch.empty(max_send_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
+        self._in = [torch.empty(max_recv_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
         self._copied_out, self._copied_in = StreamEvent(device), StreamEvent(device)
         self._num_sent, self._num_received, self._pending_bytes = 0, 0, 0
-        self._holds_slot = False  # of the inner link, from which the last message is being copied
+        self._holds_inner = False  # whether the last message is being copied from a buffer of the inner link
 
     def send_buffer(self, num_bytes: int) -> Tensor:
         check_size(num_bytes, self._limits[0])
         self._pending_bytes = num_bytes
-        return self._out[self._num_sent % NUM_SLOTS][:num_bytes]
+        return self._out[self._num_sent % NUM_BUFFERS][:num_bytes]
 
     def send(self) -> None:
-        self._give_back()  # before we may have to wait for the peer, who may wait for this slot
-        device_B = self._out[self._num_sent % NUM_SLOTS][: self._pending_bytes]
+        self._release_inner()  # before waiting for the peer, which may be waiting for this buffer
+        device_B = self._out[self._num_sent % NUM_BUFFERS][: self._pending_bytes]
         self._inner.send_buffer(self._pending_bytes).copy_(device_B, non_blocking=True)
         self._copied_out.record()
         self._copied_out.synchronize()
@@ -59,34 +59,34 @@ class StagedLink(Link):
 
     def recv(self, num_bytes: int) -> Tensor:
         check_size(num_bytes, self._limits[1])
-        self._give_back()
+        self._release_inner()
         host_B = self._inner.recv(num_bytes)
-        device_B = self._in[self._num_received % NUM_SLOTS][:num_bytes]
+        device_B = self._in[self._num_received % NUM_BUFFERS][:num_bytes]
         device_B.copy_(host_B, non_blocking=True)
         self._copied_in.record()
-        self._holds_slot = True
+        self._holds_inner = True
         self.bytes_received += num_bytes
         return device_B
 
     def release(self) -> None:
-        """The device slot is used again two messages later, behind the reader's work on the stream."""
+        """Advances to the next device buffer; this one is reused two messages later, after the reader's queued work."""
         self._num_received += 1
 
     def close(self) -> None:
-        self._give_back()
+        self._release_inner()
         if self._page_lock is not None:
             self._page_lock.close()
         self._inner.close()
 
-    def _give_back(self) -> None:
-        if self._holds_slot:
+    def _release_inner(self) -> None:
+        if self._holds_inner:
             self._copied_in.synchronize()
-            self._holds_slot = False
+            self._holds_inner = False
             self._inner.release()
 
 
 class PageLock:
-    """Page-locks CPU memory for fast copies; where CUDA refuses, copies are slower and nothing else changes."""
+    """Page lock on CPU memory for fast copies. Where CUDA refuses it, copies are slower, which is logged."""
 
     def __init__(self, memory_B: Tensor, device: torch.device) -> None:
         self._memory_B = memory_B
@@ -103,7 +103,7 @@ class PageLock:
 
 
 def _clear_last_error(device: torch.device) -> None:
-    """CUDA keeps the error until it is asked for, which torch does after its next kernel: better after this one."""
+    """Runs a kernel that consumes the last error of CUDA, which torch would else report after an unrelated kernel."""
     with suppress(RuntimeError):
         torch.empty(1, device=device).fill_(0.0)
 

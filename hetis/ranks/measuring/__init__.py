@@ -1,1 +1,1 @@
-"""What a rank measures of its device and links before the first step, for the cost model."""
+"""Measurement of a rank's device and links before the first step, for the cost model."""

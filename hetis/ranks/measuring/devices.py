@@ -1,7 +1,7 @@
-"""How fast a rank is: decode attention, reading of memory, layers without attention, attention of prompts, its links.
+"""Measurement of a rank: decode attention, memory bandwidth, layers without attention, prompt attention, links.
 
-Runs before the first step, with the kernels, shapes and links that steps use, but never in the rank's own cache. The
-samples go to the driver, which fits formulas to them (`cost/fit.py`).
+Runs before the first step, with the kernels, shapes and links of steps, but outside of the rank's KV cache. The samples
+go to the driver, which fits formulas to them (`cost/fit.py`).
 
 U lanes, W pages of a lane, M query heads per group, D head_dim, P pages, S tokens per page, T tokens, G head groups.
 """
@@ -26,14 +26,14 @@ from hetis_kernels import flash_prefill, paged_decode, paged_prefill
 from hetis_kernels.dispatch import cpu_op
 from hetis_kernels.flash_prefill import flash_serves
 
-COLD_BYTES = 256 << 20  # more than processors keep of what they have read
-LEAST_BYTES = 4 << 20  # of pages, however little is left: what only one page is seen of cannot be told apart
+COLD_BYTES = 256 << 20  # more than caches of processors hold
+MIN_BYTES = 4 << 20  # of pages, even if less memory is free: one page alone does not separate the terms of a fit
 READ_CALLS = 5
-PREFILL_SHARE = 0.35  # of the time for the layers' part
+PREFILL_SHARE = 0.35  # of the time for layers
 
 
 class Measurer:
-    """Answers the driver's questions about this rank."""
+    """Executes the driver's measuring commands on this rank."""
 
     def __init__(
         self,
@@ -58,26 +58,25 @@ class Measurer:
         else:
             found = self._measure_layers(command.seconds)
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # steps go on with the same links, on other streams
+            torch.cuda.synchronize(self._device)  # steps use the same links on other streams
             torch.cuda.empty_cache()
         return msgspec.structs.replace(found, seconds=perf_counter() - begin)
 
     def _measure_attention(self, seconds: float) -> Measured:
         setup = self._setup
         scratch = Scratch(setup, affordable(COLD_BYTES, self._device), self._device)
-        most_lanes = min(setup.max_num_seqs * setup.spec.num_head_groups, scratch.num_pages)
+        max_lanes = min(setup.max_num_seqs * setup.spec.num_head_groups, scratch.num_pages)
         return Measured(
             rank=self._rank,
             seconds=0.0,
             read_bytes_per_us=read_bandwidth(scratch.pool_2PSD),
-            attention=measure_decode(setup, scratch, most_lanes, seconds),
+            attention=measure_decode(setup, scratch, max_lanes, seconds),
         )
 
     def _measure_layers(self, seconds: float) -> Measured:
         assert self._decoder is not None
         assert self._tensor_parallel is not None
-        setup, (stage, index) = self._setup, self._setup.plan.position_of(self._rank)
-        groups = setup.plan.stages[stage].primaries[index].num_groups
+        setup, groups = self._setup, self._setup.plan.primary(self._rank).num_groups
         return Measured(
             rank=self._rank,
             seconds=0.0,
@@ -93,19 +92,18 @@ class Measurer:
         counted = link.bytes_sent, link.bytes_received
         found = Measured(rank=self._rank, seconds=0.0)
         if is_primary:
-            stage, index = setup.plan.position_of(command.primary)
             wire = wire_format(setup)
-            smallest = wire.request_bytes(1, 0, 0), wire.reply_bytes(1, 0)
-            largest = message_limits(setup, setup.plan.stages[stage].primaries[index])
+            smallest = wire.request_bytes(1, 0), wire.reply_bytes(1)
+            largest = message_limits(setup, setup.plan.primary(command.primary))
             found.request, found.reply = probe_link(link, self._device, smallest, largest, command.seconds)
         else:
             answer_probes(link, self._device)
-        link.bytes_sent, link.bytes_received = counted  # no tokens went over it
+        link.bytes_sent, link.bytes_received = counted  # statistics count tokens of steps only
         return found
 
 
 class Scratch:
-    """Pages of one layer outside of the cache. Each table that is taken names others, until all had their turn."""
+    """Pages of one layer outside of the KV cache. Successive tables have different pages, until all have been used."""
 
     def __init__(self, setup: Setup, num_bytes: int, device: torch.device) -> None:
         dtype, self.page_size, head_dim = TORCH_DTYPES[setup.dtype], setup.block_size, setup.spec.head_dim
@@ -120,7 +118,7 @@ class Scratch:
         return len(self._order_P)
 
     def take(self, num_lanes: int, num_tokens: int) -> Tensor:
-        """Table of a call: int32 [U, W]. Its pages are anywhere, as in a cache that has been used for long."""
+        """Page table of a call: int32 [U, W]. Its pages are scattered, as in a cache after long use."""
         width = -(-num_tokens // self.page_size)
         index = np.arange(self._next, self._next + num_lanes * width) % self.num_pages
         self._next = (self._next + len(index)) % self.num_pages
@@ -128,14 +126,14 @@ class Scratch:
 
 
 def affordable(num_bytes: int, device: torch.device) -> int:
-    """No more than half of what weights and cache have left of a GPU, but `LEAST_BYTES` in any case."""
+    """`num_bytes`, but on a GPU at most half of the free memory, or `MIN_BYTES` if that is more."""
     if device.type != "cuda":
         return num_bytes
-    return min(num_bytes, max(LEAST_BYTES, torch.cuda.mem_get_info(device)[0] // 2))
+    return min(num_bytes, max(MIN_BYTES, torch.cuda.mem_get_info(device)[0] // 2))
 
 
 def read_bandwidth(memory: Tensor) -> float:
-    """Bytes per microsecond of reading `memory` from its beginning to its end."""
+    """Bandwidth of reading `memory` sequentially, in bytes per microsecond."""
     stream_read = cpu_op("stream_read") if memory.device.type == "cpu" else None
     words = memory.view(-1).view(torch.int32)
 
@@ -152,17 +150,17 @@ def read_bandwidth(memory: Tensor) -> float:
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-def measure_decode(setup: Setup, scratch: Scratch, most_lanes: int, seconds: float) -> list[AttentionSample]:
-    """From one lane to `most_lanes`, from a page of tokens to the longest context, as far as the scratch pages reach.
+def measure_decode(setup: Setup, scratch: Scratch, max_lanes: int, seconds: float) -> list[AttentionSample]:
+    """Samples of one to `max_lanes` lanes, of one page to the longest context, as far as the scratch pages suffice.
 
-    One lane is seen with all six lengths, and one page with all seven numbers of lanes: enough for a fit in any case.
-    KV is cold, as it is in a step: since a layer was read last, all the others were.
+    One lane is timed with all six lengths, and one page with all seven numbers of lanes, which suffices for a fit. KV
+    is cold, as in a step, where all other layers are read between two uses of one layer.
     """
     spec, pool_2PSD, device = setup.spec, scratch.pool_2PSD, scratch.pool_2PSD.device
-    shape = (most_lanes, spec.queries_per_group, spec.head_dim)
+    shape = (max_lanes, spec.queries_per_group, spec.head_dim)
     q_UMD = torch.randn(shape, device=device).to(pool_2PSD.dtype)
-    out_UMD, lse2_UM = torch.empty_like(q_UMD), torch.empty(shape[:2], device=device)
-    order_U = torch.arange(most_lanes, dtype=torch.int32, device=device)
+    out_UMD = torch.empty_like(q_UMD)
+    order_U = torch.arange(max_lanes, dtype=torch.int32, device=device)
 
     def prepare(lanes: int, tokens: int) -> Call:
         table_UW = scratch.take(lanes, tokens)
@@ -172,14 +170,14 @@ def measure_decode(setup: Setup, scratch: Scratch, most_lanes: int, seconds: flo
         def call() -> None:
             paged_decode(
                 q_UMD[:lanes], pool_2PSD, table_UW, row_U, row_U, length_U, spec.attention_scale, 0,
-                out_UMD[:lanes], lse2_UM[:lanes], max_length=tokens,
+                out_UMD[:lanes], max_length=tokens,
             )  # fmt: skip
 
         return call
 
     longest = min(setup.max_model_len, scratch.num_pages * scratch.page_size)
     lengths = spread(min(scratch.page_size, longest), longest, 6)
-    grid = [(lanes, tokens) for lanes in spread(1, most_lanes, 7) for tokens in lengths]
+    grid = [(lanes, tokens) for lanes in spread(1, max_lanes, 7) for tokens in lengths]
     grid = [(lanes, tokens) for lanes, tokens in grid if lanes * -(-tokens // scratch.page_size) <= scratch.num_pages]
     grid.sort(key=lambda point: point[0] * point[1])
     points = [Point(lanes * tokens, partial(prepare, lanes, tokens)) for lanes, tokens in grid]
@@ -192,19 +190,18 @@ def measure_decode(setup: Setup, scratch: Scratch, most_lanes: int, seconds: flo
 
 
 def measure_prefill(setup: Setup, num_groups: int, device: torch.device, seconds: float) -> list[PrefillSample]:
-    """One prompt chunk, of 16 tokens to the largest, with nothing, something, and much before it; the chunk that is
-    a whole prompt by flash-attn where steps use it."""
+    """Samples of one prompt chunk of 16 tokens up to the largest, as a whole prompt and after 3 and 15 times as many
+    tokens. flash-attn computes the whole prompt where steps use it."""
     spec, dtype = setup.spec, TORCH_DTYPES[setup.dtype]
     uses_flash, M = flash_serves(device, dtype, spec.head_dim), spec.queries_per_group
     token_bytes = num_groups * spec.kv_bytes_per_token(1, setup.dtype)
-    most_context = min(setup.max_model_len, max(1, affordable(COLD_BYTES, device) // token_bytes))
-    longest = min(setup.max_num_batched_tokens, most_context)
+    max_context = min(setup.max_model_len, max(1, affordable(COLD_BYTES, device) // token_bytes))
+    longest = min(setup.max_num_batched_tokens, max_context)
     chunks = spread(min(16, longest), longest, 5)
-    grid = [(tokens, min(tokens * context, most_context)) for tokens in chunks for context in (1, 4, 16)]
+    grid = [(tokens, min(tokens * context, max_context)) for tokens in chunks for context in (1, 4, 16)]
     scratch = Scratch(setup, (grid[-1][1] + setup.block_size) * token_bytes, device)
     qkv_TGHD = torch.randn(longest, num_groups, M + 2, spec.head_dim, device=device).to(dtype)
     out_TGMD = torch.empty_like(qkv_TGHD[:, :, :M], memory_format=torch.contiguous_format)
-    lse2_TGM = torch.empty(out_TGMD.shape[:3], device=device)
     lane_CG = torch.arange(num_groups, dtype=torch.int32, device=device)[None]
 
     def prepare(tokens: int, context: int) -> Call:
@@ -215,7 +212,7 @@ def measure_prefill(setup: Setup, num_groups: int, device: torch.device, seconds
         def call() -> None:
             paged_prefill(
                 qkv_TGHD[:tokens, :, :M], scratch.pool_2PSD, table_UW, start_C1, lane_CG, context_C,
-                spec.attention_scale, 0, out_TGMD[:tokens], lse2_TGM[:tokens],
+                spec.attention_scale, 0, out_TGMD[:tokens],
             )  # fmt: skip
 
         def call_flash() -> None:
@@ -237,7 +234,7 @@ def measure_prefill(setup: Setup, num_groups: int, device: torch.device, seconds
 
 
 class _NoAttention:
-    """Leaves finite values where attention would have written, once."""
+    """Attention that only fills its output with finite values, once."""
 
     def __init__(self) -> None:
         self._num_filled = 0
@@ -251,14 +248,14 @@ class _NoAttention:
 def measure_dense(
     setup: Setup, decoder: Decoder, tensor_parallel: TensorParallel, device: torch.device, seconds: float
 ) -> list[DenseSample]:
-    """Layers without attention, from one token to the largest step; all primaries of the stage at the same time.
+    """Samples of layers without attention, from one token to the largest step, on all primaries of a stage at once.
 
-    Few tokens go through layers that together have more weights than caches hold, many through a few of these. What
-    decides about that, and when to stop, is the mean over the ranks, so that they go on making the same calls.
+    Few tokens pass through so many layers that their weights exceed the caches, many tokens through fewer. Means over
+    the ranks decide about that and about the end, so that all ranks make the same calls.
     """
-    most_tokens, hidden_size = setup.max_num_batched_tokens, setup.spec.hidden_size
-    hidden_TH = torch.ones(most_tokens, hidden_size, dtype=TORCH_DTYPES[setup.dtype], device=device)
-    position_T = torch.arange(most_tokens, device=device) % setup.max_model_len
+    max_tokens, hidden_size = setup.max_num_batched_tokens, setup.spec.hidden_size
+    hidden_TH = torch.ones(max_tokens, hidden_size, dtype=TORCH_DTYPES[setup.dtype], device=device)
+    position_T = torch.arange(max_tokens, device=device) % setup.max_model_len
     attention, timer = _NoAttention(), device_timer(device)
 
     def agree(value: float) -> float:
@@ -267,25 +264,25 @@ def measure_dense(
         return float(shared) / tensor_parallel.size
 
     def agreed_us(call: Call) -> float:
-        agree(0.0)  # they begin together
+        agree(0.0)  # ranks begin together
         return agree(timer(call))
 
     def forward(tokens: int, layers: int) -> Call:
         def call() -> None:
             decoder.forward(hidden_TH[:tokens], position_T[:tokens], attention, num_layers=layers)
 
-        hidden_TH.fill_(1.0)  # each pass adds to it
+        hidden_TH.fill_(1.0)  # every pass adds to it
         return call
 
     cold_layers = COLD_BYTES / agree(float(decoder.layer_bytes))
     agreed_us(forward(1, 1))
-    affordable = seconds * 1e6 / 64 / agreed_us(forward(1, 1))  # 4 rounds of 16 such passes
-    most_layers = min(cold_layers, affordable, float(decoder.num_layers))
+    affordable_layers = seconds * 1e6 / 64 / agreed_us(forward(1, 1))  # 4 rounds of 16 such passes
+    max_layers = min(cold_layers, affordable_layers, float(decoder.num_layers))
 
     def layers_for(tokens: int) -> int:
-        return max(1, round(most_layers * min(1.0, 16 / tokens)))
+        return max(1, round(max_layers * min(1.0, 16 / tokens)))
 
-    grid = [(tokens, layers_for(tokens)) for tokens in spread(1, most_tokens, 12)]
+    grid = [(tokens, layers_for(tokens)) for tokens in spread(1, max_tokens, 12)]
     points = [Point(tokens * layers, partial(forward, tokens, layers)) for tokens, layers in grid]
     times = time_points(points, agreed_us, seconds)
     return [DenseSample(tokens, time_us / layers) for (tokens, layers), time_us in zip(grid, times, strict=False)]

@@ -1,8 +1,8 @@
-"""Probing a link: messages of many sizes go round over the very link that steps use, alone on it.
+"""Measurement of a link: round trips of messages of many sizes over the link that steps use, without other traffic.
 
-Before some round trips the primary tells what will come: a request with the sizes of the next requests and of their
-replies, answered by a few bytes. So sizes and their number can follow what the link turns out to be. Zeros end it.
-Messages are whole lanes, the same several times as in the layers of a step, written by one end and read by the other.
+The primary announces the sizes of the next requests and replies, which the worker acknowledges, so that sizes and their
+number can follow the speed of the link. Zeros end the measurement. Messages are whole lanes, repeated as in the layers
+of a step, written by one end and read by the other.
 """
 
 from functools import partial
@@ -13,20 +13,20 @@ from torch import Tensor
 
 from hetis.comm.links.base import Link
 from hetis.core.measurements import TransferSample
-from hetis.ranks.measuring.rounds import LEAST_POINTS, Call, Point, device_timer, spread, time_points
+from hetis.ranks.measuring.rounds import MIN_POINTS, Call, Point, device_timer, spread, time_points
 
 ANNOUNCEMENT_BYTES = 16
 ACKNOWLEDGEMENT_BYTES = 8
 ROUND_TRIPS = 3  # after each announcement
 NUM_SIZES = 20  # in each direction
-MOST_ROUNDS = 20  # processes that wait for each other are disturbed more often than one that works
+MAX_ROUNDS = 20  # more than by default: processes that wait for each other are disturbed more often
 
 Sizes = tuple[int, int]  # bytes of request and reply
 END = (0, 0)
 
 
 class _Buffers(NamedTuple):
-    """What is sent and where it goes: a message must really be written and read."""
+    """Source and target of messages, which must really be written and read."""
 
     source_B: Tensor
     target_B: Tensor
@@ -39,15 +39,15 @@ class _Buffers(NamedTuple):
 def probe_link(
     link: Link, device: torch.device, smallest: Sizes, largest: Sizes, seconds: float
 ) -> tuple[list[TransferSample], list[TransferSample]]:
-    """(request samples, reply samples) from the primary's end; the worker's must be in `answer_probes`.
+    """(request samples, reply samples), measured by the primary while the worker runs `answer_probes`.
 
-    `smallest`: bytes of one lane; other messages are multiples of these. One direction carries a message, the other one
-    the smallest there is. A way takes the time of the round trip, less half of the smallest round trip.
+    `smallest`: bytes of one lane; messages are multiples of these, up to `largest`. One direction carries a message,
+    the other one the smallest message. The time of a message is its round trip less half of the shortest round trip.
     """
     buffers = _Buffers.allocate(max(largest), device)
     requests, replies = (
-        [lane_bytes * lanes for lanes in spread(1, most_bytes // lane_bytes, NUM_SIZES)]
-        for lane_bytes, most_bytes in zip(smallest, largest, strict=True)
+        [lane_bytes * lanes for lanes in spread(1, max_bytes // lane_bytes, NUM_SIZES)]
+        for lane_bytes, max_bytes in zip(smallest, largest, strict=True)
     )
     grid = [
         sizes
@@ -55,7 +55,7 @@ def probe_link(
         for sizes in ((request, smallest[1]), (smallest[0], reply))
     ]
     points = [Point(sum(sizes), partial(_announce, link, buffers, sizes)) for sizes in grid]
-    times = time_points(points, device_timer(device), seconds, least=2 * LEAST_POINTS, most_rounds=MOST_ROUNDS)
+    times = time_points(points, device_timer(device), seconds, min_points=2 * MIN_POINTS, max_rounds=MAX_ROUNDS)
     _announce(link, buffers, END)
     round_trip_us = [time_us / ROUND_TRIPS for time_us in times]
     half_us = min(round_trip_us) / 2
@@ -66,7 +66,7 @@ def probe_link(
 
 
 def _announce(link: Link, buffers: _Buffers, sizes: Sizes) -> Call:
-    """Tells the worker what comes next, and returns the round trips."""
+    """Announces the sizes of the next round trips to the worker, and returns the call that makes them."""
     announcement = link.send_buffer(ANNOUNCEMENT_BYTES)
     announcement.view(torch.int64).copy_(torch.tensor(sizes))
     link.send()
@@ -82,7 +82,7 @@ def _announce(link: Link, buffers: _Buffers, sizes: Sizes) -> Call:
 
 
 def answer_probes(link: Link, device: torch.device) -> None:
-    """The worker's end, until the primary has enough."""
+    """Answers the primary's round trips at the worker's end until the primary ends the measurement."""
     buffers = _Buffers.allocate(0, device)
     while True:
         request, reply = link.recv(ANNOUNCEMENT_BYTES).view(torch.int64).tolist()

@@ -1,1 +1,1 @@
-"""From logits to tokens and their log-probabilities, on the last stage's first primary."""
+"""Tokens and log-probabilities from logits, on the first primary of the last stage."""

@@ -1,9 +1,9 @@
-"""Draws tokens: temperature, min_p, top_k, top_p, then the inverse of the cumulated distribution.
+"""Draws tokens: temperature, min_p, top_k, top_p, then the inverse of the cumulative distribution.
 
-Probabilities are whole numbers: a token weighs floor(2^40 * exp((logit - best logit) / temperature)). Sums of whole
-numbers do not depend on the order of summation, so a row's token depends on that row alone, however the work is cut:
-over threads, blocks of the vocabulary, or with the tokens that a filter drops left out. A token lighter than 2^-40 of
-the best weighs nothing and is never drawn.
+Probabilities are integers: the weight of a token is floor(2^40 * exp((logit - best logit) / temperature)). Integer sums
+do not depend on the order of summation, so a row's token depends on that row alone, however the work is divided: over
+threads, over blocks of the vocabulary, or without the tokens that a filter drops. Tokens below 2^-40 of the best have
+weight 0 and are never drawn.
 
 Filters keep all tokens at or above a logit, the floor. Tokens that tie with the last one kept are kept too.
 
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetis.ranks.sampling.vocabulary import BLOCK, Blocks, Vocabulary, sorted_falling
+from hetis.ranks.sampling.vocabulary import BLOCK, Blocks, Vocabulary, sorted_descending
 
 WEIGHT_BITS = 40  # 2^23 tokens can be summed in int64
-# Weights are 8 bytes: on CPU small parts stay in cache and in memory that the allocator reuses; a GPU wants large ones.
+# A weight has 8 bytes: on a CPU small parts stay in cache and in reused memory; a GPU is faster with large parts.
 WEIGHTS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
 TOP_K_SPARE_BLOCKS = 32  # beyond k, for tokens that tie with the k-th
 TOP_P_BLOCKS = 256  # searched for top_p before the whole vocabulary is
@@ -28,7 +28,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True, slots=True)
 class DrawParams:
-    """Per row, on the device of the logits."""
+    """Parameters of draws, per row, on the device of the logits."""
 
     uniform_R: Tensor  # float64 in [0, 1)
     scale_R: Tensor  # float32: 1 / temperature
@@ -47,7 +47,7 @@ class DrawParams:
         top_k_R: np.ndarray,
         device: torch.device,
     ) -> "DrawParams":
-        """From the host, as one copy."""
+        """Parameters from host arrays, in one copy to the device."""
         packed_5R = torch.from_numpy(np.stack([uniform_R, 1 / temperature_R, min_p_R, top_p_R, top_k_R])).to(device)
         uniform, scale, min_p, top_p, top_k = packed_5R.unbind()
         some_min_p = min_p.float() if min_p_R.any() else None
@@ -60,9 +60,9 @@ class DrawParams:
 
 
 def uniforms(seed_R: np.ndarray, index_R: np.ndarray) -> np.ndarray:
-    """The uniform number in [0, 1), float64, of the `index`-th output token of a request with this seed.
+    """Uniform number in [0, 1), float64, of the `index`-th output token of a request with this seed.
 
-    A function of the two alone: two rounds of the finaliser of splitmix64 (Steele, Lea, Flood 2014).
+    A function of these two only: two rounds of the finaliser of splitmix64 (Steele, Lea, Flood 2014).
     """
     bits_R = _mixed(_mixed(seed_R.astype(np.int64).view(np.uint64)) + index_R.astype(np.uint64) * _GOLDEN)
     return (bits_R >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -77,9 +77,9 @@ def _mixed(bits_R: np.ndarray) -> np.ndarray:
 
 
 def draw(vocabulary: Vocabulary, params: DrawParams, top_k_I: np.ndarray, top_p_I: np.ndarray) -> Tensor:
-    """Tokens [R], int64. The host knows which rows use top_k, and which only top_p.
+    """Draws tokens [R], int64. `top_k_I`: rows with top_k; `top_p_I`: rows with top_p and without top_k.
 
-    The best logit of a row must be finite; else its token means nothing and may even lie beyond the vocabulary.
+    The best logit of a row must be finite; otherwise its token is undefined and may be beyond the vocabulary.
     """
     num_rows = len(params.uniform_R)
     token_R = torch.empty(num_rows, dtype=torch.int64, device=params.uniform_R.device)
@@ -115,9 +115,9 @@ def _draw_top_p(vocabulary: Vocabulary, params: DrawParams) -> Tensor:
 
 
 def _draw_filtered(vocabulary: Vocabulary, params: DrawParams, num_blocks: int, total_R: Tensor | None) -> Tensor:
-    """Draws from the best blocks, and again from the whole vocabulary for rows of which more tokens are kept.
+    """Draws from the best blocks, and again from the whole vocabulary for rows that keep tokens outside of these.
 
-    `total_R` is the weight of the vocabulary; None: all rows have a top_k, and top_p is a share of what that keeps.
+    `total_R`: weight of the vocabulary; None: all rows have a top_k, and top_p is a share of what that keeps.
     """
     blocks, best_R = vocabulary.best_blocks(num_blocks), vocabulary.best()
     floor_R, lowest_R = _floors(blocks, best_R, params, total_R)
@@ -132,12 +132,12 @@ def _draw_filtered(vocabulary: Vocabulary, params: DrawParams, num_blocks: int, 
 
 
 def _floors(blocks: Blocks, best_R: Tensor, params: DrawParams, total_R: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The smallest logit kept, and the smallest logit that had a say in it, both [R].
+    """Smallest logit kept, and smallest logit that determines it, both [R].
 
     top_k: the k-th largest logit. top_p: the largest logit such that the tokens from there up weigh at least top_p of
-    the total. When the tokens at hand do not reach that, the second result is -inf.
+    the total. If the given blocks do not reach that, the second result is -inf.
     """
-    sorted_RN = sorted_falling(blocks.logits_RKB.flatten(1))
+    sorted_RN = sorted_descending(blocks.logits_RKB.flatten(1))
     kth_R = sorted_RN.gather(-1, (params.top_k_R - 1).unsqueeze(-1)).squeeze(-1) if total_R is None else None
     sum_RN = _weights(sorted_RN, best_R, params, kth_R).cumsum(-1)
     total_R = sum_RN[:, -1] if total_R is None else total_R
@@ -150,7 +150,7 @@ def _floors(blocks: Blocks, best_R: Tensor, params: DrawParams, total_R: Tensor 
 
 
 def _weights(logits: Tensor, best_R: Tensor, params: DrawParams, floor_R: Tensor | None = None) -> Tensor:
-    """Whole weights, int64, of logits [R, ...]; 0 below the floor, and for tokens below min_p of the best."""
+    """Integer weights, int64, of logits [R, ...]; 0 below the floor, and for tokens below min_p of the best."""
     shape = (-1, *[1] * (logits.dim() - 1))
     share = (logits - best_R.view(shape)).mul_(params.scale_R.view(shape)).exp_()
     if params.min_p_R is not None:
@@ -161,12 +161,12 @@ def _weights(logits: Tensor, best_R: Tensor, params: DrawParams, floor_R: Tensor
 
 
 def _at_least(value: Tensor, bound: Tensor) -> Tensor:
-    """1.0 or 0.0 (on CPU several times faster than a mask of bools)."""
+    """1.0 where value >= bound, else 0.0 (on a CPU several times faster than a mask of bools)."""
     return torch.ge(value, bound, out=torch.empty_like(value))
 
 
 def _pick(weight_RKB: Tensor, first_RK: Tensor, uniform_R: Tensor) -> Tensor:
-    """The token at which the cumulated weight passes `uniform` of the total; first the block, then the token in it."""
+    """Token at which the cumulative weight exceeds `uniform` of the total: first its block, then its place there."""
     mass_RK = weight_RKB.sum(-1)
     sum_RK = mass_RK.cumsum(-1)
     total_R1 = sum_RK[:, -1:]

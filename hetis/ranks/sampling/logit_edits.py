@@ -1,7 +1,7 @@
-"""What requests change in their logits before a token is chosen: biases, bans and penalties.
+"""Changes of logits before a token is chosen: biases, bans and penalties.
 
-Letters: R rows, V vocabulary, T tokens of a step, I rows of those requests that change something, H tokens of history,
-E entries of the tables (one per sequence with penalties).
+Letters: R rows, V vocabulary, T tokens of a step, I rows whose logits are changed, H tokens of history, E entries of
+the tables (one per sequence with penalties).
 """
 
 import numpy as np
@@ -14,12 +14,12 @@ _NO_IDS = np.empty(0, dtype=np.int64)
 
 
 class LogitEdits:
-    """Biases, bans and penalties of the sequences in the slots. Costs nothing for sequences that use none."""
+    """Biases, bans and penalties of the sequences in the slots. Sequences without any cost nothing."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int, eos_token_ids: list[int], device: torch.device) -> None:
         self._eos_token_ids, self._device = [i for i in eos_token_ids if 0 <= i < vocab_size], device
         self._params: dict[int, SamplingParams] = {}  # only of slots that change logits
-        self._banned: dict[int, np.ndarray] = {}  # tokens that may not come before min_tokens
+        self._banned: dict[int, np.ndarray] = {}  # tokens that are not allowed before min_tokens
         self._edits_slot = np.zeros(max_num_seqs, dtype=bool)
         self._prompt_len = np.zeros(max_num_seqs, dtype=np.int64)
         self._history = _History(max_num_seqs, vocab_size, device)
@@ -40,11 +40,11 @@ class LogitEdits:
         self._history.remove(slot)
 
     def observe(self, slot_T: np.ndarray, token_T: np.ndarray, position_T: np.ndarray) -> None:
-        """Tokens that are known now; every token of a sequence is to be shown once, before one is chosen after it."""
+        """Records tokens of sequences. Every token must be recorded once, before a later one is chosen."""
         self._history.observe(slot_T, token_T, position_T, position_T >= self._prompt_len[slot_T])
 
     def apply(self, logits_RV: Tensor, slot_R: np.ndarray, position_R: np.ndarray) -> Tensor:
-        """The logits with all changes made, in a copy; the same tensor when there are none. float32."""
+        """Logits with all changes, float32: a copy, or the same tensor if there are no changes."""
         row_I = np.flatnonzero(self._edits_slot[slot_R])
         if len(row_I) == 0:
             return logits_RV
@@ -87,16 +87,16 @@ class LogitEdits:
         logit_IH = logits_RV[index]
         logit_IH = torch.where(logit_IH > 0, logit_IH / repetition, logit_IH * repetition)
         logit_IH = logit_IH - frequency * count_IH - presence * (count_IH > 0)
-        logits_RV[index] = logit_IH  # a token that comes several times gets the same value several times
+        logits_RV[index] = logit_IH  # a repeated token gets the same value repeatedly
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
 
 class _History:
-    """Tokens of sequences by position, and how often each token of the vocabulary is in the output.
+    """Tokens of sequences by position, and counts of every token of the vocabulary in their output.
 
-    Tables on the device, which grow when needed. Penalties then touch as many logits as a sequence has tokens.
+    Tables are on the device and grow as needed. Penalties touch as many logits as a sequence has tokens.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
@@ -139,7 +139,7 @@ class _History:
         self._count_EV.view(-1).index_add_(0, flat_T, counted_T.to(torch.int32))
 
     def tokens(self, slot_I: np.ndarray, length_I: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The tokens [I, H] of sequences of these lengths, shorter ones filled with their first, and counts [I, H]."""
+        """Tokens [I, H] of sequences of these lengths, short ones padded with their first token, and counts [I, H]."""
         packed = torch.from_numpy(np.stack([self._entry[slot_I], length_I])).to(self._token_EH.device)
         entry_I1, length_I1 = packed.unsqueeze(-1).unbind()
         longest = int(length_I.max())

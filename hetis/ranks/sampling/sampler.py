@@ -21,7 +21,7 @@ from hetis.ranks.sampling.vocabulary import Vocabulary
 
 _log = logging.getLogger(__name__)
 
-_NONE = -2  # no log-probabilities wanted
+_NONE = -2  # no log-probabilities requested
 _SLOT = np.dtype(
     [
         ("temperature", np.float64),  # 0: greedy
@@ -37,11 +37,11 @@ _SLOT = np.dtype(
 
 
 _NOT_FINITE, _NOTHING_LEFT, _OVERFLOW = -1, -2, -3  # in place of a token
-_WHY = {
+_REASONS = {
     _NOT_FINITE: "the model produced logits that are not finite.",
-    _NOTHING_LEFT: "no token may come next: end-of-sequence and stop tokens are banned before min_tokens, and these "
-    "are all that is left of the vocabulary.",
-    _OVERFLOW: "penalties or biases made logits that are not finite: give values closer to their defaults.",
+    _NOTHING_LEFT: "no token is allowed: end-of-sequence and stop tokens are banned before min_tokens, and no other is "
+    "left; lower min_tokens or remove stop tokens.",
+    _OVERFLOW: "penalties or biases make logits that are not finite; use values closer to their defaults.",
 }
 
 
@@ -50,8 +50,8 @@ class Sampled:
     """One token per row; rows with an error have token 0."""
 
     token_R: np.ndarray  # int64
-    errors: dict[int, str]  # row -> why it has no token, for the user
-    logprobs: list[TokenLogprobs | None]  # empty when no row asked
+    errors: dict[int, str]  # row -> reason why it has no token, for the user
+    logprobs: list[TokenLogprobs | None]  # empty if no row requested any
 
 
 class Sampler:
@@ -74,9 +74,9 @@ class Sampler:
         self._edits = LogitEdits(max_num_seqs, vocab_size, eos_token_ids, self._device)
 
     def add(self, slot: int, params: SamplingParams, prompt_len: int, seed: int) -> None:
-        """A sequence takes a slot. Its first `prompt_len` tokens are its prompt, also when it comes back after
-        preemption. `seed`: 64 bits, signed."""
-        # the best token is the only one left by top_k = 1, unless another ties: then the first, as in greedy
+        """Assigns a slot to a sequence, new or recomputed. Its first `prompt_len` tokens are its prompt. `seed`: 64
+        bits, signed."""
+        # top_k = 1 leaves the best token; of tokens that tie, the first one is chosen, as for temperature 0
         greedy = params.is_greedy or params.top_k == 1
         self._slots[slot] = (
             0.0 if greedy else params.temperature,
@@ -95,14 +95,14 @@ class Sampler:
         self._edits.remove(slot)
 
     def observe(self, slot_T: np.ndarray, token_T: np.ndarray, position_T: np.ndarray) -> None:
-        """Tokens that go through the model in this step. Every token of a sequence comes by once, before `sample` asks
-        for one after it; positions below prompt_len are prompt, others output."""
+        """Records the tokens that the model computes in this step. Every token of a sequence must be recorded once,
+        before `sample` draws a later one. Positions below prompt_len are prompt, others output."""
         self._edits.observe(slot_T, token_T, position_T)
 
     def sample(self, logits_RV: Tensor, slot_R: np.ndarray, position_R: np.ndarray) -> Sampled:
-        """The tokens at `position_R` of the sequences in `slot_R`. Logits in any float dtype; they are not changed.
+        """Tokens at `position_R` of the sequences in `slot_R`. `logits_RV`: any float dtype; not changed.
 
-        What one row asks for never costs another its token: should the rows together raise, each is sampled by itself.
+        Parameters of one row never cost another row its token: if all rows together raise, each is sampled alone.
         """
         assert logits_RV.shape[1] == self._vocab_size, f"{logits_RV.shape[1]} logits for {self._vocab_size} tokens"
         try:
@@ -111,7 +111,7 @@ class Sampler:
             if len(slot_R) == 1:
                 reason = f"sampling failed ({type(error).__name__}: {error})."
                 return Sampled(np.zeros(1, dtype=np.int64), {0: reason}, [None])
-            _log.warning("%d rows cannot be sampled together, so each is by itself", len(slot_R), exc_info=True)
+            _log.warning("%d rows cannot be sampled together; each is sampled alone.", len(slot_R), exc_info=True)
         rows = [slice(row, row + 1) for row in range(len(slot_R))]
         return _joined([self.sample(logits_RV[row], slot_R[row], position_R[row]) for row in rows])
 
@@ -125,7 +125,7 @@ class Sampler:
         token_R = torch.where(is_finite_R, token_R, _NOT_FINITE)
         logprobs = self._score(logits_RV, token_R.clamp(min=0), slots["logprobs"])
         found_R = token_R.cpu().numpy()
-        errors = {int(row): _WHY[int(found_R[row])] for row in np.flatnonzero(found_R < 0)}
+        errors = {int(row): _REASONS[int(found_R[row])] for row in np.flatnonzero(found_R < 0)}
         return Sampled(np.maximum(found_R, 0), errors, logprobs)
 
     def _choose(self, vocabulary: Vocabulary, slots: np.ndarray, position_R: np.ndarray) -> Tensor:
@@ -163,14 +163,14 @@ class Sampler:
         return found
 
     def score_prompt(self, logits_NV: Tensor, token_N: np.ndarray, slot: int) -> list[TokenLogprobs]:
-        """Prompt log-probabilities as the sequence in `slot` asked for: of the tokens that follow N positions of it."""
+        """Prompt log-probabilities requested by the sequence in `slot`, of the tokens after N of its positions."""
         count = int(self._slots[slot]["prompt_logprobs"])
-        assert count != _NONE, f"slot {slot} has not asked for prompt log-probabilities"
+        assert count != _NONE, f"slot {slot} has not requested prompt log-probabilities"
         return prompt_logprobs(logits_NV, token_N, count, self._logprobs_mode)
 
 
 def _joined(rows: list[Sampled]) -> Sampled:
-    """Rows that were sampled one by one."""
+    """Result of rows that were sampled one by one."""
     errors = {index: reason for index, row in enumerate(rows) for reason in row.errors.values()}
     logprobs = [row.logprobs[0] if row.logprobs else None for row in rows]
     return Sampled(np.concatenate([row.token_R for row in rows]), errors, logprobs if any(logprobs) else [])

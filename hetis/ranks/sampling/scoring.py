@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and of their best rivals, from raw logits.
+"""Log-probabilities of given tokens and of the best tokens, from raw logits.
 
 Letters as in `vocabulary`; N positions.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from hetis.core.token_logprobs import TokenLogprobs
 from hetis.ranks.sampling.vocabulary import Vocabulary
 
-LOGITS_AT_ONCE = 1 << 22  # bounds the memory of float32 logits and what is made of them (16 MiB each)
+LOGITS_AT_ONCE = 1 << 22  # bounds the memory of float32 logits and of temporaries (16 MiB each)
 RAW_LOGPROBS, RAW_LOGITS = "raw_logprobs", "raw_logits"
 WHOLE_VOCABULARY = -1
 
@@ -20,14 +20,14 @@ WHOLE_VOCABULARY = -1
 def prompt_logprobs(
     logits_NV: Tensor, token_N: np.ndarray, count: int, mode: str = RAW_LOGPROBS
 ) -> list[TokenLogprobs]:
-    """For each position the `count` best tokens (-1: all) and the one that follows in the prompt."""
+    """Log-probabilities of the prompt's next token and of the `count` best tokens (-1: all), at each position."""
     return token_logprobs(logits_NV, torch.from_numpy(token_N.astype(np.int64)), [count] * len(token_N), mode)
 
 
 def token_logprobs(
     logits_NV: Tensor, token_N: Tensor, counts: Sequence[int], mode: str = RAW_LOGPROBS
 ) -> list[TokenLogprobs]:
-    """For each row of logits the given token and the `counts[n]` best (-1: all).
+    """Log-probabilities of the given token and of the `counts[n]` best tokens (-1: all), for each row of logits.
 
     Values are log-softmax in float32, or the logits themselves when `mode` is "raw_logits".
     """
@@ -53,15 +53,13 @@ def _score(logits_NV: Tensor, token_N: Tensor, wanted: list[int], mode: str) -> 
         value_NC = value_NC - _log_sum_exp(vocabulary).unsqueeze(-1)
     ids, values = id_NC.to(torch.int32).cpu().numpy(), value_NC.cpu().numpy()
     return [
-        TokenLogprobs(
-            token_ids=ids[n, : count + 1].tobytes(), values=values[n, : count + 1].tobytes(), sampled_rank=rank
-        )
+        TokenLogprobs(token_ids=ids[n, : count + 1].tobytes(), values=values[n, : count + 1].tobytes(), token_rank=rank)
         for n, (count, rank) in enumerate(zip(wanted, rank_N.tolist(), strict=True))
     ]
 
 
 def _log_sum_exp(vocabulary: Vocabulary) -> Tensor:
-    """[N], float32. Summed block by block, so that no row depends on the number of rows."""
+    """Log-sum-exp [N], float32, summed block by block, so that a row does not depend on the number of rows."""
     best_N = vocabulary.best()
     mass_NK = (vocabulary.logits_RNB - best_N[:, None, None]).exp_().sum(-1)
     return best_N + mass_NK.double().sum(-1).log().float()

@@ -1,4 +1,4 @@
-"""Logits cut into blocks of tokens, so that the best tokens of a large vocabulary are found without sorting it.
+"""Logits divided into blocks of tokens, so that the best tokens of a large vocabulary are found without sorting it.
 
 Letters: R rows, V vocabulary, N blocks, B tokens per block, K chosen blocks. Block n holds tokens n*B .. n*B + B - 1.
 
@@ -16,16 +16,16 @@ BLOCK = 64  # B
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Some blocks of each row, in the order of their tokens."""
+    """Some blocks of each row, in token order."""
 
     logits_RKB: Tensor  # float32; -inf beyond the vocabulary
     first_RK: Tensor  # int64: first token of each block
-    left_R: Tensor  # float32: the best logit outside these blocks; -inf when there is none
+    left_R: Tensor  # float32: the best logit outside of these blocks; -inf if there is none
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The logits of R rows, and the peak of each block (NaN where a logit is NaN)."""
+    """Logits of R rows, and the peak of each block (NaN if a logit is NaN)."""
 
     size: int
     logits_RNB: Tensor  # float32; -inf beyond the vocabulary
@@ -33,7 +33,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, logits_RV: Tensor) -> "Vocabulary":
-        """`logits_RV` float32, contiguous; copied only when its width is no multiple of B."""
+        """Vocabulary of `logits_RV`, float32 and contiguous, which is copied only if V is no multiple of B."""
         num_rows, size = logits_RV.shape
         if size % BLOCK:
             logits_RV = torch.nn.functional.pad(logits_RV, (0, -size % BLOCK), value=-torch.inf)
@@ -44,11 +44,11 @@ class Vocabulary:
         return Vocabulary(self.size, self.logits_RNB[row_I], self.peak_RN[row_I])
 
     def best(self) -> Tensor:
-        """The largest logit [R]."""
+        """Largest logits [R]."""
         return self.peak_RN.amax(-1)
 
     def argmax(self) -> Tensor:
-        """The best token [R]; the first of equals."""
+        """Best tokens [R]; the first of equals."""
         block_R = self.peak_RN.argmax(-1)
         row_R = torch.arange(len(block_R), device=block_R.device)
         return block_R * BLOCK + self.logits_RNB[row_R, block_R].argmax(-1)
@@ -70,17 +70,17 @@ class Vocabulary:
         return Blocks(self.logits_RNB[row_R1, block_RK], block_RK * BLOCK, left_R)
 
     def best_tokens(self, count: int) -> Tensor:
-        """Ids [R, count] of the best tokens, falling; the first of equals."""
+        """Ids [R, count] of the best tokens, best first; of equals, the first."""
         blocks = self.best_blocks(count)
         column_RC = best_columns(blocks.logits_RKB.flatten(1), count)
         return blocks.first_RK.gather(-1, column_RC // BLOCK) + column_RC % BLOCK
 
 
 def best_columns(value_RN: Tensor, count: int) -> Tensor:
-    """Columns [R, count] of the largest float32 values, falling; the first of equals.
+    """Columns [R, count] of the largest float32 values, largest first; of equals, the first.
 
-    Ties have an order because value and column form one key: the bits of a float, with those of negative ones flipped,
-    order as the floats do.
+    Ties are ordered because value and column form one key: the bits of floats, with those of negative floats flipped,
+    have the order of the floats.
     """
     num_columns = value_RN.shape[1]
     bits_RN = (value_RN + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0
@@ -88,13 +88,13 @@ def best_columns(value_RN: Tensor, count: int) -> Tensor:
     column_N = torch.arange(num_columns, device=value_RN.device)
     key_RN = (bits_RN.to(torch.int64) << 32) | (num_columns - 1 - column_N)
     few = 8 * count < num_columns
-    key_RC = key_RN.topk(count, dim=-1).values if few else sorted_falling(key_RN)[:, :count]
+    key_RC = key_RN.topk(count, dim=-1).values if few else sorted_descending(key_RN)[:, :count]
     return num_columns - 1 - (key_RC & 0xFFFFFFFF)
 
 
-def sorted_falling(value_RN: Tensor) -> Tensor:
-    """Rows sorted, largest first. On CPU by numpy: 16 rows of 151,936 floats take 6 ms, with torch (which also makes
-    indices) 77 ms."""
+def sorted_descending(value_RN: Tensor) -> Tensor:
+    """Values of each row in descending order. On a CPU numpy sorts: 16 rows of 151,936 floats take 6 ms, with torch
+    (which also makes indices) 77 ms."""
     if value_RN.device.type != "cpu":
         return value_RN.sort(-1, descending=True).values
     negative_RN = value_RN.neg()

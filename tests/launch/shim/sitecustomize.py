@@ -1,7 +1,7 @@
-"""Put on PYTHONPATH by tests: lets one rank raise (in a step, while it loads, while it measures) or stop in measuring;
-lets the driver hang at SIGUSR1; takes system calls away that a sandbox may forbid.
+"""Tests put this on PYTHONPATH: it makes one rank raise (in a step, in loading, in measuring) or stop in measuring,
+makes the driver hang at SIGUSR1, and removes system calls that a sandbox may forbid.
 
-Product code has no such hook.
+hetis itself has no such hook.
 """
 
 import errno
@@ -40,7 +40,7 @@ if _RANK and os.environ.get("RANK") == _RANK and "hetis.driver.driver" not in sy
         measure.Measurer.measure = _fail if _WHEN == "measuring" else _stop  # type: ignore[assignment, method-assign]
     else:
         rank.PrimaryRank.run_step = _fail  # type: ignore[assignment, method-assign]
-        rank.AttentionRank.run_step = _fail  # type: ignore[assignment, method-assign]
+        rank.AttentionWorker.run_step = _fail  # type: ignore[assignment, method-assign]
 
 if "HANGING_DRIVER" in os.environ and "hetis.driver.driver" in sys.orig_argv:
     signal.signal(signal.SIGUSR1, _hang)

@@ -1,4 +1,4 @@
-"""What ranks measure of themselves, in one process, on a tiny model: structure and sanity. Nothing is said of times."""
+"""Measurements of ranks in one process, on a tiny model: structure and plausibility, without assertions on speed."""
 
 import threading
 from collections.abc import Callable
@@ -10,20 +10,20 @@ import torch
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.messages import Measure, Measured, MeasureLink, Setup
 from hetis.cost.fit import fit_attention, fit_dense, fit_prefill, fit_transfer
-from hetis.ranks.measuring.devices import COLD_BYTES, LEAST_BYTES, Scratch, affordable, measure_decode, read_bandwidth
+from hetis.ranks.measuring.devices import COLD_BYTES, MIN_BYTES, Scratch, affordable, measure_decode, read_bandwidth
 from hetis.ranks.primary import PrimaryRank
 from hetis.ranks.rank import build_member
-from hetis.ranks.worker import AttentionRank
+from hetis.ranks.worker import AttentionWorker
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_fleet import LocalFleet
 from tests.processes.look import DEADLINE
 
 CPU = torch.device("cpu")
-Member = PrimaryRank | AttentionRank
+Member = PrimaryRank | AttentionWorker
 
 
 def build(directory: Path, plan: str) -> tuple[Setup, list[Member]]:
-    """All ranks of a fleet that is up and has not computed anything."""
+    """All ranks of a fleet that has not computed a step."""
     with LocalFleet(directory, plan, max_num_seqs=8, max_num_batched_tokens=64) as fleet:
         setup = fleet.setup
     rendezvous = LocalRendezvous()
@@ -48,7 +48,7 @@ def in_parallel(*calls: Callable[[], object]) -> list[object]:
         thread.start()
     for thread in threads:
         thread.join(DEADLINE)
-        assert not thread.is_alive(), "ranks wait for each other"
+        assert not thread.is_alive(), "ranks block each other"
     return results
 
 
@@ -62,7 +62,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_part_of_a_fleet_can_be_measured_and_fitted(directory: Path) -> None:
-    """Two primaries that add up each other's results, and a worker."""
+    """Two primaries of one stage, and a worker."""
     setup, (first, second, worker) = build(directory, "2+1")
     spec = setup.spec
     for rank, member in ((0, first), (2, worker)):
@@ -82,7 +82,7 @@ def test_every_part_of_a_fleet_can_be_measured_and_fitted(directory: Path) -> No
         assert max(lengths) <= setup.max_model_len
 
     one, other = measure(Measure(part="dense", seconds=0.05), first, second)
-    assert one.dense == other.dense, "they agree about times, and so about when to stop"
+    assert one.dense == other.dense, "ranks agree on times, and so on when to stop"
     assert [sample.num_tokens for sample in one.dense] == sorted(sample.num_tokens for sample in one.dense)
     assert fit_dense(one.dense, 1000, 4000).time_us(4000, 2000) > 0
     assert len({sample.pairs for sample in one.prefill}) > 2, "a line needs points"
@@ -97,13 +97,13 @@ def test_every_part_of_a_fleet_can_be_measured_and_fitted(directory: Path) -> No
         assert fit_transfer(samples).time_us(sizes[-1]) > 0
     assert (its.rank, its.request, its.reply) == (2, [], [])
     sent = second.stats().bytes_sent | worker.stats().bytes_sent
-    assert set(sent.values()) == {0}, "what was sent for measuring is nobody's traffic"
+    assert set(sent.values()) == {0}, "messages of measurements are not counted"
     for member in (first, second, worker):
         member.close()
 
 
-def test_a_primary_without_head_groups_has_layers_and_no_prompts(directory: Path) -> None:
-    """Nor links; with others it agrees about times. Its pool is empty, which measuring its device does not mind."""
+def test_a_primary_without_head_groups_measures_layers_and_no_prompts(directory: Path) -> None:
+    """It has no links and an empty pool, agrees with the others on times, and its device can be measured."""
     setup, members = build(directory, "3+1")
     *homes, idle = members[:3]
     assert setup.num_pages[2] == 0
@@ -118,7 +118,7 @@ def test_a_primary_without_head_groups_has_layers_and_no_prompts(directory: Path
 
 
 def test_a_worker_of_two_stages_answers_on_both_links(directory: Path) -> None:
-    """Its links are served by a thread each, once there are steps; probing comes before and from another thread."""
+    """Each link has a thread in steps; measurements come before these and use another thread."""
     plan = directory / "plan.json"
     plan.write_text('{"stages": [{"layers": 1, "primaries": [{}]}, {"primaries": [{}]}], "attention": [{}]}')
     _, members = build(directory, str(plan))
@@ -142,14 +142,14 @@ def test_scratch_pages_are_taken_in_turn(directory: Path) -> None:
     tables = [scratch.take(3, 4 * 4 - 1) for _ in range(5)]
     assert all(table.shape == (3, 4) for table in tables)
     pages = torch.cat(tables).flatten()
-    assert sorted(pages.tolist()) == list(range(60)), "each page once, before any comes again"
+    assert sorted(pages.tolist()) == list(range(60)), "each page once before any is repeated"
     assert pages.tolist() != sorted(pages.tolist())
     assert scratch.take(3, 16).equal(tables[0])
     assert read_bandwidth(scratch.pool_2PSD) > 0
 
 
 @pytest.mark.parametrize("num_pages", [1, 2, 3, 60])
-def test_attention_can_be_fitted_however_few_pages_are_left(num_pages: int, directory: Path) -> None:
+def test_attention_can_be_fitted_with_any_number_of_pages(num_pages: int, directory: Path) -> None:
     with LocalFleet(directory, "1+0", block_size=4) as fleet:
         setup = fleet.setup
     page_bytes = setup.block_size * setup.spec.kv_bytes_per_token(1, setup.dtype)
@@ -161,9 +161,9 @@ def test_attention_can_be_fitted_however_few_pages_are_left(num_pages: int, dire
     assert fit_attention(samples).time_us(1, page_bytes) > 0
 
 
-def test_a_full_gpu_has_some_pages_left_to_measure_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_use_some_memory_even_on_a_full_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, gib = torch.device("cuda"), 1 << 30
-    for free, found in ((0, LEAST_BYTES), (LEAST_BYTES, LEAST_BYTES), (100 << 20, 50 << 20), (80 * gib, COLD_BYTES)):
+    for free, found in ((0, MIN_BYTES), (MIN_BYTES, MIN_BYTES), (100 << 20, 50 << 20), (80 * gib, COLD_BYTES)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 * gib))
         assert affordable(COLD_BYTES, gpu) == found
     assert affordable(COLD_BYTES, CPU) == COLD_BYTES

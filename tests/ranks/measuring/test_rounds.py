@@ -1,12 +1,12 @@
-"""Which calls are timed, how often, and what counts: with timers that know the truth."""
+"""Choice of timed calls, their number, and the times that count, with simulated timers."""
 
 import pytest
 
-from hetis.ranks.measuring.rounds import LEAST_POINTS, MOST_ROUNDS, OVERHEAD_US, Call, Point, spread, time_points
+from hetis.ranks.measuring.rounds import MAX_ROUNDS, MIN_POINTS, OVERHEAD_US, Call, Point, spread, time_points
 
 
 class Machine:
-    """Calls that take what they say, on a clock of their own."""
+    """Simulated machine, on which a call of size s takes (20 + s) * slowness microseconds."""
 
     def __init__(self, slowness: float = 1.0) -> None:
         self.slowness, self.spent_us, self.calls = slowness, 0.0, []
@@ -31,33 +31,33 @@ def test_a_fast_machine_times_every_point_often() -> None:
     machine = Machine()
     times = time_points([machine.point(size) for size in SIZES], machine.timer, 100.0)
     assert times == pytest.approx([20 + size for size in SIZES])
-    assert {machine.calls.count(size) for size in SIZES} == {2 + MOST_ROUNDS}
+    assert {machine.calls.count(size) for size in SIZES} == {2 + MAX_ROUNDS}
     order = machine.calls[2 * len(SIZES) :]
-    assert order == SIZES[::-1] * MOST_ROUNDS, "downwards, round after round"
+    assert order == SIZES[::-1] * MAX_ROUNDS, "largest first, in every round"
 
 
 @pytest.mark.parametrize("slowness", [1.0, 5.0, 20.0, 100.0])
-def test_the_budget_holds_and_a_slow_machine_still_gives_enough_points(slowness: float) -> None:
+def test_the_budget_is_kept_and_a_slow_machine_still_gives_enough_points(slowness: float) -> None:
     machine, seconds = Machine(slowness), 0.5
     times = time_points([machine.point(size) for size in SIZES], machine.timer, seconds)
-    assert LEAST_POINTS <= len(times) <= len(SIZES)
+    assert MIN_POINTS <= len(times) <= len(SIZES)
     assert times == pytest.approx([slowness * (20 + size) for size in SIZES[: len(times)]])
-    smallest = sum(2 * slowness * (20 + size) for size in SIZES[:LEAST_POINTS])
+    smallest = sum(2 * slowness * (20 + size) for size in SIZES[:MIN_POINTS])
     assert machine.spent_us <= max(1e6 * seconds, 2 * smallest)
 
 
-def test_cheap_calls_are_timed_more_often_and_all_through_the_time() -> None:
+def test_cheap_calls_are_timed_more_often_and_all_until_the_end() -> None:
     machine = Machine()
-    time_points([machine.point(size) for size in SIZES], machine.timer, 4.0, most_rounds=40)
+    time_points([machine.point(size) for size in SIZES], machine.timer, 4.0, max_rounds=40)
     counts = [machine.calls.count(size) for size in SIZES]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] == 42
     assert 2 < counts[-1] < 40
     last = [index for index, size in enumerate(machine.calls) if size == SIZES[-1]]
-    assert last[-1] > 0.9 * len(machine.calls), "the dear ones are seen late, too"
+    assert last[-1] > 0.9 * len(machine.calls), "expensive calls are timed until the end"
 
 
-def test_the_undisturbed_ones_count() -> None:
+def test_disturbed_calls_do_not_count() -> None:
     """Half of all calls take ten times as long."""
     machine = Machine()
     disturbed = 0

@@ -1,4 +1,4 @@
-"""A slow sampler that takes a row at a time, sorts, and adds up in float64; and what tests ask of the real one."""
+"""A slow sampler that takes one row at a time, sorts and adds in float64, and helpers of tests of the sampler."""
 
 from math import exp
 
@@ -54,7 +54,7 @@ def observe_prompts(sampler: Sampler, count: int, length: int, size: int) -> Non
 
 
 def slow_probabilities(logits: list[float], params: SamplingParams) -> np.ndarray:
-    """Softmax with temperature, then min_p, top_k and top_p on sorted lists; tokens that tie with the last one stay."""
+    """Softmax with temperature, then min_p, top_k and top_p on sorted lists; ties with the last token kept are kept."""
     best = max(logits)
     weight = [exp((x - best) / params.temperature) for x in logits]
     kept = [i for i, w in enumerate(weight) if w >= params.min_p]
@@ -86,7 +86,7 @@ def slow_uniform(seed: int, index: int) -> float:
 
 
 def assert_drawn_from(tokens: list[int], logits_V: Tensor, params: SamplingParams, seed: int = 100) -> None:
-    """Each token is the one in whose interval of the cumulated distribution its uniform number falls."""
+    """Asserts that each uniform number is in the interval of its token in the cumulative distribution."""
     probabilities = slow_probabilities(logits_V.tolist(), params)
     ends = probabilities.cumsum()
     for index, token in enumerate(tokens):

@@ -41,7 +41,7 @@ def edited(edits: LogitEdits, logits: Tensor, slots: list[int], positions: list[
     return edits.apply(logits, np.array(slots), np.array(positions)).cpu()
 
 
-def test_penalties_equal_a_loop_over_all_tokens_as_sequences_come_grow_and_go(device: str) -> None:
+def test_penalties_equal_a_loop_over_all_tokens_while_sequences_start_grow_and_end(device: str) -> None:
     random, size, num_slots = np.random.default_rng(0), 40, 5
     edits = edits_for(num_slots, size, device)
     live: dict[int, tuple[SamplingParams, list[int], int]] = {}  # slot: params, tokens, prompt_len
@@ -58,11 +58,11 @@ def test_penalties_equal_a_loop_over_all_tokens_as_sequences_come_grow_and_go(de
                     "presence_penalty": float(random.choice([0.0, 1.1])),
                 }
                 prompt_len = int(random.integers(1, 30))
-                # a sequence that was preempted comes back with output tokens
+                # a preempted sequence is recomputed with its output tokens
                 tokens = random.integers(0, size, prompt_len + int(random.integers(0, 5))).tolist()
                 live[slot], num_observed[slot] = (SamplingParams(**penalties), tokens, prompt_len), 0
                 edits.add(slot, live[slot][0], prompt_len)
-        chunks = []  # prompts come in chunks, other tokens one by one
+        chunks = []  # prompts in chunks, output tokens one by one
         for slot, (_, tokens, _) in live.items():
             start, stop = num_observed[slot], min(len(tokens), num_observed[slot] + int(random.integers(1, 12)))
             chunks += [(slot, tokens[position], position) for position in range(start, stop)]
@@ -89,7 +89,7 @@ def test_biases_are_added_before_temperature(device: str) -> None:
     assert_drawn_from(tokens_at_many_positions(logits_V, params, 40, device), biased_V, params)
 
 
-def test_the_end_is_banned_until_min_tokens(device: str) -> None:
+def test_end_tokens_are_banned_until_min_tokens(device: str) -> None:
     logits = torch.zeros(1, 10)
     logits[0, [EOS, 7, 5]] = torch.tensor([9.0, 8.0, 1.0])
     params = SamplingParams(temperature=0, min_tokens=3, stop_token_ids=[7], logit_bias={7: 50})
@@ -98,12 +98,12 @@ def test_the_end_is_banned_until_min_tokens(device: str) -> None:
     assert found == [5, 5, 5, 7, 7]
 
 
-def test_a_slot_keeps_nothing_of_the_sequence_before(device: str) -> None:
+def test_a_slot_keeps_nothing_of_its_previous_sequence(device: str) -> None:
     logits = random_logits(1, 50).to(device)
     edits = edits_for(1, 50, device)
 
     def begin(params: SamplingParams) -> None:
-        """Another sequence, of six prompt tokens, in the only slot."""
+        """Puts another sequence, of six prompt tokens, into the only slot."""
         edits.remove(0)
         edits.add(0, params, 6)
         edits.observe(np.zeros(6, dtype=np.int32), np.arange(6, dtype=np.int32) * 7, np.arange(6))
@@ -116,8 +116,8 @@ def test_a_slot_keeps_nothing_of_the_sequence_before(device: str) -> None:
     assert edits.apply(logits, np.zeros(1, dtype=np.int32), np.array([6])) is logits, "nothing is copied"
 
 
-def test_ends_beyond_the_vocabulary_ban_nothing(device: str) -> None:
-    """A generation_config.json of another model: such an id is no token, and -1 is not the last one."""
+def test_end_tokens_beyond_the_vocabulary_ban_nothing(device: str) -> None:
+    """Ids of another model's generation_config.json are no tokens, and -1 does not mean the last one."""
     sampler = Sampler(1, 8, eos_token_ids=[EOS, 8, 128_009, -1], device=device)
     sampler.add(0, SamplingParams(temperature=0, min_tokens=2), 4, 0)
     logits = torch.arange(8.0).unsqueeze(0)

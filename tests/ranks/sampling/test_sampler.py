@@ -1,4 +1,4 @@
-"""The sampler against a slow one that takes a row at a time, sorts, and adds up in float64."""
+"""The sampler against a slow one that takes one row at a time, sorts and adds in float64."""
 
 import numpy as np
 import pytest
@@ -74,15 +74,15 @@ def test_tokens_are_drawn_from_the_exact_distribution(size: int, fields: dict[st
 
 
 @pytest.mark.parametrize("fields", FILTERS, ids=str)
-def test_logits_that_tie(fields: dict[str, float], device: str) -> None:
-    """Few values, as bfloat16 makes them; the tokens beside the last one kept that tie with it are kept as well."""
+def test_tied_logits_are_drawn_from_the_exact_distribution(fields: dict[str, float], device: str) -> None:
+    """Logits have few values, as in bfloat16; tokens that tie with the last one kept are kept too."""
     logits_V, params = random_logits(1, 3000, seed=5)[0].mul(2).round() / 2, SamplingParams(**fields)
     assert_drawn_from(tokens_at_many_positions(logits_V, params, 60, device), logits_V, params)
 
 
 @pytest.mark.parametrize("fields", FILTERS, ids=str)
 @pytest.mark.parametrize("spread", [0.01, 2.0])
-def test_searching_few_blocks_changes_no_token(
+def test_the_number_of_searched_blocks_changes_no_token(
     spread: float, fields: dict[str, float], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     logits_V, params = random_logits(1, 2000, spread)[0].bfloat16().float(), SamplingParams(**fields)
@@ -96,8 +96,8 @@ def test_searching_few_blocks_changes_no_token(
 
 @pytest.mark.parametrize("fields", [{"top_k": 2}, {"top_k": 2, "top_p": 0.2}, {"top_p": 0.4}, {"top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("first", [0.0, 3.0])
-def test_tokens_that_tie_are_kept_from_all_blocks(first: float, fields: dict[str, float], device: str) -> None:
-    """One good token in every block, and more blocks than are searched first."""
+def test_tied_tokens_are_kept_from_all_blocks(first: float, fields: dict[str, float], device: str) -> None:
+    """One likely token in every block, and more blocks than are searched first."""
     logits_V = torch.full((64 * 300,), -30.0)
     logits_V[13::64] = 0.0
     logits_V[13] = first
@@ -105,7 +105,7 @@ def test_tokens_that_tie_are_kept_from_all_blocks(first: float, fields: dict[str
     assert_drawn_from(tokens_at_many_positions(logits_V, params, 40, device), logits_V, params)
 
 
-def test_a_token_of_no_probability_is_never_drawn(device: str) -> None:
+def test_a_token_of_probability_zero_is_never_drawn(device: str) -> None:
     num_rows, size = 4, 200
     logits = torch.full((num_rows, size), -1e30, device=device)
     for row, allowed in enumerate([(0,), (199,), (63, 64), (0, 100, 199)]):
@@ -153,7 +153,7 @@ def test_tokens_depend_on_seed_and_output_position_only(device: str) -> None:
 
 
 @pytest.mark.parametrize("size", [65, 3000])
-def test_a_row_gets_the_same_token_alone_and_among_others(size: int, device: str) -> None:
+def test_a_row_gets_the_same_token_alone_and_in_a_batch(size: int, device: str) -> None:
     mixed = [params for params in MIXED if all(token < size for token in params.logit_bias)]
     rows, logits = list(range(len(mixed))), random_logits(len(mixed), size)
     sampler = sampler_for(mixed, size, device)
@@ -181,7 +181,7 @@ def test_logits_are_not_changed(device: str) -> None:
 # --- rows without a token ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("params", MIXED, ids=range(len(MIXED)))
-def test_rows_that_are_not_finite_are_reported_and_harm_no_other(
+def test_rows_that_are_not_finite_are_reported_and_affect_no_other(
     bad: float, params: SamplingParams, device: str
 ) -> None:
     logits = random_logits(3, 1000)
@@ -196,7 +196,7 @@ def test_rows_that_are_not_finite_are_reported_and_harm_no_other(
     assert 0 <= found.token_R[1] < 1000
 
 
-def test_a_row_without_any_allowed_token_is_reported(device: str) -> None:
+def test_a_row_without_an_allowed_token_is_reported(device: str) -> None:
     params = SamplingParams(min_tokens=1, stop_token_ids=range(8))
     sampler = sampler_for([params], 8, device)
     assert "min_tokens" in sample(sampler, torch.zeros(1, 8), [0], [4], device).errors[0]
@@ -204,7 +204,7 @@ def test_a_row_without_any_allowed_token_is_reported(device: str) -> None:
 
 
 @pytest.mark.parametrize("penalty", [1e-300, 1e300])
-def test_penalties_that_overflow_are_the_requests_fault(penalty: float, device: str) -> None:
+def test_penalties_that_overflow_are_an_error_of_their_row(penalty: float, device: str) -> None:
     params = SamplingParams(temperature=0, repetition_penalty=penalty)
     sampler = sampler_for([params, SamplingParams(temperature=0)], 6, device)
     observe_prompts(sampler, 2, 4, 6)
@@ -216,7 +216,7 @@ def test_penalties_that_overflow_are_the_requests_fault(penalty: float, device: 
 
 
 @pytest.mark.parametrize("logprobs", [None, 2])
-def test_a_row_that_raises_costs_no_other_row_anything(
+def test_a_row_that_raises_affects_no_other_row(
     logprobs: int | None, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     params = [SamplingParams(temperature=temperature, logprobs=logprobs) for temperature in (0, 1, 1, 0.5)]
@@ -234,7 +234,7 @@ def test_a_row_that_raises_costs_no_other_row_anything(
     assert found.errors == {2: "sampling failed (IndexError: planted)."}
     (record,) = caplog.records
     assert record.getMessage().startswith("4 rows")
-    assert record.exc_info is not None, "the fault itself is in the log, also where no row alone shows it"
+    assert record.exc_info is not None, "the log has the traceback, even if no row raises alone"
     assert found.token_R.tolist() == [*expected.token_R[:2], 0, expected.token_R[3]]
     others = [0, 1, 3]
     assert [found.logprobs[row] for row in others if logprobs] == [expected.logprobs[row] for row in others if logprobs]

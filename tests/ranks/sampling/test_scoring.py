@@ -1,4 +1,4 @@
-"""Log-probabilities of drawn tokens and of prompts against torch's softmax and a sort."""
+"""Log-probabilities of drawn tokens and of prompts against softmax of torch and a sort."""
 
 from math import log
 
@@ -25,7 +25,7 @@ def assert_logprobs(found: TokenLogprobs, logits_V: Tensor, token: int, count: i
         torch.tensor([value for _, value, _ in entries]), values[[token, *order[:count]]], rtol=1e-6, atol=2e-6
     )
     assert [rank for _, _, rank in entries[1:]] == list(range(1, count + 1))
-    assert found.sampled_rank == 1 + int((logits_V > logits_V[token]).sum())
+    assert found.token_rank == 1 + int((logits_V > logits_V[token]).sum())
 
 
 @pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits"])
@@ -60,7 +60,7 @@ def test_prompt_logprobs_in_blocks_of_rows(count: int, monkeypatch: pytest.Monke
         assert_logprobs(one, logits[position], int(following[position]), size if count == -1 else count)
 
 
-def test_cumulated_logprob_of_greedy_tokens_is_that_of_a_softmax() -> None:
+def test_sum_of_logprobs_of_greedy_tokens_equals_that_of_a_softmax() -> None:
     logits = random_logits(8, 100)
     sampler = sampler_for([SamplingParams(temperature=0, logprobs=0)] * 8, 100)
     sampled = sample(sampler, logits, list(range(8)), [4] * 8)

@@ -1,4 +1,4 @@
-"""The best tokens and blocks of a vocabulary against a sort of all of it."""
+"""Best tokens and blocks of a vocabulary against a sort of the whole vocabulary."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_best_tokens_equal_a_stable_sort(count: int, device: str) -> None:
     assert torch.equal(found, logits.sort(dim=-1, descending=True, stable=True).indices[:, :count])
 
 
-def test_best_blocks_hold_all_tokens_above_what_is_left(device: str) -> None:
+def test_best_blocks_hold_all_tokens_above_the_best_one_outside(device: str) -> None:
     logits = random_logits(4, 1000).to(device)
     for num_blocks in (1, 3, 15, 16, 99):
         blocks = Vocabulary.of(logits).best_blocks(num_blocks)

@@ -1,0 +1,115 @@
+"""The fleet is up: requests of front ends to the engine, its steps to all ranks, tokens back to each front end."""
+
+import time
+from collections.abc import Iterable
+
+from hetis.core import messages as m
+from hetis.core.device_info import RankStats
+from hetis.driver.front_ends import SequenceIds, StatsCollector
+from hetis.driver.members import END_SECONDS, JobEndedError, Members
+from hetis.driver.trace import TraceFile
+from hetis.engine.engine import Engine
+
+
+class Serving:
+    """One job from the moment when its fleet is up."""
+
+    def __init__(
+        self,
+        members: Members,
+        engine: Engine,
+        ready: m.EngineReady,
+        report: m.ProfileReport,
+        trace: TraceFile | None,
+        postponed: list[tuple[bytes, m.Message]],
+    ) -> None:
+        """`ready`, `report`: answers to `Attach` and `ProfileQuery`. `postponed`: (front end, question) from before."""
+        self._members, self._engine, self._trace = members, engine, trace
+        self._ready, self._report, self._postponed = ready, report, postponed
+        self._ids = SequenceIds()
+        self._stats = StatsCollector(len(members.ranks))
+
+    def run(self) -> None:
+        """Serves until the job ends in order. FleetFailedError when the fleet cannot go on."""
+        self._greet(self._members.attached)
+        for front, question in self._postponed:
+            self._on_front(front, question)
+        try:
+            while True:
+                self._turn()
+        except JobEndedError:
+            if self._trace is not None:
+                self._finish_trace(self._trace)
+
+    def _turn(self) -> None:
+        self._members.check()
+        self._members.wait()
+        self._read_ranks()
+        for front, message in self._members.from_front_ends():
+            self._on_front(front, message)
+        self._step()
+
+    def _step(self) -> None:
+        """Sends all steps that can start, and the tokens that have come."""
+        while (command := self._engine.step(time.monotonic())) is not None:
+            self._members.watch.on_step(command.step)
+            self._members.broadcast(command)
+        for front, outputs in self._ids.by_front(self._engine.take_outputs()).items():
+            self._members.answer(front, m.Outputs(outputs=outputs))
+
+    def _read_ranks(self) -> None:
+        for message in self._members.from_ranks():
+            match message:
+                case m.StepResult():
+                    self._members.watch.on_result(message.step)
+                    self._engine.on_result(message)
+                case m.StepTimes():
+                    self._engine.on_times(message)
+                    if self._trace is not None:
+                        self._trace.add(message)
+                case m.Stats():
+                    self._on_stats(message.stats)
+
+    def _on_front(self, front: bytes, message: m.Message) -> None:
+        match message:
+            case m.Attach():
+                self._greet([front])
+            case m.AddRequest():
+                message.id = self._ids.to_engine(front, message.id)
+                self._engine.add(message)
+            case m.AbortRequest():
+                self._engine.abort(self._ids.to_engine(front, message.id))
+            case m.FleetQuery():
+                if self._stats.ask(front):
+                    self._ask_for_stats()
+            case m.ProfileQuery():
+                self._members.answer(front, self._report)
+
+    def _greet(self, fronts: Iterable[bytes]) -> None:
+        """Tells front ends that the fleet is up. The first one is the last process that has to connect."""
+        for front in fronts:
+            self._members.hide_sockets()
+            self._members.answer(front, self._ready)
+
+    # --- statistics ---------------------------------------------------------------------------------------------------
+
+    def _ask_for_stats(self) -> None:
+        self._stats.begin()
+        self._members.broadcast(m.StatsQuery())
+
+    def _on_stats(self, stats: RankStats) -> None:
+        found = self._stats.on_stats(stats)
+        if found is None:
+            return
+        answer = self._engine.fleet_stats(found)
+        for front in self._stats.take_asking():
+            self._members.answer(front, answer)
+
+    def _finish_trace(self, trace: TraceFile) -> None:
+        """Waits for the times of all steps: ranks report them before they answer a question."""
+        self._ask_for_stats()
+        deadline = time.monotonic() + END_SECONDS
+        while self._stats.num_missing and time.monotonic() < deadline:
+            self._members.wait(50)
+            self._read_ranks()
+        trace.close()

@@ -1,0 +1,45 @@
+"""A micro-batch under construction: its rows, and the tokens and sequences for which it has room."""
+
+from hetis.core.batch import Row
+from hetis.core.placement import Placement, PoolId
+from hetis.core.request import Sequence
+
+
+class BatchBuilder:
+    """Collects the rows of one micro-batch within its budgets."""
+
+    def __init__(self, token_budget: int, max_num_seqs: int, sequence_budget: int) -> None:
+        """`max_num_seqs`: most decode tokens, since buffers of ranks and links hold that many lanes per head group."""
+        self.token_budget = token_budget  # tokens left
+        self.decode_budget = min(token_budget, max_num_seqs)  # of them, decode tokens left
+        self.sequence_budget = sequence_budget  # sequences left
+        self.decodes: list[Row] = []
+        self.prefills: list[Row] = []
+        self.admitted: list[tuple[Sequence, Placement]] = []
+        self.reserved: set[PoolId] = (
+            set()
+        )  # pools whose free pages an earlier sequence lacks: later ones may not allocate
+
+    def add(self, sequence: Sequence) -> None:
+        """Appends rows for the next tokens of `sequence`, as many tokens as the budgets allow.
+
+        A recomputed sequence gets two rows if the token budget reaches beyond its prompt: a prefill row for the rest of
+        the prompt and a decode row for the output that it has already. One step computes both, since every layer
+        appends the K and V of all new tokens before any of them attends.
+        """
+        before = self.token_budget
+        start, prompt_len = sequence.num_computed, sequence.prompt_len
+        if start < prompt_len:
+            start = self._add_row(self.prefills, sequence, start, min(prompt_len - start, self.token_budget))
+        if start >= prompt_len:
+            self._add_row(self.decodes, sequence, start, min(len(sequence.token_ids) - start, self.decode_budget))
+        self.sequence_budget -= self.token_budget < before
+
+    def _add_row(self, rows: list[Row], sequence: Sequence, start: int, count: int) -> int:
+        """Appends a row unless it is empty; returns the position after it."""
+        if count:
+            rows.append(Row(sequence=sequence, start=start, count=count))
+            self.token_budget -= count
+            num_decode = count if rows is self.decodes else 0
+            self.decode_budget = min(self.decode_budget - num_decode, self.token_budget)
+        return start + count
