@@ -148,7 +148,7 @@ class Members:
 
     def _abort(self, reason: str, pids_to_kill: Mapping[str, list[int]], ranks: Iterable[int]) -> None:
         for host, pids in (pids_to_kill or {"": []}).items():
-            abort = encode(m.Abort(reason=reason, host=host, culprits=pids))
+            abort = encode(m.Abort(reason=reason, host=host, pids_to_kill=pids))
             for rank in ranks:
                 self._server.send("health", str(rank).encode(), abort)
 

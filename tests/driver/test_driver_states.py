@@ -552,4 +552,4 @@ def test_a_silent_rank_is_killed_by_others_of_its_host(sockets: Sockets) -> None
 
     reason = run_failing(sockets, script(), step_timeout=10.0)
     assert "rank 1" in reason.text
-    assert m.Abort(reason=reason.text, host="elsewhere", culprits=[1001]) in sockets.take("health", b"0")
+    assert m.Abort(reason=reason.text, host="elsewhere", pids_to_kill=[1001]) in sockets.take("health", b"0")

@@ -128,11 +128,11 @@ class Shutdown(Message):
 
 
 class Abort(Message):
-    """Something died: end now. `culprits` are pids on `host`, to be killed by the ranks there."""
+    """Something died: end now. `pids_to_kill` are pids on `host`, to be killed by the ranks there."""
 
     reason: str
     host: str = ""
-    culprits: list[int] = []
+    pids_to_kill: list[int] = []
 
 
 class Pong(Message):
