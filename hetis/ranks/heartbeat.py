@@ -78,7 +78,7 @@ class Heartbeat(threading.Thread):
             self._last_answer = time.monotonic()
             if isinstance(message, m.Abort):
                 if message.host == self.host:
-                    supervision.kill(pid for pid in message.culprits if pid != os.getpid())
+                    supervision.kill(pid for pid in message.pids_to_kill if pid != os.getpid())
                 self._end(message.reason)
 
     def _send_reports(self, client: ControlClient) -> None:

@@ -98,7 +98,7 @@ def test_an_abort_ends_the_rank_with_the_reason(
 def test_an_abort_kills_the_named_processes_of_the_host(server: ControlServer, rank: "subprocess.Popen[str]") -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as here:
         os.kill(here.pid, signal.SIGSTOP)
-        server.send("health", b"5", m.Abort(reason="", host=supervision.host_id(), culprits=[here.pid]))
+        server.send("health", b"5", m.Abort(reason="", host=supervision.host_id(), pids_to_kill=[here.pid]))
         assert here.wait(DEADLINE) == -signal.SIGKILL
     assert finish(rank)[0] == 1
 
