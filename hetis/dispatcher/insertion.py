@@ -33,8 +33,9 @@ class InsertionSolver:
         prices = [1 / sum(lane_us) for _, lane_us in usable]
         priced = ([price * us for us in lane_us] for price, (_, lane_us) in zip(prices, usable, strict=True))
         cost = problem.num_lanes * sum(map(min, zip(*priced, strict=True)))
-        bound_us = _level(cost, sorted((start_us, price) for price, (start_us, _) in zip(prices, usable, strict=True)))
-        return inf if bound_us > enough_us else min(bound_us, reached_us)
+        level_us = _level(cost, sorted((start_us, price) for price, (start_us, _) in zip(prices, usable, strict=True)))
+        bound_us = min(level_us, reached_us)  # rounding may lift it above
+        return inf if bound_us > enough_us else bound_us
 
 
 def _level(cost: float, devices: list[tuple[float, float]]) -> float:

@@ -180,6 +180,12 @@ def test_even_and_primary_only() -> None:
     assert PrimaryOnlyDispatcher().assign(sequences, full) == [None, None]
 
 
+def test_even_leaves_no_device_idle_beside_several_homes() -> None:
+    plan = make_plan([[5, 3]], 5)
+    [placement] = EvenDispatcher().assign([make_sequence(0, 4, 100)], make_view(plan, [PLENTY] * 7))
+    assert counts_of(placement) == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1}
+
+
 def test_no_sequence_overtakes() -> None:
     plan = make_plan([[4]], 1)
     view = make_view(plan, [30, 0])

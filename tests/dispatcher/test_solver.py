@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.dispatcher.insertion import InsertionSolver, insert, longest_first
+from hetis.dispatcher.insertion import InsertionSolver
 from hetis.dispatcher.native import NativeSolver
 from hetis.dispatcher.problem import Counts, Problem, makespan_us
 from hetis.dispatcher.solver import Solver
@@ -228,16 +228,16 @@ def test_another_device_never_makes_several_sequences_slower_than_the_proven_gap
 
 
 def test_no_lane_is_on_a_worker_that_could_be_at_home(native_solver: NativeSolver) -> None:
-    """High floors make ties of nearly all placements; insertion alone leaves some lanes on workers."""
-    rng, num_sent_home = Random(0), 0
+    """High floors make ties of nearly all placements; of the optima that HiGHS finds some have such lanes."""
+    rng, num_others = Random(0), 0
     for _ in range(60):
         problem = tiny_problem(rng, rng.randint(1, 3), rng.randint(2, 4))
         problem = msgspec.structs.replace(problem, floor_us=[60.0] * problem.num_devices)
-        counts, inserted = native_solver.solve(problem), insert(problem, longest_first(problem))
-        if counts is not None and inserted is not None:
+        counts, solution = native_solver.solve(problem), solve_exactly(problem)
+        if counts is not None and solution is not None:
             assert not could_go_home(problem, counts)
-            num_sent_home += could_go_home(problem, inserted)
-    assert num_sent_home
+            num_others += could_go_home(problem, solution.counts)
+    assert num_others, "or the property is no achievement"
 
 
 def could_go_home(problem: Problem, counts: Counts) -> bool:
