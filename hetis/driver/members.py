@@ -152,7 +152,7 @@ class Members:
             for rank in ranks:
                 self._server.send("health", str(rank).encode(), abort)
 
-    def _outlive(self, ranks: list[int], seconds: float) -> None:
+    def _outlive(self, ranks: Iterable[int], seconds: float) -> None:
         """Waits for the end of these ranks, then ends those that still live."""
         deadline = time.monotonic() + seconds
         while (living := set(ranks) & set(self.watch.living())) and time.monotonic() < deadline:

@@ -76,7 +76,7 @@ class ProfileReport(Message):
     devices: dict[int, str] = {}  # rank -> the device it took, like "cuda:0"
 
 
-class DeviceModel(AttentionRates, kw_only=True):
+class DeviceModel(AttentionRates, frozen=True, kw_only=True):
     """Current prediction of a rank's decode attention.
 
     `factors`: ratio of the current cost to the profile's, per head, per byte, and constant.
