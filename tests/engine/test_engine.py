@@ -6,7 +6,7 @@ import pytest
 
 from hetis.core.messages import AddRequest, StepResult
 from hetis.core.sampling_params import SamplingParams
-from hetis.dispatcher.rules import PrimaryOnlyDispatcher
+from hetis.dispatcher.simple_dispatchers import PrimaryOnlyDispatcher
 from hetis.engine.engine import LOG_SECONDS, Engine
 from hetis.engine.policies import Policies
 from tests.engine.measured_fleet import Fleet, make_plan
