@@ -48,7 +48,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/packages $(BIN)/mypy -p hetis -p hetis_kernels
-	MYPYPATH=build/packages:bench $(BIN)/mypy --explicit-package-bases bench/*.py bench/emulation/*.py
+	MYPYPATH=build/packages:bench $(BIN)/mypy --explicit-package-bases bench
 	$(BIN)/python bench/size.py
 
 format: install

@@ -119,10 +119,11 @@ def prefill_row(name: str, rounds: int, tokens: int, context: int, queries: int,
     pool, table = make_pool(groups, context, head_dim, 16, dtype)
     q = torch.randn(tokens, groups, queries, head_dim).to(dtype)
     out = torch.empty_like(q)
-    index = [torch.tensor([0, tokens]).int(), torch.arange(groups).int()[None], torch.tensor([context]).int()]
+    query_start, lane = torch.tensor([0, tokens]).int(), torch.arange(groups).int()[None]
+    contexts = torch.tensor([context]).int()
 
     def call() -> None:
-        paged_prefill(q, pool, table, *index, head_dim**-0.5, 0, out, backend="cpu")
+        paged_prefill(q, pool, table, query_start, lane, contexts, head_dim**-0.5, 0, out, backend="cpu")
 
     k, v = (
         half[table.long()].view(groups, context, head_dim).repeat_interleave(queries, 0)[None].contiguous()

@@ -128,9 +128,9 @@ def dense_cases(dtype: torch.dtype) -> Iterator[Case]:
 def seconds(call: Callable[[], object], rounds: int = 30) -> float:
     """Median time on the device; the second-level cache is overwritten before each run."""
     flush = torch.empty(256 << 20, dtype=torch.uint8)
-    times = []
+    times: list[float] = []
     for _ in range(rounds + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         flush.zero_()
         start.record()
         call()

@@ -71,7 +71,7 @@ BENCHMARKS = {
 def run(tree: Path, benchmark: Benchmark, is_short: bool) -> tuple[Figures, int, str]:
     """Figures, exit code and output of one run of the tree's own script."""
     arguments = [*benchmark.arguments, *(benchmark.short if is_short else ())]
-    command = [tree / ".venv/bin/python", tree / "bench" / benchmark.script, *arguments]
+    command = [str(tree / ".venv/bin/python"), str(tree / "bench" / benchmark.script), *arguments]
     with tempfile.TemporaryDirectory(prefix="hetis-prove-") as empty:
         done = subprocess.run(command, cwd=empty, capture_output=True, text=True, check=False)
     return read_figures(benchmark.pattern, done.stdout), done.returncode, done.stdout + done.stderr

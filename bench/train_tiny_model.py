@@ -180,7 +180,7 @@ def batches(
         phase = int(torch.randint(row_tokens, (1,), generator=generator))
         row_RT = token_N[phase:].unfold(0, row_tokens + 1, row_tokens)
         order_R = torch.randperm(row_RT.shape[0], generator=generator)
-        for chosen_R in order_R.split(batch_tokens // row_tokens)[:-1]:
+        for chosen_R in torch.split(order_R, batch_tokens // row_tokens)[:-1]:
             yield row_RT[chosen_R]
 
 
@@ -195,7 +195,7 @@ def loss_of(model: LlamaForCausalLM, token_RT: torch.Tensor) -> torch.Tensor:
 def validate(model: LlamaForCausalLM, token_N: torch.Tensor) -> float:
     """Loss over all of the held-out text in rows of 512 tokens."""
     row_RT = token_N.unfold(0, 513, 512)
-    losses = [float(loss_of(model, part_RT)) * part_RT.shape[0] for part_RT in row_RT.split(8)]
+    losses = [float(loss_of(model, part_RT)) * part_RT.shape[0] for part_RT in torch.split(row_RT, 8)]
     return sum(losses) / row_RT.shape[0]
 
 
@@ -224,7 +224,7 @@ def train(
     for step in range(1, steps + 1):
         factor = min(1.0, step / 50) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         loss = loss_of(model, next(short_rows if step <= 0.85 * steps else long_rows))
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor
@@ -275,7 +275,9 @@ def main() -> None:
     del documents[::VALIDATION_EVERY]
     tokenizer = train_tokenizer(documents, arguments.vocabulary_size)
     training_N, validation_N = encode(tokenizer, documents), encode(tokenizer, held_out)
-    model = build_model(tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT))
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    assert end_of_text is not None, "it is a special token of the tokenizer"
+    model = build_model(tokenizer.get_vocab_size(), end_of_text)
     if arguments.continue_from:
         model = LlamaForCausalLM.from_pretrained(arguments.continue_from, dtype=torch.float32)
     bytes_per_token = sum(len(text.encode()) for text in held_out) / validation_N.numel()

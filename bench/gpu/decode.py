@@ -10,10 +10,12 @@ launched kernel by kernel and as one captured graph. The last figure is the lowe
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu.shapes import Figures, measure_each_model
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from hetis.core.messages import AddRequest
@@ -33,10 +35,11 @@ SYNCHRONISING = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSyn
 
 def whole_steps(directory: Path, device: str, batch: int) -> Figures:
     """Figures of whole steps of a fleet in this process."""
-    options = {"kv_cache_memory": 8 << 30, "max_model_len": CONTEXT + 100, "load_format": "dummy", "dtype": "bfloat16"}
-    if device == "cpu":
-        options |= {"kv_cache_memory": 64 << 20}
-    with LocalFleet(directory, "1+0", device=device, max_num_seqs=batch, **options) as fleet:
+    options: dict[str, Any] = {
+        "device": device, "dtype": "bfloat16", "load_format": "dummy", "max_num_seqs": batch,
+        "max_model_len": CONTEXT + 100, "kv_cache_memory": 64 << 20 if device == "cpu" else 8 << 30,
+    }  # fmt: skip
+    with LocalFleet(directory, "1+0", **options) as fleet:
         params = SamplingParams(max_tokens=99, temperature=0, ignore_eos=True)
         for row in range(batch):
             fleet.engine.add(AddRequest(id=str(row), token_ids=[7 + row] * CONTEXT, params=params))
@@ -60,9 +63,9 @@ def whole_steps(directory: Path, device: str, batch: int) -> Figures:
 def per_step(profiled: profile, step_ms: float) -> Figures:
     kernels = copies = synchronisations = 0
     busy_us = 0.0
-    for event in profiled.events() or ():
+    for event in profiled.events() or ():  # type: ignore[no-untyped-call]
         name = str(event.name)
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             copies += name.startswith(("Memcpy", "Memset"))
             kernels += not name.startswith(("Memcpy", "Memset"))
             busy_us += event.time_range.elapsed_us()

@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     device = parser.parse_args().device
     expected = tokens(device="cpu", plan="1+0")
-    plans = {"1+0": {"stages": [{"primaries": [{"device": device}]}]}}
-    plans["1+1"] = plans["1+0"] | {"attention": [{"device": "cpu"}]}
+    alone: dict[str, Any] = {"stages": [{"primaries": [{"device": device}]}]}
+    plans = {"1+0": alone, "1+1": alone | {"attention": [{"device": "cpu"}]}}
     for name, plan in plans.items():
         same = tokens(plan=plan) == expected
         print("RESULT " + json.dumps({f"{name} on {device} equals the CPU": same}), flush=True)

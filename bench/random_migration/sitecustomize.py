@@ -17,9 +17,9 @@ def migrate_at_random() -> None:
 
     rest, moving, lanes = map(int, os.environ[VARIABLE].split(","))
     random = Random(0)
-    plain = Engine._move_lanes
+    plain = Engine._migrate
 
-    def move_lanes(self: Engine, now: float) -> None:
+    def migrate(self: Engine, now: float) -> None:
         plain(self, now)
         if self._num_steps % (rest + moving) < rest:
             return
@@ -31,7 +31,7 @@ def migrate_at_random() -> None:
             target = random.choice([rank for rank in plan.ranks if rank != source])
             self.migrator.start([Move(slot=sequence.slot, stage=0, group=group, source=source, target=target)])
 
-    Engine._move_lanes = move_lanes  # type: ignore[method-assign]
+    Engine._migrate = migrate  # type: ignore[method-assign]
 
 
 if VARIABLE in os.environ and "hetis.driver.driver" in sys.orig_argv:

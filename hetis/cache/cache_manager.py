@@ -179,11 +179,11 @@ class CacheManager:
     # --- announcements to the ranks -----------------------------------------------------------------------------------
 
     def take_deltas(self) -> dict[PoolId, PageEntries]:
-        """New entries of page tables since the last call; those freed again meanwhile are left out."""
+        """Entries of page tables that are new since the last call, less those freed meanwhile."""
         columns: dict[PoolId, list[Int32]] = defaultdict(list)
-        for part, row_U, first, page_UK in self._unseen:
+        for part, lane_U, first, page_UK in self._unseen:
             entry_3UK = np.empty((3, *page_UK.shape), dtype=np.int32)
-            entry_3UK[0] = row_U[:, None]
+            entry_3UK[0] = lane_U[:, None]
             entry_3UK[1] = np.arange(first, first + page_UK.shape[1])
             entry_3UK[2] = page_UK
             columns[part.pool].append(entry_3UK.reshape(3, -1))

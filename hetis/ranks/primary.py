@@ -155,7 +155,7 @@ class PrimaryRank:
         return self._tensor_parallel.gather_columns(self._decoder.logits(hidden_NH), self._widths)
 
     def _score_prompts(self, step: Step, hidden_TH: Tensor) -> dict[int, list[TokenLogprobs]]:
-        """By row, the log-probabilities of its prompt targets; empty lists on ranks that do not sample."""
+        """Log-probabilities of the prompt targets, by row; empty lists on ranks that do not sample."""
         scored: dict[int, list[TokenLogprobs]] = {}
         for row, target_N in step.prompt_targets.items():
             first = int(step.token_stop_R[row] - step.count_R[row])

@@ -50,7 +50,7 @@ def run_rank(
     """Runs this process as `rank`; returns after `Shutdown`.
 
     Any error ends the process with code 1, after its traceback and a `Failure` to the driver. `address`: where other
-    hosts reach this one. `on_lost_driver`: told when the driver has gone, and how, before this process ends.
+    hosts reach this one. `on_lost_driver`: called with how the driver ended, before this process ends as well.
     """
     joining = msgspec.json.decode(rendezvous.get("joining"), type=Joining)
     waker = Waker()

@@ -170,7 +170,7 @@ class StepPlanner:
         )
 
     def worker_input(self, step: Step, groups: Span) -> WorkerInput:
-        """For the link to the primary that is the home of `groups`."""
+        """The input for the link to the primary that is the home of `groups`."""
         is_here_TG = self.owners_BG[step.slot_T, slice(*groups)] == self.rank
         decode = self._pairs(step, groups, _decode_part(step), is_here_TG)
         prompt = self._pairs(step, groups, _prompt_part(step), is_here_TG)

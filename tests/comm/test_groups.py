@@ -61,7 +61,7 @@ def test_hidden_states_pass_through_all_stages(sizes: list[int]) -> None:
 
 
 def test_every_rank_of_a_later_stage_has_one_sender() -> None:
-    assert plan_of_stages([2, 3, 1]).handovers == [(0, 2), (1, 3), (0, 4), (2, 5)]
+    assert plan_of_stages([2, 3, 1]).handovers == ((0, 2), (1, 3), (0, 4), (2, 5))
 
 
 def test_a_single_primary_has_no_peers() -> None:

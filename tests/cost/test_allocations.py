@@ -13,7 +13,7 @@ import torch
 
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.comm.shared_memory import Segment
-from hetis.core.config import DriverArgs, EngineConfig
+from hetis.core.config import EngineConfig
 from hetis.core.messages import Setup
 from hetis.core.plan import Primary
 from hetis.core.plan_sources import resolve_plan
@@ -80,10 +80,7 @@ def build(directory: Path, *, apart: bool) -> tuple[Setup, list[Any], tuple[Rank
     fleet = [
         device_info(rank, host=f"host {rank}" if apart else "one host", free_memory=1 << 30) for rank in plan.ranks
     ]
-    arguments = DriverArgs(
-        config=config, spec=spec, plan=plan, eos_token_ids=[], run_directory="", address=None, announce=False, parent=1
-    )
-    setup, _ = make_setup(arguments, fleet)
+    setup, _ = make_setup(config, spec, plan, fleet, [])
     rendezvous = LocalRendezvous()
     members = together(*[partial(build_member, setup, rank, CPU, rendezvous, print) for rank in plan.ranks])
     return setup, members, plan_memory(spec, plan, fleet, dtype=setup.dtype, **BOUNDS).ranks

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hetis.comm import collectives, shared_memory, shared_reduce
-from hetis.comm.links.base import NUM_SLOTS
+from hetis.comm.links.base import NUM_BUFFERS
 from hetis.core.device_info import DeviceInfo
 from hetis.core.placement import PoolId
 from hetis.core.plan import AttentionWorker, Plan, Stage
@@ -110,8 +110,8 @@ def test_buffers_are_as_large_as_the_tensors_that_are_made(seed: int) -> None:
 
 def test_constants_are_those_of_the_parts_that_allocate() -> None:
     assert footprint.WEIGHTS_AT_ONCE == WEIGHTS_AT_ONCE
-    assert (links.NUM_BUFFERS, links.SHARED_PAGE_BYTES) == (NUM_SLOTS, shared_memory.PAGE_BYTES)
-    assert (buffers.SUM_BUFFER_BYTES, buffers.COUNTER_BYTES) == (shared_reduce.SLOT_BYTES, shared_memory.WORD_BYTES)
+    assert (links.NUM_BUFFERS, links.SHARED_PAGE_BYTES) == (NUM_BUFFERS, shared_memory.PAGE_BYTES)
+    assert (buffers.SUM_BUFFER_BYTES, buffers.COUNTER_BYTES) == (shared_reduce.BUFFER_BYTES, shared_memory.WORD_BYTES)
     assert collectives.SHARED_SUM_BYTES < buffers.SUM_BUFFER_BYTES
 
 
@@ -143,7 +143,7 @@ def test_communicators_of_links_stages_and_handovers_are_counted() -> None:
     assert libraries(other) == [*[of_primary + link + COMMUNICATOR_BYTES] * 4, LIBRARY_BYTES]
     on_one = [msgspec.structs.replace(info, gpu="the one") for info in one_version]
     assert libraries(on_one) == [*[of_primary] * 4, LIBRARY_BYTES], "over CPU memory"
-    assert libraries(fleet(plan)) == [0] * 5
+    assert libraries(fleet(two_stages((2, 2), 1))) == [0] * 5, "CPUs need none"
 
 
 def test_scratch_memory_is_counted_for_every_stage_of_a_gpu() -> None:

@@ -1,7 +1,6 @@
 """The engine alone, without ranks: time comes in with each call."""
 
 import msgspec
-import numpy as np
 import pytest
 
 from hetis.core.messages import AddRequest, StepResult
@@ -29,7 +28,7 @@ def run_step(engine: Engine, now: float) -> None:
     """One step in which one row samples."""
     command = engine.step(now)
     assert command is not None
-    engine.on_result(StepResult(step=command.step, tokens=np.array([7], dtype=np.int32).tobytes()))
+    engine.on_result(StepResult(step=command.step, tokens=[7]))
 
 
 def test_why_a_request_waits_is_logged_once_per_interval(caplog: pytest.LogCaptureFixture) -> None:

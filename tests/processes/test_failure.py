@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.core.plan import resolve_plan
+from hetis.core.plan_sources import resolve_plan
 from hetis.processes import failure, supervision
 from hetis.processes.failure import FailureReason, FailureRecord
 from tests.dispatcher.fleets import make_spec

@@ -191,7 +191,7 @@ def check_link(
         assert route.prefill_qkv_A.tolist() == [qkv for _, qkv, _ in prompts]
     planner, step = make_planner(worker), random_step.seen_by(worker)
     planner.apply(step)
-    found = planner.worker_input(step, PRIMARY, span)
+    found = planner.worker_input(step, span)
     assert found.lanes.lane_U.tolist() == [lane for lane, _, _ in lanes]
     assert found.lanes.qkv_U.tolist() == found.append.qkv_A.tolist() == list(range(len(lanes)))
     assert found.lanes.length_U.tolist() == [position + 1 for _, _, position in lanes]
