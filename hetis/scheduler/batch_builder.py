@@ -13,12 +13,11 @@ class BatchBuilder:
         self.token_budget = token_budget  # tokens left
         self.decode_budget = min(token_budget, max_num_seqs)  # of them, decode tokens left
         self.sequence_budget = sequence_budget  # sequences left
+        self.num_sequences = 0  # that have rows
         self.decodes: list[Row] = []
         self.prefills: list[Row] = []
         self.admitted: list[tuple[Sequence, Placement]] = []
-        self.reserved: set[PoolId] = (
-            set()
-        )  # pools whose free pages an earlier sequence lacks: later ones may not allocate
+        self.reserved: set[PoolId] = set()  # pools that lack pages for an earlier sequence: later ones may not allocate
 
     def add(self, sequence: Sequence) -> None:
         """Appends rows for the next tokens of `sequence`, as many tokens as the budgets allow.
@@ -33,7 +32,9 @@ class BatchBuilder:
             start = self._add_row(self.prefills, sequence, start, min(prompt_len - start, self.token_budget))
         if start >= prompt_len:
             self._add_row(self.decodes, sequence, start, min(len(sequence.token_ids) - start, self.decode_budget))
-        self.sequence_budget -= self.token_budget < before
+        has_rows = self.token_budget < before
+        self.num_sequences += has_rows
+        self.sequence_budget -= has_rows
 
     def _add_row(self, rows: list[Row], sequence: Sequence, start: int, count: int) -> int:
         """Appends a row unless it is empty; returns the position after it."""

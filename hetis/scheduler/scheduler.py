@@ -143,7 +143,7 @@ class Scheduler:
     def _candidates(self, builder: BatchBuilder) -> list[Sequence]:
         """The head of the queue, as far as free slots, this micro-batch's share of sequences and its tokens allow."""
         acceptable = min(len(self._waiting), len(self._free_slots))
-        share = _share(len(self._running) + acceptable, self._num_stages) - len(builder.decodes) - len(builder.prefills)
+        share = _share(len(self._running) + acceptable, self._num_stages) - builder.num_sequences
         budget = builder.token_budget
         candidates: list[Sequence] = []
         for sequence in self._waiting[: max(0, min(acceptable, share))]:
