@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import NoReturn
 
@@ -17,6 +18,8 @@ from hetis.launch.member import run_member
 
 # exit codes: those that shells report for processes killed by these signals
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+# torchrun ends all ranks when one has ended: the others let rank 0 say first what is wrong with the command line
+COMPLAINT_SECONDS = 30.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,6 +78,8 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
     try:
         options = parse(argv)
     except SystemExit as end:  # of --help, --version and errors
+        if end.code and torchrun.under_torchrun() and os.environ.get("RANK") != "0":
+            time.sleep(COMPLAINT_SECONDS)
         return int(end.code or 0)
     if "model" in options:
         os.environ[VARIABLE] = options.log_level  # inherited by the processes of the fleet
