@@ -61,11 +61,11 @@ def start_idle(directory: Path, plan: str = "1+1", *options: str) -> FleetProces
 # --- under LLM --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "driver", "launcher"])
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "driver", "agent"])
 def test_a_killed_process_takes_a_busy_fleet_down(directory: Path, victim: str) -> None:
     with start_busy(directory) as fleet:
         fleet.hurt(victim, signal.SIGKILL)
-        check_end(fleet, NAMES.get(victim, "the launcher"), "was killed by SIGKILL")
+        check_end(fleet, NAMES.get(victim, "the agent"), "was killed by SIGKILL")
 
 
 @pytest.mark.parametrize("victim", ["rank 1", "driver"])
@@ -78,14 +78,14 @@ def test_a_killed_process_takes_an_idle_fleet_down(directory: Path, victim: str)
         check_end(fleet, NAMES[victim], "was killed by SIGKILL")
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "launcher"])
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "agent"])
 def test_a_killed_process_takes_a_loading_fleet_down(directory: Path, victim: str) -> None:
     with FleetProcess.script(directory, "1+2", "idle") as fleet:
         fleet.member("driver")
-        if victim != "launcher":
+        if victim != "agent":
             fleet.hurt("rank 2", signal.SIGSTOP)  # it never joins, so the others wait
         fleet.hurt(victim, signal.SIGKILL)
-        check_end(fleet, NAMES.get(victim, "the launcher"), "was killed by SIGKILL")
+        check_end(fleet, NAMES.get(victim, "the agent"), "was killed by SIGKILL")
 
 
 def test_a_front_end_that_is_killed_leaves_nothing(directory: Path) -> None:
