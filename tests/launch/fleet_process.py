@@ -92,7 +92,7 @@ class FleetProcess:
     # --- members ------------------------------------------------------------------------------------------------------
 
     def members(self) -> dict[str, psutil.Process]:
-        """Living processes by role: "front" (the root), "agent", "agent 1" under torchrun, "torchrun", "driver", "rank 0" …"""
+        """Living processes by role: "front" (the root), "agent" (its child), "agent 1" …, "driver", "rank 0" …"""
         found: dict[str, psutil.Process] = {}
         for process in family(self._root):
             self._seen[process.pid] = process
