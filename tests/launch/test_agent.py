@@ -24,7 +24,6 @@ from tests.processes.look import DEADLINE, family, kill, wait_until
 # Arguments: directory, what starts (driver, ranks), step timeout. Children print who they are and what they have read.
 AGENT = """
 import os, sys
-from pathlib import Path
 from hetis.launch import agent
 from hetis.processes.failure import FailureRecord
 
@@ -53,14 +52,13 @@ directory, timeout = sys.argv[1], float(sys.argv[2])
 agent.begin(os.getppid())
 it = agent.Agent(directory, [0], timeout, "rank {}".format, FailureRecord(directory).write)
 if os.environ["FROM_RANK"] == "0":
-    it.start_driver()
+    it.children.start_driver()
 for rank in (0, 1):
     it.start_rank(rank, os.environ | {"RANK": str(rank)})
 if os.environ.get("RESTARTS"):
     on_end = it._on_end
 
     def restart(child, status):
-        it._ranks.pop(child).close()
         it.start_rank(child, os.environ | {"RANK": "7"})
         it._on_end = on_end
 
