@@ -40,8 +40,6 @@ from hetis.processes.waker import Waker
 
 END_SECONDS = 2.5  # that all children have to end in order
 RANK_SECONDS = 1.5  # that they have of these after the driver, or after it has said that the fleet ends
-FAIL_SECONDS = 5.0  # that the driver has to explain the end of a rank
-REQUEST_SECONDS = 28.0  # that the root has after a launcher's request; torchrun kills its processes after 30
 
 
 class Agent:
@@ -64,7 +62,7 @@ class Agent:
         self._waker.wake_on(signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
         self._driver = DriverLink(step_timeout)
         self._joining = b""  # a line of JSON, as much of it as has come
-        self._deadline, self._overdue = float("inf"), ""  # when to kill all, and of what that is the consequence
+        self._deadline = float("inf")  # when to kill all children
         self._is_ending = False  # further ends need no explanation
         self._exit_code = 0
 
@@ -86,22 +84,17 @@ class Agent:
             for child, status in self.children.reap():
                 self._on_end(child, status)
             if time.monotonic() > self._deadline:
-                self._on_deadline()
+                self._deadline = float("inf")
+                self.children.kill()
         self.children.end_orphans()
         return self._exit_code
 
     # --- what happens -------------------------------------------------------------------------------------------------
 
     def _read_signals(self) -> None:
-        """A launcher that sends a signal kills this process some time later."""
-        if not self._waker.drain() & {signal.SIGTERM, signal.SIGINT} or self._is_ending:
-            return
-        self._overdue = self._overdue or f"{', '.join(map(self._name, self.children.ranks))} {failure.END_REQUESTED}."
-        if self.children.driver_input is None and not self._driver.is_heard:  # there is no fleet yet
-            self._fail(self._overdue)
-        else:
-            self._driver.send(m.AskedToEnd())
-            self._expect_end(REQUEST_SECONDS)
+        if self._waker.drain() & {signal.SIGTERM, signal.SIGINT}:
+            names = ", ".join(map(self._name, self.children.ranks))
+            self._tell(m.AskedToEnd(), f"{names} {failure.END_REQUESTED}.")
 
     def _read_owners(self) -> None:
         if not self._owners or not select.select(self._owners, [], [], 0)[0]:
@@ -156,23 +149,24 @@ class Agent:
                 self._fail(f"the driver {failure.describe_end(status)}.")
             self._is_ending = True
             self._expect_end(RANK_SECONDS)
-        elif not self._is_ending:
-            self._driver.send(m.RankEnded(rank=child, status=status))
-            self._overdue = self._overdue or f"{self._name(child)} {failure.describe_end(status)}."
-            has_driver = self.children.driver_input is not None or self._driver.is_heard
-            self._expect_end(FAIL_SECONDS if has_driver else 0.0)
+        else:
+            text = f"{self._name(child)} {failure.describe_end(status)}."
+            self._tell(m.RankEnded(rank=child, status=status), text)
 
     # --- ends ---------------------------------------------------------------------------------------------------------
+
+    def _tell(self, message: m.Message, reason: str) -> None:
+        """Sends a message to the driver, which finds the cause. `reason`: if there is no fleet yet, to this process."""
+        if self._is_ending:
+            return
+        if self.children.driver_input is not None or self._driver.is_heard:
+            self._driver.send(message)
+        else:
+            self._fail(reason)
 
     def _expect_end(self, seconds: float) -> None:
         """All children are killed after so many seconds, if they still run."""
         self._deadline = min(self._deadline, time.monotonic() + seconds)
-
-    def _on_deadline(self) -> None:
-        if not self._is_ending:
-            self._fail(self._overdue)
-        self._deadline = float("inf")
-        self.children.kill()
 
     def _fail(self, reason: str) -> None:
         """Records why the fleet failed, and kills its ranks. The driver has a moment to end."""

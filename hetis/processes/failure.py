@@ -4,7 +4,7 @@ The first process that knows the reason records it in the run directory; reasons
 first, and are dropped. These processes record one:
 
     driver    the best explanation of what agents and ranks reported (`driver.watch`)
-    agent     the end of the driver; the end of a rank, if the driver has not explained it (`launch.agent`)
+    agent     the end of the driver, or its silence (`launch.agent`)
 
 The root reads the record, and shows the reason to the user. torchrun's own summary of failed processes has it from
 each process that torchrun started (`report_to_torchrun`).

@@ -39,7 +39,8 @@ if name == "driver":
     sys.exit(0)
 line = os.environ["JOINING"].encode()
 if os.environ["FROM_RANK"] == "1":
-    os.write(0, line)
+    if "IS_LATE" not in os.environ:
+        os.write(0, line)
 else:
     line = os.read(0, 65536)
 print(name, os.getpid(), line.decode().strip(), flush=True)
@@ -142,11 +143,14 @@ def test_the_end_of_a_rank_is_told_with_its_wait_status_and_the_driver_decides(d
         assert not ranks[0].is_running()
 
 
-def test_without_an_explanation_of_the_driver_the_end_of_the_rank_is_the_reason(directory: Path) -> None:
-    with running(directory) as agent:
-        agent.ranks()[1].kill()
-        assert agent.message() == m.RankEnded(rank=1, status=signal.SIGKILL)
-        assert agent.finish() == (1, "rank 1 was killed by SIGKILL, perhaps because memory ran out.")
+def test_before_there_is_a_fleet_the_end_of_the_rank_is_the_reason(directory: Path) -> None:
+    with running(directory, FROM_RANK="1", IS_LATE="1") as agent:
+        wait_until(lambda: len(agent.family()) == 3, "both ranks run")
+        agent.family()[2].kill()
+        code, reason = agent.finish()
+        assert code == 1
+        assert reason is not None
+        assert reason.startswith("rank 1 was killed by SIGKILL")
 
 
 def test_in_order_ranks_have_some_time(directory: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_end_of_the_agent_ends_stopped_processes(directory: Path, victim: st
         assert fleet.leftovers() == []
 
 
-@pytest.mark.parametrize("victim", ["rank 1", "driver"])
+@pytest.mark.parametrize("victim", ["rank 1", "driver", "agent", "agent 1"])
 def test_the_end_of_torchrun_ends_stopped_processes(directory: Path, victim: str) -> None:
     options = ("--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--dispatch", "even")
     command = ("generate", "--plan", "1+1", "--device", "cpu", "--step-timeout", "300", *options)
