@@ -86,9 +86,8 @@ class Serving:
                 self._members.answer(front, self._report)
 
     def _greet(self, fronts: Iterable[bytes]) -> None:
-        """Tells front ends that the fleet is up. The first one is the last process that has to connect."""
+        """Tells front ends that the fleet is up."""
         for front in fronts:
-            self._members.hide_sockets()
             self._members.answer(front, self._ready)
 
     # --- statistics ---------------------------------------------------------------------------------------------------

@@ -9,22 +9,17 @@ moment, in the very thread that would hold one.
 """
 
 import os
-import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from hetis.comm.control import ControlClient, encode
 from hetis.core import messages as m
-from hetis.launch.local_launcher import end_launcher
-from hetis.processes.failure import FailureRecord, describe_end
-from hetis.processes.supervision import open_pidfd
+from hetis.launch.fleet import Fleet
 from hetis.processes.waker import Waker
 
-POLL_SECONDS = 0.2  # where the system has no pidfd to tell when the launcher ends
+POLL_SECONDS = 0.2  # where the system has no pidfd to tell when the agent ends
 
 Answer = TypeVar("Answer", m.EngineReady, m.FleetStats, m.ProfileReport)
 
@@ -64,13 +59,11 @@ class Channel(threading.Thread):
     It holds no reference to the `EngineClient`, whose deletion ends the fleet.
     """
 
-    def __init__(self, directory: Path, launcher: "subprocess.Popen[bytes] | None") -> None:
-        """`launcher`: the process that started the ranks; None under torchrun, where rank 0 owns `directory`."""
+    def __init__(self, fleet: Fleet) -> None:
         super().__init__(name="hetis front end", daemon=True)
-        self._directory, self._launcher = directory, launcher
-        self._control = ControlClient(f"ipc://{directory / 'front'}", f"front-{os.getpid()}", "front")
+        self._fleet = fleet
+        self._control = ControlClient(f"ipc://{fleet.directory / 'front'}", f"front-{os.getpid()}", "front")
         self._waker = Waker()
-        self._launcher_end = None if launcher is None else open_pidfd(launcher.pid)
         self._outgoing: SimpleQueue[bytes] = SimpleQueue()
         self._answers: SimpleQueue[m.Message | EngineDeadError] = SimpleQueue()
         self._inboxes: dict[str, Inbox] = {}  # by request
@@ -142,16 +135,16 @@ class Channel(threading.Thread):
 
     def _serve(self) -> EngineDeadError:
         """Carries messages until the fleet ends or is closed; returns why."""
-        others = [self._waker.fileno()] + ([] if self._launcher_end is None else [self._launcher_end])
-        wait = self._control.waiter(*others, until_lost=self._launcher is None)
-        seconds = POLL_SECONDS if self._launcher is not None and self._launcher_end is None else None
+        end = self._fleet.fileno()
+        wait = self._control.waiter(self._waker.fileno(), *([] if end is None else [end]), until_lost=False)
+        seconds = POLL_SECONDS if end is None else None
         while not self._closing:
             self._send_all()
             wait(seconds)
             self._waker.drain()
-            has_ended = self._has_ended()  # before the last messages are read
+            has_ended = self._fleet.has_ended()  # before the last messages are read
             while (message := self._control.receive(0)) is not None:
-                if isinstance(message, m.EngineDead):
+                if isinstance(message, m.EngineDead | m.EndRequested):
                     return self._explain(message.reason)
                 self._deliver(message)
             if has_ended:
@@ -177,15 +170,9 @@ class Channel(threading.Thread):
         for inbox, outputs in found.items():
             inbox.put(outputs)
 
-    def _has_ended(self) -> bool:
-        return self._control.is_lost if self._launcher is None else self._launcher.poll() is not None
-
     def _explain(self, reason: str) -> EngineDeadError:
-        """The end of the launcher, if it was killed, else the recorded reason. `reason`: where there is none."""
-        code = self._launcher.poll() if self._launcher is not None else None
-        if code is not None and code < 0:  # which has killed the ranks
-            return EngineDeadError(f"the launcher of the ranks {describe_end(-code)}.")
-        recorded = FailureRecord(self._directory).read()
+        """The reason of the fleet. `reason`: where there is none."""
+        recorded = self._fleet.reason()
         if recorded is None:
             return EngineDeadError(reason)
         return FleetRefusedError(recorded.text) if recorded.refused else EngineDeadError(recorded.text)
@@ -193,12 +180,5 @@ class Channel(threading.Thread):
     def _shut_down(self) -> None:
         """Ends what still runs of the fleet."""
         self._send_all()
-        self._control.send(m.Shutdown())
-        if self._launcher is None:
-            self._control.close()
-            return
-        end_launcher(self._launcher)
+        self._fleet.end()
         self._control.close(linger=0)
-        if self._launcher_end is not None:
-            os.close(self._launcher_end)
-        shutil.rmtree(self._directory, ignore_errors=True)

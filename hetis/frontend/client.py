@@ -1,7 +1,6 @@
 """A front end's use of a fleet: starts it or attaches to it, sends requests, receives tokens, ends it."""
 
 import os
-import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -9,13 +8,9 @@ from contextlib import ExitStack
 
 from hetis.core import messages as m
 from hetis.core.config import EngineConfig
-from hetis.core.plan import Plan
 from hetis.frontend.channel import Answer, Channel, Inbox
 from hetis.frontend.progress import ProgressBar, progress_bar
-from hetis.launch import torchrun
-from hetis.launch.capacity import check_processes
-from hetis.launch.local_launcher import end_launcher, start_launcher
-from hetis.launch.run_directory import make_run_directory
+from hetis.launch.fleet import start_fleet
 
 
 class ForkedError(RuntimeError):
@@ -25,14 +20,14 @@ class ForkedError(RuntimeError):
 class EngineClient:
     """One fleet, for any thread. In a forked child every call but `close` raises ForkedError."""
 
-    def __init__(self, config: EngineConfig, plan: Plan, *, measure: bool = False) -> None:
-        """Starts the ranks on this host; as the front end under torchrun it attaches to those that run.
+    def __init__(self, config: EngineConfig, *, measure: bool = False) -> None:
+        """Starts the fleet.
 
         Returns at once: `wait_until_ready` waits for the fleet. `measure`: every device and link is measured anew.
         """
         self._pid, self._progress = os.getpid(), config.progress
         self._asking = threading.Lock()
-        self._channel = _start_channel(config, plan, measure)
+        self._channel = _start_channel(config, measure)
         weakref.finalize(self, _close, self._channel, self._pid)
 
     @property
@@ -91,20 +86,12 @@ class EngineClient:
             )
 
 
-def _start_channel(config: EngineConfig, plan: Plan, measure: bool) -> Channel:
-    """The channel to the fleet of torchrun, or to a new one, of which nothing stays if not all of it can start."""
-    if torchrun.fleet_directory is not None:
-        channel = Channel(torchrun.fleet_directory, None)
-        channel.start()
-        return channel
-    if not config.oversubscribe:
-        check_processes(plan)
+def _start_channel(config: EngineConfig, measure: bool) -> Channel:
+    """The channel to a new fleet, of which nothing stays if not all of it can start."""
     with ExitStack() as started:
-        directory = make_run_directory()
-        started.callback(shutil.rmtree, directory, ignore_errors=True)
-        launcher = start_launcher(config, plan, directory, measure=measure)
-        started.callback(end_launcher, launcher)
-        channel = Channel(directory, launcher)
+        fleet = start_fleet(config, measure=measure)
+        started.callback(fleet.end)
+        channel = Channel(fleet)
         channel.start()
         started.pop_all()  # the channel ends them from now on
     return channel

@@ -1,4 +1,4 @@
-"""`LLM`: offline inference. Starts a fleet or, as the front end under torchrun, attaches to the running one."""
+"""`LLM`: offline inference."""
 
 import logging
 import time
@@ -99,11 +99,11 @@ class LLM:
             profile_cache=profile_cache, trace=trace, step_timeout=step_timeout,
             oversubscribe=oversubscribe, progress=progress, **unknown,
         )  # fmt: skip
-        _, spec, resolved = plan_for(config)
+        _, spec, _ = plan_for(config)
         self.vocab_size = spec.vocab_size
         self._max_logprobs = config.max_logprobs
         self._request_numbers = count(1)
-        self._client = EngineClient(config, resolved)
+        self._client = EngineClient(config)
         try:
             self.tokenizer = _tokenizer_of(config)  # while the ranks start
             ready = self._client.wait_until_ready()

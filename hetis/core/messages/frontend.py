@@ -8,7 +8,7 @@ from hetis.core.profile import FleetProfile
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.token_logprobs import TokenLogprobs
 
-# --- front end -> driver; `Shutdown` of `ranks` as well ---------------------------------------------------------------
+# --- front end -> driver ----------------------------------------------------------------------------------------------
 
 
 class Attach(Message):
@@ -120,6 +120,12 @@ class FleetStats(Message):
 
 class Refused(Message):
     """Answer to frames that are no message of a front end. That front end and all others go on."""
+
+    reason: str
+
+
+class EndRequested(Message):
+    """A launcher, such as torchrun, wants the fleet to end. The root ends it, within some seconds."""
 
     reason: str
 
