@@ -9,6 +9,7 @@ from hetis.core.messages.frontend import (
     AbortRequest,
     AddRequest,
     Attach,
+    Detach,
     DeviceModel,
     EngineDead,
     EngineReady,
@@ -22,6 +23,7 @@ from hetis.core.messages.frontend import (
     Refused,
     TokenOutput,
 )
+from hetis.core.messages.observe import EngineStatus
 from hetis.core.messages.ranks import (
     Abort,
     Failure,
@@ -46,9 +48,11 @@ __all__ = [
     "AbortRequest",
     "AddRequest",
     "Attach",
+    "Detach",
     "DeviceModel",
     "EngineDead",
     "EngineReady",
+    "EngineStatus",
     "Failure",
     "FleetQuery",
     "FleetStats",
