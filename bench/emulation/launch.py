@@ -34,7 +34,7 @@ class EmulatedFleet:
         (directory / SETTINGS).write_bytes(msgspec.json.encode(settings))
         self.board = Board.create(directory / BOARD, [member.share for member in fleet.members])
         config = msgspec.structs.replace(config, plan=fleet.plan)
-        _, spec, _ = plan_for(config)
+        spec = plan_for(config)[1]
         token_bytes = kv_bytes_per_token(spec.num_layers, spec.num_head_groups, spec.head_dim, config.dtype)
         memory = {rank: member.kv_tokens * token_bytes for rank, member in enumerate(fleet.members)}
         config = msgspec.structs.replace(config, kv_cache_memory=memory)

@@ -93,7 +93,7 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
         set_up_logging("")
         if torchrun.under_torchrun():
             _begin_under_torchrun(engine_config(options))
-    from hetis.frontend.channel import EngineDeadError
+    from hetis.frontend.errors import EngineDeadError
 
     if is_interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,6 +6,7 @@ from hetis.comm.board import Board
 from hetis.comm.control import ControlServer, encode
 from hetis.core import messages as m
 from hetis.core.config import DriverArgs
+from hetis.driver.front_ends import FrontEnds
 from hetis.driver.watch import FleetFailedError, Watch
 from hetis.processes.failure import FailureRecord
 
@@ -25,7 +26,7 @@ class Members:
         self._args, self._server, self._owner = args, server, owner
         self.ranks = args.plan.ranks
         self.watch = Watch(args.plan, args.config.step_timeout)
-        self.attached: set[bytes] = set()  # front ends
+        self.front_ends = FrontEnds(server)
         self._joined: list[int] = []
         self._agents: dict[bytes, list[int]] = {}  # agent -> its ranks
         self._board = Board()
@@ -44,6 +45,7 @@ class Members:
         if self._owner in events:
             self._server.poller.unregister(self._owner)
             self._is_ending = True
+        self.front_ends.notice_ends(set(events))
 
     def check(self) -> None:
         """Raises JobEndedError when the job is to end in order, and FleetFailedError when the fleet cannot go on."""
@@ -52,7 +54,7 @@ class Members:
         self.watch.check()
         if self._request != (request := self.watch.end_request) and request is not None:
             self._request = request
-            self.tell_front_ends(m.EndRequested(reason=request))
+            self.front_ends.tell(m.EndRequested(reason=request))
 
     def _read_health(self) -> None:
         while (received := self._server.receive("health")) is not None:
@@ -99,19 +101,7 @@ class Members:
 
     def from_front_ends(self) -> Iterator[tuple[bytes, m.Message]]:
         """(front end, message), as long as there are any."""
-        while (received := self._server.receive("front")) is not None:
-            front, message = received
-            if isinstance(message, m.Attach):
-                self.attached.add(front)
-            yield front, message
-
-    def answer(self, front: bytes, message: m.Message) -> None:
-        self._server.send("front", front, message)
-
-    def tell_front_ends(self, message: m.Message) -> None:
-        """Sends to all front ends that are attached."""
-        for front in self.attached:
-            self.answer(front, message)
+        yield from self.front_ends.receive()
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -123,7 +113,7 @@ class Members:
     def fail(self, error: FleetFailedError) -> None:
         """Records the failure reason, and gives it to front ends and to agents, which kill their ranks."""
         FailureRecord(self._args.run_directory).write(error.reason)
-        self.tell_front_ends(m.EngineDead(reason=error.reason.text))
+        self.front_ends.tell(m.EngineDead(reason=error.reason.text))
         self._end(error.reason.text)
 
     def _end(self, reason: str | None) -> None:

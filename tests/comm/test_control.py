@@ -49,8 +49,8 @@ def test_a_front_end_is_refused_what_is_no_message(server: ControlServer) -> Non
     front = ControlClient(server.endpoints.front, "front", "front")
     front.send(m.StatsQuery())
     front.socket.send(b"\xff\xfe")
-    front.send(m.Attach())
-    assert take(server, "front") == (b"front", m.Attach()), "the driver goes on"
+    front.send(m.Attach(pid=1))
+    assert take(server, "front") == (b"front", m.Attach(pid=1)), "the driver goes on"
     for word in ("StatsQuery", ""):
         answer = front.receive(DEADLINE)
         assert isinstance(answer, m.Refused)

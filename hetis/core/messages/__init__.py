@@ -10,6 +10,7 @@ from hetis.core.messages.frontend import (
     AbortRequest,
     AddRequest,
     Attach,
+    Detach,
     DeviceModel,
     EndRequested,
     EngineDead,
@@ -24,6 +25,7 @@ from hetis.core.messages.frontend import (
     Refused,
     TokenOutput,
 )
+from hetis.core.messages.observe import EngineStatus
 from hetis.core.messages.ranks import (
     Failure,
     Heartbeat,
@@ -50,11 +52,13 @@ __all__ = [
     "AgentHello",
     "AskedToEnd",
     "Attach",
+    "Detach",
     "DeviceModel",
     "End",
     "EndRequested",
     "EngineDead",
     "EngineReady",
+    "EngineStatus",
     "Failure",
     "FleetQuery",
     "FleetStats",
