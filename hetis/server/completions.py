@@ -257,15 +257,16 @@ class CompletionWriter:
     def _logprobs(self, token_ids: list[int], rows: PromptLogprobs, offset: int) -> CompletionLogprobs:
         found = CompletionLogprobs([], [], [], [])
         for token_id, row in zip(token_ids, rows, strict=True):
-            text = (
-                self._texts.decoded(token_id) if row is None else self._texts.of(token_id, row[token_id].decoded_token)
-            )
+            text = self._text(token_id, row)
             found.tokens.append(text)
             found.text_offset.append(offset)
             found.token_logprobs.append(None if row is None else finite(row[token_id].logprob))
             found.top_logprobs.append(None if row is None else self._best(row))
             offset += len(text)
         return found
+
+    def _text(self, token_id: int, row: dict[int, Logprob] | None) -> str:
+        return self._texts.decoded(token_id) if row is None else self._texts.of(token_id, row[token_id].decoded_token)
 
     def _best(self, row: dict[int, Logprob]) -> dict[str, float]:
         """By text; the better one of two tokens with the same text, which both are parts of characters."""

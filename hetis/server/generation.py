@@ -7,8 +7,8 @@ closing the streams of the front end aborts their sequences.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import Request as HttpRequest
@@ -162,9 +162,10 @@ class Books:
 async def merged(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
     """Pieces of all streams as they come, with the number of their stream. Closing it closes all of them."""
     if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for piece in stream:
-                yield 0, piece
+        with no_panics():
+            async with aclosing(streams[0]) as stream:
+                async for piece in stream:
+                    yield 0, piece
         return
     arrivals: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(arrivals, *numbered)) for numbered in enumerate(streams)]
@@ -188,12 +189,24 @@ async def _pump(
     arrivals: "asyncio.Queue[tuple[int, Piece | Exception | None]]", number: int, stream: AsyncGenerator[Piece, None]
 ) -> None:
     try:
-        async with aclosing(stream):
-            async for piece in stream:
-                arrivals.put_nowait((number, piece))
+        with no_panics():
+            async with aclosing(stream):
+                async for piece in stream:
+                    arrivals.put_nowait((number, piece))
         arrivals.put_nowait((number, None))
     except Exception as error:
         arrivals.put_nowait((number, error))
+
+
+@contextmanager
+def no_panics() -> Iterator[None]:
+    """Turns panics of tokenizers' Rust code, which are no Exception, into RuntimeError."""
+    try:
+        yield
+    except (Exception, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"the tokenizer failed ({type(error).__name__}).") from error
 
 
 def engine_dead() -> ApiError:
