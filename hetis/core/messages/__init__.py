@@ -22,6 +22,7 @@ from hetis.core.messages.frontend import (
     Refused,
     TokenOutput,
 )
+from hetis.core.messages.observe import EngineStatus, StatusQuery
 from hetis.core.messages.ranks import (
     Abort,
     Failure,
@@ -49,6 +50,7 @@ __all__ = [
     "DeviceModel",
     "EngineDead",
     "EngineReady",
+    "EngineStatus",
     "Failure",
     "FleetQuery",
     "FleetStats",
@@ -71,6 +73,7 @@ __all__ = [
     "Shutdown",
     "Stats",
     "StatsQuery",
+    "StatusQuery",
     "StepCommand",
     "StepResult",
     "StepTimes",
