@@ -13,6 +13,7 @@ from hetis.server.context import Server
 from hetis.server.errors import add_error_handlers
 from hetis.server.limits import BodyLimits, HeaderLimits
 from hetis.server.options import ServerOptions
+from hetis.server.paths import Prefix
 from hetis.server.request_log import RequestLog
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def build_app(llm: "AsyncLLM", options: ServerOptions) -> FastAPI:
     """The application for one fleet. FastAPI's own pages are off, since they load scripts from other hosts."""
-    app = FastAPI(title="hetis", version=__version__, docs_url=None, redoc_url=None, root_path=options.root_path)
+    app = FastAPI(title="hetis", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = server = Server(llm, options)
     app.include_router(health.router)
     add_error_handlers(app)
@@ -49,3 +50,5 @@ def _wrap(app: FastAPI, server: Server, options: ServerOptions) -> None:
             expose_headers=("X-Request-Id", "Retry-After"),
         )
     app.add_middleware(RequestLog)
+    if options.root_path:
+        app.add_middleware(Prefix, prefix=options.root_path)

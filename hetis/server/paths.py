@@ -1,6 +1,17 @@
 """What several parts of the server read from a request's scope (the ASGI specification)."""
 
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class Prefix:
+    """ASGI middleware that tells the router under which path a proxy serves it, whether or not the proxy cuts it."""
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        self._app, self._prefix = app, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["root_path"] = self._prefix
+        await self._app(scope, receive, send)
 
 
 def route_path(scope: Scope) -> str:

@@ -8,28 +8,32 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
-import uvicorn
+import msgspec
 
+from hetis.core.config import EngineConfig
+from hetis.core.messages import EngineStatus
 from hetis.frontend.async_llm import AsyncLLM
 from hetis.frontend.errors import EngineDeadError
+from hetis.frontend.options import make_config
 from hetis.server import listener as listeners
 from hetis.server.app import build_app
-from hetis.server.connection import KEEP_ALIVE_SECONDS, Connection
 from hetis.server.context import Server
+from hetis.server.http_server import HttpServer, wait_for_event
 from hetis.server.options import ServerOptions
 from hetis.server.start_report import report_defaults, report_ready
 
 ABORT_SECONDS = 2.0  # that aborted requests have to send their last words
 FLUSH_SECONDS = 3  # that clients have to read the ends of answers
-_DATE_SECONDS = 1.0  # between updates of the header Date
 _POLL_SECONDS = 0.05  # while the server drains
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+Result = TypeVar("Result")
 _log = logging.getLogger("hetis")
 
 
@@ -37,12 +41,13 @@ def serve(options: ServerOptions, engine: dict[str, Any]) -> int:
     """Serves until a signal or the end of the fleet; returns the exit code. `engine`: keyword arguments of `AsyncLLM`.
 
     0: ended by a signal, all requests finished or aborted in order; 1: the fleet has ended, the log has the reason;
-    128 + n: forced by signal n. Raises ValueError for what can be refused before the fleet starts.
+    128 + n: forced by signal n. Raises ValueError for what can be refused before the fleet is up.
     """
+    config = make_config(**engine)
     listener = listeners.listen(options)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_serve(listener, options, engine))
+            return runner.run(ServerLife(listener, options, config).run())
     finally:
         listener.close()
         listeners.remove(options)
@@ -57,92 +62,54 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def _serve(listener: socket.socket, options: ServerOptions, engine: dict[str, Any]) -> int:
-    llm = AsyncLLM(**engine)
-    try:
-        app = build_app(llm, options)
-        life = ServerLife(app.state.server, HttpServer(_uvicorn_config(app, options)))
-        return await life.run(listener)
-    finally:
-        await asyncio.to_thread(llm.close)
+class Starting(msgspec.Struct, frozen=True):
+    """What the application sees of an engine until there is one: model files may have to be downloaded first."""
 
-
-def _uvicorn_config(app: Any, options: ServerOptions) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        log_config=None,  # its loggers are set up like all others
-        access_log=False,
-        server_header=False,
-        backlog=listeners.BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        ssl_keyfile=options.ssl_keyfile,
-        ssl_certfile=options.ssl_certfile,
-        ssl_ca_certs=options.ssl_ca_certs,
-        ssl_cert_reqs=options.ssl_cert_reqs,
-    )
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers, and without its timer of 0.1 s."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._stopping = asyncio.Event()
-
-    def stop(self, flush_seconds: int) -> None:
-        """Ends `serve`: clients have so many seconds to read what has been written."""
-        self.config.timeout_graceful_shutdown = flush_seconds
-        self.should_exit = True
-        self._stopping.set()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def main_loop(self) -> None:
-        while not await self.on_tick(0):
-            await wait_for_event(self._stopping, _DATE_SECONDS)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().shutdown(sockets)
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
+    config: EngineConfig
+    is_ready: bool = False
+    dead_reason: str | None = None
+    status: EngineStatus | None = None
 
 
 class ServerLife:
     """From the first request to the last, in one event loop."""
 
-    def __init__(self, server: Server, http: HttpServer) -> None:
-        self._server, self._http = server, http
+    def __init__(self, listener: socket.socket, options: ServerOptions, config: EngineConfig) -> None:
+        self._listener, self._options, self._config = listener, options, config
+        # whose names need no file of the model
+        plain = msgspec.structs.replace(options, generation_config="vllm")
+        self._http = HttpServer(build_app(Starting(config), plain), options)
+        self._server: Server | None = None  # None until the fleet has been started
         self._ending = asyncio.Event()  # by a signal, or since the fleet has ended
         self._forced = asyncio.Event()
         self._code = 0
 
-    async def run(self, listener: socket.socket) -> int:
-        """Serves on `listener`; returns the exit code."""
+    async def run(self) -> int:
+        """Serves; returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
-        http = asyncio.create_task(self._http.serve([listener]))
-        fleet = asyncio.create_task(self._follow_fleet(listener))
-        for task in (http, fleet):
+        tasks = [asyncio.create_task(self._http.serve([self._listener])), asyncio.create_task(self._follow_fleet())]
+        for task in tasks:
             task.add_done_callback(lambda _: self._ending.set())
-        await self._ending.wait()
-        await self._drain()
-        fleet.cancel()
-        self._http.stop(0 if self._forced.is_set() else FLUSH_SECONDS)
-        for result in await asyncio.gather(http, fleet, return_exceptions=True):
-            if isinstance(result, Exception):
-                raise result
-        return self._code
+        try:
+            await self._ending.wait()
+            if self._server is not None:
+                await self._drain(self._server)
+            tasks[1].cancel()
+            self._http.stop(0 if self._forced.is_set() else FLUSH_SECONDS)
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(result, Exception):
+                    raise result
+            return self._code
+        finally:
+            if self._server is not None:
+                await asyncio.to_thread(self._server.llm.close)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if not self._ending.is_set():
-            count = self._server.admission.num_sequences
-            seconds = self._server.options.shutdown_timeout
+            count = 0 if self._server is None else self._server.admission.num_sequences
+            seconds = self._options.shutdown_timeout
             _log.info("%s: ending; %d running sequences have %g s to finish.", number.name, count, seconds)
             self._ending.set()
         elif not self._forced.is_set():
@@ -150,44 +117,69 @@ class ServerLife:
             self._code = self._code or 128 + number
             self._forced.set()
 
-    async def _follow_fleet(self, listener: socket.socket) -> None:
+    # --- the fleet ----------------------------------------------------------------------------------------------------
+
+    async def _follow_fleet(self) -> None:
         """From the start of the fleet to its end."""
-        server = self._server
-        report_defaults(server)
+        llm = await in_lasting_thread(lambda: AsyncLLM.from_config(self._config))
+        app = build_app(llm, self._options)
+        self._http.app, self._server = app, app.state.server
+        report_defaults(app.state.server)
         try:
-            await server.llm.wait_until_ready()
-            report_ready(server, listeners.url_of(listener, server.options))
-            await server.health.run()
-            reason = server.llm.dead_reason
+            await llm.wait_until_ready()
+            report_ready(app.state.server, listeners.url_of(self._listener, self._options))
+            await app.state.server.health.run()
+            reason = llm.dead_reason
         except EngineDeadError as error:
             reason = str(error)
         _log.error("%s", reason)
         self._code = 1
 
-    async def _drain(self) -> None:
+    async def _drain(self, server: Server) -> None:
         """Waits for running requests, and aborts those that the timeout or a second signal leaves unfinished."""
-        server = self._server
         server.is_draining = True
-        seconds = server.options.shutdown_timeout if self._code == 0 else ABORT_SECONDS
-        await self._wait_for_requests(seconds)
+        is_dead = server.llm.dead_reason is not None
+        await self._wait_for_requests(server, ABORT_SECONDS if is_dead else self._options.shutdown_timeout)
         if server.admission.num_sequences and server.llm.dead_reason is None:
             _log.warning("%d unfinished sequences are aborted.", server.admission.num_sequences)
             server.llm.abort_all()
             self._forced.clear()
-            await self._wait_for_requests(ABORT_SECONDS)
+            await self._wait_for_requests(server, ABORT_SECONDS)
 
-    async def _wait_for_requests(self, seconds: float) -> None:
+    async def _wait_for_requests(self, server: Server, seconds: float) -> None:
         deadline = asyncio.get_running_loop().time() + seconds
-        while self._server.admission.num_sequences and not self._forced.is_set():
+        while server.admission.num_sequences and not self._forced.is_set():
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
                 return
             await wait_for_event(self._forced, min(left, _POLL_SECONDS))
 
 
-async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
-    """Waits until `event` is set, or `seconds` have passed."""
-    try:
-        await asyncio.wait_for(event.wait(), seconds)
-    except TimeoutError:
-        return
+async def in_lasting_thread(function: Callable[[], Result]) -> Result:
+    """The result of `function`, called in a thread that lasts as long as this process.
+
+    A child process may end when the thread that started it does (prctl(2), PR_SET_PDEATHSIG).
+    """
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[Result] = loop.create_future()
+
+    def set_result(result: Result | None, error: BaseException | None) -> None:
+        if found.cancelled():
+            return
+        if error is None:
+            found.set_result(result)  # type: ignore[arg-type]
+        else:
+            found.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+        with suppress(RuntimeError):  # the loop has been closed, since the process ends
+            loop.call_soon_threadsafe(set_result, result, error)
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="starts the fleet", daemon=True).start()
+    return await found
