@@ -93,7 +93,7 @@ class Startup:
         """Sends the measurements that can start, and tells front ends how many are done."""
         for rank, message in following:
             self._members.send(rank, message)
-        self._members.tell_front_ends(m.Measuring(done=profiling.num_done, total=profiling.num_jobs))
+        self._members.front_ends.tell(m.Measuring(done=profiling.num_done, total=profiling.num_jobs))
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
@@ -113,8 +113,8 @@ class Startup:
         if isinstance(message, m.AddRequest | m.AbortRequest):
             reason = "the fleet is not up yet: wait for EngineReady."
             refused = m.TokenOutput(id=message.id, token_ids=[], finish_reason="error", error=reason)
-            self._members.answer(front, m.Outputs(outputs=[refused]))
-        elif isinstance(message, m.FleetQuery | m.ProfileQuery):
+            self._members.front_ends.answer(front, m.Outputs(outputs=[refused]))
+        elif isinstance(message, m.FleetQuery | m.ProfileQuery) and (front, message) not in self._postponed:
             self._postponed.append((front, message))
 
 
