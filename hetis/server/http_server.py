@@ -49,6 +49,7 @@ class HttpServer(uvicorn.Server):
 def _config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        interface="asgi3",
         http=Connection,
         ws="none",
         lifespan="off",

@@ -72,7 +72,7 @@ class RequestLog:
                 entry.reason = "disconnected"
             route = scope.get("route")
             entry.route = getattr(route, "path", entry.route)
-            level = logging.DEBUG if route_path(scope) in OPEN_PATHS and entry.status == 200 else logging.INFO
+            level = logging.DEBUG if route_path(scope) in OPEN_PATHS else logging.INFO  # probes come every second
             _log.log(level, entry.text(), extra={"fields": msgspec.structs.asdict(entry)})
 
 

@@ -88,6 +88,8 @@ class ServerLife:
         """Serves; returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:  # as of a shell's background job
+                continue
             loop.add_signal_handler(number, self._on_signal, number)
         tasks = [asyncio.create_task(self._http.serve([self._listener])), asyncio.create_task(self._follow_fleet())]
         for task in tasks:
