@@ -4,6 +4,7 @@ import msgspec
 
 from hetis.core.attention_rates import AttentionRates
 from hetis.core.messages.base import Message
+from hetis.core.messages.observe import EngineStatus
 from hetis.core.profile import FleetProfile
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.token_logprobs import TokenLogprobs
@@ -52,7 +53,7 @@ class EngineReady(Message):
     eos_token_ids: list[int]
 
 
-class TokenOutput(msgspec.Struct, kw_only=True):
+class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """New tokens of one sequence."""
 
     id: str
@@ -62,10 +63,14 @@ class TokenOutput(msgspec.Struct, kw_only=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None  # why, when finish_reason is "error"
+    # with the first token only, in seconds
+    queued_s: float | None = None  # from its arrival at the engine to its first placement
+    prefill_s: float | None = None  # from there to its first token
 
 
 class Outputs(Message):
     outputs: list[TokenOutput]
+    status: EngineStatus | None = None  # now and then, while steps run
 
 
 class ProfileReport(Message):
