@@ -21,6 +21,8 @@ _FROM_RANK = m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Sta
 _TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
 _FROM_FRONT = m.Attach | m.Detach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery | m.Shutdown
 _TO_FRONT = m.Measuring | m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.Refused | m.EngineDead
+_FROM_FRONT |= m.StatusQuery | m.FleetSnapshotQuery
+_TO_FRONT |= m.EngineStatus | m.FleetSnapshot
 
 MAX_MESSAGE_BYTES = 1 << 30
 MAX_FRONT_BYTES = 32 << 20  # of a message of a front end: several million tokens; the driver decodes it in 0.3 s
