@@ -134,7 +134,7 @@ class LocalFleet:
         found: dict[str, Generated] = {}
         for prompt, each in zip(prompts, many, strict=True):
             found[str(self._next_id)] = Generated()
-            self.engine.add(AddRequest(id=str(self._next_id), token_ids=prompt, params=each))
+            self.engine.add(AddRequest(id=str(self._next_id), token_ids=prompt, params=each), self._clock())
             self._next_id += 1
         while any(one.finish_reason is None for one in found.values()):
             self.turn(check=check)
@@ -152,7 +152,7 @@ class LocalFleet:
             result = self._results.get(timeout=DEADLINE)
             if isinstance(result, BaseException):
                 raise result
-            self.engine.on_result(result)
+            self.engine.on_result(result, self._clock())
         while not self.times.empty():
             self.engine.on_times(self.times.get())
         if check:

@@ -1,7 +1,8 @@
 """Everything that crosses a process border, as tagged msgspec structs (msgpack; never pickle).
 
 `ranks`: between driver and ranks. `step_command`: one step for the ranks, with its codec. `frontend`: between front
-ends and driver. Which process may receive what is a union in `comm/control.py`.
+ends and driver; `observe`: of these, what shows the state of a fleet. Which process may receive what is a union in
+`comm/control.py`.
 """
 
 from hetis.core.messages.base import Message
@@ -9,6 +10,7 @@ from hetis.core.messages.frontend import (
     AbortRequest,
     AddRequest,
     Attach,
+    Detach,
     DeviceModel,
     EngineDead,
     EngineReady,
@@ -21,6 +23,18 @@ from hetis.core.messages.frontend import (
     ProfileReport,
     Refused,
     TokenOutput,
+)
+from hetis.core.messages.observe import (
+    STEP_TOKEN_BOUNDS,
+    DeviceState,
+    EngineStatus,
+    FleetCounters,
+    FleetEvent,
+    FleetSnapshot,
+    FleetSnapshotQuery,
+    LinkState,
+    SequenceState,
+    StatusQuery,
 )
 from hetis.core.messages.ranks import (
     Abort,
@@ -42,18 +56,27 @@ from hetis.core.messages.ranks import (
 from hetis.core.messages.step_command import NewSequence, StepCommand
 
 __all__ = [
+    "STEP_TOKEN_BOUNDS",
     "Abort",
     "AbortRequest",
     "AddRequest",
     "Attach",
+    "Detach",
     "DeviceModel",
+    "DeviceState",
     "EngineDead",
     "EngineReady",
+    "EngineStatus",
     "Failure",
+    "FleetCounters",
+    "FleetEvent",
     "FleetQuery",
+    "FleetSnapshot",
+    "FleetSnapshotQuery",
     "FleetStats",
     "Heartbeat",
     "Hello",
+    "LinkState",
     "Measure",
     "MeasureLink",
     "Measured",
@@ -67,10 +90,12 @@ __all__ = [
     "ProfileReport",
     "Ready",
     "Refused",
+    "SequenceState",
     "Setup",
     "Shutdown",
     "Stats",
     "StatsQuery",
+    "StatusQuery",
     "StepCommand",
     "StepResult",
     "StepTimes",
