@@ -1,6 +1,7 @@
 """Tables of a command's options for the documentation, made from the parser, so that both say the same.
 
-A page has them between `<!-- flags:COMMAND -->` and `<!-- /flags -->`; `python -m hetis.cli.flags PAGE...` renews them.
+A page has them between `<!-- flags:COMMAND -->` and `<!-- /flags:COMMAND -->`, and `python -m hetis.cli.flags PAGE...`
+renews them.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_BLOCK = re.compile(r"(<!-- flags:([a-z ]+) -->\n).*?(<!-- /flags -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- flags:([a-z ]+) -->\n).*?(<!-- /flags:\2 -->)", re.DOTALL)
 
 
 def flag_table(parser: argparse.ArgumentParser) -> str:

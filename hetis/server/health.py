@@ -59,8 +59,9 @@ class Progress:
         """Why the engine is unhealthy; None if it is not."""
         if now - self._answered > self._timeout:
             return "the driver does not answer"
-        if any(now - since > self._timeout for since in self._silent.values()):
-            return "a rank is silent"
+        for name, since in self._silent.items():
+            if now - since > self._timeout:
+                return f"{name} is silent"
         if now - self._advanced > self._timeout:
             return "requests are running, but no step has ended"
         return None

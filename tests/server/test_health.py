@@ -66,7 +66,7 @@ def test_a_silent_rank_is_reported_once_and_is_a_problem_after_the_timeout() -> 
         assert progress.update(busy(second, (later,)), second) == []
         assert (progress.problem(second) is not None) == (second > 29), "it has been silent for 2 s when it is reported"
     assert progress.update(busy(30, (SILENT,)), 30) == []
-    assert progress.problem(30) == "a rank is silent"
+    assert progress.problem(30) == "rank 1 (attention worker on cpu) is silent"
     assert progress.update(busy(31), 31) == []
     assert progress.problem(31) is None
     assert progress.update(busy(32, (SILENT,)), 32) == [SILENT], "a new silence"
