@@ -138,25 +138,31 @@ class Books:
         self._spans: list[Span] = [
             server.tracing.begin(http.headers, task.endpoint, request, task.params) for request in requests
         ]
-        self._reasons = ["abort"] * len(requests)
+        self._requests = requests
+        self._reasons = ["abort"] * len(requests)  # of their latest completions
+        self._otherwise = "abort"  # of requests that are not finished
 
     async def counted(self, pieces: AsyncGenerator[tuple[int, Piece], None]) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces, counted. Raises ApiError for one that ended by an error."""
         meters, entry = self._meters, self._entry
-        async for prompt, piece in pieces:
-            meters[prompt].on_piece(piece)
-            entry.output_tokens += len(piece.token_ids)
-            if piece.finish_reason is not None:
-                self._reasons[prompt] = piece.finish_reason
-                if piece.finish_reason == "error":
-                    raise _failure(piece)
-            yield prompt, piece
+        try:
+            async for prompt, piece in pieces:
+                meters[prompt].on_piece(piece)
+                entry.output_tokens += len(piece.token_ids)
+                if piece.finish_reason is not None:
+                    self._reasons[prompt] = piece.finish_reason
+                    if piece.finish_reason == "error":
+                        raise _failure(piece)
+                yield prompt, piece
+        except Exception:
+            self._otherwise = "error"
+            raise
 
     def close(self) -> None:
-        for meter, span, reason in zip(self._meters, self._spans, self._reasons, strict=True):
-            meter.finish(reason)
+        for request, reason, meter, span in zip(self._requests, self._reasons, self._meters, self._spans, strict=True):
+            self._entry.reason = reason if request.finished else self._otherwise
+            meter.finish(self._entry.reason)
             span.finish(meter)
-        self._entry.reason = self._reasons[-1]
 
 
 async def merged(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
