@@ -25,6 +25,8 @@ def build_app(llm: "AsyncLLM", options: ServerOptions) -> FastAPI:
     app = FastAPI(title="hetis", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = server = Server(llm, options)
     app.include_router(health.router)
+    has_template = options.chat_template is not None or getattr(llm.tokenizer, "chat_template", None) is not None
+    app.include_router(pages.make_router(has_chat_template=has_template))
     add_error_handlers(app)
     _wrap(app, server, options)
     return app
