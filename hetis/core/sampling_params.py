@@ -13,6 +13,7 @@ LOWEST_TEMPERATURE = 0.01  # other temperatures are raised to this, so that logi
 MAX_SEQUENCES = 16_384
 BIAS_LIMIT = 100.0
 _INT64_MAX = 2**63 - 1
+_LONGEST_ID = 10  # digits of a token id
 _MAX_SHOWN = 80  # characters of a value in a sentence
 
 
@@ -241,7 +242,8 @@ def _biases(biases: Any) -> dict[int, float]:
         raise ValueError(_refusal("logit_bias", biases, "a mapping of token ids to numbers"))
     clamped = {}
     for key, bias in biases.items():
-        token = int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else key
+        is_decimal = isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= _LONGEST_ID
+        token = int(key) if is_decimal else key
         if not _is_token_id(token):
             raise ValueError(_refusal("logit_bias", key, "keyed by token ids, integers of 0 or more"))
         if not _is_number(bias):
@@ -253,6 +255,6 @@ def _biases(biases: Any) -> dict[int, float]:
 def _items(field: str, value: Any, allowed: str) -> tuple[Any, ...]:
     if value is None:
         return ()
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | dict) or not isinstance(value, Iterable):
         raise ValueError(_refusal(field, value, allowed))
     return tuple(value)

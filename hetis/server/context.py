@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 from hetis.core.messages import EngineStatus
 from hetis.frontend.generation_config import sampling_defaults
 from hetis.server.admission import Admission, State
+from hetis.server.fingerprint import system_fingerprint
 from hetis.server.health import HealthMonitor
+from hetis.server.meters import Metrics, NoMetrics, NoTracing, Tracing
 from hetis.server.options import ServerOptions
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ class Server:
     - model_names: what clients may name as the model; the first one is shown.
     - sampling_defaults: fields of `SamplingParams` that apply where a request is silent.
     - created: Unix time of the start, in seconds.
+    - fingerprint: of the fleet, for `system_fingerprint`.
+    - metrics, tracing: count and trace requests.
     - is_draining: the server ends, and takes no new requests.
     """
 
@@ -31,6 +35,9 @@ class Server:
         self.sampling_defaults: dict[str, Any] = sampling_defaults(llm.config) if use_defaults else {}
         self.created = int(time.time())
         self.is_draining = False
+        self.fingerprint = system_fingerprint(llm.config)
+        self.metrics: Metrics = NoMetrics()
+        self.tracing: Tracing = NoTracing()
         self.health = HealthMonitor(llm, options.health_timeout)
         self.admission = Admission(
             llm.config.max_num_seqs, options.max_queued_requests, lambda: self.state, lambda: self.status

@@ -29,31 +29,27 @@ def rendered(
     """
     tokenizer, template = server.llm.tokenizer, server.options.chat_template
     if tokenizer is None or (template is None and tokenizer.chat_template is None):
-        raise ApiError(
-            400, "the model has no chat template; use /v1/completions, or start the server with one.", "messages"
-        )
+        message = "the model has no chat template; use /v1/completions, or start the server with --chat-template."
+        raise ApiError(400, message, "messages")
     _check_variables(tokenizer, chat_template_kwargs or {})
     if add_generation_prompt and continue_final_message:
-        raise ApiError(
-            400,
-            "continue_final_message needs add_generation_prompt to be false, as no new message begins.",
-            "continue_final_message",
-        )
+        message = "continue_final_message needs add_generation_prompt to be false, as no new message begins."
+        raise ApiError(400, message, "continue_final_message")
+    begins = not continue_final_message if add_generation_prompt is None else add_generation_prompt
     try:
         return render(
             tokenizer,
             0,
             messages,
             chat_template=template,
-            add_generation_prompt=not continue_final_message
-            if add_generation_prompt is None
-            else add_generation_prompt,
+            add_generation_prompt=begins,
             continue_final_message=bool(continue_final_message),
             tools=None,
             chat_template_kwargs=chat_template_kwargs,
         )
     except ValueError as error:
-        raise refused(error, (), "messages", _HIDDEN) from None
+        refusal = refused(error, (), "messages", _HIDDEN)
+        raise ApiError(400, refusal.message.replace("conversation 0", "messages"), "messages") from None
 
 
 def size_of(messages: Any) -> int:

@@ -14,9 +14,7 @@ from starlette.responses import Response
 _MAX_SHOWN = 80  # characters of a client's value in a sentence
 _MAX_PARAM = 64
 _FIRST_WORD = re.compile(r"\w+")
-_TEMPLATES_OWN = (
-    "TemplateError"  # of jinja2: raised by `raise_exception` in a template; its other errors are subclasses
-)
+_TEMPLATES_OWN = "TemplateError"  # of jinja2: what `raise_exception` raises in a template; others are subclasses
 
 
 class ApiError(Exception):

@@ -7,8 +7,8 @@ closing the streams of the front end aborts their sequences.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import Request as HttpRequest
@@ -21,11 +21,12 @@ from hetis.frontend.requests import Piece, Request
 from hetis.server.errors import ApiError, error_body, internal_error
 from hetis.server.events import DONE, HEADERS, event, until_disconnect
 from hetis.server.meters import RequestMeter, Span
+from hetis.server.request_log import where
 
 if TYPE_CHECKING:
     from hetis.server.context import Server
 
-# characters and token ids of all prompts together, above which a thread reads them: 2 ms of the event loop's time
+# characters or tokens of all prompts together, above which a thread reads them: 2 ms or more of the event loop's time
 LONG_PROMPT = 4096
 MANY_SEQUENCES = 64
 
@@ -89,14 +90,13 @@ class GenerationResponse(Response):
             requests = await self._task.requests()
             books = Books(self._server, self._http, self._task, requests)
             try:
-                async with aclosing(merged([self._server.llm.stream(request) for request in requests])) as pieces:
-                    await self._answer(send, books, books.counted(pieces), self._task.make_writer(requests))
+                streams = [self._server.llm.stream(request) for request in requests]
+                async with aclosing(merged(streams)) as pieces, aclosing(books.counted(pieces)) as counted:
+                    await self._answer(send, counted, self._task.make_writer(requests))
             finally:
                 books.close()
 
-    async def _answer(
-        self, send: Send, books: "Books", pieces: AsyncGenerator[tuple[int, Piece], None], writer: Writer
-    ) -> None:
+    async def _answer(self, send: Send, pieces: AsyncGenerator[tuple[int, Piece], None], writer: Writer) -> None:
         try:
             first = await anext(pieces)
             if not self._task.is_stream:
@@ -107,7 +107,9 @@ class GenerationResponse(Response):
         if self._task.is_stream:
             await self._stream(send, writer, first, pieces)
         else:
-            await _send_json(send, writer.response())
+            entry = self._http.state.access
+            is_long = entry.prompt_tokens + entry.output_tokens > LONG_PROMPT  # with log-probabilities 5 us per token
+            await _send_json(send, await asyncio.to_thread(writer.response) if is_long else writer.response())
 
     async def _stream(
         self, send: Send, writer: Writer, first: tuple[int, Piece], pieces: AsyncGenerator[tuple[int, Piece], None]
@@ -123,7 +125,7 @@ class GenerationResponse(Response):
         except EngineDeadError:
             end = event(error_body(engine_dead()))
         except Exception as error:
-            _log.error("a stream of %s failed: %s", self._task.endpoint, type(error).__name__, exc_info=error)
+            _log.error("a stream of %s failed:\n%s", self._task.endpoint, where(error))
             end = event(error_body(internal_error()))
         await send({"type": "http.response.body", "body": end + DONE, "more_body": False})
 
@@ -138,33 +140,40 @@ class Books:
         self._spans: list[Span] = [
             server.tracing.begin(http.headers, task.endpoint, request, task.params) for request in requests
         ]
-        self._reasons = ["abort"] * len(requests)
+        self._requests = requests
+        self._reasons = ["abort"] * len(requests)  # of their latest completions
+        self._otherwise = "abort"  # of requests that are not finished
 
     async def counted(self, pieces: AsyncGenerator[tuple[int, Piece], None]) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces, counted. Raises ApiError for one that ended by an error."""
         meters, entry = self._meters, self._entry
-        async for prompt, piece in pieces:
-            meters[prompt].on_piece(piece)
-            entry.output_tokens += len(piece.token_ids)
-            if piece.finish_reason is not None:
-                self._reasons[prompt] = piece.finish_reason
-                if piece.finish_reason == "error":
-                    raise _failure(piece)
-            yield prompt, piece
+        try:
+            async for prompt, piece in pieces:
+                meters[prompt].on_piece(piece)
+                entry.output_tokens += len(piece.token_ids)
+                if piece.finish_reason is not None:
+                    self._reasons[prompt] = piece.finish_reason
+                    if piece.finish_reason == "error":
+                        raise _failure(piece)
+                yield prompt, piece
+        except Exception:
+            self._otherwise = "error"
+            raise
 
     def close(self) -> None:
-        for meter, span, reason in zip(self._meters, self._spans, self._reasons, strict=True):
-            meter.finish(reason)
+        for request, reason, meter, span in zip(self._requests, self._reasons, self._meters, self._spans, strict=True):
+            self._entry.reason = end = reason if request.finished else self._otherwise
+            meter.finish(end)
             span.finish(meter)
-        self._entry.reason = self._reasons[-1]
 
 
 async def merged(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
     """Pieces of all streams as they come, with the number of their stream. Closing it closes all of them."""
     if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for piece in stream:
-                yield 0, piece
+        with no_panics():
+            async with aclosing(streams[0]) as stream:
+                async for piece in stream:
+                    yield 0, piece
         return
     arrivals: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(arrivals, *numbered)) for numbered in enumerate(streams)]
@@ -188,12 +197,24 @@ async def _pump(
     arrivals: "asyncio.Queue[tuple[int, Piece | Exception | None]]", number: int, stream: AsyncGenerator[Piece, None]
 ) -> None:
     try:
-        async with aclosing(stream):
-            async for piece in stream:
-                arrivals.put_nowait((number, piece))
+        with no_panics():
+            async with aclosing(stream):
+                async for piece in stream:
+                    arrivals.put_nowait((number, piece))
         arrivals.put_nowait((number, None))
     except Exception as error:
         arrivals.put_nowait((number, error))
+
+
+@contextmanager
+def no_panics() -> Iterator[None]:
+    """Turns panics of tokenizers' Rust code, which are no Exception, into RuntimeError."""
+    try:
+        yield
+    except (Exception, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"the tokenizer failed ({type(error).__name__}).") from error
 
 
 def engine_dead() -> ApiError:

@@ -70,7 +70,7 @@ Stop = Annotated[
             "items": {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP},
             "maxItems": MAX_STOP_STRINGS,
         },
-        description=f"a string, or a list of at most {MAX_STOP_STRINGS} strings, of 1 to {LONGEST_STOP} characters each",
+        description=f"a string or a list of at most {MAX_STOP_STRINGS}, each of 1 to {LONGEST_STOP} characters",
     ),
 ]
 LogitBias = Annotated[
