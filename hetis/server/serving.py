@@ -69,6 +69,7 @@ class Starting(msgspec.Struct, frozen=True):
     is_ready: bool = False
     dead_reason: str | None = None
     status: EngineStatus | None = None
+    tokenizer: None = None
 
 
 class ServerLife:
