@@ -30,6 +30,9 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     num_preemptions: int = 0
     finish_reason: str | None = None  # "stop", "length", "abort", "error"
     stop_reason: int | str | None = None
+    # set by the engine until the first token, which reports them; seconds on its clock
+    queued_at: float | None = None
+    admitted_at: float | None = None
 
     @property
     def num_output(self) -> int:

@@ -11,6 +11,7 @@ from hetis.core.config import DriverArgs
 from hetis.core.device_info import DeviceInfo
 from hetis.core.profile import FleetProfile
 from hetis.driver.members import Members
+from hetis.driver.observation import starting_snapshot, starting_status
 from hetis.driver.profile_files import cached_profiles, keep_profiles, load
 from hetis.driver.profiling import Profiling, report_of
 from hetis.driver.serving import Serving
@@ -116,6 +117,10 @@ class Startup:
             self._members.front_ends.answer(front, m.Outputs(outputs=[refused]))
         elif isinstance(message, m.FleetQuery | m.ProfileQuery) and (front, message) not in self._postponed:
             self._postponed.append((front, message))
+        elif isinstance(message, m.StatusQuery):
+            self._members.front_ends.answer(front, starting_status(self._members.watch))
+        elif isinstance(message, m.FleetSnapshotQuery):
+            self._members.front_ends.answer(front, starting_snapshot(self._members.watch, time.monotonic()))
 
 
 def ready_message(setup: m.Setup, ledger: str) -> m.EngineReady:
