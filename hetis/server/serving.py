@@ -80,7 +80,8 @@ class ServerLife:
         # whose names need no file of the model
         plain = msgspec.structs.replace(options, generation_config="vllm")
         self._http = HttpServer(build_app(Starting(config), plain), options)
-        self._server: Server | None = None  # None until the fleet has been started
+        self._llm: AsyncLLM | None = None  # these two are None until the fleet has been started
+        self._server: Server | None = None
         self._ending = asyncio.Event()  # by a signal, or since the fleet has ended
         self._forced = asyncio.Event()
         self._code = 0
@@ -106,8 +107,8 @@ class ServerLife:
                     raise result
             return self._code
         finally:
-            if self._server is not None:
-                await asyncio.to_thread(self._server.llm.close)
+            if self._llm is not None:
+                await asyncio.to_thread(self._llm.close)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if not self._ending.is_set():
@@ -124,7 +125,7 @@ class ServerLife:
 
     async def _follow_fleet(self) -> None:
         """From the start of the fleet to its end."""
-        llm = await in_lasting_thread(lambda: AsyncLLM.from_config(self._config))
+        self._llm = llm = await in_lasting_thread(lambda: AsyncLLM.from_config(self._config))
         app = build_app(llm, self._options)
         self._http.app, self._server = app, app.state.server
         report_defaults(app.state.server)
