@@ -87,7 +87,7 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
         if torchrun.under_torchrun():
             run_member(engine_config(options), measure=options.command == "profile", front_argv=argv)
     is_child = torchrun.fleet_directory is not None
-    from hetis.frontend.channel import EngineDeadError
+    from hetis.frontend.errors import EngineDeadError
 
     if is_interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -19,13 +19,15 @@ CLIENTS: tuple[Client, ...] = ("ranks", "health", "front")
 
 _FROM_RANK = m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Stats | m.Failure | m.Heartbeat
 _TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
-_FROM_FRONT = m.Attach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery | m.Shutdown
+_FROM_FRONT = m.Attach | m.Detach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery | m.Shutdown
 _TO_FRONT = m.Measuring | m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.Refused | m.EngineDead
 _FROM_FRONT |= m.StatusQuery | m.FleetSnapshotQuery
 _TO_FRONT |= m.EngineStatus | m.FleetSnapshot
 
 MAX_MESSAGE_BYTES = 1 << 30
+MAX_FRONT_BYTES = 32 << 20  # of a message of a front end: several million tokens; the driver decodes it in 0.3 s
 RECONNECT_MILLISECONDS = 10  # clients start before the driver listens
+OWNER = "owner"  # of the front end's socket in the run directory: ends the job by `Shutdown`
 LINGER_SECONDS = 1.0  # that messages may take to be sent when a socket is closed
 
 _encoder = msgspec.msgpack.Encoder()
@@ -80,16 +82,22 @@ class ControlServer:
         """
         while True:
             try:
-                frames = self._sockets[client].recv_multipart(zmq.NOBLOCK)
+                identity, *frames = self._sockets[client].recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return None
-            if len(frames) != 2:
-                continue
             try:
-                return frames[0], self._decoders[client].decode(frames[1])
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                return identity, self._decode(client, frames)
+            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
                 if client == "front":
-                    self.send(client, frames[0], m.Refused(reason=f"this is no message of a front end: {error}"))
+                    self.send(client, identity, m.Refused(reason=f"this is no message of a front end: {error}"))
+
+    def _decode(self, client: Client, frames: list[bytes]) -> Any:
+        """Raises MsgspecError, ValueError (UnicodeDecodeError is one) or RecursionError for what is no message."""
+        if len(frames) != 1:
+            raise ValueError(f"it has {len(frames)} frames, not 1.")
+        if client == "front" and len(frames[0]) > MAX_FRONT_BYTES:
+            raise ValueError(f"it has {len(frames[0])} bytes, more than {MAX_FRONT_BYTES}.")
+        return self._decoders[client].decode(frames[0])
 
     def send(self, client: Client, identity: bytes, message: m.Message | bytes) -> None:
         payload = message if isinstance(message, bytes) else encode(message)
@@ -105,10 +113,7 @@ class ControlClient:
 
     def __init__(self, endpoint: str, identity: str, side: Literal["rank", "front"]) -> None:
         self._context = zmq.Context()
-        self.socket = self._context.socket(zmq.DEALER)
-        _set_limits(self.socket)
-        self.socket.setsockopt(zmq.IDENTITY, identity.encode())
-        self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MILLISECONDS)
+        self.socket = _dealer(self._context, identity)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
         self._losses = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.connect(endpoint)
@@ -146,6 +151,53 @@ class ControlClient:
         self.socket.disable_monitor()
         self._losses.close()
         self._context.destroy(linger=int(1000 * linger))
+
+
+class FrontClient:
+    """A front end's end of the control plane, for an event loop: no call but `close` waits.
+
+    `fileno()` is edge-triggered: when it is readable, and after every `send`, call `receive` until it returns None.
+    """
+
+    def __init__(self, directory: Path, identity: str) -> None:
+        """Connects to the socket in the run directory, at once or as soon as the driver listens."""
+        self._context = zmq.Context()
+        self._socket = _dealer(self._context, identity)
+        self._socket.connect(f"ipc://{directory / 'front'}")
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_TO_FRONT)
+
+    @staticmethod
+    def encode(message: m.Message) -> bytes:
+        """Raises ValueError for a message that the driver would refuse for its size."""
+        payload = encode(message)
+        if len(payload) > MAX_FRONT_BYTES:
+            raise ValueError(f"a request takes {len(payload)} bytes, more than {MAX_FRONT_BYTES}; shorten the prompt.")
+        return payload
+
+    def fileno(self) -> int:
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def send(self, payload: bytes) -> None:
+        self._socket.send(payload, zmq.NOBLOCK)
+
+    def receive(self) -> Any:
+        """The next message; None if none has come."""
+        try:
+            return self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+    def close(self, linger: float = LINGER_SECONDS) -> None:
+        """`linger`: seconds that messages may take to be sent."""
+        self._context.destroy(linger=int(1000 * linger))
+
+
+def _dealer(context: "zmq.Context[zmq.Socket[bytes]]", identity: str) -> "zmq.Socket[bytes]":
+    socket = context.socket(zmq.DEALER)
+    _set_limits(socket)
+    socket.setsockopt(zmq.IDENTITY, identity.encode())
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MILLISECONDS)
+    return socket
 
 
 def _set_limits(socket: "zmq.Socket[bytes]") -> None:

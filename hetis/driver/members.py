@@ -11,6 +11,7 @@ from hetis.core import messages as m
 from hetis.core.config import DriverArgs
 from hetis.core.device_info import DeviceInfo
 from hetis.driver import final_status
+from hetis.driver.front_ends import FrontEnds
 from hetis.driver.watch import FleetFailedError, Watch
 from hetis.processes import supervision
 from hetis.processes.failure import FailureRecord
@@ -21,7 +22,7 @@ FAIL_SECONDS = 3.0  # that they have to end when the job fails
 
 
 class JobEndedError(Exception):
-    """Not a failure: a front end or rank 0 wants the job to end in order."""
+    """Not a failure: the owner of the fleet or rank 0 wants the job to end in order."""
 
 
 class Members:
@@ -35,7 +36,7 @@ class Members:
         self._args, self._server, self._parent = args, server, parent
         self.ranks = args.plan.ranks
         self.watch = Watch(args.plan, args.config.step_timeout)
-        self.attached: set[bytes] = set()  # front ends
+        self.front_ends = FrontEnds(server)
         self._joined: list[int] = []
         self._is_ending = False
         server.poller.register(parent.fileno())
@@ -44,6 +45,7 @@ class Members:
         """Waits for messages; notes heartbeats and ends of processes."""
         events = set(dict(self._server.poller.poll(milliseconds)))
         self._read_health()
+        self.front_ends.notice_ends(events)
         for fd in events & set(self.watch.pid_fds):
             self._server.poller.unregister(fd)
             self.watch.on_death(fd)
@@ -103,23 +105,12 @@ class Members:
     # --- front ends ---------------------------------------------------------------------------------------------------
 
     def from_front_ends(self) -> Iterator[tuple[bytes, m.Message]]:
-        """(front end, message), as long as there are any, without `Shutdown`, which ends the job."""
-        while (received := self._server.receive("front")) is not None:
-            front, message = received
+        """(front end, message), as long as there are any, without the owner's `Shutdown`, which ends the job."""
+        for front, message in self.front_ends.receive():
             if isinstance(message, m.Shutdown):
                 self._is_ending = True
-                continue
-            if isinstance(message, m.Attach):
-                self.attached.add(front)
-            yield front, message
-
-    def answer(self, front: bytes, message: m.Message) -> None:
-        self._server.send("front", front, message)
-
-    def tell_front_ends(self, message: m.Message) -> None:
-        """Sends to all front ends that are attached."""
-        for front in self.attached:
-            self.answer(front, message)
+            else:
+                yield front, message
 
     def hide_sockets(self) -> None:
         """No other process can connect from now on."""
@@ -139,7 +130,7 @@ class Members:
         """
         text = error.reason.text
         FailureRecord(self._args.run_directory, prints=self._args.announce).write(error.reason)
-        self.tell_front_ends(m.EngineDead(reason=text))
+        self.front_ends.tell(m.EngineDead(reason=text))
         supervision.kill(error.pids_to_kill.get(supervision.host_id(), []))
         self._abort(text, error.pids_to_kill, self.ranks)
         self._outlive(self.ranks, FAIL_SECONDS)

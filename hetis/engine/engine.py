@@ -35,7 +35,6 @@ from hetis.scheduler.scheduler import Scheduler
 LOG_SECONDS = 10.0  # between two log lines about a sequence that waits
 
 _log = logging.getLogger("hetis")
-_MIX = 0x9E3779B97F4A7C15  # odd, for spreading request numbers over seeds
 
 
 class Engine:
@@ -99,31 +98,36 @@ class Engine:
         Front ends have checked their requests; the engine checks again, since a mistake would end in the ranks, which
         serve other front ends as well.
         """
-        params, arrival = request.params, self._num_arrivals
-        self._num_arrivals += 1
+        params, prompt_len, num_tokens = request.params, request.prompt_len, len(request.token_ids)
         params.validate_for(self._setup.spec.vocab_size, max_logprobs=-1)
         check_token_ids("the prompt", request.token_ids, self._setup.spec.vocab_size)
+        if not 1 <= prompt_len <= num_tokens:
+            raise ValueError(f"prompt_len is {prompt_len}, but must be from 1 to {num_tokens}, the number of tokens.")
+        if not -(1 << 63) <= request.seed < 1 << 63:
+            raise ValueError(f"seed is {request.seed}, but must be a 64-bit integer.")
+        shortage = shortage_when_empty(num_tokens + 1, self._setup.plan, self._setup.num_pages, self._setup.block_size)
+        if shortage is not None:
+            raise ValueError(
+                f"a prompt of {num_tokens} tokens can never run on this fleet: {shortage}; "
+                "give these ranks more KV memory."
+            )
+        self.scheduler.add(self._sequence(request, now))
+
+    def _sequence(self, request: AddRequest, now: float) -> Sequence:
+        params, arrival = request.params, self._num_arrivals
+        self._num_arrivals += 1
         stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._setup.eos_token_ids))
-        sequence = Sequence(
+        return Sequence(
             id=request.id,
             token_ids=list(request.token_ids),
-            prompt_len=len(request.token_ids),
+            prompt_len=request.prompt_len,
             params=params,
             max_tokens=params.max_tokens or self._setup.max_model_len,
-            seed=params.seed if params.seed is not None else (self._setup.seed + arrival * _MIX) % (1 << 63),
+            seed=request.seed,
             stop_ids=frozenset(stop_ids),
             arrival=arrival,
             queued_at=now,
         )
-        shortage = shortage_when_empty(
-            len(request.token_ids) + 1, self._setup.plan, self._setup.num_pages, self._setup.block_size
-        )
-        if shortage is not None:
-            raise ValueError(
-                f"a prompt of {sequence.prompt_len} tokens can never run on this fleet: {shortage}; "
-                "give these ranks more KV memory."
-            )
-        self.scheduler.add(sequence)
 
     def abort(self, sequence_id: str) -> None:
         if self.scheduler.abort(sequence_id) is not None:

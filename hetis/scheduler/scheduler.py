@@ -77,7 +77,10 @@ class Scheduler:
         return list(self._running)
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a sequence in the queue. Raises ValueError for an id in use and for a prompt that fills the context."""
+        """Puts a sequence in the queue. It may have output from before, which is recomputed.
+
+        Raises ValueError for an id in use, for a prompt that fills the context, and for a complete output.
+        """
         if sequence.id in self._unfinished:
             raise ValueError(f"id {sequence.id!r} is in use by an unfinished sequence; choose another one.")
         room = self._max_model_len - sequence.prompt_len
@@ -87,6 +90,10 @@ class Scheduler:
                 f"least {1 - room}."
             )
         sequence.max_tokens = min(sequence.max_tokens, room)
+        if sequence.num_output >= sequence.max_tokens:
+            raise ValueError(
+                f"the output is complete: it has {sequence.num_output} tokens of at most {sequence.max_tokens}."
+            )
         self._unfinished[sequence.id] = sequence
         self._enqueue(sequence)
 

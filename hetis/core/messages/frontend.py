@@ -9,22 +9,39 @@ from hetis.core.profile import FleetProfile
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.token_logprobs import TokenLogprobs
 
-# --- front end -> driver; `Shutdown` of `ranks` as well ---------------------------------------------------------------
+# --- front end -> driver ----------------------------------------------------------------------------------------------
 
 
 class Attach(Message):
-    """First message of a front end; answered with `EngineReady` as soon as the fleet is up."""
+    """First message of a front end; answered with `EngineReady` as soon as the fleet is up.
+
+    Its sequences are aborted when the process `pid`, of this host, ends.
+    """
+
+    pid: int
+
+
+class Detach(Message):
+    """Last message of a front end: its unfinished sequences are aborted."""
 
 
 class AddRequest(Message):
-    """One sequence (a request with n > 1 is sent as n of these)."""
+    """One sequence (a request with n > 1 is sent as n of these), answered with `Outputs` until it is finished.
 
-    id: str
-    token_ids: list[int]
+    The front end keeps the sequence's record: with the output so far the same sequence is continued, on this driver or
+    on another one, and every later token is the one that would have come without a break.
+    """
+
+    id: str  # unique among the unfinished sequences of the front end
+    token_ids: list[int]  # prompt, then the output so far
+    prompt_len: int
+    seed: int  # of its random numbers, 64 bits, signed; `params.seed` is not used
     params: SamplingParams
 
 
 class AbortRequest(Message):
+    """Answered with the finish reason "abort", also where there is no such sequence (any more)."""
+
     id: str
 
 
@@ -124,7 +141,7 @@ class FleetStats(Message):
 
 
 class Refused(Message):
-    """Answer to frames that are no message of a front end. That front end and all others go on."""
+    """Answer to frames that are no message of a front end, and to one that cannot be obeyed. All front ends go on."""
 
     reason: str
 
