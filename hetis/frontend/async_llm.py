@@ -196,6 +196,10 @@ class AsyncLLM:
         """Ends the streams of requests with this id: their last pieces have the finish reason "abort"."""
         self._frontend.abort(request_id)
 
+    def abort_all(self) -> None:
+        """Ends the streams of all requests in this way."""
+        self._frontend.abort_all()
+
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:

@@ -79,6 +79,11 @@ class Frontend:
             for piece in request.abort():
                 sink(piece)
 
+    def abort_all(self) -> None:
+        """Finishes all requests with the reason "abort"."""
+        for request_id in {request.id for request, _ in self._running.values()}:
+            self.abort(request_id)
+
     def ask(self, question: bytes, kind: type[m.Message], sink: AnswerSink) -> None:
         """Has the answer, of type `kind`, go to `sink`.
 
