@@ -1,20 +1,11 @@
 """Metrics with the prefix and the labels that all metrics of one server have."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-_PREFIX = re.compile(r"(?:[a-zA-Z_][a-zA-Z0-9_]*:?)?")
-
-
-def read_prefix(text: str) -> str:
-    """`text` with the colon that ends a prefix. Raises ValueError for what cannot begin a name of Prometheus."""
-    if not _PREFIX.fullmatch(text):
-        raise ValueError(f"metrics_prefix is {text!r}: write letters, digits and underscores, like vllm.")
-    return text if not text or text.endswith(":") else f"{text}:"
-
+from hetis.server.telemetry_options import read_prefix
 
 class MetricFactory:
     """Makes metrics: those that count themselves, and families of samples, which a collector makes at every scrape."""

@@ -7,9 +7,9 @@ outputs are not in spans.
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 
 from hetis.server.metrics import RequestMeter
+from hetis.server.telemetry_options import traces_url
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from hetis.core.sampling_params import SamplingParams
     from hetis.frontend.requests import Request
 
-TRACES_PATH = "/v1/traces"  # of OTLP over HTTP
 _PARAMETERS = ("n", "max_tokens", "temperature", "top_p", "top_k")
 
 
@@ -131,18 +130,10 @@ def _scheduled(meter: RequestMeter) -> float | None:
 
 
 def make_tracing(endpoint: str | None, model_name: str) -> Tracing:
-    """Tracing to a collector that takes OTLP over HTTP; off for None.
-
-    Raises ValueError for a URL that is none, and where the extra `otel` is not installed.
-    """
+    """Tracing to a collector that takes OTLP over HTTP; off for None. Raises ValueError as `traces_url`."""
     if endpoint is None:
         return NoTracing()
-    url = urlsplit(endpoint)
-    if url.scheme not in ("http", "https") or not url.netloc:
-        raise ValueError(f"otlp_traces_endpoint is {endpoint!r}: write a URL like http://localhost:4318.")
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    except ImportError:
-        raise ValueError("otlp_traces_endpoint needs OpenTelemetry: pip install 'hetis[otel]'.") from None
-    full = endpoint if url.path.strip("/") else endpoint.rstrip("/") + TRACES_PATH
-    return OtelTracing(OTLPSpanExporter(full), model_name)
+    url = traces_url(endpoint)
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return OtelTracing(OTLPSpanExporter(endpoint=url), model_name)
