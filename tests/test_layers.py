@@ -52,7 +52,8 @@ RULES = {  # the longest matching prefix applies
     "hetis.launch": Rule(
         (
             *("hetis.core", "hetis.processes", "hetis.models", "hetis.driver", "hetis.ranks"),
-            *("hetis.comm.rendezvous", "hetis.cli.main", "torch.distributed", "msgspec", "psutil"),
+            *("hetis.comm.rendezvous", "hetis.comm.control", "hetis.cli.main", "torch.distributed"),
+            *("msgspec", "psutil"),
         ),
     ),
     "hetis.frontend": Rule(

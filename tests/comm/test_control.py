@@ -36,7 +36,7 @@ def test_messages_go_both_ways_in_order(server: ControlServer) -> None:
 def test_hidden_sockets_go_on_working(directory: Path) -> None:
     server = ControlServer(str(directory), None)
     client = ControlClient(server.endpoints.front, "front", "front")
-    client.send(m.Attach())
+    client.send(m.Attach(pid=1))
     identity, _ = take(server, "front")
     assert {path.name for path in directory.iterdir()} == {"ranks", "health", "front"}
     server.hide()
@@ -63,8 +63,8 @@ def test_a_front_end_is_refused_what_is_no_message(server: ControlServer) -> Non
     front = ControlClient(server.endpoints.front, "front", "front")
     front.send(m.StatsQuery())
     front.socket.send(b"\xff\xfe")
-    front.send(m.Attach())
-    assert take(server, "front") == (b"front", m.Attach()), "the driver goes on"
+    front.send(m.Attach(pid=1))
+    assert take(server, "front") == (b"front", m.Attach(pid=1)), "the driver goes on"
     for word in ("StatsQuery", ""):
         answer = front.receive(DEADLINE)
         assert isinstance(answer, m.Refused)

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from hetis.comm.control import OWNER
 from hetis.core import messages as m
 from hetis.core.config import DriverArgs, EngineConfig
 from hetis.core.device_info import DeviceInfo, RankStats
@@ -37,6 +38,7 @@ PARENT = 1000  # a descriptor that only the fake poller knows
 TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
 Script = Generator[list[tuple[object, int]] | None, None, None]
 FRONT, OTHER_FRONT, THIRD_FRONT = b"front", b"other", b"third"
+ATTACH = m.Attach(pid=os.getpid())
 
 
 class Sockets:
@@ -49,13 +51,15 @@ class Sockets:
         self.script_error: AssertionError | None = None  # which the driver takes for a failure of its own
         self.now = 0.0
         self.is_hidden = False
+        self.registered: list[object] = []
         self.sent: list[tuple[str, bytes, Any]] = []
         self._inbox: dict[str, deque[tuple[bytes, m.Message]]] = defaultdict(deque)
         self._decoder = msgspec.msgpack.Decoder(TO_RANK)
 
     # --- the driver's side
 
-    def register(self, what: object, flags: int = 0) -> None: ...
+    def register(self, what: object, flags: int = 0) -> None:
+        self.registered.append(what)
 
     def unregister(self, what: object) -> None: ...
 
@@ -88,6 +92,10 @@ class Sockets:
         self.sent = [each for each in self.sent if each[:2] != (client, identity)]
         return taken
 
+    def shut_down(self) -> None:
+        """The owner ends the fleet."""
+        self.put("front", OWNER.encode(), m.Shutdown())
+
     # --- what ranks do
 
     def hello(self, rank: int, free_memory: int = 1 << 30) -> None:
@@ -112,12 +120,16 @@ class Sockets:
         self.take("ranks", b"1")
 
     def answer_step(self) -> m.StepCommand:
-        """Takes the one command that both ranks must have been given; every row that samples draws token 7."""
+        """Takes and answers the one command that both ranks must have been given."""
         (command,), (same,) = self.take("ranks", b"0"), self.take("ranks", b"1")
         assert command == same
+        self.answer(command)
+        return command
+
+    def answer(self, command: m.StepCommand) -> None:
+        """Every row that samples draws token 7."""
         tokens = [7] * len(decode(command, 0).sampling_row_I)
         self.put("ranks", b"0", m.StepResult(step=command.step, tokens=tokens))
-        return command
 
 
 @pytest.fixture
@@ -179,7 +191,8 @@ def exit_code(sockets: Sockets, script: Script, line: bytes, **options: Any) -> 
 
 
 def request(name: str, **params: Any) -> m.AddRequest:
-    return m.AddRequest(id=name, token_ids=[1, 2, 5], params=SamplingParams(**({"max_tokens": 2} | params)))
+    full = SamplingParams(**({"max_tokens": 2} | params))
+    return m.AddRequest(id=name, token_ids=[1, 2, 5], prompt_len=3, seed=0, params=full)
 
 
 # --- joining ----------------------------------------------------------------------------------------------------------
@@ -196,7 +209,7 @@ def test_the_setup_goes_to_all_when_the_last_has_joined(sockets: Sockets) -> Non
         assert setup == same
         assert [info.rank for info in setup.fleet] == [0, 1]
         assert setup.eos_token_ids == [3]
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
         yield None
 
     run(sockets, script())
@@ -232,15 +245,15 @@ def test_a_value_error_of_a_fleet_that_is_up_is_no_mistake_of_the_user(
 
 def test_front_ends_get_ready_when_the_fleet_is_up_and_not_before(sockets: Sockets) -> None:
     def script() -> Script:
-        sockets.put("front", FRONT, m.Attach())
+        sockets.put("front", FRONT, ATTACH)
         yield from sockets.come_up()
         (ready,) = sockets.take("front", FRONT)
         assert (ready.max_model_len, ready.vocab_size, ready.eos_token_ids) == (64, 512, [3])
         assert sockets.is_hidden, "no other process can connect"
-        sockets.put("front", OTHER_FRONT, m.Attach())
+        sockets.put("front", OTHER_FRONT, ATTACH)
         yield None
         assert sockets.take("front", OTHER_FRONT) == [ready]
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
         yield None
 
     run(sockets, script())
@@ -248,7 +261,7 @@ def test_front_ends_get_ready_when_the_fleet_is_up_and_not_before(sockets: Socke
 
 def test_requests_before_the_fleet_is_up_are_refused_and_questions_wait(sockets: Sockets) -> None:
     def script() -> Script:
-        sockets.put("front", FRONT, m.Attach(), request("early"), m.AbortRequest(id="early"))
+        sockets.put("front", FRONT, ATTACH, request("early"), m.AbortRequest(id="early"))
         sockets.put("front", FRONT, m.FleetQuery(), m.FleetQuery())
         sockets.put("front", OTHER_FRONT, m.ProfileQuery())
         yield None
@@ -267,7 +280,7 @@ def test_requests_before_the_fleet_is_up_are_refused_and_questions_wait(sockets:
         yield None
         assert [type(message) for message in sockets.take("front", FRONT)] == [m.EngineReady, m.FleetStats]
         assert [type(message) for message in sockets.take("front", OTHER_FRONT)] == [m.ProfileReport]
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
         yield None
 
     run(sockets, script())
@@ -291,7 +304,7 @@ def measured(rank: int, message: m.Measure | m.MeasureLink) -> m.Measured:
 
 def start_measuring(sockets: Sockets) -> Script:
     """Up to the first messages about it, which are not taken."""
-    sockets.put("front", FRONT, m.Attach())
+    sockets.put("front", FRONT, ATTACH)
     sockets.hello(0)
     sockets.hello(1)
     yield None
@@ -321,7 +334,7 @@ def test_a_fleet_is_up_when_all_is_measured(sockets: Sockets) -> None:
         assert sockets.take("front", OTHER_FRONT) == [report]
         assert sorted(report.profile.devices) == [0, 1]
         assert [(link.primary, link.worker) for link in report.profile.links] == [(0, 1)]
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
         yield None
 
     run(sockets, script(), dispatch="hetis")
@@ -331,7 +344,7 @@ def test_measuring_can_be_asked_for_where_placement_does_not_depend_on_it(socket
     def script() -> Script:
         yield from start_measuring(sockets)
         assert [type(message) for message in sockets.take("ranks", b"0")] == [m.Measure]
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
         yield None
 
     run(sockets, script(), dispatch="even", measure=True)
@@ -343,7 +356,7 @@ def test_a_fleet_that_is_shut_down_while_it_measures_ends_its_ranks(sockets: Soc
     def script() -> Script:
         yield from start_measuring(sockets)
         assert [type(message) for message in sockets.take("ranks", b"0")] == [m.Measure]
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
         yield None
 
     run(sockets, script(), dispatch="hetis")
@@ -368,7 +381,7 @@ def take_tokens(sockets: Sockets, front: bytes) -> dict[str, tuple[list[int], st
 def attach(sockets: Sockets, *fronts: bytes) -> Script:
     """A fleet comes up with these front ends."""
     for front in fronts:
-        sockets.put("front", front, m.Attach())
+        sockets.put("front", front, ATTACH)
     yield from sockets.come_up()
     for front in fronts:
         assert [type(message) for message in sockets.take("front", front)] == [m.EngineReady]
@@ -388,7 +401,7 @@ def test_steps_go_to_all_ranks_and_tokens_to_the_front_end_that_asked(sockets: S
         assert take_tokens(sockets, FRONT) == {"a": ([7, 7, 7], "length"), "b": ([7], "length")}
         assert take_tokens(sockets, OTHER_FRONT) == {"a": ([7, 7], "length")}
         assert take_tokens(sockets, THIRD_FRONT) == {}
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
         yield None
 
     run(sockets, script())
@@ -407,7 +420,77 @@ def test_a_front_end_aborts_only_its_own_sequences(sockets: Sockets) -> None:
         yield None
         assert take_tokens(sockets, FRONT) == {"a": ([7, 7], "length")}
         assert take_tokens(sockets, OTHER_FRONT)["b"][1] == "abort"
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
+        yield None
+
+    run(sockets, script())
+
+
+@pytest.mark.parametrize("how", ["detaches", "dies"])
+def test_a_front_end_that_goes_away_costs_only_its_own_sequences(sockets: Sockets, how: str) -> None:
+    child = subprocess.Popen(["sleep", "1000"])
+
+    def script() -> Script:
+        sockets.put("front", OTHER_FRONT, m.Attach(pid=child.pid))
+        yield from attach(sockets, FRONT)
+        assert [type(message) for message in sockets.take("front", OTHER_FRONT)] == [m.EngineReady]
+        sockets.put("front", FRONT, request("a", max_tokens=3))
+        sockets.put("front", OTHER_FRONT, request("a", max_tokens=50), request("b", max_tokens=50))
+        yield None
+        assert len(decode(sockets.answer_step(), 0).sampling_row_I) == 3
+        if how == "detaches":
+            sockets.put("front", OTHER_FRONT, m.Detach(), request("late"))
+            yield None
+        else:
+            child.kill()
+            child.wait()
+            yield [(sockets.registered[1], 1)]  # the first one is `PARENT`
+        sockets.put("front", OTHER_FRONT, request("later"))
+        for _ in range(2):
+            assert len(decode(sockets.answer_step(), 0).sampling_row_I) == 1, "of the other front end"
+            yield None
+        assert take_tokens(sockets, FRONT) == {"a": ([7, 7, 7], "length")}
+        errors = {name: reason for name, (_, reason) in take_tokens(sockets, OTHER_FRONT).items() if reason}
+        assert errors == dict.fromkeys(["late", "later"] if how == "detaches" else ["later"], "error"), "not attached"
+        sockets.put("front", FRONT, m.FleetQuery())
+        yield None
+        for rank in (b"0", b"1"):
+            sockets.put("ranks", rank, m.Stats(stats=RankStats(rank=int(rank))))
+        yield None
+        [stats] = sockets.take("front", FRONT)
+        assert [member.pages_used for member in stats.members] == [0, 0]
+        sockets.shut_down()
+        yield None
+
+    try:
+        run(sockets, script())
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_what_cannot_be_obeyed_is_answered(sockets: Sockets) -> None:
+    def script() -> Script:
+        sockets.put("front", FRONT, m.Attach(pid=1 << 30), request("early"))
+        yield from attach(sockets, OTHER_FRONT)
+        sockets.put("front", FRONT, request("a"), m.AbortRequest(id="a"), m.Shutdown(), m.Detach())
+        yield None
+        refused, early, first, ended, owner = sockets.take("front", FRONT)
+        assert "no process" in refused.reason
+        assert "not up yet" in early.outputs[0].error
+        assert "not attached" in first.outputs[0].error
+        assert ended.outputs[0].finish_reason == "abort"
+        assert "only the owner" in owner.reason
+        sockets.put("front", OTHER_FRONT, request("a"), request("a"), ATTACH)
+        yield None
+        twice, ready = sockets.take("front", OTHER_FRONT)
+        assert "in use" in twice.reason
+        assert isinstance(ready, m.EngineReady)
+        for _ in range(2):
+            sockets.answer_step()
+            yield None
+        assert take_tokens(sockets, OTHER_FRONT) == {"a": ([7, 7], "length")}, "the second one changes nothing"
+        sockets.shut_down()
         yield None
 
     run(sockets, script())
@@ -416,7 +499,7 @@ def test_a_front_end_aborts_only_its_own_sequences(sockets: Sockets) -> None:
 def test_a_request_that_can_never_run_is_refused_and_the_others_go_on(sockets: Sockets) -> None:
     def script() -> Script:
         yield from attach(sockets, FRONT)
-        endless = m.AddRequest(id="endless", token_ids=[1] * 100_000, params=SamplingParams())
+        endless = msgspec.structs.replace(request("endless"), token_ids=[1] * 100_000)
         sockets.put("front", FRONT, endless, request("good", max_tokens=1))
         yield None
         (refused,) = sockets.take("front", FRONT)[0].outputs
@@ -424,7 +507,7 @@ def test_a_request_that_can_never_run_is_refused_and_the_others_go_on(sockets: S
         sockets.answer_step()
         yield None
         assert [one.finish_reason for each in sockets.take("front", FRONT) for one in each.outputs] == ["length"]
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
         yield None
 
     run(sockets, script())
@@ -444,7 +527,7 @@ def test_a_request_that_is_aborted_gets_no_more_steps(sockets: Sockets) -> None:
         sockets.take("ranks", b"0")
         yield None
         assert [message for message in sockets.take("ranks", b"0") if message.sampling_rows] == []
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
         yield None
 
     run(sockets, script())
@@ -465,7 +548,7 @@ def test_one_question_to_the_ranks_answers_all_front_ends(sockets: Sockets) -> N
         (one,), (other,) = sockets.take("front", FRONT), sockets.take("front", OTHER_FRONT)
         assert one == other
         assert [member.attention_share for member in one.members] == [0.75, 0.25]
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
         yield None
 
     run(sockets, script())
@@ -578,7 +661,7 @@ def test_heartbeats_are_answered(sockets: Sockets) -> None:
         sockets.put("health", b"1", m.Heartbeat(rank=1, step=3))
         yield None
         assert sockets.take("health", b"1") == [m.Pong()]
-        sockets.put("front", FRONT, m.Shutdown())
+        sockets.shut_down()
         yield None
 
     run(sockets, script())

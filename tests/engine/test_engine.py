@@ -21,7 +21,8 @@ def make_engine(num_pages: int) -> Engine:
 
 
 def add(engine: Engine, name: str) -> None:
-    engine.add(AddRequest(id=name, token_ids=PROMPT, params=SamplingParams(max_tokens=8, ignore_eos=True)), 0.0)
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    engine.add(AddRequest(id=name, token_ids=PROMPT, prompt_len=len(PROMPT), seed=0, params=params), 0.0)
 
 
 def run_step(engine: Engine, now: float) -> None:

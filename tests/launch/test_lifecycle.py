@@ -16,7 +16,7 @@ import pytest
 
 import hetis
 from hetis import LLM, EngineConfig, SamplingParams
-from hetis.frontend.channel import EngineDeadError
+from hetis.frontend.errors import EngineDeadError
 from hetis.frontend.tokenizer import load_tokenizer
 from hetis.launch.checks import end_of_sequence_ids
 from hetis.models.end_tokens import read_eos_token_ids
