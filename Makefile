@@ -29,6 +29,10 @@ install-bench: install
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 3 -m hetis generate --plan 1+2 --dispatch even
 
+# The small model over HTTP, until Ctrl-C; another terminal asks it with the command that the log shows.
+serve: install
+	$(BIN)/hetis serve
+
 # Two test files at a time: most tests use one core.
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from hetis import __version__
-from hetis.server import chat, completions, feed, health, metrics, models, tokenize
+from hetis.server import chat, completions, feed, health, metrics, models, pages, tokenize
 from hetis.server.admission import Gate
 from hetis.server.auth import Authentication
 from hetis.server.context import Server
@@ -27,6 +27,8 @@ def build_app(llm: "AsyncLLM", options: ServerOptions) -> FastAPI:
     app.state.server = server = Server(llm, options)
     for part in (health, metrics, feed, models, completions, chat, tokenize):
         app.include_router(part.router)
+    has_template = options.chat_template is not None or getattr(llm.tokenizer, "chat_template", None) is not None
+    app.include_router(pages.make_router(has_chat_template=has_template))
     add_error_handlers(app)
     _wrap(app, server, options)
     return app

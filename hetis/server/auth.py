@@ -12,7 +12,6 @@ from hetis.server.options import digest
 from hetis.server.paths import header_of, route_path
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping"})  # for probes, which have no keys
-_BEARER = "Bearer"
 # browsers then ask for a name and a password: the key is the password
 _BASIC = 'Basic realm="hetis: the password is an API key", charset="UTF-8"'
 
@@ -67,5 +66,5 @@ def _refusal(scope: Scope) -> ApiError:
         401,
         "this server needs an API key; send it in the header `Authorization: Bearer KEY`.",
         code="invalid_api_key",
-        headers={"WWW-Authenticate": f"{_BEARER}, {_BASIC}" if is_browser else _BEARER},
+        headers={"WWW-Authenticate": _BASIC if is_browser else "Bearer"},
     )

@@ -11,10 +11,10 @@ from starlette.responses import Response
 from hetis.core.outputs import CompletionOutput, Logprob
 from hetis.core.sampling_params import SamplingParams
 from hetis.frontend.requests import Piece, Request
-from hetis.server.completions import check_room
 from hetis.server.conversations import rendered, size_of
 from hetis.server.errors import ApiError
 from hetis.server.generation import GenerationResponse, Task
+from hetis.server.intake import checked_request
 from hetis.server.models import served_name
 from hetis.server.protocol.chat import (
     ChatChoice,
@@ -28,7 +28,7 @@ from hetis.server.protocol.chat import (
     TokenLogprob,
 )
 from hetis.server.protocol.reading import parse, read_json
-from hetis.server.protocol.sampling import named_by_client, sampling_params
+from hetis.server.protocol.sampling import sampling_params
 from hetis.server.protocol.schemas import POST_ERRORS, answers, takes
 from hetis.server.writing import Counts, Envelope, TokenTexts, encode, finite, prompt_logprobs
 
@@ -95,16 +95,17 @@ def _request(
         continue_final_message=body.continue_final_message,
         chat_template_kwargs=body.chat_template_kwargs,
     )
-    try:
-        # the template has inserted the special tokens
-        request = server.llm.make_request(
-            text, params, request_id=answer_id, name="messages", add_special_tokens=bool(body.add_special_tokens)
-        )
-    except ValueError as error:
-        raise named_by_client(error, names, otherwise="messages") from None
-    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    check_room(server, request, wanted, names.get("max_tokens", "max_tokens"))
-    return request
+    return checked_request(
+        server,
+        text,
+        params,
+        request_id=answer_id,
+        name="messages",
+        field="messages",
+        add_special_tokens=bool(body.add_special_tokens),  # the template has inserted them
+        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        names=names,
+    )
 
 
 class ChatWriter:

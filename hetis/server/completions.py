@@ -11,8 +11,8 @@ from starlette.responses import Response
 from hetis.core.outputs import CompletionOutput, Logprob
 from hetis.core.sampling_params import SamplingParams
 from hetis.frontend.requests import Piece, Request
-from hetis.server.errors import ApiError, shown
 from hetis.server.generation import GenerationResponse, Task
+from hetis.server.intake import checked_request, prompts_of
 from hetis.server.models import served_name
 from hetis.server.protocol.completions import (
     CompletionChoice,
@@ -20,9 +20,8 @@ from hetis.server.protocol.completions import (
     CompletionRequest,
     CompletionResponse,
 )
-from hetis.server.protocol.fields import MAX_PROMPTS
 from hetis.server.protocol.reading import parse, read_json
-from hetis.server.protocol.sampling import named_by_client, sampling_params
+from hetis.server.protocol.sampling import sampling_params
 from hetis.server.protocol.schemas import POST_ERRORS, answers, takes
 from hetis.server.writing import Counts, Envelope, PromptLogprobs, TokenTexts, encode, finite, prompt_logprobs
 
@@ -54,7 +53,16 @@ async def create_completion(request: HttpRequest) -> Response:
         num_prompts=len(prompts),
         size=sum(map(len, prompts)),
         make_requests=lambda: [
-            _request(server, body, params, envelope.id, index, prompt, is_only=len(prompts) == 1)
+            checked_request(
+                server,
+                prompt,
+                params,
+                request_id=f"{envelope.id}-{index}",
+                name="prompt" if len(prompts) == 1 else f"prompt {index}",
+                field="prompt",
+                add_special_tokens=body.add_special_tokens is not False,
+                max_tokens=body.max_tokens,
+            )
             for index, prompt in enumerate(prompts)
         ],
         make_writer=lambda requests: CompletionWriter(envelope, body, requests, server.llm.tokenizer),
@@ -74,59 +82,6 @@ def params_of(body: CompletionRequest, defaults: dict[str, Any]) -> SamplingPara
         prompt_logprobs=scored,
         max_tokens=1 if wants_prompt_alone else body.max_tokens,
     )
-
-
-def prompts_of(given: Any) -> list[Any]:
-    """The prompts of a request, each text or a list; what is in the lists is checked later. Raises ApiError 400."""
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, list) or not given:
-        raise ApiError(400, f"prompt is {shown(given)}; give a text, token ids, or a list of these.", "prompt")
-    if not isinstance(given[0], str | list):
-        return [given]
-    if len(given) > MAX_PROMPTS:
-        raise ApiError(400, f"prompt has {len(given)} prompts; give at most {MAX_PROMPTS} in one request.", "prompt")
-    for index, prompt in enumerate(given):
-        if not isinstance(prompt, str | list):
-            raise ApiError(400, f"prompt {index} is {shown(prompt)}; give a text or a list of token ids.", "prompt")
-    return given
-
-
-def _request(
-    server: "Server",
-    body: CompletionRequest,
-    params: SamplingParams,
-    answer_id: str,
-    index: int,
-    prompt: Any,
-    *,
-    is_only: bool,
-) -> Request:
-    try:
-        request = server.llm.make_request(
-            prompt,
-            params,
-            request_id=f"{answer_id}-{index}",
-            name="prompt" if is_only else f"prompt {index}",
-            add_special_tokens=body.add_special_tokens is not False,
-        )
-    except ValueError as error:
-        raise named_by_client(error, {}) from None
-    check_room(server, request, body.max_tokens, "max_tokens")
-    return request
-
-
-def check_room(server: "Server", request: Request, max_tokens: int | None, name: str) -> None:
-    """Raises ApiError 400 if the context cannot hold the prompt and as many tokens as the client asks for."""
-    length, context = len(request.prompt_token_ids), server.llm.max_model_len
-    if max_tokens is not None and length + max_tokens > context:
-        raise ApiError(
-            400,
-            f"{name} is {max_tokens}, but the prompt has {length} tokens and the context {context}; "
-            f"ask for at most {context - length}, or shorten the prompt.",
-            name,
-            "context_length_exceeded",
-        )
 
 
 class CompletionWriter:

@@ -44,6 +44,8 @@ class Connection(HttpToolsProtocol):
             return
         before = self._num_events
         super().data_received(data)
+        if self.transport.is_closing():
+            return
         self._num_pending = self._num_pending + len(data) if self._num_events == before else 0
         if self._num_pending > MAX_HEADER_BYTES:
             self._refuse(headers_too_large())

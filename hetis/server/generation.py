@@ -21,12 +21,13 @@ from hetis.frontend.requests import Piece, Request
 from hetis.server.errors import ApiError, error_body, internal_error
 from hetis.server.events import DONE, HEADERS, event, until_disconnect
 from hetis.server.metrics import RequestMeter
+from hetis.server.request_log import where
 from hetis.server.tracing import Span
 
 if TYPE_CHECKING:
     from hetis.server.context import Server
 
-# characters and token ids of all prompts together, above which a thread reads them: 2 ms of the event loop's time
+# characters or tokens of all prompts together, above which a thread reads them: 2 ms or more of the event loop's time
 LONG_PROMPT = 4096
 MANY_SEQUENCES = 64
 
@@ -90,14 +91,13 @@ class GenerationResponse(Response):
             requests = await self._task.requests()
             books = Books(self._server, self._http, self._task, requests)
             try:
-                async with aclosing(merged([self._server.llm.stream(request) for request in requests])) as pieces:
-                    await self._answer(send, books, books.counted(pieces), self._task.make_writer(requests))
+                streams = [self._server.llm.stream(request) for request in requests]
+                async with aclosing(merged(streams)) as pieces, aclosing(books.counted(pieces)) as counted:
+                    await self._answer(send, counted, self._task.make_writer(requests))
             finally:
                 books.close()
 
-    async def _answer(
-        self, send: Send, books: "Books", pieces: AsyncGenerator[tuple[int, Piece], None], writer: Writer
-    ) -> None:
+    async def _answer(self, send: Send, pieces: AsyncGenerator[tuple[int, Piece], None], writer: Writer) -> None:
         try:
             first = await anext(pieces)
             if not self._task.is_stream:
@@ -108,7 +108,9 @@ class GenerationResponse(Response):
         if self._task.is_stream:
             await self._stream(send, writer, first, pieces)
         else:
-            await _send_json(send, writer.response())
+            entry = self._http.state.access
+            is_long = entry.prompt_tokens + entry.output_tokens > LONG_PROMPT  # with log-probabilities 5 us per token
+            await _send_json(send, await asyncio.to_thread(writer.response) if is_long else writer.response())
 
     async def _stream(
         self, send: Send, writer: Writer, first: tuple[int, Piece], pieces: AsyncGenerator[tuple[int, Piece], None]
@@ -124,7 +126,7 @@ class GenerationResponse(Response):
         except EngineDeadError:
             end = event(error_body(engine_dead()))
         except Exception as error:
-            _log.error("a stream of %s failed: %s", self._task.endpoint, type(error).__name__, exc_info=error)
+            _log.error("a stream of %s failed:\n%s", self._task.endpoint, where(error))
             end = event(error_body(internal_error()))
         await send({"type": "http.response.body", "body": end + DONE, "more_body": False})
 
@@ -161,8 +163,8 @@ class Books:
 
     def close(self) -> None:
         for request, reason, meter, span in zip(self._requests, self._reasons, self._meters, self._spans, strict=True):
-            self._entry.reason = reason if request.finished else self._otherwise
-            meter.finish(self._entry.reason)
+            self._entry.reason = end = reason if request.finished else self._otherwise
+            meter.finish(end)
             span.finish(meter)
 
 

@@ -69,6 +69,7 @@ class Starting(msgspec.Struct, frozen=True):
     is_ready: bool = False
     dead_reason: str | None = None
     status: EngineStatus | None = None
+    tokenizer: None = None
 
     async def ask(self, question: Message, kind: type[Message]) -> Never:
         raise EngineDeadError("the fleet has not been started.")
@@ -83,7 +84,8 @@ class ServerLife:
         plain = msgspec.structs.replace(options, generation_config="vllm", otlp_traces_endpoint=None)
         self._starting = build_app(Starting(config), plain)
         self._http = HttpServer(self._starting, options)
-        self._server: Server | None = None  # None until the fleet has been started
+        self._llm: AsyncLLM | None = None  # these two are None until the fleet has been started
+        self._server: Server | None = None
         self._ending = asyncio.Event()  # by a signal, or since the fleet has ended
         self._forced = asyncio.Event()
         self._code = 0
@@ -109,8 +111,9 @@ class ServerLife:
                     raise result
             return self._code
         finally:
+            if self._llm is not None:
+                await asyncio.to_thread(self._llm.close)
             if self._server is not None:
-                await asyncio.to_thread(self._server.llm.close)
                 await asyncio.to_thread(self._server.tracing.close)
 
     def _on_signal(self, number: signal.Signals) -> None:
@@ -128,7 +131,7 @@ class ServerLife:
 
     async def _follow_fleet(self) -> None:
         """From the start of the fleet to its end."""
-        llm = await in_lasting_thread(lambda: AsyncLLM.from_config(self._config))
+        self._llm = llm = await in_lasting_thread(lambda: AsyncLLM.from_config(self._config))
         app = build_app(llm, self._options)
         self._http.app, self._server = app, app.state.server
         self._starting.state.server.feed.close()  # watchers come again, to the feed of the fleet

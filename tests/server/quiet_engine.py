@@ -19,6 +19,7 @@ class QuietEngine:
     def __init__(self, **options: Any) -> None:
         self.config = EngineConfig(**options)
         self.is_ready = True
+        self.tokenizer = None
         self.dead_reason: str | None = None
         self.status: EngineStatus | None = None
         self.answer: Callable[[], Awaitable[EngineStatus]] | None = None

@@ -44,6 +44,7 @@ class StandIn:
     - fails_after: number of tokens after which the engine is dead; None: never.
     - errors_after: number of tokens after which a sequence ends with an error; None: never.
     - fixed_tokens: what every sequence begins with.
+    - is_aborting: all that runs ends with the reason "abort".
     - panics: the tokenizer fails like Rust code does.
     - params: of the requests that were made; aborted: requests whose stream was closed before its end.
     """
@@ -59,7 +60,7 @@ class StandIn:
         self.may_run.set()
         self.fails_after: int | None = None
         self.errors_after: int | None = None
-        self.panics = False
+        self.panics = self.is_aborting = False
         self.fixed_tokens: list[int] = []
         self.params: list[SamplingParams] = []
         self.aborted: list[Request] = []
@@ -80,6 +81,8 @@ class StandIn:
             if request.num_completions > 1:  # so that the first one, which scores the prompt, is not the first to come
                 sequences.append(sequences.pop(0))
             while not request.finished:
+                for piece in request.abort() if self.is_aborting else ():
+                    yield piece
                 for sequence in sequences:
                     for piece in self._step(request, sequence):
                         yield piece

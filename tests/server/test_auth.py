@@ -77,7 +77,7 @@ def test_a_refusal_has_openais_shape_and_names_the_scheme() -> None:
             assert found.json()["error"]["code"] == "invalid_api_key"
             assert found.headers["www-authenticate"] == "Bearer"
             found = await client.get("/version", headers={"Accept": "text/html,*/*"})
-            assert found.headers["www-authenticate"].startswith('Bearer, Basic realm="hetis')
+            assert found.headers["www-authenticate"].startswith('Basic realm="hetis')
 
     asyncio.run(ask())
 

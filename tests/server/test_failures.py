@@ -233,6 +233,26 @@ def test_an_engine_that_cannot_serve(state: dict[str, Any], code: int) -> None:
     assert "/tmp" not in response.text
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_what_the_server_aborts_ends_with_that_reason(path: str) -> None:
+    app = app_of(failing({"is_aborting": True}), chat_template=TEMPLATE)
+    done = post(app, path, BODIES[path] | {"n": 2}).json()
+    assert [choice["finish_reason"] for choice in done["choices"]] == ["abort"] * 2
+    chunks = events(post(app, path, BODIES[path] | {"n": 2, "stream": True}).text)
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == ["abort"] * 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_was_aborted_before_it_was_scored(stream: bool) -> None:
+    app = app_of(failing({"is_aborting": True}))
+    response = post(app, COMPLETIONS, {"prompt": "Hello", "n": 2, "echo": True, "logprobs": 1, "stream": stream})
+    choices = [c for chunk in events(response.text) for c in chunk["choices"]] if stream else response.json()["choices"]
+    assert sorted(choice["index"] for choice in choices) == [0, 1]
+    for choice in choices:
+        assert choice["text"] == "Hello"
+        assert set(choice["logprobs"]["token_logprobs"]) == {None}
+
+
 # --- what is counted --------------------------------------------------------------------------------------------------
 
 

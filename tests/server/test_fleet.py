@@ -1,4 +1,4 @@
-"""The server on a real fleet: its answers are those of `LLM.generate`, token for token, and clients leave nothing behind.
+"""The server on a real fleet: answers are those of `LLM.generate`, token for token, and clients leave nothing behind.
 
 The two fleets have different plans, on which no token may depend.
 """

@@ -1,15 +1,20 @@
 """The socket and the TLS files are checked before anything starts."""
 
+import asyncio
 import os
 import socket
+import ssl
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from hetis.server.http_server import HttpServer
 from hetis.server.listener import listen, remove, url_of
 from hetis.server.options import ServerOptions
+from tests.server.quiet_engine import frame
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", ""])
@@ -105,3 +110,30 @@ def test_tls_files_are_checked_at_the_start(files: dict[str, str], word: str | N
             listen(options)
         assert word in str(error.value)
         assert str(error.value).startswith("--ssl-c")
+
+
+@pytest.mark.parametrize("has_certificate", [True, False])
+def test_clients_may_have_to_show_certificates(has_certificate: bool, certificates: Path) -> None:
+    files = {"ssl_certfile": "cert.pem", "ssl_keyfile": "key.pem", "ssl_ca_certs": "cert.pem"}
+    options = ServerOptions(port=0, ssl_cert_reqs=2, **{name: str(certificates / file) for name, file in files.items()})  # type: ignore[arg-type]
+    context = ssl.create_default_context(cafile=str(certificates / "cert.pem"))
+    if has_certificate:
+        context.load_cert_chain(certificates / "cert.pem", certificates / "key.pem")
+
+    async def ask() -> int:
+        with listen(options) as listener:
+            url = url_of(listener, options)
+            server = HttpServer(frame()[1], options)
+            task = asyncio.create_task(server.serve([listener]))
+            try:
+                async with httpx.AsyncClient(verify=context, trust_env=False, timeout=60) as client:
+                    return (await client.get(f"{url}/livez")).status_code
+            finally:
+                server.stop(0)
+                await task
+
+    if has_certificate:
+        assert asyncio.run(ask()) == 200
+    else:
+        with pytest.raises((httpx.HTTPError, ssl.SSLError)):
+            asyncio.run(ask())

@@ -76,7 +76,7 @@ class GenerationBody(Body, kw_only=True, frozen=True):
 
     def check_stream(self) -> None:
         """Raises ApiError 400 for fields that do not go with `stream`, as in vLLM."""
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options not in (None, StreamOptions()) and not self.stream:
             raise ApiError(400, "stream_options needs stream; set stream to true, or leave it out.", "stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise ApiError(
