@@ -73,5 +73,10 @@ class FleetSampler:
 
 
 def shown_id(sequence_id: str) -> str:
-    """The request's id for the first completion of a request, with its number for the others."""
-    return sequence_id.removesuffix("/0")
+    """The id that a client knows its request by, and the number of the completion after the first one.
+
+    The front end's ids are "cmpl-1#7/0": the request's id, its number at the front end, the completion's number.
+    """
+    key, _, index = sequence_id.rpartition("/")
+    name = key.rpartition("#")[0] or key
+    return name if index == "0" or not index else f"{name}/{index}"

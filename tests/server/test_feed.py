@@ -17,7 +17,7 @@ from hetis.server.errors import ApiError, add_error_handlers
 from hetis.server.feed import MAX_BEHIND, MAX_WATCHERS, Feed, router
 from hetis.server.feed_message import MessageMaker, percentiles_ms
 from hetis.server.metrics import Metrics
-from hetis.server.sampler import MAX_EVENTS, FleetSampler
+from hetis.server.sampler import MAX_EVENTS, FleetSampler, shown_id
 from tests.server.watched_engine import FakePiece, FakeRequest, WatchedEngine, event, make_snapshot
 
 FOREVER = 1e6  # seconds: a period in which one message comes
@@ -158,6 +158,11 @@ def test_throughput_and_latency_are_those_of_this_server(monkeypatch: pytest.Mon
     assert message.latency.ttft_p50_ms is not None
     assert message.latency.tpot_p95_ms is not None
     assert maker.make("ready", ()).throughput.output_tokens_per_s == 0.0
+
+
+def test_ids_are_those_that_clients_know() -> None:
+    cases = {"cmpl-1#7/0": "cmpl-1", "cmpl-1#7/2": "cmpl-1/2", "a#b#7/0": "a#b", "a/b#7/0": "a/b", "7/0": "7", "": ""}
+    assert {name: shown_id(name) for name in cases} == cases
 
 
 def test_percentiles() -> None:

@@ -56,8 +56,8 @@ def make_snapshot(seconds: float = 0.0, **changes: Any) -> FleetSnapshot:
         "num_stages": 1,
         "num_groups": 2,
         "sequences": [
-            SequenceState(id="cmpl-1/0", num_tokens=12, is_prefilling=True, owners=((0, 1),)),
-            SequenceState(id="cmpl-1/1", num_tokens=13, is_prefilling=False, owners=((1, 1),)),
+            SequenceState(id="cmpl-1#7/0", num_tokens=12, is_prefilling=True, owners=((0, 1),)),
+            SequenceState(id="cmpl-1#7/1", num_tokens=13, is_prefilling=False, owners=((1, 1),)),
         ],
         "events": [],
         "counters": FleetCounters(
@@ -73,7 +73,7 @@ def make_snapshot(seconds: float = 0.0, **changes: Any) -> FleetSnapshot:
     return FleetSnapshot(**(fields | changes))
 
 
-def event(number: int, kind: str = "dispatch", sequence_id: str = "cmpl-1/0", clock: float = 100.0) -> FleetEvent:
+def event(number: int, kind: str = "dispatch", sequence_id: str = "cmpl-1#7/0", clock: float = 100.0) -> FleetEvent:
     return FleetEvent(number=number, clock=clock, kind=kind, sequence_id=sequence_id, text=f"event {number}")
 
 
