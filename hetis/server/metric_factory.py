@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from hetis.server.telemetry_options import read_prefix
 
+
 class MetricFactory:
     """Makes metrics: those that count themselves, and families of samples, which a collector makes at every scrape."""
 

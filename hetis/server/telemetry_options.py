@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 TRACES_PATH = "/v1/traces"  # of OTLP over HTTP
 
+_NEEDED = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 _PREFIX = re.compile(r"(?:[a-zA-Z_][a-zA-Z0-9_]*:?)?")
 
 
@@ -24,6 +25,13 @@ def traces_url(endpoint: str) -> str:
     url = urlsplit(endpoint)
     if url.scheme not in ("http", "https") or not url.netloc:
         raise ValueError(f"otlp_traces_endpoint is {endpoint!r}: write a URL like http://localhost:4318.")
-    if find_spec("opentelemetry") is None or find_spec("opentelemetry.exporter.otlp.proto.http") is None:
+    if not all(map(is_installed, _NEEDED)):
         raise ValueError("otlp_traces_endpoint needs OpenTelemetry: pip install 'hetis[otel]'.")
     return endpoint if url.path.strip("/") else endpoint.rstrip("/") + TRACES_PATH
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its parent is
+        return False

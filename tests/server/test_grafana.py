@@ -33,7 +33,11 @@ def queries() -> Iterator[tuple[str, str, str]]:
             yield panel["title"], target["expr"], target["legendFormat"]
     for variable in dashboard["templating"]["list"]:
         if variable["type"] == "query":
-            yield variable["name"], re.sub(r"label_values\((.*), (\w+)\)", r"sum by (\2) (\1)", variable["definition"]), ""
+            yield (
+                variable["name"],
+                re.sub(r"label_values\((.*), (\w+)\)", r"sum by (\2) (\1)", variable["definition"]),
+                "",
+            )
 
 
 @pytest.fixture(scope="module")

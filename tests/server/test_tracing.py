@@ -1,7 +1,7 @@
 """Spans as OpenTelemetry's SDK exports them."""
 
-import builtins
 import importlib
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +11,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from hetis.core.sampling_params import SamplingParams
 from hetis.server import metrics as metrics_module
+from hetis.server import telemetry_options
 from hetis.server.metrics import Metrics
+from hetis.server.options import ServerOptions
 from hetis.server.sampler import FleetSampler
 from hetis.server.tracing import NoTracing, OtelTracing, make_tracing
 from tests.server.watched_engine import FakePiece, FakeRequest, WatchedEngine
@@ -27,8 +29,6 @@ def trace(
     **params: Any,
 ) -> ReadableSpan:
     """The span of a request that waits for 1 s, has its first token after 3 s, and ends after 5 s."""
-    import time
-
     now = time.monotonic()
     monkeypatch.setattr(metrics_module, "monotonic", lambda: now)
     exporter = InMemorySpanExporter()
@@ -144,14 +144,14 @@ def test_the_path_of_otlp_is_added(endpoint: str, sent_to: str, monkeypatch: pyt
     assert used == [sent_to]
 
 
-def test_a_missing_package_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *arguments: Any) -> Any:
-        if name.startswith("opentelemetry"):
-            raise ImportError(name)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+@pytest.mark.parametrize("missing", ["opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"])
+def test_a_missing_package_is_said_in_one_sentence(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry_options, "is_installed", lambda module: module != missing)
     with pytest.raises(ValueError, match=r"pip install 'hetis\[otel\]'"):
-        make_tracing("http://localhost:4318", "tiny")
+        ServerOptions(otlp_traces_endpoint="http://localhost:4318")
+
+
+def test_packages_are_found_without_being_loaded() -> None:
+    assert telemetry_options.is_installed("opentelemetry.sdk")
+    assert not telemetry_options.is_installed("opentelemetry.exporter.nowhere.proto")
+    assert not telemetry_options.is_installed("no_such_package.sdk")

@@ -123,7 +123,9 @@ def test_counters_are_those_of_the_ranks(served: Served) -> None:
         snapshot = await served.ask(lambda seen: seen.links_clock is not None and seen.links_clock > first.clock)
         sent = {(link.source, link.target): link.num_bytes for link in snapshot.links}
         assert sent == {
-            tuple(map(int, name.split("->"))): count for each in stats.members for name, count in each.bytes_sent.items()
+            tuple(map(int, name.split("->"))): count
+            for each in stats.members
+            for name, count in each.bytes_sent.items()
         }
         assert all(sent.values())
         for device, member in zip(snapshot.devices, stats.members, strict=True):
@@ -156,7 +158,13 @@ def test_metrics_are_filled_and_agree_with_the_answer(served: Served) -> None:
             ("dispatches_total", 1),
         ):
             assert after[name][""] - before.get(name, {}).get("", 0) == count, name
-        for name in ("kv_pages", "busy_seconds_total", "wait_seconds_total", "attention_seconds_total", "link_bytes_total"):
+        for name in (
+            "kv_pages",
+            "busy_seconds_total",
+            "wait_seconds_total",
+            "attention_seconds_total",
+            "link_bytes_total",
+        ):
             assert all(after[f"device_{name}"][rank] > 0 for rank in "012"), name
         assert after["http_requests_total"][""] >= 2
 
