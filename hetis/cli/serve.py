@@ -84,6 +84,10 @@ def _add_operation(group: Group) -> None:
     seconds = field_of(ServerOptions, "health_timeout", float)
     health = "seconds without progress of running requests, or without a rank, after which /health is 503"
     add("--health-timeout", type=seconds, metavar="SECONDS", default=_DEFAULT.health_timeout, help=health)
+    prefix = "prefix of the names of metrics; vllm: dashboards and tools for vLLM work unchanged"
+    add("--metrics-prefix", default=_DEFAULT.metrics_prefix, metavar="PREFIX", help=prefix)
+    traces = "send OpenTelemetry spans to this collector (OTLP over HTTP), like http://localhost:4318"
+    add("--otlp-traces-endpoint", metavar="URL", help=traces)
     lines = "lines of the log on stderr: text, or JSON objects"
     add("--log-format", default=_DEFAULT.log_format, choices=_choices("log_format"), help=lines)
 

@@ -42,7 +42,7 @@ class Observation:
         snapshot.links_clock = self._stats_clock
         silences = self._watch.silent_seconds()
         for device in snapshot.devices:
-            device.silent_seconds = silences[device.rank]
+            device.silent_seconds = silences.get(device.rank, 0.0)
         for sequence in snapshot.sequences:
             sequence.id = own_id(sequence.id)
         for event in snapshot.events:

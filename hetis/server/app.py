@@ -6,11 +6,12 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from hetis import __version__
-from hetis.server import chat, completions, health, models, pages, tokenize
+from hetis.server import chat, completions, feed, health, metrics, models, pages, tokenize
 from hetis.server.admission import Gate
 from hetis.server.auth import Authentication
 from hetis.server.context import Server
 from hetis.server.errors import add_error_handlers
+from hetis.server.http_metrics import HttpMetrics
 from hetis.server.limits import BodyLimits, HeaderLimits
 from hetis.server.options import ServerOptions
 from hetis.server.paths import Prefix
@@ -24,7 +25,7 @@ def build_app(llm: "AsyncLLM", options: ServerOptions) -> FastAPI:
     """The application for one fleet. FastAPI's own pages are off, since they load scripts from other hosts."""
     app = FastAPI(title="hetis", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = server = Server(llm, options)
-    for part in (health, models, completions, chat, tokenize):
+    for part in (health, metrics, feed, models, completions, chat, tokenize):
         app.include_router(part.router)
     has_template = options.chat_template is not None or getattr(llm.tokenizer, "chat_template", None) is not None
     app.include_router(pages.make_router(has_chat_template=has_template))
@@ -36,8 +37,8 @@ def build_app(llm: "AsyncLLM", options: ServerOptions) -> FastAPI:
 def _wrap(app: FastAPI, server: Server, options: ServerOptions) -> None:
     """Adds the middleware, from the innermost to the outermost.
 
-    A request is logged; then come CORS (whose preflight requests have no key), header limits, the key, the state of
-    the server, and only then the body is read.
+    A request is counted and logged; then come CORS (whose preflight requests have no key), header limits, the key, the
+    state of the server, and only then the body is read.
     """
     app.add_middleware(BodyLimits, max_bytes=options.max_body_bytes)
     app.add_middleware(Gate, admission=server.admission, state=lambda: server.state)
@@ -53,5 +54,6 @@ def _wrap(app: FastAPI, server: Server, options: ServerOptions) -> None:
             expose_headers=("X-Request-Id", "Retry-After"),
         )
     app.add_middleware(RequestLog)
+    app.add_middleware(HttpMetrics, registry=server.metrics.registry)
     if options.root_path:
         app.add_middleware(Prefix, prefix=options.root_path)

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 from hetis.core.messages import EngineStatus
 from hetis.frontend.generation_config import sampling_defaults
 from hetis.server.admission import Admission, State
+from hetis.server.feed import Feed
 from hetis.server.fingerprint import system_fingerprint
 from hetis.server.health import HealthMonitor
-from hetis.server.meters import Metrics, NoMetrics, NoTracing, Tracing
+from hetis.server.metrics import Metrics
 from hetis.server.options import ServerOptions
+from hetis.server.sampler import FleetSampler
+from hetis.server.tracing import make_tracing
 
 if TYPE_CHECKING:
     from hetis.frontend.async_llm import AsyncLLM
@@ -24,7 +27,7 @@ class Server:
     - sampling_defaults: fields of `SamplingParams` that apply where a request is silent.
     - created: Unix time of the start, in seconds.
     - fingerprint: of the fleet, for `system_fingerprint`.
-    - metrics, tracing: count and trace requests.
+    - metrics, tracing: count and trace requests. feed: shows the fleet to those who watch.
     - is_draining: the server ends, and takes no new requests.
     """
 
@@ -36,8 +39,10 @@ class Server:
         self.created = int(time.time())
         self.is_draining = False
         self.fingerprint = system_fingerprint(llm.config)
-        self.metrics: Metrics = NoMetrics()
-        self.tracing: Tracing = NoTracing()
+        sampler = FleetSampler(llm)
+        self.metrics = Metrics(sampler, self.model_names[0], options.metrics_prefix)
+        self.tracing = make_tracing(options.otlp_traces_endpoint, self.model_names[0])
+        self.feed = Feed(sampler, self.metrics, self.model_names[0], lambda: self.state)
         self.health = HealthMonitor(llm, options.health_timeout)
         self.admission = Admission(
             llm.config.max_num_seqs, options.max_queued_requests, lambda: self.state, lambda: self.status

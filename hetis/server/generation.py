@@ -20,8 +20,9 @@ from hetis.frontend.errors import EngineDeadError
 from hetis.frontend.requests import Piece, Request
 from hetis.server.errors import ApiError, error_body, internal_error
 from hetis.server.events import DONE, HEADERS, event, until_disconnect
-from hetis.server.meters import RequestMeter, Span
+from hetis.server.metrics import RequestMeter
 from hetis.server.request_log import where
+from hetis.server.tracing import Span
 
 if TYPE_CHECKING:
     from hetis.server.context import Server

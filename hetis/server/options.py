@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from hetis.server.telemetry_options import read_prefix, traces_url
+
 KEY_VARIABLE = "HETIS_API_KEY"
 LONGEST_KEY = 1024  # characters
 MIN_BODY_BYTES = 1024
@@ -41,6 +43,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     shutdown_timeout: float = 30.0  # seconds for running requests after SIGTERM; 0: abort them at once
     health_timeout: float = 30.0  # seconds without progress after which /health is 503
     log_format: Literal["text", "json"] = "text"
+    metrics_prefix: str = "hetis:"  # of all names of metrics; the colon may be left out
+    otlp_traces_endpoint: str | None = None  # URL of a collector; None: no traces
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -58,6 +62,9 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         for name, least in (("shutdown_timeout", 0), ("health_timeout", 3)):
             if not least <= getattr(self, name) <= 1_000_000:  # NaN fails too
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from {least} to 1000000 seconds.")
+        read_prefix(self.metrics_prefix)
+        if self.otlp_traces_endpoint is not None:
+            traces_url(self.otlp_traces_endpoint)
         self._check_tls()
 
     def _check_tls(self) -> None:

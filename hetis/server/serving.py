@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
 
 import msgspec
 
 from hetis.core.config import EngineConfig
-from hetis.core.messages import EngineStatus
+from hetis.core.messages import EngineStatus, Message
 from hetis.frontend.async_llm import AsyncLLM
 from hetis.frontend.errors import EngineDeadError
 from hetis.frontend.options import make_config
@@ -71,6 +71,9 @@ class Starting(msgspec.Struct, frozen=True):
     status: EngineStatus | None = None
     tokenizer: None = None
 
+    async def ask(self, question: Message, kind: type[Message]) -> Never:
+        raise EngineDeadError("the fleet has not been started.")
+
 
 class ServerLife:
     """From the first request to the last, in one event loop."""
@@ -78,8 +81,9 @@ class ServerLife:
     def __init__(self, listener: socket.socket, options: ServerOptions, config: EngineConfig) -> None:
         self._listener, self._options, self._config = listener, options, config
         # whose names need no file of the model
-        plain = msgspec.structs.replace(options, generation_config="vllm")
-        self._http = HttpServer(build_app(Starting(config), plain), options)
+        plain = msgspec.structs.replace(options, generation_config="vllm", otlp_traces_endpoint=None)
+        self._starting = build_app(Starting(config), plain)
+        self._http = HttpServer(self._starting, options)
         self._llm: AsyncLLM | None = None  # these two are None until the fleet has been started
         self._server: Server | None = None
         self._ending = asyncio.Event()  # by a signal, or since the fleet has ended
@@ -109,6 +113,8 @@ class ServerLife:
         finally:
             if self._llm is not None:
                 await asyncio.to_thread(self._llm.close)
+            if self._server is not None:
+                await asyncio.to_thread(self._server.tracing.close)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if not self._ending.is_set():
@@ -128,6 +134,7 @@ class ServerLife:
         self._llm = llm = await in_lasting_thread(lambda: AsyncLLM.from_config(self._config))
         app = build_app(llm, self._options)
         self._http.app, self._server = app, app.state.server
+        self._starting.state.server.feed.close()  # watchers come again, to the feed of the fleet
         report_defaults(app.state.server)
         try:
             await llm.wait_until_ready()
@@ -142,6 +149,7 @@ class ServerLife:
     async def _drain(self, server: Server) -> None:
         """Waits for running requests, and aborts those that the timeout or a second signal leaves unfinished."""
         server.is_draining = True
+        server.feed.close()
         is_dead = server.llm.dead_reason is not None
         await self._wait_for_requests(server, ABORT_SECONDS if is_dead else self._options.shutdown_timeout)
         if server.admission.num_sequences and server.llm.dead_reason is None:

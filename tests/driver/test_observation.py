@@ -71,9 +71,8 @@ def test_ranks_are_asked_at_most_once_a_second() -> None:
 
 def test_a_snapshot_has_the_counters_of_the_last_answer_and_the_ids_of_front_ends() -> None:
     observed = Observed()
-    observed.engine.add(
-        AddRequest(id="3:a:b/0", token_ids=[5] * 10, prompt_len=10, seed=0, params=SamplingParams()), observed.now
-    )
+    request = AddRequest(id="3:a:b/0", token_ids=[5] * 10, prompt_len=10, seed=0, params=SamplingParams())
+    observed.engine.add(request, observed.now)
     assert observed.engine.step(observed.now) is not None
     query = FleetSnapshotQuery(max_sequences=64)
     before = observed.observation.snapshot(query, observed.now)

@@ -41,9 +41,8 @@ class Served:
 
     def add(self, name: str, prompt_len: int = 30, max_tokens: int = 8) -> None:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self.engine.add(
-            AddRequest(id=name, token_ids=[5] * prompt_len, prompt_len=prompt_len, seed=0, params=params), self.now
-        )
+        request = AddRequest(id=name, token_ids=[5] * prompt_len, prompt_len=prompt_len, seed=0, params=params)
+        self.engine.add(request, self.now)
 
     def step(self, seconds: float = 0.0) -> list[TokenOutput]:
         """A step that takes so long."""

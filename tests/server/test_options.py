@@ -26,6 +26,8 @@ KEY = "sk-very-secret-1"
         ({"shutdown_timeout": float("nan")}, "shutdown_timeout is nan"),
         ({"shutdown_timeout": -1.0}, "shutdown_timeout is -1"),
         ({"health_timeout": 1.0}, "health_timeout is 1.0: it must be from 3"),
+        ({"metrics_prefix": "a-b"}, "metrics_prefix is 'a-b'"),
+        ({"otlp_traces_endpoint": "localhost:4318"}, "otlp_traces_endpoint is 'localhost:4318'"),
         ({"ssl_keyfile": "key.pem"}, "ssl_certfile is missing"),
         ({"ssl_certfile": "c.pem", "ssl_cert_reqs": 3}, "ssl_cert_reqs is 3"),
         ({"ssl_certfile": "c.pem", "ssl_cert_reqs": 2}, "give ssl_ca_certs"),
