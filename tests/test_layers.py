@@ -62,10 +62,11 @@ RULES = {  # the longest matching prefix applies
         ),
         ("torch",),
     ),
+    "hetis.bench_serve": Rule(("hetis.core", "hetis.frontend", "httptools", "matplotlib", *DATA)),
     "hetis.cli": Rule(
         (
-            *("hetis.core", "hetis.cost", "hetis.processes", "hetis.launch", "hetis.frontend"),
-            *("hetis.__version__", "torch", "transformers", "triton", "rich", *DATA),
+            *("hetis.core", "hetis.cost", "hetis.processes", "hetis.launch", "hetis.frontend", "hetis.bench_serve"),
+            *("hetis.__version__", "torch", "transformers", "triton", "rich", "uvloop", *DATA),
         ),
     ),
     "hetis_kernels": Rule(("torch", "triton", "numpy", "flash_attn"), ("hetis", "torch.distributed")),

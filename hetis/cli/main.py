@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, module, text in (
         ("generate", generate, "generate text from one or more prompts"),
-        ("bench", bench, "measure throughput or latency with random prompts"),
+        ("bench", bench, "measure throughput, latency, or a running server"),
         ("profile", profile, "measure the speed of every device and of the links between them"),
     ):
         description = f"{text[0].upper()}{text[1:]}."
