@@ -33,7 +33,7 @@ install-clients: $(CLIENTS)/.installed
 $(CLIENTS)/.installed: bench/requirements-clients.txt
 	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --upgrade pip
-	$(CLIENTS)/bin/pip install --quiet $(TORCH_INDEX) torch
+	$(CLIENTS)/bin/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch
 	$(CLIENTS)/bin/pip install --quiet -r bench/requirements-clients.txt
 	@touch $@
 

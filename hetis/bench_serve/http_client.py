@@ -52,7 +52,7 @@ class Connection(asyncio.Protocol):
         self._parser: Any = None
         self._receiver: Receiver = WholeBody()
         self._done: asyncio.Future[bool] | None = None
-        self._has_length = self._has_headers = False
+        self._has_length = self._has_headers = self._is_kept = False
         self._stamp, self._num_bytes = 0.0, 0
 
     def exchange(self, request: bytes, receiver: Receiver) -> "asyncio.Future[bool]":
@@ -61,7 +61,8 @@ class Connection(asyncio.Protocol):
         Its exception is a RequestError.
         """
         self._parser = httptools.HttpResponseParser(self)
-        self._receiver, self._has_length, self._has_headers, self._num_bytes = receiver, False, False, 0
+        self._receiver, self._num_bytes = receiver, 0
+        self._has_length = self._has_headers = self._is_kept = False
         self._done = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return self._done
@@ -69,8 +70,7 @@ class Connection(asyncio.Protocol):
     @property
     def is_reusable(self) -> bool:
         """Whether another request can follow on this connection."""
-        is_complete = self._done is not None and self._done.done() and not self._done.cancelled()
-        return is_complete and not self._transport.is_closing() and self._parser.should_keep_alive()
+        return self._is_kept and not self._transport.is_closing()
 
     def close(self) -> None:
         """Closes the connection, also in the middle of an exchange."""
@@ -124,6 +124,7 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         assert self._done is not None
         if self._receiver.status >= 200 and not self._done.done():  # below: an interim response, such as 100 Continue
+            self._is_kept = self._parser.should_keep_alive()
             self._done.set_result(True)
 
 
