@@ -1,9 +1,10 @@
 """A benchmark from the first question to the server to the figures of the last rate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -15,25 +16,27 @@ from hetis.bench_serve.http_client import HttpClient
 from hetis.bench_serve.load import LoadGenerator, Outcome, Prepared, allow_many_connections
 from hetis.bench_serve.prompts import Prompt, PromptMaker
 from hetis.bench_serve.server import ModelInfo, find_model, prompt_maker
-from hetis.bench_serve.settings import Settings
+from hetis.bench_serve.settings import DEFAULT_NUM_PROMPTS, Settings
 from hetis.bench_serve.workloads import Shape, random_shapes, read_trace, scaled, with_prefixes
 from hetis.core.sizes import plural
 from hetis.frontend.console import write_message
 from hetis.frontend.progress import progress_bar
 
-DEFAULT_NUM_PROMPTS = 1000  # vLLM's
 CHECK, WARM_UP = 1_000_000, 1_000_001  # in place of the number of a run, so that their prompts are its own
 LENGTHS, PREFIXES, PROMPTS, ARRIVALS = range(4)  # independent random streams of one seed
 
 
-async def benchmark(settings: Settings) -> list[metrics.Result]:
-    """Runs the load once for each rate, one after the other; a result for each.
+async def benchmark(settings: Settings, on_result: Callable[[metrics.Result], None]) -> None:
+    """Runs the load once for each rate, one after the other, and hands the result of each to `on_result`.
 
     Raises ValueError if the server is not ready in time, refuses the first request, or the workload does not fit.
     """
     client = HttpClient(settings.base_url, settings.headers, verify=not settings.insecure)
     try:
-        return await Benchmark(settings, client).run()
+        benchmark = Benchmark(settings, client)
+        await benchmark.prepare()
+        for index, rate in enumerate(settings.request_rates or (None,)):
+            on_result(await benchmark.measure(index, rate))
     except RequestError as error:  # of a question to the server: failures of measured requests are results
         raise ValueError(f"the server does not answer ({error}); check that it still runs.") from None
     finally:
@@ -45,11 +48,12 @@ class Benchmark:
 
     def __init__(self, settings: Settings, client: HttpClient) -> None:
         self._settings, self._client = settings, client
+        self._name = f"hetis-bench-{token_hex(4)}"  # begins request ids: those of two benchmarks at once must differ
         self._model = ModelInfo("", None, None)
         self._maker = PromptMaker((), None, "")
 
-    async def run(self) -> list[metrics.Result]:
-        """A result for each rate."""
+    async def prepare(self) -> None:
+        """Asks the server what it is, sends it a first request, and warms it up."""
         settings = self._settings
         self._model = await find_model(self._client, settings.model_name, settings.ready_check_timeout_sec)
         self._check_lengths()
@@ -61,8 +65,6 @@ class Benchmark:
         await self._check_request()
         if settings.num_warmups:
             await self._warm_up()
-        rates: Sequence[float | None] = settings.request_rates or (None,)
-        return [await self._measure(index, rate) for index, rate in enumerate(rates)]
 
     def _check_lengths(self) -> None:
         settings, longest = self._settings, self._model.max_model_len
@@ -88,7 +90,8 @@ class Benchmark:
         with progress_bar("warm-up", len(requests), show=self._settings.show_progress) as bar:
             await self._load(on_done=lambda _: bar.advance()).run(requests)
 
-    async def _measure(self, index: int, rate: float | None) -> metrics.Result:
+    async def measure(self, index: int, rate: float | None) -> metrics.Result:
+        """The result of run `index` at `rate` requests per second; None: at the times of the trace."""
         settings = self._settings
         shapes, times = self._workload(index, self._count(rate))
         if rate is not None:
@@ -150,7 +153,7 @@ class Benchmark:
                     "POST",
                     settings.endpoint,
                     self.payload(prompt, shape.output_len),
-                    {"x-request-id": f"hetis-bench-{settings.seed}-{index}-{number}"},
+                    {"x-request-id": f"{self._name}-{index}-{number}"},
                 ),
                 length,
                 due,

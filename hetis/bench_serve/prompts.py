@@ -82,8 +82,8 @@ class PromptMaker:
         for _ in range(ROUNDS):
             text = await self._codec.decode(ids)
             ids = await self._codec.encode(text)
-            if len(ids) == length:
+            num_tokens = len(ids)
+            if num_tokens == length:
                 break
-            more = draw.choice(self._vocabulary, size=max(0, length - len(ids))).tolist()
-            ids = [*ids[:length], *more]
-        return text, len(await self._codec.encode(text))
+            ids = [*ids[:length], *draw.choice(self._vocabulary, size=max(0, length - num_tokens)).tolist()]
+        return text, num_tokens

@@ -37,15 +37,15 @@ def one_table(result: Result, metrics: Sequence[str], percentiles: Sequence[floa
     table.show_header = False
     for row in rows:
         table.add_row(*row)
-    return render(table, "", _latencies(result, metrics, percentiles))
+    return f"{render(table)}\n\n{_latencies(result, metrics, percentiles)}"
 
 
-def _latencies(result: Result, metrics: Sequence[str], percentiles: Sequence[float]):  # type: ignore[no-untyped-def]
+def _latencies(result: Result, metrics: Sequence[str], percentiles: Sequence[float]) -> str:
     columns = ["mean", "median", "std", *(f"p{q:g}" for q in percentiles)]
     table = new_table(["ms"], columns)
-    for name in (*metrics, "client_queue_time"):
+    for name in dict.fromkeys((*metrics, "client_queue_time")):
         table.add_row(TITLES[name], *(f"{result[f'{column}_{name}_ms']:.2f}" for column in columns))
-    return table
+    return render(table)
 
 
 def comparison(results: Sequence[Result], metrics: Sequence[str], percentiles: Sequence[float]) -> str:

@@ -7,6 +7,7 @@ import msgspec
 
 Dataset = Literal["random", "shared-prefix", "trace"]
 Backend = Literal["openai", "openai-chat"]
+DEFAULT_NUM_PROMPTS = 200
 ENDPOINTS: dict[Backend, str] = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 
 
@@ -46,8 +47,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     dataset_path: str | None = None
     num_prompts: int | None = None
     duration: float | None = None
-    input_len: int = 1024
-    output_len: int = 128
+    input_len: int = 256
+    output_len: int = 64
     range_ratio: float = 0.0
     prefix_len: int = 256
     num_prefixes: int = 10

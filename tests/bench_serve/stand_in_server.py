@@ -49,6 +49,7 @@ class StandIn:
     takes_token_ids: bool = True
     unready: int = 0
     seen: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)  # path, headers, body
+    address: str = ""  # set by `serving`
     num_running: int = 0
     most_running: int = 0
     _faulty: int = 0
@@ -219,13 +220,13 @@ class Response:
 
 
 @contextmanager
-def serving(stand_in: StandIn, port: int = 0) -> Iterator[str]:
-    """Serves from a thread while the block runs; yields the address."""
-    loop, started, where = asyncio.new_event_loop(), threading.Event(), []
+def serving(stand_in: StandIn) -> Iterator[None]:
+    """Serves from a thread while the block runs, at `stand_in.address`."""
+    loop, started = asyncio.new_event_loop(), threading.Event()
 
     def run() -> None:
-        server = loop.run_until_complete(asyncio.start_server(stand_in.serve, "127.0.0.1", port, limit=1 << 24))
-        where.append(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        server = loop.run_until_complete(asyncio.start_server(stand_in.serve, "127.0.0.1", 0, limit=1 << 24))
+        stand_in.address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         started.set()
         loop.run_forever()
         server.close()
@@ -238,7 +239,7 @@ def serving(stand_in: StandIn, port: int = 0) -> Iterator[str]:
     thread.start()
     assert started.wait(10)
     try:
-        yield where[0]
+        yield
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 import hetis
+from hetis.cli.bench_serve import PLOT_EXAMPLES, SERVE_EXAMPLES
+from hetis.cli.bench_serve_options import settings_of
 from hetis.cli.main import parse
 from tests.bench_serve.stand_in_server import StandIn, serving
 
@@ -38,16 +40,14 @@ DETAILS |= {"generated_texts", "errors"}
 @pytest.fixture
 def server() -> Iterator[StandIn]:
     stand_in = StandIn()
-    with serving(stand_in) as address:
-        stand_in.address = address  # type: ignore[attr-defined]
+    with serving(stand_in):
         yield stand_in
 
 
 def run(server: StandIn, *arguments: str) -> int:
     """The exit code of a small benchmark of `server`."""
     small = ("--num-prompts", "6", "--input-len", "12", "--output-len", "4", "--no-progress")
-    address = server.address  # type: ignore[attr-defined]
-    options = parse(["bench", "serve", "--base-url", address, *small, *arguments])
+    options = parse(["bench", "serve", "--base-url", server.address, *small, *arguments])
     return int(options.run(options) or 0)
 
 
@@ -358,6 +358,37 @@ def test_options_that_do_not_fit_together_are_refused(arguments: str, message: s
     options = parse(["bench", "serve", *arguments.split()])
     with pytest.raises(ValueError, match=message):
         options.run(options)
+
+
+@pytest.mark.parametrize("line", [*SERVE_EXAMPLES.splitlines()[1:], *PLOT_EXAMPLES.splitlines()[1:]])
+def test_examples_of_the_help_can_be_parsed(line: str) -> None:
+    options = parse(line.split()[1:])
+    if options.kind == "serve":
+        settings_of(options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address"),
+    [
+        ("", "http://127.0.0.1:8000"),
+        ("--host ::1 --port 81", "http://[::1]:81"),
+        ("--base-url https://x/v1 --port 81", "https://x/v1"),
+    ],
+)
+def test_addresses(arguments: str, address: str) -> None:
+    assert settings_of(parse(["bench", "serve", *arguments.split()])).base_url == address
+
+
+def test_the_key_comes_from_the_environment_or_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a")
+    assert settings_of(parse(["bench", "serve"])).headers == {"authorization": "Bearer a"}
+    assert settings_of(parse(["bench", "serve", "--api-key", "b"])).headers == {"authorization": "Bearer b"}
+
+
+def test_a_duration_and_a_rate_make_the_number_of_requests(server: StandIn) -> None:
+    options = parse(["bench", "serve", "--base-url", server.address, "--request-rate", "100", "--duration", "0.1"])
+    options.run(options)
+    assert len(measured(server)) <= 10
 
 
 def test_a_ramp_is_recorded(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
