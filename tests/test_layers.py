@@ -79,10 +79,12 @@ RULES = {  # the longest matching prefix applies
         ),
         ("torch", "transformers", "tokenizers"),
     ),
+    "hetis.bench_serve": Rule(("hetis.core", "hetis.frontend", "httptools", "matplotlib", *DATA)),
     "hetis.cli": Rule(
         (
             *("hetis.core", "hetis.cost", "hetis.processes", "hetis.launch", "hetis.frontend", "hetis.server"),
-            *("hetis.__version__", "torch", "transformers", "triton", "rich", "yaml", *DATA),
+            *("hetis.bench_serve", "hetis.__version__", "torch", "transformers", "triton", "rich", "uvloop", "yaml"),
+            *DATA,
         ),
     ),
     "hetis_kernels": Rule(("torch", "triton", "numpy", "flash_attn"), ("hetis", "torch.distributed")),

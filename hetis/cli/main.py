@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module, text in (
         ("serve", serve, "serve a model over HTTP, with OpenAI's interface"),
         ("generate", generate, "generate text from one or more prompts"),
-        ("bench", bench, "measure throughput or latency with random prompts"),
+        ("bench", bench, "measure throughput, latency, or a running server"),
         ("profile", profile, "measure the speed of every device and of the links between them"),
     ):
         description = f"{text[0].upper()}{text[1:]}."
