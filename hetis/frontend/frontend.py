@@ -42,6 +42,8 @@ class Frontend:
         self._questions: dict[type[m.Message], deque[tuple[bytes, AnswerSink]]] = {}  # the first one has been sent
         self.status: m.EngineStatus | None = None  # the latest that came with tokens
         self.end: EngineDeadError | None = None
+        # called when a launcher wants the fleet to end; None: this front end ends with that as its error
+        self.on_end_request: Callable[[str], None] | None = None
 
     def start(self) -> None:
         """Connects, on the running loop; later calls do nothing. RuntimeError on another loop than the first one's."""
@@ -135,7 +137,9 @@ class Frontend:
             case m.Measuring():
                 for _, sink in self._questions.get(m.EngineReady, ()):
                     sink(message)
-            case m.EngineDead():
+            case m.EndRequested() if self.on_end_request is not None:
+                self.on_end_request(message.reason)
+            case m.EngineDead() | m.EndRequested():
                 self._finish(self._explain(message.reason))
             case m.Refused():
                 _log.error("the driver refused a message: %s", message.reason)
