@@ -9,7 +9,7 @@ TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || $(PYTHON) bench/
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 
 .PHONY: install install-bench install-clients demo serve test test-process test-clients test-gpu prove check format
-.PHONY: clean
+.PHONY: clean soak
 install: $(STAMP)
 
 $(STAMP): $(SOURCES)
@@ -57,6 +57,10 @@ test-process: install
 # Outside clients against a server with the small model; the results are kept in bench/results/clients.jsonl.
 test-clients: install-clients
 	$(BIN)/python bench/outside_clients.py
+
+# Twenty minutes of mixed requests: memory, descriptors and pages must stay flat.
+soak: install-bench
+	$(BIN)/python bench/soak_server.py
 
 test-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
