@@ -4,9 +4,9 @@ Rank 0 starts it with `DriverArgs` as one JSON line on standard input; it answer
 second line says how the job ends (`driver.final_status`).
 """
 
+import logging
 import os
 import sys
-import traceback
 from contextlib import suppress
 from io import FileIO
 from typing import NoReturn
@@ -21,6 +21,8 @@ from hetis.driver.serving import Serving
 from hetis.driver.startup import Startup
 from hetis.driver.watch import FleetFailedError
 from hetis.processes import start, supervision
+
+_log = logging.getLogger(__name__)
 
 
 def main() -> NoReturn:
@@ -51,7 +53,7 @@ def run_job(args: DriverArgs, members: Members) -> int:
         members.fail(error)
         return 1
     except Exception as error:
-        traceback.print_exc()
+        _log.exception("failed")
         members.fail(FleetFailedError(f"the driver failed: {type(error).__name__}: {error}"))
         return 1
     return 0

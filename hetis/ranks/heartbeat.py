@@ -41,7 +41,7 @@ class Heartbeat(threading.Thread):
         self._on_lost_driver, self._prints_reason = on_lost_driver, prints_reason
         self.timeout = 120.0  # until Setup sets it
         self.host = supervision.host_id()  # until ranks have proven theirs
-        self.step = -1  # the last one that the rank has finished
+        self.last_step: Callable[[], int] = lambda: -1  # that the rank has finished
         self._stopping = threading.Event()
         self._failures: queue.SimpleQueue[m.Failure] = queue.SimpleQueue()
         self._deadline: float | None = None  # for the driver's reason, once this rank must end
@@ -65,7 +65,7 @@ class Heartbeat(threading.Thread):
         while not self._stopping.is_set():
             now = time.monotonic()
             if now >= next_beat:
-                client.send(m.Heartbeat(rank=self._rank, step=self.step))
+                client.send(m.Heartbeat(rank=self._rank, step=self.last_step()))
                 next_beat = now + INTERVAL_SECONDS
             wait(max(0.0, next_beat - now))
             self._read(client)

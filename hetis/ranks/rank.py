@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -73,7 +72,7 @@ def run_rank(
         _report(heartbeat, rank, device_name, error, is_mistake=isinstance(error, ValueError))
     try:
         if member is not None:
-            obey(control, heartbeat, member)
+            obey(control, member)
             member.close()
     except Exception as error:
         fail(error)
@@ -109,6 +108,7 @@ def _join(
     _log.log(logging.INFO if rank == 0 else logging.DEBUG, "loaded in %.1f s", time.monotonic() - begin)
     if is_needed(setup):
         warm_up(member, setup)
+    heartbeat.last_step = lambda: member.last_step
     control.send(m.Ready(rank=rank))
     return member
 
@@ -197,13 +197,12 @@ def warm_up(member: PrimaryRank | AttentionWorker, setup: m.Setup) -> None:
     member.forget()
 
 
-def obey(control: ControlClient, heartbeat: Heartbeat, member: PrimaryRank | AttentionWorker) -> None:
+def obey(control: ControlClient, member: PrimaryRank | AttentionWorker) -> None:
     """Commands in order until `Shutdown`."""
     while True:
         command = control.receive()
         if isinstance(command, m.StepCommand):
             result = member.run_step(decode(command, member.rank))
-            heartbeat.step = command.step
             if result is not None:
                 control.send(result)
             for times in member.take_times():
@@ -220,7 +219,7 @@ def obey(control: ControlClient, heartbeat: Heartbeat, member: PrimaryRank | Att
 
 
 def _report(heartbeat: Heartbeat, rank: int, device_name: str, error: BaseException, is_mistake: bool) -> NoReturn:
-    """Tells the terminal and the driver why this rank ends; `heartbeat` ends the process. For any thread.
+    """Logs, and tells the driver, why this rank ends; `heartbeat` ends the process. For any thread.
 
     A lost connection is the failure of another rank, and for a mistake of the user one sentence is enough: neither
     shows a traceback.
@@ -229,7 +228,7 @@ def _report(heartbeat: Heartbeat, rank: int, device_name: str, error: BaseExcept
     text = ""
     if not is_consequence and not is_mistake:
         text = "".join(traceback.format_exception(error))
-        print(f"hetis: rank {rank} on {device_name} failed:\n{text}", file=sys.stderr, flush=True)
+        _log.error("failed on %s", device_name, exc_info=error)
     reason = str(error) if is_consequence or is_mistake else f"{type(error).__name__}: {error}"
     if not is_consequence:
         failure.report_to_torchrun(text or reason)

@@ -69,7 +69,7 @@ class Failure(Message):
 
 class Heartbeat(Message):
     rank: int
-    step: int  # the last step it finished
+    step: int  # the last one that it has finished, in all of its stages; -1 before the first
 
 
 # --- driver -> rank ---------------------------------------------------------------------------------------------------
