@@ -74,10 +74,11 @@ def take(outputs: Sequence[TokenOutput], timelines: list[Timeline], now_s: float
     """Records tokens that arrived at `now_s`; returns the number of requests that finished with them."""
     num_finished = 0
     for new in outputs:
-        timeline = timelines[int(new.id.partition("/")[0])]
+        index = int(new.id.partition("/")[0])
+        timeline = timelines[index]
         timeline.token_s += [now_s] * len(new.token_ids)
         if new.error is not None:
-            raise RuntimeError(f"request {new.id} ({timeline.num_context} tokens) failed: {new.error}")
+            raise RuntimeError(f"request {index} ({timeline.num_context} tokens) failed: {new.error}")
         if new.finish_reason is not None:
             timeline.finish_reason = new.finish_reason
             num_finished += 1

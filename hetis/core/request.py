@@ -1,10 +1,13 @@
 """A sequence in the engine: host-side state, owned by the driver."""
 
+import re
 from collections import abc
 
 import msgspec
 
 from hetis.core.sampling_params import SamplingParams
+
+_ID = re.compile(r"(?:\d+:)?(.*?)(?:/\d+)?", re.DOTALL)
 
 
 class Sequence(msgspec.Struct, kw_only=True, eq=False):
@@ -15,7 +18,7 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     `num_computed = 0`: its known output is decode too, many tokens in a step, and its K and V get the same bits again.
     """
 
-    id: str
+    id: str  # "0:7/1": of front end 0, request 7, completion 1; the driver and front ends add their parts
     token_ids: list[int]
     prompt_len: int
     params: SamplingParams
@@ -30,6 +33,13 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     num_preemptions: int = 0
     finish_reason: str | None = None  # "stop", "length", "abort", "error"
     stop_reason: int | str | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The id that its front end and its user know: "7" of "0:7/1"."""
+        found = _ID.fullmatch(self.id)
+        assert found is not None
+        return found[1]
 
     @property
     def num_output(self) -> int:

@@ -74,7 +74,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence in the queue. Raises ValueError for an id in use and for a prompt that fills the context."""
         if sequence.id in self._unfinished:
-            raise ValueError(f"id {sequence.id!r} is in use by an unfinished sequence; choose another one.")
+            raise ValueError(f"id {sequence.request_id!r} is in use by an unfinished request; choose another one.")
         room = self._max_model_len - sequence.prompt_len
         if room < 1:
             raise ValueError(

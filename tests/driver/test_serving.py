@@ -73,6 +73,20 @@ def test_a_request_that_can_never_run_is_refused_and_the_others_go_on(sockets: S
     run(sockets, script())
 
 
+def test_an_id_in_use_is_refused_in_the_words_of_the_front_end(sockets: Sockets) -> None:
+    def script() -> Script:
+        yield from attach(sockets, FRONT)
+        sockets.put("front", FRONT, request("chat:1/0", max_tokens=1), request("chat:1/0"))
+        yield None
+        (refused,) = sockets.take("front", FRONT)[0].outputs
+        assert refused.error == "id 'chat:1' is in use by an unfinished request; choose another one."
+        sockets.answer_step()
+        sockets.put("front", FRONT, m.Shutdown())
+        yield None
+
+    run(sockets, script())
+
+
 def test_a_request_that_is_aborted_gets_no_more_steps(sockets: Sockets) -> None:
     def script() -> Script:
         yield from attach(sockets, FRONT)
