@@ -37,6 +37,20 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(sockets: Sockets) 
     assert sockets.take("ranks", b"0") == sockets.take("ranks", b"1") == [], "no rank has begun to load"
 
 
+def test_a_trace_file_that_cannot_be_written_is_refused_before_ranks_load(sockets: Sockets) -> None:
+    """By the driver: the front end, which has looked at it before, may have another standard output, for example."""
+
+    def script() -> Script:
+        sockets.hello(0)
+        sockets.hello(1)
+        yield None
+
+    reason = run_failing(sockets, script(), trace="/no/such/folder/trace.json")
+    assert reason.refused
+    assert "trace file /no/such/folder/trace.json cannot be written" in reason.text
+    assert sockets.take("ranks", b"0") == []
+
+
 def test_front_ends_get_ready_when_the_fleet_is_up_and_not_before(sockets: Sockets) -> None:
     def script() -> Script:
         sockets.put("front", FRONT, m.Attach())
