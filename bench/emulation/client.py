@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -38,13 +39,22 @@ def run_workload(
     timelines = [Timeline(arrival_s=r.arrival_s, num_context=len(r.token_ids)) for r in requests]
     inbox = fleet.client.open(map(str, range(len(requests))), [])
     num_running, begin = len(requests), time.monotonic()
-    threading.Thread(target=play, args=(fleet, requests, throttles, begin), daemon=True).start()
+    threading.Thread(target=play_or_end, args=(fleet, requests, throttles, begin), daemon=True).start()
     while num_running:
         outputs = inbox.get()
         num_running -= take(outputs, timelines, time.monotonic() - begin)
     for index in range(len(requests)):
         fleet.client.forget(str(index))
     return timelines
+
+
+def play_or_end(fleet: EmulatedFleet, *arguments: Any) -> None:
+    """Plays. If that fails it ends the fleet, for nothing answers requests that were not sent."""
+    try:
+        play(fleet, *arguments)
+    except BaseException:
+        fleet.client.close()
+        raise
 
 
 def play(fleet: EmulatedFleet, requests: Sequence[Request], throttles: Sequence[Throttle], begin: float) -> None:
