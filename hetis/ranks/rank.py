@@ -90,7 +90,7 @@ def _join(
     rendezvous: Rendezvous,
     on_failure: Callable[[BaseException], Any],
 ) -> PrimaryRank | AttentionWorker | None:
-    """From `Hello` to `Ready`; None if the job ends before it began. ValueError for what the user must change."""
+    """Everything from `Hello` to `Ready`; None if the job ends before it began. ValueError for mistakes of the user."""
     token = Token(rank, rendezvous)
     device = prepare_device(device_name, ranks_on_host)
     heartbeat.host = token.host(JOIN_SECONDS)
