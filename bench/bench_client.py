@@ -118,7 +118,7 @@ def read_guidellm(metrics: dict[str, Any]) -> Figures:
 
 def compare(address: str, case: Case) -> bool:
     """Runs both clients, prints and keeps their figures; whether all agree."""
-    from fleet_report import RESULTS, commit, date, machine
+    from records import append, commit, date, machine
 
     with tempfile.TemporaryDirectory(prefix="hetis-client-") as folder:
         mine, theirs = ours(address, case, folder), guidellm(address, case, folder)
@@ -130,11 +130,10 @@ def compare(address: str, case: Case) -> bool:
         outcome = "ok" if agrees else "DIFFERS"
         print(f"{case.name:14} {figure:20} {value:10.2f} {theirs[figure]:10.2f} {ratio:7.4f}  {outcome}", flush=True)
     row = {
-        "date": date(), "machine": machine(), "commit": commit(HERE), "client": "guidellm", "version": version(),
+        "date": date(), "machine": machine(), "commit": commit(), "client": "guidellm", "version": version(),
         "case": case.name, "figures": mine, "theirs": theirs, "agrees": is_ok,
     }  # fmt: skip
-    with (RESULTS / "clients.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append("clients.jsonl", json.dumps(row).encode())
     return is_ok
 
 

@@ -20,15 +20,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import records
 from extras import need
-from fleet_report import RESULTS, commit, date, machine
+from records import commit, date, machine
 
 need("httpx", "numpy", "psutil")
 import httpx  # noqa: E402
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = 12
 SAMPLE_SECONDS = 5.0
 WARM_UP = 0.2
@@ -163,11 +163,10 @@ def main() -> None:
     expected = {"200", "refused", "cut", "pages left"}
     passed = code == 0 and not any(map(grows, report.values())) and set(ends) <= expected and not ends["pages left"]
     row = {
-        "date": date(), "machine": machine(), "commit": commit(ROOT), "plan": options.plan, "minutes": options.minutes,
+        "date": date(), "machine": machine(), "commit": commit(), "plan": options.plan, "minutes": options.minutes,
         "processes": report, "ends": ends, "passed": passed,
     }  # fmt: skip
-    with (RESULTS / "soak.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    records.append("soak.jsonl", json.dumps(row).encode())
     sys.exit(0 if passed else 1)
 
 
