@@ -43,9 +43,9 @@ if os.environ["FROM_RANK"] == "1":
         os.write(0, line)
 else:
     line = os.read(0, 65536)
-print(name, os.getpid(), line.decode().strip(), flush=True)
 if os.environ.get("LEAVES_ORPHAN"):
-    print("orphan", subprocess.Popen(["sleep", "1000"]).pid, flush=True)
+    os.write(1, f"orphan {subprocess.Popen(['sleep', '1000']).pid}{os.linesep}".encode())
+os.write(1, f"{name} {os.getpid()} {line.decode()}".encode())
 os.read(0, 1)
 '''
 agent.start.command = command
@@ -84,6 +84,7 @@ class AgentProcess:
         )  # fmt: skip
 
         self._seen = psutil.Process(self.process.pid)
+        self._leaves_orphans = "LEAVES_ORPHAN" in variables
 
     def family(self) -> list[psutil.Process]:
         """The agent and all below it."""
@@ -95,11 +96,14 @@ class AgentProcess:
 
     def ranks(self) -> dict[int, psutil.Process]:
         """Both ranks, when both have read `Joining`, and the agent has said hello."""
-        lines = sorted(self.line() for _ in range(3))
+        lines = sorted(self.line() for _ in range(3 + 2 * self._leaves_orphans))[2 * self._leaves_orphans :]
         assert lines[-1] == "up"
         assert [line.split()[1] for line in lines[:2]] == ["0", "1"]
         assert all(json.loads(line.split(maxsplit=3)[3])["devices"] == ["cpu", "cpu"] for line in lines[:2])
         assert self.message() == m.AgentHello(ranks=[0, 1])
+        for _ in range(2):  # when it asks again it has heard the first answer
+            assert take(self.server, "agents")[1] == m.Ping()
+            self.send(m.Pong())
         return {int(line.split()[1]): psutil.Process(int(line.split()[2])) for line in lines[:2]}
 
     def message(self) -> Any:
@@ -127,7 +131,7 @@ def running(directory: Path, timeout: float = 60.0, **variables: str) -> Iterato
     finally:
         for process in agent.family():
             kill(process)
-        agent.process.communicate()
+        agent.process.wait()
         server.close()
 
 
@@ -164,15 +168,14 @@ def test_in_order_ranks_have_some_time(directory: Path) -> None:
 
 def test_the_root_ends_all_by_closing_the_pipe(directory: Path) -> None:
     with running(directory, LEAVES_ORPHAN="1") as agent:
-        ranks = {process.pid for process in agent.family()[1:]}
+        agent.ranks()
+        children = agent.family()[1:]
+        assert len(children) == 5, "a driver, two ranks, and a child of each rank"
         assert agent.process.stdin is not None
         agent.process.stdin.close()
-        assert agent.process.wait(DEADLINE) == 0
-        wait_until(lambda: not any(map(psutil.pid_exists, ranks)), "all have ended")
-        assert agent.process.stdout is not None
-        said = agent.process.stdout.read()
-        assert not [line for line in said.splitlines() if "orphan" in line and psutil.pid_exists(int(line.split()[1]))]
-        assert said.endswith("end\n")
+        assert agent.line() == "end", "the driver has ended, and ranks were killed when their time was over"
+        assert not any(child.is_running() for child in children)
+        assert agent.finish() == (0, None)
 
 
 def test_a_driver_that_is_killed_is_the_reason(directory: Path) -> None:
