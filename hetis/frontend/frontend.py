@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any
 
-from hetis.comm.control import FrontClient
+from hetis.comm.control import LINGER_SECONDS, FrontClient
 from hetis.core import messages as m
 from hetis.frontend.errors import EngineDeadError, FleetRefusedError
 from hetis.frontend.requests import Piece, Request
@@ -91,9 +91,9 @@ class Frontend:
 
     def close(self) -> None:
         """Ends this front end, not the fleet."""
-        if self._control is not None:
-            self._send([FrontClient.encode(m.Detach())])
-        self._finish(EngineDeadError("the fleet has been closed."))
+        if self._control is not None and self.end is None:
+            self._control.send(FrontClient.encode(m.Detach()))
+        self._finish(EngineDeadError("the fleet has been closed."), linger=LINGER_SECONDS)
 
     def close_soon(self) -> None:
         """`close`, from any thread: at once where no loop runs or this thread runs it, else by the loop."""
@@ -188,7 +188,8 @@ class Frontend:
             return EngineDeadError(reason)
         return FleetRefusedError(recorded.text) if recorded.refused else EngineDeadError(recorded.text)
 
-    def _finish(self, end: EngineDeadError) -> None:
+    def _finish(self, end: EngineDeadError, linger: float = 0) -> None:
+        """`linger`: seconds that messages may take to be sent."""
         if self.end is not None:
             return
         self.end = end
@@ -197,7 +198,7 @@ class Frontend:
                 self._loop.remove_reader(self._control.fileno())
                 if (fd := self._fleet.fileno()) is not None:
                     self._loop.remove_reader(fd)
-            self._control.close(linger=0)
+            self._control.close(linger)
         if self._on_end is None:
             self._end_calls(end)
         else:

@@ -15,8 +15,7 @@ from hetis.frontend.detokenizer import Detokenizer
 from hetis.frontend.errors import FleetRefusedError
 from hetis.frontend.requests import Request
 from hetis.processes.failure import FailureReason
-from tests.frontend.reference import tokenizer
-from tests.frontend.stand_in import StandInFleet, start
+from tests.frontend.stand_in import StandInFleet, make, start, tokenizer
 from tests.processes.look import DEADLINE
 
 TOKENS = tokenizer().encode(" also possible to use the True")
@@ -347,8 +346,7 @@ def test_another_loop_cannot_use_it(fleet: StandInFleet, monkeypatch: pytest.Mon
 
 
 def test_before_it_is_ready_nothing_is_known(fleet: StandInFleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetis.frontend.async_llm.start_fleet", lambda config: fleet)
-    llm = AsyncLLM(device="cpu")
+    llm = make(fleet, monkeypatch)
     assert not llm.is_ready
     for call in (lambda: llm.max_model_len, lambda: llm.vocab_size, lambda: llm.make_request("It")):
         with pytest.raises(RuntimeError, match="wait_until_ready"):
