@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || $(PYTHON) bench/torch_index.py)
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: install install-bench demo test test-process test-gpu prove check format clean
+.PHONY: install install-bench demo serve test test-process test-clients test-gpu prove check format clean
 install: $(STAMP)
 
 $(STAMP): $(SOURCES)
@@ -36,6 +36,10 @@ test: install
 # Fleets of processes, one test at a time: each test uses both cores.
 test-process: install
 	$(BIN)/python -m pytest -m process
+
+# Outside clients against a server with the small model; the results are kept in bench/results/clients.jsonl.
+test-clients: install-clients
+	$(BIN)/python bench/outside_clients.py
 
 test-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu

@@ -101,9 +101,6 @@ def rank_environment(directory: Path) -> Iterator[None]:
     os.environ |= {
         EMULATION: str(directory),
         "PYTHONPATH": os.pathsep.join(path),
-        # `hetis.launch.member` sets these before it imports torch, but the shim imports torch earlier
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "THP_MEM_ALLOC_ENABLE": "1",
     }
     try:
         yield

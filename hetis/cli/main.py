@@ -1,4 +1,4 @@
-"""The command `hetis generate | bench | profile`. Under torchrun the same command line runs one rank of the fleet."""
+"""The command `hetis generate | bench | profile`. Under torchrun rank 0 is the root of the fleet, others are agents."""
 
 import argparse
 import os
@@ -11,10 +11,12 @@ from typing import NoReturn
 from hetis.cli.arguments import engine_config
 from hetis.cli.parser import CommandParser
 from hetis.cli.version import version_text
+from hetis.core.config import EngineConfig
 from hetis.core.logs import VARIABLE, set_up_logging
 from hetis.frontend.console import drop_output, prepare_streams, write, write_message
 from hetis.launch import torchrun
-from hetis.launch.member import run_member
+from hetis.processes import supervision
+from hetis.processes.failure import report_to_torchrun
 
 # exit codes: those that shells report for processes killed by these signals
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -70,8 +72,13 @@ def _exit_code(argv: list[str], is_interruptible: bool) -> int:
         drop_output()
         return READER_GONE
     except ValueError as error:
-        write_message(f"hetis: {error}")
-        return 1
+        return _complain(error)
+
+
+def _complain(error: Exception) -> int:
+    report_to_torchrun(str(error))
+    write_message(f"hetis: {error}")
+    return 1
 
 
 def _run(argv: list[str], is_interruptible: bool) -> int:
@@ -85,8 +92,7 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
         os.environ[VARIABLE] = options.log_level  # inherited by the processes of the fleet
         set_up_logging("")
         if torchrun.under_torchrun():
-            run_member(engine_config(options), measure=options.command == "profile", front_argv=argv)
-    is_child = torchrun.fleet_directory is not None
+            _begin_under_torchrun(engine_config(options))
     from hetis.frontend.errors import EngineDeadError
 
     if is_interruptible:
@@ -94,9 +100,18 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
     try:
         return options.run(options) or 0
     except EngineDeadError as error:
-        if not is_child:  # else the driver has reported the error
-            write_message(f"hetis: {error}")
-        return 1
+        return _complain(error)
+
+
+def _begin_under_torchrun(config: EngineConfig) -> None:
+    """Returns in the root; every other process is an agent from here to its end. ValueError for wrong variables."""
+    torchrun.check_variables()
+    if os.environ["RANK"] != "0":
+        from hetis.launch.agent import run_under_torchrun
+
+        run_under_torchrun(config.step_timeout)
+    supervision.die_with_parent(os.getppid())
+    torchrun.is_root = True
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

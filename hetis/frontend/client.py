@@ -49,7 +49,7 @@ class EngineClient:
     """One fleet, for any thread. In a forked child every call but `close` raises ForkedError."""
 
     def __init__(self, config: EngineConfig, *, measure: bool = False) -> None:
-        """Starts a fleet; under torchrun it attaches to the one that runs.
+        """Starts a fleet.
 
         Returns at once: `wait_until_ready` waits for the fleet. `measure`: every device and link is measured anew.
         Raises ValueError for settings that can be refused at once.

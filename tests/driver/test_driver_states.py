@@ -3,7 +3,6 @@
 Whenever the driver waits, the script of the test goes on by one step, so nothing depends on time.
 """
 
-import io
 import os
 import re
 import subprocess
@@ -15,29 +14,31 @@ from typing import Any
 import msgspec
 import pytest
 
-from hetis.comm.control import OWNER
+from hetis.comm.control import _FROM
 from hetis.core import messages as m
-from hetis.core.config import DriverArgs, EngineConfig
+from hetis.core.config import JOB, DriverArgs, EngineConfig
 from hetis.core.device_info import DeviceInfo, RankStats
 from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
 from hetis.core.messages.step_command import decode
 from hetis.core.plan_sources import resolve_plan
 from hetis.core.sampling_params import SamplingParams
-from hetis.driver import final_status, members
+from hetis.driver import members, serving
 from hetis.driver.driver import run_job
 from hetis.driver.members import Members
-from hetis.driver.watch import GRACE_SECONDS, Watch
+from hetis.driver.watch import GRACE_SECONDS, REQUEST_GRACE_SECONDS, REQUEST_SECONDS, Watch
 from hetis.engine.engine import Engine
-from hetis.processes import start, supervision
+from hetis.processes import start
 from hetis.processes.failure import FailureReason, FailureRecord
 from tests.dispatcher.fleets import make_spec
 from tests.processes.look import DEADLINE
 
 SPEC = msgspec.structs.replace(make_spec(4, num_layers=4), intermediate_size=128, vocab_size=512, max_position=256)
-PARENT = 1000  # a descriptor that only the fake poller knows
-TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
+OWNER = 1000  # a descriptor that only the fake poller knows
+END = [(OWNER, 1)]  # what the poller returns when the agent ends the job
+TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown
 Script = Generator[list[tuple[object, int]] | None, None, None]
 FRONT, OTHER_FRONT, THIRD_FRONT = b"front", b"other", b"third"
+AGENT, OTHER_AGENT = b"agent-0", b"agent-1"
 ATTACH = m.Attach(pid=os.getpid())
 
 
@@ -50,7 +51,6 @@ class Sockets:
         self.script: Script  # set by `run`
         self.script_error: AssertionError | None = None  # which the driver takes for a failure of its own
         self.now = 0.0
-        self.is_hidden = False
         self.registered: list[object] = []
         self.sent: list[tuple[str, bytes, Any]] = []
         self._inbox: dict[str, deque[tuple[bytes, m.Message]]] = defaultdict(deque)
@@ -78,9 +78,6 @@ class Sockets:
     def send(self, client: str, identity: bytes, message: m.Message | bytes) -> None:
         self.sent.append((client, identity, self._decoder.decode(message) if isinstance(message, bytes) else message))
 
-    def hide(self) -> None:
-        self.is_hidden = True
-
     # --- the script's side
 
     def put(self, client: str, identity: bytes, *messages: m.Message) -> None:
@@ -91,10 +88,6 @@ class Sockets:
         taken = [message for where, whom, message in self.sent if (where, whom) == (client, identity)]
         self.sent = [each for each in self.sent if each[:2] != (client, identity)]
         return taken
-
-    def shut_down(self) -> None:
-        """The owner ends the fleet."""
-        self.put("front", OWNER.encode(), m.Shutdown())
 
     # --- what ranks do
 
@@ -136,22 +129,8 @@ class Sockets:
 def sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sockets:
     found = Sockets(tmp_path)
     monkeypatch.setattr(members, "Watch", lambda plan, timeout: Watch(plan, timeout, clock=lambda: found.now))
-    monkeypatch.setattr(members, "END_SECONDS", 0.0)
-    monkeypatch.setattr(members, "FAIL_SECONDS", 0.0)
+    monkeypatch.setattr(serving, "END_SECONDS", 0.0)
     return found
-
-
-class Parent(io.RawIOBase):
-    """What rank 0 writes to the driver, whose poller sees it as `PARENT`."""
-
-    def __init__(self, line: bytes) -> None:
-        self._line = line
-
-    def fileno(self) -> int:
-        return PARENT
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        return self._line
 
 
 def make_args(directory: Path, *, measure: bool = False, **options: Any) -> DriverArgs:
@@ -163,27 +142,27 @@ def make_args(directory: Path, *, measure: bool = False, **options: Any) -> Driv
     plan = resolve_plan(config.plan, SPEC, config.device, config.kv_cache_memory)
     return DriverArgs(
         config=config, measure=measure, spec=SPEC, plan=plan, eos_token_ids=[3], run_directory=str(directory),
-        address=None, announce=False, parent=1,
+        address=None,
     )  # fmt: skip
 
 
-def run(sockets: Sockets, script: Script, line: bytes = b"", **options: Any) -> None:
-    """Runs a job that ends in order, with the script, which must have ended, too. `line`: what rank 0 writes."""
-    assert exit_code(sockets, script, line, **options) == 0
+def run(sockets: Sockets, script: Script, **options: Any) -> None:
+    """Runs a job that ends in order, with the script, which must have ended, too."""
+    assert exit_code(sockets, script, **options) == 0
     assert FailureRecord(sockets.directory).read() is None
 
 
-def run_failing(sockets: Sockets, script: Script, line: bytes = b"", **options: Any) -> FailureReason:
+def run_failing(sockets: Sockets, script: Script, **options: Any) -> FailureReason:
     """Runs a job that fails; the recorded reason."""
-    assert exit_code(sockets, script, line, **options) == 1
+    assert exit_code(sockets, script, **options) == 1
     reason = FailureRecord(sockets.directory).read()
     assert reason is not None
     return reason
 
 
-def exit_code(sockets: Sockets, script: Script, line: bytes, **options: Any) -> int:
+def exit_code(sockets: Sockets, script: Script, **options: Any) -> int:
     args, sockets.script = make_args(sockets.directory, **options), script
-    code = run_job(args, Members(args, sockets, Parent(line)))  # type: ignore[arg-type]
+    code = run_job(args, Members(args, sockets, OWNER))  # type: ignore[arg-type]
     if sockets.script_error is not None:
         raise sockets.script_error
     assert next(script, "the end") == "the end", "the driver ended before the script"
@@ -209,8 +188,7 @@ def test_the_setup_goes_to_all_when_the_last_has_joined(sockets: Sockets) -> Non
         assert setup == same
         assert [info.rank for info in setup.fleet] == [0, 1]
         assert setup.eos_token_ids == [3]
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script())
     assert sockets.take("ranks", b"0") == sockets.take("ranks", b"1") == [m.Shutdown()]
@@ -249,12 +227,10 @@ def test_front_ends_get_ready_when_the_fleet_is_up_and_not_before(sockets: Socke
         yield from sockets.come_up()
         (ready,) = sockets.take("front", FRONT)
         assert (ready.max_model_len, ready.vocab_size, ready.eos_token_ids) == (64, 512, [3])
-        assert sockets.is_hidden, "no other process can connect"
         sockets.put("front", OTHER_FRONT, ATTACH)
         yield None
         assert sockets.take("front", OTHER_FRONT) == [ready]
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -280,8 +256,7 @@ def test_requests_before_the_fleet_is_up_are_refused_and_questions_wait(sockets:
         yield None
         assert [type(message) for message in sockets.take("front", FRONT)] == [m.EngineReady, m.FleetStats]
         assert [type(message) for message in sockets.take("front", OTHER_FRONT)] == [m.ProfileReport]
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -334,8 +309,7 @@ def test_a_fleet_is_up_when_all_is_measured(sockets: Sockets) -> None:
         assert sockets.take("front", OTHER_FRONT) == [report]
         assert sorted(report.profile.devices) == [0, 1]
         assert [(link.primary, link.worker) for link in report.profile.links] == [(0, 1)]
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script(), dispatch="hetis")
 
@@ -344,24 +318,23 @@ def test_measuring_can_be_asked_for_where_placement_does_not_depend_on_it(socket
     def script() -> Script:
         yield from start_measuring(sockets)
         assert [type(message) for message in sockets.take("ranks", b"0")] == [m.Measure]
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script(), dispatch="even", measure=True)
 
 
 def test_a_fleet_that_is_shut_down_while_it_measures_ends_its_ranks(sockets: Sockets) -> None:
-    """Ranks read messages when they have measured; `Abort` comes on another socket."""
+    """Ranks read messages when they have measured; their agents end those that take too long."""
 
     def script() -> Script:
+        sockets.put("agents", AGENT, m.AgentHello(ranks=[0, 1]))
         yield from start_measuring(sockets)
         assert [type(message) for message in sockets.take("ranks", b"0")] == [m.Measure]
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script(), dispatch="hetis")
     assert sockets.take("ranks", b"0") == sockets.take("ranks", b"1") == [m.Shutdown()]
-    assert [type(message) for message in sockets.take("health", b"1")] == [m.Abort]
+    assert sockets.take("agents", AGENT) == [m.End(reason=None)]
 
 
 # --- serving ----------------------------------------------------------------------------------------------------------
@@ -401,8 +374,7 @@ def test_steps_go_to_all_ranks_and_tokens_to_the_front_end_that_asked(sockets: S
         assert take_tokens(sockets, FRONT) == {"a": ([7, 7, 7], "length"), "b": ([7], "length")}
         assert take_tokens(sockets, OTHER_FRONT) == {"a": ([7, 7], "length")}
         assert take_tokens(sockets, THIRD_FRONT) == {}
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -420,8 +392,7 @@ def test_a_front_end_aborts_only_its_own_sequences(sockets: Sockets) -> None:
         yield None
         assert take_tokens(sockets, FRONT) == {"a": ([7, 7], "length")}
         assert take_tokens(sockets, OTHER_FRONT)["b"][1] == "abort"
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -444,7 +415,7 @@ def test_a_front_end_that_goes_away_costs_only_its_own_sequences(sockets: Socket
         else:
             child.kill()
             child.wait()
-            yield [(sockets.registered[1], 1)]  # the first one is `PARENT`
+            yield [(sockets.registered[1], 1)]  # the first one is `OWNER`
         sockets.put("front", OTHER_FRONT, request("later"))
         for _ in range(2):
             assert len(decode(sockets.answer_step(), 0).sampling_row_I) == 1, "of the other front end"
@@ -459,8 +430,7 @@ def test_a_front_end_that_goes_away_costs_only_its_own_sequences(sockets: Socket
         yield None
         [stats] = sockets.take("front", FRONT)
         assert [member.pages_used for member in stats.members] == [0, 0]
-        sockets.shut_down()
-        yield None
+        yield END
 
     try:
         run(sockets, script())
@@ -473,14 +443,13 @@ def test_what_cannot_be_obeyed_is_answered(sockets: Sockets) -> None:
     def script() -> Script:
         sockets.put("front", FRONT, m.Attach(pid=1 << 30), request("early"))
         yield from attach(sockets, OTHER_FRONT)
-        sockets.put("front", FRONT, request("a"), m.AbortRequest(id="a"), m.Shutdown(), m.Detach())
+        sockets.put("front", FRONT, request("a"), m.AbortRequest(id="a"), m.Detach())
         yield None
-        refused, early, first, ended, owner = sockets.take("front", FRONT)
+        refused, early, first, ended = sockets.take("front", FRONT)
         assert "no process" in refused.reason
         assert "not up yet" in early.outputs[0].error
         assert "not attached" in first.outputs[0].error
         assert ended.outputs[0].finish_reason == "abort"
-        assert "only the owner" in owner.reason
         sockets.put("front", OTHER_FRONT, request("a"), request("a"), ATTACH)
         yield None
         twice, ready = sockets.take("front", OTHER_FRONT)
@@ -490,8 +459,7 @@ def test_what_cannot_be_obeyed_is_answered(sockets: Sockets) -> None:
             sockets.answer_step()
             yield None
         assert take_tokens(sockets, OTHER_FRONT) == {"a": ([7, 7], "length")}, "the second one changes nothing"
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -507,8 +475,7 @@ def test_a_request_that_can_never_run_is_refused_and_the_others_go_on(sockets: S
         sockets.answer_step()
         yield None
         assert [one.finish_reason for each in sockets.take("front", FRONT) for one in each.outputs] == ["length"]
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -527,8 +494,7 @@ def test_a_request_that_is_aborted_gets_no_more_steps(sockets: Sockets) -> None:
         sockets.take("ranks", b"0")
         yield None
         assert [message for message in sockets.take("ranks", b"0") if message.sampling_rows] == []
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -548,8 +514,7 @@ def test_one_question_to_the_ranks_answers_all_front_ends(sockets: Sockets) -> N
         (one,), (other,) = sockets.take("front", FRONT), sockets.take("front", OTHER_FRONT)
         assert one == other
         assert [member.attention_share for member in one.members] == [0.75, 0.25]
-        sockets.shut_down()
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -557,63 +522,68 @@ def test_one_question_to_the_ranks_answers_all_front_ends(sockets: Sockets) -> N
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def test_rank_0_can_end_the_job_in_order(sockets: Sockets) -> None:
+def test_the_agent_can_end_the_job_in_order(sockets: Sockets) -> None:
     def script() -> Script:
+        sockets.put("agents", AGENT, m.AgentHello(ranks=[0]))
         yield from sockets.come_up()
-        yield [(PARENT, 1)]
+        sockets.put("agents", OTHER_AGENT, m.AgentHello(ranks=[1]))  # the last message before the end
+        yield END
 
-    run(sockets, script(), line=final_status.SHUT_DOWN)
+    run(sockets, script())
     assert [message for *_, message in sockets.sent if isinstance(message, m.Shutdown)] == [m.Shutdown()] * 2
+    assert sockets.take("agents", AGENT) == sockets.take("agents", OTHER_AGENT) == [m.End(reason=None)]
 
 
-def test_rank_0_may_end_the_job_before_the_driver_reads_its_arguments(tmp_path: Path) -> None:
-    """Both lines are there at once, and the pipe stays open: reading the first one must leave the second."""
-    begin = msgspec.json.encode(make_args(tmp_path)) + b"\n" + final_status.SHUT_DOWN
-    reader, writer = os.pipe()
-    os.write(writer, begin)
-    with subprocess.Popen(start.command("hetis.driver.driver"), stdin=reader, stdout=subprocess.PIPE) as process:
+def test_the_agent_may_end_the_job_before_the_driver_reads_its_arguments(tmp_path: Path) -> None:
+    (tmp_path / JOB).write_bytes(msgspec.json.encode(make_args(tmp_path)))
+    command = start.command("hetis.driver.driver", str(tmp_path), str(os.getpid()))
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         try:
             assert process.wait(DEADLINE) == 0
         finally:
             process.kill()
-            os.close(reader)
-            os.close(writer)
 
 
-@pytest.mark.parametrize(
-    ("line", "words"), [(b"", "was killed by SIGKILL"), (final_status.ASKED_TO_END, "asked to end")]
-)
-def test_the_end_of_rank_0_is_the_end_of_the_fleet(
-    line: bytes, words: str, sockets: Sockets, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervision, "await_status", lambda pid, seconds: 9)
-
-    def script() -> Script:
-        yield from sockets.come_up()
-        yield [(PARENT, 1)]
-        if not line:  # it has died, which ranks may explain in the grace period
-            sockets.now += GRACE_SECONDS + 1
-            yield None
-
-    reason = run_failing(sockets, script(), line)
-    assert words in reason.text
-    assert "rank 0" in reason.text
+def test_a_front_end_cannot_end_the_fleet() -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(m.Shutdown()), type=_FROM["front"])
 
 
-def test_heartbeats_are_answered(sockets: Sockets) -> None:
+def test_questions_of_agents_are_answered_and_heartbeats_are_not(sockets: Sockets) -> None:
     def script() -> Script:
         yield from sockets.come_up()
         sockets.put("health", b"1", m.Heartbeat(rank=1, step=3))
+        sockets.put("agents", AGENT, m.Ping())
         yield None
-        assert sockets.take("health", b"1") == [m.Pong()]
-        sockets.shut_down()
+        assert sockets.take("agents", AGENT) == [m.Pong()]
+        assert sockets.sent == []
+        yield END
+
+    run(sockets, script())
+
+
+def test_values_go_from_rank_to_rank_at_any_time(sockets: Sockets) -> None:
+    def script() -> Script:
+        sockets.put("board", b"1", m.LookUp(key="link"))
         yield None
+        assert sockets.sent == []
+        yield from sockets.come_up()
+        sockets.put("board", b"0", m.Publish(key="link", value=b"here"))
+        yield None
+        assert sockets.take("board", b"1") == [m.Published(key="link", value=b"here")]
+        assert sockets.sent == []
+        sockets.put("board", b"0", m.LookUp(key="link"))
+        yield None
+        assert sockets.take("board", b"0") == [m.Published(key="link", value=b"here")]
+        yield END
 
     run(sockets, script())
 
 
 def test_a_failure_is_sent_to_all_once(sockets: Sockets) -> None:
     def script() -> Script:
+        sockets.put("agents", AGENT, m.AgentHello(ranks=[0]))
+        sockets.put("agents", OTHER_AGENT, m.AgentHello(ranks=[1]))
         yield from attach(sockets, FRONT)
         sockets.put("health", b"1", m.Failure(rank=1, reason="MemoryError: no more", traceback="Traceback …"))
         yield None
@@ -621,19 +591,57 @@ def test_a_failure_is_sent_to_all_once(sockets: Sockets) -> None:
     reason = run_failing(sockets, script())
     assert reason == FailureReason("rank 1 (attention worker on cpu) failed: MemoryError: no more")
     assert sockets.take("front", FRONT) == [m.EngineDead(reason=reason.text)]
-    for rank in (b"0", b"1"):
-        assert m.Abort(reason=reason.text) in sockets.take("health", rank)
+    assert sockets.take("agents", AGENT) == sockets.take("agents", OTHER_AGENT) == [m.End(reason=reason.text)]
 
 
-def test_a_silent_rank_is_killed_by_others_of_its_host(sockets: Sockets) -> None:
+def test_an_end_that_an_agent_has_seen_is_the_reason(sockets: Sockets) -> None:
     def script() -> Script:
         yield from sockets.come_up()
-        sockets.now += 9.0
-        sockets.put("health", b"0", m.Heartbeat(rank=0, step=-1))
+        sockets.put("health", b"0", m.Failure(rank=0, reason="connection lost", is_consequence=True))
+        sockets.put("agents", AGENT, m.RankEnded(rank=1, status=9))
         yield None
-        sockets.now += 2.0
+        sockets.now += GRACE_SECONDS + 1
         yield None
 
-    reason = run_failing(sockets, script(), step_timeout=10.0)
-    assert "rank 1" in reason.text
-    assert m.Abort(reason=reason.text, host="elsewhere", pids_to_kill=[1001]) in sockets.take("health", b"0")
+    assert "rank 1 (attention worker on cpu) was killed by SIGKILL" in run_failing(sockets, script()).text
+
+
+@pytest.mark.parametrize("reacts", [True, False])
+def test_a_request_to_end_goes_to_the_root_which_decides(sockets: Sockets, reacts: bool) -> None:
+    def script() -> Script:
+        sockets.put("agents", AGENT, m.AgentHello(ranks=[0, 1]))
+        yield from attach(sockets, FRONT)
+        sockets.put("agents", AGENT, m.AskedToEnd())
+        yield None
+        for seconds, is_told in ((0.9 * REQUEST_GRACE_SECONDS, False), (0.2 * REQUEST_GRACE_SECONDS, True), (1, False)):
+            sockets.now += seconds
+            for rank in (0, 1):
+                sockets.put("health", b"", m.Heartbeat(rank=rank, step=0))
+            yield None
+            assert sockets.take("front", FRONT) == ([m.EndRequested(reason=request_text)] if is_told else [])
+        if reacts:
+            yield END
+        else:
+            sockets.now += REQUEST_SECONDS
+            yield None
+
+    request_text = "rank 0 (primary on cpu), rank 1 (attention worker on cpu) was asked to end by its launcher."
+    if reacts:
+        run(sockets, script())
+    else:
+        assert run_failing(sockets, script()).text == request_text
+
+
+def test_a_silent_rank_is_the_cause_when_the_others_are_asked_to_end(sockets: Sockets) -> None:
+    """As when its whole host has gone: its launcher asks all others to end."""
+
+    def script() -> Script:
+        sockets.put("agents", AGENT, m.AgentHello(ranks=[0]))
+        yield from attach(sockets, FRONT)
+        sockets.put("agents", AGENT, m.AskedToEnd())
+        yield None
+        sockets.now += REQUEST_GRACE_SECONDS + 0.1
+        sockets.put("health", b"0", m.Heartbeat(rank=0, step=0))
+        yield None
+
+    assert "rank 1 (attention worker on cpu) has not answered" in run_failing(sockets, script()).text

@@ -1,9 +1,10 @@
 """Everything that crosses a process border, as tagged msgspec structs (msgpack; never pickle).
 
-`ranks`: between driver and ranks. `step_command`: one step for the ranks, with its codec. `frontend`: between front
-ends and driver. Which process may receive what is a union in `comm/control.py`.
+`ranks`: between driver and ranks. `step_command`: one step for the ranks, with its codec. `agents`: between driver and
+agents. `frontend`: between front ends and driver. Which process may receive what is a union in `comm/control.py`.
 """
 
+from hetis.core.messages.agents import AgentHello, AskedToEnd, End, Ping, Pong, RankEnded
 from hetis.core.messages.base import Message
 from hetis.core.messages.frontend import (
     AbortRequest,
@@ -11,6 +12,7 @@ from hetis.core.messages.frontend import (
     Attach,
     Detach,
     DeviceModel,
+    EndRequested,
     EngineDead,
     EngineReady,
     FleetQuery,
@@ -25,14 +27,15 @@ from hetis.core.messages.frontend import (
 )
 from hetis.core.messages.observe import EngineStatus
 from hetis.core.messages.ranks import (
-    Abort,
     Failure,
     Heartbeat,
     Hello,
+    LookUp,
     Measure,
     Measured,
     MeasureLink,
-    Pong,
+    Publish,
+    Published,
     Ready,
     Setup,
     Shutdown,
@@ -44,12 +47,15 @@ from hetis.core.messages.ranks import (
 from hetis.core.messages.step_command import NewSequence, StepCommand
 
 __all__ = [
-    "Abort",
     "AbortRequest",
     "AddRequest",
+    "AgentHello",
+    "AskedToEnd",
     "Attach",
     "Detach",
     "DeviceModel",
+    "End",
+    "EndRequested",
     "EngineDead",
     "EngineReady",
     "EngineStatus",
@@ -58,6 +64,7 @@ __all__ = [
     "FleetStats",
     "Heartbeat",
     "Hello",
+    "LookUp",
     "Measure",
     "MeasureLink",
     "Measured",
@@ -66,9 +73,13 @@ __all__ = [
     "Message",
     "NewSequence",
     "Outputs",
+    "Ping",
     "Pong",
     "ProfileQuery",
     "ProfileReport",
+    "Publish",
+    "Published",
+    "RankEnded",
     "Ready",
     "Refused",
     "Setup",
