@@ -40,6 +40,7 @@ class Frontend:
         self._control: FrontClient | None = None
         self._running: dict[str, tuple[Request, PieceSink]] = {}  # by key
         self._questions: dict[type[m.Message], deque[tuple[bytes, AnswerSink]]] = {}  # the first one has been sent
+        self.on_end_request: Callable[[str], None] | None = None  # None: what a launcher requests ends all calls
         self.status: m.EngineStatus | None = None  # the latest that came with tokens
         self.end: EngineDeadError | None = None
 
@@ -132,6 +133,11 @@ class Frontend:
                     sink(message)
             case m.EngineDead():
                 self._finish(self._explain(message.reason))
+            case m.EndRequested():
+                if self.on_end_request is None:
+                    self._finish(self._explain(message.reason))
+                else:
+                    self.on_end_request(message.reason)
             case m.Refused():
                 _log.error("the driver refused a message: %s", message.reason)
             case _:

@@ -297,6 +297,26 @@ def test_a_failure_that_the_driver_reports_ends_all_calls(run: Run) -> None:
     run(story)
 
 
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_launchers_request_ends_all_calls_unless_the_program_decides(run: Run, decides: bool) -> None:
+    async def story(llm: AsyncLLM, fleet: StandInFleet) -> None:
+        reasons: list[str] = []
+        if decides:
+            llm.on_end_request(reasons.append)
+        stream = asyncio.create_task(collect(llm, llm.make_request("It")))
+        sent = await fleet.take()
+        fleet.say(m.EndRequested(reason="torchrun wants it."))
+        fleet.tokens(output(sent.id, TOKENS[0], finish_reason="length"))
+        if decides:
+            assert (await stream)[-1].finish_reason == "length"
+            assert (reasons, llm.is_open) == (["torchrun wants it."], True)
+        else:
+            with pytest.raises(EngineDeadError, match="torchrun wants it"):
+                await stream
+
+    run(story)
+
+
 @pytest.mark.parametrize("has_descriptor", [True, False])
 @pytest.mark.parametrize(
     ("reason", "kind", "words"),
