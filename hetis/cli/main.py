@@ -1,4 +1,4 @@
-"""The command `hetis generate | bench | profile`. Under torchrun rank 0 is the root of the fleet, others are agents."""
+"""The command `hetis serve | generate | bench | profile`. Under torchrun rank 0 is the root, others are agents."""
 
 import argparse
 import os
@@ -9,10 +9,11 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import NoReturn
 
 from hetis.cli.arguments import engine_config
+from hetis.cli.config_file import with_config
 from hetis.cli.parser import CommandParser
 from hetis.cli.version import version_text
 from hetis.core.config import EngineConfig
-from hetis.core.logs import VARIABLE, set_up_logging
+from hetis.core.logs import FORMAT_VARIABLE, VARIABLE, set_up_logging
 from hetis.frontend.console import drop_output, prepare_streams, write, write_message
 from hetis.launch import torchrun
 from hetis.processes import supervision
@@ -26,7 +27,7 @@ COMPLAINT_SECONDS = 30.0
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    from hetis.cli import bench, generate, profile
+    from hetis.cli import bench, generate, profile, serve
 
     parser = CommandParser(
         prog="hetis",
@@ -37,8 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, module, text in (
+        ("serve", serve, "serve a model over HTTP, with OpenAI's interface"),
         ("generate", generate, "generate text from one or more prompts"),
-        ("bench", bench, "measure throughput or latency with random prompts"),
+        ("bench", bench, "measure throughput, latency, or a running server"),
         ("profile", profile, "measure the speed of every device and of the links between them"),
     ):
         description = f"{text[0].upper()}{text[1:]}."
@@ -90,7 +92,10 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
         return int(end.code or 0)
     if "model" in options:
         os.environ[VARIABLE] = options.log_level  # inherited by the processes of the fleet
-        set_up_logging("")
+        serves = "log_format" in options
+        if serves:
+            os.environ[FORMAT_VARIABLE] = options.log_format
+        set_up_logging("", serves=serves)
         if torchrun.under_torchrun():
             _begin_under_torchrun(engine_config(options))
     from hetis.frontend.errors import EngineDeadError
@@ -124,8 +129,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             nowhere = silence.enter_context(open(os.devnull, "w"))
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))
-        options = build_parser().parse_args(argv)
+        parser = build_parser()
         try:
+            options = parser.parse_args(with_config(parser, argv))
             if "model" in options:
                 engine_config(options)
         except ValueError as error:

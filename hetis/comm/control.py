@@ -17,6 +17,7 @@ Client = Literal["ranks", "health", "board", "agents", "front"]
 CLIENTS: tuple[Client, ...] = ("ranks", "health", "board", "agents", "front")  # the first three are of each rank
 
 _FROM_FRONT = m.Attach | m.Detach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery
+_FROM_FRONT |= m.StatusQuery | m.FleetSnapshotQuery
 _FROM: dict[Client, Any] = {
     "ranks": m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Stats,
     "health": m.Failure | m.Heartbeat,
@@ -25,7 +26,7 @@ _FROM: dict[Client, Any] = {
     "front": _FROM_FRONT,
 }
 _TO_FRONT = m.Measuring | m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.Refused
-_TO_FRONT |= m.EndRequested | m.EngineDead
+_TO_FRONT |= m.EndRequested | m.EngineDead | m.EngineStatus | m.FleetSnapshot
 _TO: dict[Client, Any] = {
     "ranks": m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown,
     "health": None,  # nothing is sent

@@ -6,9 +6,9 @@ The agent, its parent, starts it; it reads `DriverArgs` from the run directory, 
 standard output. When the agent closes its standard input, the job ends in order.
 """
 
+import logging
 import os
 import sys
-import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +23,8 @@ from hetis.driver.serving import Serving
 from hetis.driver.startup import Startup
 from hetis.driver.watch import FleetFailedError
 from hetis.processes import start
+
+_log = logging.getLogger(__name__)
 
 
 def main() -> NoReturn:
@@ -48,7 +50,7 @@ def run_job(args: DriverArgs, members: Members) -> int:
         members.fail(error)
         return 1
     except Exception as error:
-        traceback.print_exc()
+        _log.exception("failed")
         members.fail(FleetFailedError(f"the driver failed: {type(error).__name__}: {error}"))
         return 1
     return 0

@@ -136,6 +136,11 @@ class SequenceIds:
         return found
 
 
+def own_id(engine_id: str) -> str:
+    """The id that the front end chose for a sequence; "" for ""."""
+    return engine_id.partition(":")[2]
+
+
 class StatsCollector:
     """Gathers the counters of all ranks for the front ends that ask meanwhile."""
 

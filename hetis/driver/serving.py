@@ -7,6 +7,7 @@ from hetis.core import messages as m
 from hetis.core.device_info import RankStats
 from hetis.driver.front_ends import SequenceIds, StatsCollector
 from hetis.driver.members import END_SECONDS, JobEndedError, Members
+from hetis.driver.observation import Observation
 from hetis.driver.trace import TraceFile
 from hetis.engine.engine import Engine
 
@@ -29,6 +30,7 @@ class Serving:
         self._ready, self._report, self._postponed = ready, report, postponed
         self._ids = SequenceIds()
         self._stats = StatsCollector(len(members.ranks))
+        self._observation = Observation(engine, members.watch)
 
     def run(self) -> None:
         """Serves until the job ends in order. FleetFailedError when the fleet cannot go on."""
@@ -56,15 +58,17 @@ class Serving:
         while (command := self._engine.step(time.monotonic())) is not None:
             self._members.watch.on_step(command.step)
             self._members.broadcast(command)
-        for front, outputs in self._ids.by_front(self._engine.take_outputs()).items():
-            self._fronts.answer(front, m.Outputs(outputs=outputs))
+        found = self._ids.by_front(self._engine.take_outputs())
+        status = self._observation.status_if_due(time.monotonic()) if found else None
+        for front, outputs in found.items():
+            self._fronts.answer(front, m.Outputs(outputs=outputs, status=status))
 
     def _read_ranks(self) -> None:
         for message in self._members.from_ranks():
             match message:
                 case m.StepResult():
                     self._members.watch.on_result(message.step)
-                    self._engine.on_result(message)
+                    self._engine.on_result(message, time.monotonic())
                 case m.StepTimes():
                     self._engine.on_times(message)
                     if self._trace is not None:
@@ -87,6 +91,10 @@ class Serving:
                     self._ask_for_stats()
             case m.ProfileQuery():
                 self._fronts.answer(front, self._report)
+            case m.StatusQuery():
+                self._fronts.answer(front, self._observation.status())
+            case m.FleetSnapshotQuery():
+                self._show(front, message)
 
     def _add(self, front: bytes, request: m.AddRequest) -> None:
         """Without a process to watch, a front end could leave sequences behind, so it has to be attached."""
@@ -100,7 +108,7 @@ class Serving:
             self._fronts.answer(front, m.Refused(reason=f"id {request.id!r} is in use by an unfinished sequence."))
             return
         request.id = name
-        self._engine.add(request)
+        self._engine.add(request, time.monotonic())
 
     def _abort(self, front: bytes, own_id: str) -> None:
         name = self._ids.find(front, own_id)
@@ -124,6 +132,13 @@ class Serving:
 
     # --- statistics ---------------------------------------------------------------------------------------------------
 
+    def _show(self, front: bytes, query: m.FleetSnapshotQuery) -> None:
+        """Answers at once, with the ranks' counters of the last time; has them ready for the next time."""
+        now = time.monotonic()
+        self._fronts.answer(front, self._observation.snapshot(query, now))
+        if not self._stats.num_missing and self._observation.ask_ranks(now):
+            self._ask_for_stats()
+
     def _ask_for_stats(self) -> None:
         self._stats.begin()
         self._members.broadcast(m.StatsQuery())
@@ -132,6 +147,7 @@ class Serving:
         found = self._stats.on_stats(stats)
         if found is None:
             return
+        self._observation.on_stats(found, time.monotonic())
         answer = self._engine.fleet_stats(found)
         for front in self._stats.take_asking():
             self._fronts.answer(front, answer)

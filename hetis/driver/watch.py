@@ -84,6 +84,23 @@ class Watch:
         if self._first_sign is None:
             self._first_sign = self._clock()
 
+    def in_flight_seconds(self) -> float:
+        """Age of the oldest step that has not come back; 0 without one."""
+        return self._clock() - min(self._started.values()) if self._started else 0.0
+
+    def silent_seconds(self) -> dict[int, float]:
+        """Seconds since the last sign of life, of every rank that has joined."""
+        now = self._clock()
+        return {rank: now - last for rank, last in self._last_sign.items()}
+
+    def describe_silent(self) -> list[str]:
+        """One sentence for each rank that has been silent for longer than `SILENT_SECONDS`."""
+        return [
+            f"{self._name(rank)} has sent no heartbeat for {seconds:.1f} s; last step {self._last_step.get(rank, -1)}"
+            for rank, seconds in sorted(self.silent_seconds().items())
+            if seconds > SILENT_SECONDS
+        ]
+
     # --- what it means ------------------------------------------------------------------------------------------------
 
     def check(self) -> None:

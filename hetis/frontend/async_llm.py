@@ -85,6 +85,13 @@ class AsyncLLM:
         """Why the fleet has ended; None while it runs."""
         return None if self._frontend.end is None else str(self._frontend.end)
 
+    def on_end_request(self, act: Callable[[str], None]) -> None:
+        """Has `act` called, with the reason, when a launcher such as torchrun wants the fleet to end.
+
+        The program then has about 20 seconds to `close`. Without this call the request ends the fleet at once.
+        """
+        self._frontend.on_end_request = act
+
     @property
     def status(self) -> m.EngineStatus | None:
         """The latest that came with tokens: as old as the latest steps."""
@@ -195,6 +202,10 @@ class AsyncLLM:
     def abort(self, request_id: str) -> None:
         """Ends the streams of requests with this id: their last pieces have the finish reason "abort"."""
         self._frontend.abort(request_id)
+
+    def abort_all(self) -> None:
+        """Ends the streams of all requests in this way."""
+        self._frontend.abort_all()
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

@@ -305,3 +305,8 @@ class _TokenDecoder:
             return self._bytes.alone(ids[0])
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """Bytes of one token, also of one that ends within a character. `tokenizer`: as of `Detokenizer`."""
+    return _token_bytes(getattr(tokenizer, "backend_tokenizer", tokenizer)).of(token_id)

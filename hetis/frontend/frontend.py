@@ -43,6 +43,8 @@ class Frontend:
         self.on_end_request: Callable[[str], None] | None = None  # None: what a launcher requests ends all calls
         self.status: m.EngineStatus | None = None  # the latest that came with tokens
         self.end: EngineDeadError | None = None
+        # called when a launcher wants the fleet to end; None: this front end ends with that as its error
+        self.on_end_request: Callable[[str], None] | None = None
 
     def start(self) -> None:
         """Connects, on the running loop; later calls do nothing. RuntimeError on another loop than the first one's."""
@@ -79,6 +81,11 @@ class Frontend:
             self.abandon([request])
             for piece in request.abort():
                 sink(piece)
+
+    def abort_all(self) -> None:
+        """Finishes all requests with the reason "abort"."""
+        for request_id in {request.id for request, _ in self._running.values()}:
+            self.abort(request_id)
 
     def ask(self, question: bytes, kind: type[m.Message], sink: AnswerSink) -> None:
         """Has the answer, of type `kind`, go to `sink`.
@@ -131,7 +138,9 @@ class Frontend:
             case m.Measuring():
                 for _, sink in self._questions.get(m.EngineReady, ()):
                     sink(message)
-            case m.EngineDead():
+            case m.EndRequested() if self.on_end_request is not None:
+                self.on_end_request(message.reason)
+            case m.EngineDead() | m.EndRequested():
                 self._finish(self._explain(message.reason))
             case m.EndRequested():
                 if self.on_end_request is None:

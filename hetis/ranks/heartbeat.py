@@ -5,6 +5,7 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from hetis.comm.control import ControlClient
@@ -26,7 +27,7 @@ class Heartbeat(threading.Thread):
         """`agent`: the channel to it, on which nothing more is received."""
         super().__init__(name="heartbeat", daemon=True)
         self._endpoint, self._rank, self._agent = endpoint, rank, agent
-        self.step = -1  # the last one that the rank has finished
+        self.last_step: Callable[[], int] = lambda: -1  # that the rank has finished
         self._waker = Waker()
         self._stopping = threading.Event()
         self._failures: queue.SimpleQueue[m.Failure] = queue.SimpleQueue()
@@ -49,7 +50,7 @@ class Heartbeat(threading.Thread):
         while not self._stopping.is_set():
             now = time.monotonic()
             if now >= next_beat:
-                client.send(m.Heartbeat(rank=self._rank, step=self.step))
+                client.send(m.Heartbeat(rank=self._rank, step=self.last_step()))
                 next_beat = now + INTERVAL_SECONDS
             wait(max(0.0, next_beat - now))
             self._waker.drain()

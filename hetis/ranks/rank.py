@@ -2,7 +2,6 @@
 
 import logging
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -67,7 +66,8 @@ def run_rank(
         _report(heartbeat, rank, device_name, error, is_mistake=isinstance(error, ValueError))
     try:
         if member is not None:
-            obey(control, heartbeat, member)
+            heartbeat.last_step = lambda: member.last_step
+            obey(control, member)
             member.close()
     except Exception as error:
         fail(error)
@@ -85,7 +85,7 @@ def _join(
     rendezvous: Rendezvous,
     on_failure: Callable[[BaseException], Any],
 ) -> PrimaryRank | AttentionWorker | None:
-    """From `Hello` to `Ready`; None if the job ends before it began. ValueError for what the user must change."""
+    """Everything from `Hello` to `Ready`; None if the job ends before it began. ValueError for mistakes of the user."""
     token = Token(rank, rendezvous)
     device = prepare_device(device_name, ranks_on_host)
     host = token.host(JOIN_SECONDS)
@@ -190,13 +190,12 @@ def warm_up(member: PrimaryRank | AttentionWorker, setup: m.Setup) -> None:
     member.forget()
 
 
-def obey(control: ControlClient, heartbeat: Heartbeat, member: PrimaryRank | AttentionWorker) -> None:
+def obey(control: ControlClient, member: PrimaryRank | AttentionWorker) -> None:
     """Commands in order until `Shutdown`."""
     while True:
         command = control.receive()
         if isinstance(command, m.StepCommand):
             result = member.run_step(decode(command, member.rank))
-            heartbeat.step = command.step
             if result is not None:
                 control.send(result)
             for times in member.take_times():
@@ -213,7 +212,7 @@ def obey(control: ControlClient, heartbeat: Heartbeat, member: PrimaryRank | Att
 
 
 def _report(heartbeat: Heartbeat, rank: int, device_name: str, error: BaseException, is_mistake: bool) -> NoReturn:
-    """Tells the terminal and the driver why this rank fails, and waits for the agent to end it. For any thread.
+    """Logs, and tells the driver, why this rank fails, and waits for the agent to end it. For any thread.
 
     A lost connection is the failure of another rank, and for a mistake of the user one sentence is enough: neither
     shows a traceback.
@@ -222,7 +221,7 @@ def _report(heartbeat: Heartbeat, rank: int, device_name: str, error: BaseExcept
     text = ""
     if not is_consequence and not is_mistake:
         text = "".join(traceback.format_exception(error))
-        print(f"hetis: rank {rank} on {device_name} failed:\n{text}", file=sys.stderr, flush=True)
+        _log.error("failed on %s", device_name, exc_info=error)
     reason = str(error) if is_consequence or is_mistake else f"{type(error).__name__}: {error}"
     heartbeat.report(m.Failure(rank=rank, reason=reason, traceback=text, is_consequence=is_consequence))
     while True:

@@ -142,7 +142,7 @@ class LocalFleet:
         found: dict[str, Generated] = {}
         for prompt, each, output in zip(prompts, many, outputs or [[]] * len(prompts), strict=True):
             found[str(self._next_id)] = Generated()
-            self.engine.add(self.request(str(self._next_id), prompt, each, output))
+            self.engine.add(self.request(str(self._next_id), prompt, each, output), self._clock())
             self._next_id += 1
         while any(one.finish_reason is None for one in found.values()):
             self.turn(check=check)
@@ -166,7 +166,7 @@ class LocalFleet:
             result = self._results.get(timeout=DEADLINE)
             if isinstance(result, BaseException):
                 raise result
-            self.engine.on_result(result)
+            self.engine.on_result(result, self._clock())
         while not self.times.empty():
             self.engine.on_times(self.times.get())
         if check:

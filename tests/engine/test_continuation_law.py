@@ -85,7 +85,7 @@ def test_records_that_no_sequence_can_have_are_refused(fleet: LocalFleet) -> Non
         (AddRequest(id="a", token_ids=[1] * limit, prompt_len=1, seed=0, params=SamplingParams(max_tokens=None)), ""),
     ]
     for request, words in cases:
-        fleet.engine.add(request)
+        fleet.engine.add(request, 0.0)
         [output] = fleet.engine.take_outputs()
         assert output.finish_reason == "error"
         assert output.error is not None

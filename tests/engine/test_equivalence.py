@@ -49,7 +49,7 @@ def test_a_recomputed_prompt_is_scored_once(checkpoint: Path):
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     with LocalFleet(checkpoint, "1+0", max_num_batched_tokens=7) as fleet:
         [expected] = fleet.generate([prompt], params)
-        fleet.engine.add(fleet.request("again", prompt, params))
+        fleet.engine.add(fleet.request("again", prompt, params), 0.0)
         for _ in range(2):
             fleet.turn()
         [sequence] = fleet.engine.scheduler.running

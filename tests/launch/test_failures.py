@@ -101,7 +101,7 @@ def test_a_rank_that_raises_shows_its_traceback(directory: Path, when: str) -> N
     with FleetProcess.script(directory, "1+1", "busy", **variables) as fleet:
         check_end(fleet, NAMES["rank 1"], "MemoryError: planted failure")
         tracebacks = [line for line in fleet.err if line.startswith("Traceback")]
-        assert "hetis: rank 1 on cpu failed:" in fleet.err[0]
+        assert "ERROR hetis rank 1: failed on cpu" in fleet.err[0]
         assert fleet.err[1] == tracebacks[0]
 
 

@@ -1,7 +1,8 @@
 """Everything that crosses a process border, as tagged msgspec structs (msgpack; never pickle).
 
 `ranks`: between driver and ranks. `step_command`: one step for the ranks, with its codec. `agents`: between driver and
-agents. `frontend`: between front ends and driver. Which process may receive what is a union in `comm/control.py`.
+agents. `frontend`: between front ends and driver; `observe`: of these, what shows the state of a fleet. Which process
+may receive what is a union in `comm/control.py`.
 """
 
 from hetis.core.messages.agents import AgentHello, AskedToEnd, End, Ping, Pong, RankEnded
@@ -25,7 +26,18 @@ from hetis.core.messages.frontend import (
     Refused,
     TokenOutput,
 )
-from hetis.core.messages.observe import EngineStatus
+from hetis.core.messages.observe import (
+    STEP_TOKEN_BOUNDS,
+    DeviceState,
+    EngineStatus,
+    FleetCounters,
+    FleetEvent,
+    FleetSnapshot,
+    FleetSnapshotQuery,
+    LinkState,
+    SequenceState,
+    StatusQuery,
+)
 from hetis.core.messages.ranks import (
     Failure,
     Heartbeat,
@@ -47,6 +59,7 @@ from hetis.core.messages.ranks import (
 from hetis.core.messages.step_command import NewSequence, StepCommand
 
 __all__ = [
+    "STEP_TOKEN_BOUNDS",
     "AbortRequest",
     "AddRequest",
     "AgentHello",
@@ -54,16 +67,22 @@ __all__ = [
     "Attach",
     "Detach",
     "DeviceModel",
+    "DeviceState",
     "End",
     "EndRequested",
     "EngineDead",
     "EngineReady",
     "EngineStatus",
     "Failure",
+    "FleetCounters",
+    "FleetEvent",
     "FleetQuery",
+    "FleetSnapshot",
+    "FleetSnapshotQuery",
     "FleetStats",
     "Heartbeat",
     "Hello",
+    "LinkState",
     "LookUp",
     "Measure",
     "MeasureLink",
@@ -82,10 +101,12 @@ __all__ = [
     "RankEnded",
     "Ready",
     "Refused",
+    "SequenceState",
     "Setup",
     "Shutdown",
     "Stats",
     "StatsQuery",
+    "StatusQuery",
     "StepCommand",
     "StepResult",
     "StepTimes",

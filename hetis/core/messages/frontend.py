@@ -70,7 +70,7 @@ class EngineReady(Message):
     eos_token_ids: list[int]
 
 
-class TokenOutput(msgspec.Struct, kw_only=True):
+class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """New tokens of one sequence."""
 
     id: str

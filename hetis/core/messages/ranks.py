@@ -35,7 +35,7 @@ class Measured(Message):
 
 
 class StepResult(Message):
-    """From the sampling rank (tensor-parallel index 0 of the last stage), for the sampling rows of a step in order."""
+    """Tokens of a step's sampling rows in order, from the sampling rank (index 0 of the last stage)."""
 
     step: int
     tokens: list[int]
@@ -45,7 +45,7 @@ class StepResult(Message):
 
 
 class StepTimes(Message):
-    """From every rank, after every step it has finished."""
+    """Times of a finished step, from every rank."""
 
     rank: int
     step: int
@@ -69,7 +69,7 @@ class Failure(Message):
 
 class Heartbeat(Message):
     rank: int
-    step: int  # the last step it finished
+    step: int  # the last one that it has finished, in all of its stages; -1 before the first
 
 
 class Publish(Message):
