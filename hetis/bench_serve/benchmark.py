@@ -115,7 +115,7 @@ class Benchmark:
         if settings.num_prompts is not None:
             return settings.num_prompts
         if settings.duration is not None and rate is not None and math.isfinite(rate):
-            return max(1, round(rate * settings.duration))
+            return max(1, int(rate * settings.duration + 1e-6))
         return DEFAULT_NUM_PROMPTS
 
     def _workload(self, index: int, count: int) -> tuple[list[Shape], list[float]]:

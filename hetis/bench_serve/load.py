@@ -89,10 +89,13 @@ class LoadGenerator:
         timeout: float,
         on_done: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        """`time_limit`: seconds after which no request is sent any more. `timeout`: seconds for one request."""
+        """`timeout`: seconds for one request. `time_limit`: seconds after which no request is due or leaves the queue.
+
+        `on_done` is called with each answer.
+        """
         self._client, self._timeout, self._on_done = client, timeout, on_done
         self._time_limit = float("inf") if time_limit is None else time_limit
-        self._gate = nullcontext() if max_concurrency is None else asyncio.Semaphore(max_concurrency)
+        self._gate = None if max_concurrency is None else asyncio.Semaphore(max_concurrency)
         self._start = 0.0
 
     async def run(self, requests: Sequence[Prepared]) -> Outcome:
@@ -116,7 +119,7 @@ class LoadGenerator:
     ) -> list["asyncio.Task[Answer | None]"]:
         tasks = []
         for request in requests:
-            if request.due > self._time_limit:
+            if request.due > self._time_limit + 1e-6:  # the last due time of a rate and duration is rounded
                 break
             wait = self._start + request.due - time.perf_counter()
             if wait > 0:
@@ -125,11 +128,12 @@ class LoadGenerator:
         return tasks
 
     async def _send(self, request: Prepared) -> Answer | None:
-        """The answer to one request; None if the time was up before it could be sent."""
+        """The answer to one request; None if the time was up while it waited for others to end."""
         answer = Answer(request.prompt_len, self._start + request.due)
-        async with self._gate:
+        must_wait = self._gate is not None and self._gate.locked()
+        async with self._gate or nullcontext():
             answer.start = time.perf_counter()
-            if answer.start - self._start > self._time_limit:
+            if must_wait and answer.start - self._start > self._time_limit:
                 return None
             try:
                 is_whole = await self._client.exchange(request.data, answer, self._timeout)

@@ -174,7 +174,7 @@ def _metrics(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:
         if name not in TITLES:
-            raise ArgumentTypeError(f"has {name!r}: it must be some of {', '.join(TITLES)}.")
+            raise ArgumentTypeError(f"is {text!r}: it must be some of {', '.join(TITLES)}.")
     return names
 
 
@@ -186,7 +186,7 @@ def _percentiles(text: str) -> tuple[float, ...]:
         except ValueError:
             value = math.nan
         if not 0 <= value <= 100:
-            raise ArgumentTypeError(f"has {part!r}: it must be numbers from 0 to 100, like 50,95,99.")
+            raise ArgumentTypeError(f"is {text!r}: it must be numbers from 0 to 100, like 50,95,99.")
         found.append(value)
     return tuple(dict.fromkeys(found))
 
