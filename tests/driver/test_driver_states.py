@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from hetis.comm.control import _FROM
 from hetis.core import messages as m
 from hetis.core.config import JOB, DriverArgs, EngineConfig
 from hetis.core.device_info import DeviceInfo, RankStats
@@ -467,11 +466,6 @@ def test_the_agent_may_end_the_job_before_the_driver_reads_its_arguments(tmp_pat
             assert process.wait(DEADLINE) == 0
         finally:
             process.kill()
-
-
-def test_a_front_end_cannot_end_the_fleet() -> None:
-    with pytest.raises(msgspec.ValidationError):
-        msgspec.msgpack.decode(msgspec.msgpack.encode(m.Shutdown()), type=_FROM["front"])
 
 
 def test_questions_of_agents_are_answered_and_heartbeats_are_not(sockets: Sockets) -> None:
