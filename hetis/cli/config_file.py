@@ -33,7 +33,7 @@ def with_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[st
     if name is None or not any(OPTION in action.option_strings for action in leaf._actions):
         return [*argv]
     found = _read(Path(name))
-    words = []
+    words: list[str] = []
     for key, value in found.items():
         if key == "model" and isinstance(value, str):
             leaf.set_defaults(model=value)

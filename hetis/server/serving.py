@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any, Never, TypeVar
+from typing import Any, Never, TypeVar, cast
 
 import msgspec
 
@@ -82,7 +82,7 @@ class ServerLife:
         self._listener, self._options, self._config = listener, options, config
         # whose names need no file of the model
         plain = msgspec.structs.replace(options, generation_config="vllm", otlp_traces_endpoint=None)
-        self._starting = build_app(Starting(config), plain)
+        self._starting = build_app(cast(AsyncLLM, Starting(config)), plain)
         self._http = HttpServer(self._starting, options)
         self._llm: AsyncLLM | None = None  # these two are None until the fleet has been started
         self._server: Server | None = None
