@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -192,7 +192,7 @@ def print_costs(address: str) -> None:
     import uvloop
 
     print(f"{STREAMS_PER_S} streams/s of {TOKENS} tokens for {SECONDS} s; TTFT of the server {TTFT_MS:g} ms")
-    clients = {
+    clients: dict[str, Callable[[], tuple[float, float]]] = {
         "ours on uvloop": lambda: uvloop.run(cost_of_ours(address)),
         "ours on asyncio": lambda: asyncio.run(cost_of_ours(address)),
         "httpx": lambda: asyncio.run(cost_of_httpx(address)),

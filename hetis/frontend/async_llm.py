@@ -85,6 +85,13 @@ class AsyncLLM:
         """Why the fleet has ended; None while it runs."""
         return None if self._frontend.end is None else str(self._frontend.end)
 
+    def on_end_request(self, act: Callable[[str], None]) -> None:
+        """Has `act` called, with the reason, when a launcher such as torchrun wants the fleet to end.
+
+        The program then has about 20 seconds to `close`. Without this call the request ends the fleet at once.
+        """
+        self._frontend.on_end_request = act
+
     @property
     def status(self) -> m.EngineStatus | None:
         """The latest that came with tokens: as old as the latest steps."""

@@ -18,7 +18,7 @@ from tests.processes.look import DEADLINE
 
 
 def test_a_value_error_of_a_fleet_that_is_up_is_no_mistake_of_the_user(
-    sockets: Sockets, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def raise_error(engine: Engine, now: float) -> None:
         raise ValueError("planted")
