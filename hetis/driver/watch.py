@@ -96,10 +96,14 @@ class Watch:
     def describe_silent(self) -> list[str]:
         """One sentence for each rank that has been silent for longer than `SILENT_SECONDS`."""
         return [
-            f"{self._name(rank)} has sent no heartbeat for {seconds:.1f} s; last step {self._last_step.get(rank, -1)}"
+            f"{self._name(rank)} has sent no heartbeat for {seconds:.1f} s; {self._progress_of(rank)}"
             for rank, seconds in sorted(self.silent_seconds().items())
             if seconds > SILENT_SECONDS
         ]
+
+    def _progress_of(self, rank: int) -> str:
+        step = self._last_step.get(rank, -1)
+        return "it has finished no step" if step < 0 else f"last step {step}"
 
     # --- what it means ------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from hetis.core.outputs import MODEL_FAILED
 from hetis.core.sampling_params import SamplingParams
 from hetis.frontend.errors import EngineDeadError
 from hetis.frontend.requests import Piece, Request
@@ -223,9 +224,10 @@ def engine_dead() -> ApiError:
 
 
 def _failure(piece: Piece) -> ApiError:
-    """The engine's reason is a sentence of hetis: that the request can never run, or that its logits are not finite."""
-    reason = piece.error or "the engine gives no reason"
-    return ApiError(500, f"the request failed: {reason.rstrip('.')}.", code="generation_failed")
+    """500 for a model that fails; what else the engine may say is a fault of the request, as that it can never run."""
+    assert piece.error is not None
+    status = 500 if piece.error == MODEL_FAILED else 400
+    return ApiError(status, f"the request failed: {piece.error.rstrip('.')}.", code="generation_failed")
 
 
 async def _send_part(send: Send, part: bytes) -> None:

@@ -19,6 +19,7 @@ from openai import AsyncOpenAI
 
 from hetis.core.config import EngineConfig
 from hetis.core.messages import AddRequest, EngineReady, TokenOutput
+from hetis.core.outputs import MODEL_FAILED
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.token_logprobs import TokenLogprobs
 from hetis.frontend.errors import EngineDeadError
@@ -42,7 +43,8 @@ class StandIn:
 
     - may_run: cleared, requests wait in the queue.
     - fails_after: number of tokens after which the engine is dead; None: never.
-    - errors_after: number of tokens after which a sequence ends with an error; None: never.
+    - errors_after: number of tokens after which a sequence ends with an error; None: never. refuses: it is a fault of
+      the request, not of the model.
     - fixed_tokens: what every sequence begins with.
     - is_aborting: all that runs ends with the reason "abort".
     - panics: the tokenizer fails like Rust code does.
@@ -60,6 +62,7 @@ class StandIn:
         self.may_run.set()
         self.fails_after: int | None = None
         self.errors_after: int | None = None
+        self.refuses = False
         self.panics = self.is_aborting = False
         self.fixed_tokens: list[int] = []
         self.params: list[SamplingParams] = []
@@ -99,7 +102,8 @@ class StandIn:
             self.dead_reason = "rank 0 was killed"
             raise EngineDeadError(self.dead_reason)
         if self.errors_after is not None and sequence.num_tokens >= self.errors_after:
-            new = TokenOutput(id=sequence.id, token_ids=[], finish_reason="error", error="logits are not finite")
+            error = "it can never run." if self.refuses else MODEL_FAILED
+            new = TokenOutput(id=sequence.id, token_ids=[], finish_reason="error", error=error)
         else:
             new = sequence.next()
         piece, _ = request.add(new)

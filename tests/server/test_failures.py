@@ -172,6 +172,7 @@ def test_the_queue_is_bounded() -> None:
     [
         ({"fails_after": 0}, 503, "engine_dead"),
         ({"errors_after": 0}, 500, "generation_failed"),
+        ({"errors_after": 0, "refuses": True}, 400, "generation_failed"),
         ({"panics": True}, 500, "internal_error"),
     ],
 )
@@ -183,7 +184,7 @@ def test_a_failure_before_the_first_byte(
     assert response.status_code == status
     error = response.json()["error"]
     assert error["code"] == code
-    assert error["type"] == "server_error"
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
     assert "rank 0" not in error["message"]
     assert llm.num_running == 0
 

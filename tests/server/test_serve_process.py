@@ -118,7 +118,9 @@ def test_a_frozen_worker_makes_the_server_unhealthy_until_it_goes_on(directory: 
                 assert (await stream.end())["choices"][0]["finish_reason"] == "length"
 
         run(script())
-        process.logged(r"rank 1 \(attention worker on cpu\) has sent no heartbeat for .* s; last step \d+")
+        process.logged(
+            r"rank 1 \(attention worker on cpu\) has sent no heartbeat for .* s; (last step \d+|it has .* no step)"
+        )
         process.logged("unhealthy: ")
         ask_to_end(process)
         assert process.wait() == 0, process.text()
