@@ -29,25 +29,22 @@ class ModelInfo(NamedTuple):
 async def find_model(client: HttpClient, name: str | None, timeout: float) -> ModelInfo:
     """The model called `name`, or the server's first one. Waits up to `timeout` seconds for the server.
 
-    Raises ValueError if the server does not answer in time, refuses the question, or has no such model.
+    A name that the server does not list may be one that it accepts nevertheless: the first request will tell. Raises
+    ValueError if the server does not answer in time, refuses the question, or lists no model and none is named.
     """
     status, body = await _wait_for_models(client, timeout)
-    if status == 404 and name is not None:
-        return ModelInfo(name, None, None)
-    listed = body.get("data") if isinstance(body, dict) else None
     if status in (401, 403):
         raise ValueError(f"the server refuses /v1/models with {status}: give its key by --api-key or OPENAI_API_KEY.")
-    if status != 200 or not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
-        raise ValueError(f"/v1/models answers with {status} and no list of models; check the address, or give --model.")
+    data = body.get("data") if isinstance(body, dict) and status == 200 else None
+    listed = [one for one in data if isinstance(one, dict)] if isinstance(data, list) else []
     for one in listed:
         if isinstance(one.get("id"), str) and name in (None, one["id"]):
             root, longest = one.get("root"), one.get("max_model_len")
             has_length = isinstance(longest, int) and longest > 0
             return ModelInfo(one["id"], root if isinstance(root, str) else None, longest if has_length else None)
     if name is None:
-        raise ValueError("/v1/models lists no model; wait until the server has loaded one.")
-    known = ", ".join(str(one.get("id")) for one in listed)
-    raise ValueError(f"--model {name} is not a model of the server; it has {known}.")
+        raise ValueError(f"/v1/models answers with {status} and names no model; check the address, or give --model.")
+    return ModelInfo(name, None, None)
 
 
 async def _wait_for_models(client: HttpClient, timeout: float) -> tuple[int, Any]:

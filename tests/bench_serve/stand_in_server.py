@@ -48,6 +48,7 @@ class StandIn:
     is_llama_cpp: bool = False
     takes_token_ids: bool = True
     unready: int = 0
+    unlisted: bool = False
     seen: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)  # path, headers, body
     address: str = ""  # set by `serving`
     num_running: int = 0
@@ -79,7 +80,7 @@ class StandIn:
             return send_json(writer, {})
         if self.key is not None and headers.get("authorization") != f"Bearer {self.key}":
             raise RefusedError(401, "wrong key")
-        if path == "/v1/models":
+        if path == "/v1/models" and not self.unlisted:
             return send_json(writer, self._models())
         if path in ("/tokenize", "/detokenize") and self.has_tokenizer:
             return send_json(writer, self._tokenizer(path, body))

@@ -36,6 +36,8 @@ OURS = {
 DETAILS = {"input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times"}
 DETAILS |= {"generated_texts", "errors"}
 
+[TOKENIZER] = (path.parent for path in (Path(hetis.__file__).parent / "assets").rglob("tokenizer.json"))
+
 
 @pytest.fixture
 def server() -> Iterator[StandIn]:
@@ -156,8 +158,7 @@ def test_prompts_are_made_as_the_server_allows(
 
 
 def test_the_models_root_has_the_tokenizer(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
-    [file] = (Path(hetis.__file__).parent / "assets").rglob("tokenizer.json")
-    server.root = str(file.parent)
+    server.root = str(TOKENIZER)
     assert run(server) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["prompts"], found["tokenizer_id"]) == (f"text by the tokenizer {server.root}", server.root)
@@ -283,6 +284,11 @@ def test_chosen_metrics_and_percentiles(server: StandIn, capsys: pytest.CaptureF
     assert not {"p99_ttft_ms", "mean_tpot_ms"} & found.keys()
 
 
+def test_a_model_that_is_not_listed_may_still_be_accepted(server: StandIn) -> None:
+    server.unlisted = True
+    assert run(server, "--model", "stand-in") == 0
+
+
 def test_a_server_that_starts_later_is_waited_for(server: StandIn) -> None:
     server.unready = 1
     assert run(server) == 0
@@ -293,7 +299,8 @@ def test_a_server_that_starts_later_is_waited_for(server: StandIn) -> None:
     [
         ({"unready": 99}, ["--ready-check-timeout-sec", "0"], r"not ready after 0 s \(HTTP 503\)"),
         ({"key": "right"}, ["--api-key", "wrong"], "refuses /v1/models with 401: give its key"),
-        ({}, ["--model", "other"], "--model other is not a model of the server; it has stand-in"),
+        ({}, ["--model", "other", "--tokenizer", str(TOKENIZER)], "the first request failed .*no model 'other'"),
+        ({"unlisted": True}, [], "/v1/models answers with 404 and names no model; check the address, or give --model"),
         ({}, ["--input-len", "4096"], r"requests of up to 4100 tokens .* limit of 4096"),
         ({}, ["--extra-body", '{"model": "x"}'], r"the first request failed \(HTTP 404: no model 'x'\)"),
     ],
