@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
 # The CPU build of torch lives on an index of its own; it is used where there is no NVIDIA GPU and the index answers.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || $(PYTHON) bench/torch_index.py)
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: install install-bench demo serve test test-process test-clients test-gpu prove check format clean
+.PHONY: install install-bench install-clients demo serve test test-process test-clients test-gpu prove check format
+.PHONY: clean soak
 install: $(STAMP)
 
 $(STAMP): $(SOURCES)
@@ -24,6 +26,17 @@ $(STAMP): $(SOURCES)
 # The packages of the extra `bench` in setup.py; hetis itself is not built again.
 install-bench: install
 	$(BIN)/pip install --quiet -c constraints.txt matplotlib scipy
+
+# Outside clients in an environment of their own: their requirements and those of hetis exclude each other.
+# torch first, so that they take its CPU build.
+install-clients: $(CLIENTS)/.installed
+
+$(CLIENTS)/.installed: bench/requirements-clients.txt
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --upgrade pip
+	$(CLIENTS)/bin/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch
+	$(CLIENTS)/bin/pip install --quiet -r bench/requirements-clients.txt
+	@touch $@
 
 # `--dispatch even`, because the default policy leaves a model this small on the primary.
 demo: install
@@ -45,6 +58,10 @@ test-process: install
 test-clients: install-clients
 	$(BIN)/python bench/outside_clients.py
 
+# Twenty minutes of mixed requests: memory, descriptors and pages must stay flat.
+soak: install-bench
+	$(BIN)/python bench/soak_server.py
+
 test-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
@@ -64,4 +81,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build kernels/*.so kernels/*.missing hetis/dispatcher/*.so hetis/dispatcher/*.missing
+	rm -rf $(VENV) $(CLIENTS) build kernels/*.so kernels/*.missing hetis/dispatcher/*.so hetis/dispatcher/*.missing

@@ -55,7 +55,7 @@ EXTRAS = {
     "otel": ["opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"],
     "test": [
         *("pytest", "pytest-xdist", "hypothesis", "scipy"),
-        *("httpx", "openai", "schemathesis", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
+        *("httpx", "openai", "schemathesis", "selenium", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
     ],
     "dev": ["ruff", "mypy"],
 }

@@ -22,13 +22,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fleet_report import RESULTS, commit, date, machine
+import records
+from records import HERE, commit, date, machine
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-FILES = HERE / "clients"
-TOKENIZER = ROOT / "hetis" / "assets" / "tiny"
-BIN = ROOT / ".venv-clients" / "bin"
+FILES = HERE / "bench" / "clients"
+TOKENIZER = HERE / "hetis" / "assets" / "tiny"
+BIN = HERE / ".venv-clients" / "bin"
 MODEL = "tiny"
 START_SECONDS, CLIENT_SECONDS = 60, 600
 
@@ -213,12 +212,11 @@ def main() -> None:
                 f"{name:24} {version_of(package):10} {requests:4} requests, {failed} failed {error[-3000:]}", flush=True
             )
             row = {
-                "date": date(), "machine": machine(), "commit": commit(ROOT), "client": name,
+                "date": date(), "machine": machine(), "commit": commit(), "client": name,
                 "version": version_of(package), "requests": requests, "failed": failed, "passed": passed,
                 "seconds": round(time.monotonic() - begin, 1),
             }  # fmt: skip
-            with (RESULTS / "clients.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            records.append("clients.jsonl", json.dumps(row).encode())
     sys.exit(0 if all_passed else 1)
 
 

@@ -48,13 +48,13 @@ RULES = {  # the longest matching prefix applies
         ("hetis.core", "hetis.processes", "hetis.comm", "hetis.models", "hetis_kernels", "torch", "psutil", *DATA),
         ("torch.distributed",),
     ),
-    "hetis.driver": Rule((*PURE, "hetis.processes", "hetis.comm.control", "hetis.__version__", *DATA)),
-    "hetis.launch": Rule(
-        (
-            *("hetis.core", "hetis.processes", "hetis.models", "hetis.driver", "hetis.ranks"),
-            *("hetis.comm.rendezvous", "hetis.comm.control", "hetis.cli.main", "torch.distributed"),
-            *("msgspec", "psutil"),
-        ),
+    "hetis.driver": Rule(
+        (*PURE, "hetis.processes", "hetis.comm.board", "hetis.comm.control", "hetis.__version__", *DATA)
+    ),
+    "hetis.launch": Rule(("hetis.core", "hetis.processes", "hetis.models", "hetis.comm.control", "msgspec", "psutil")),
+    "hetis.launch.checks": Rule(("hetis.core", "hetis.models", "hetis.driver.profile_files")),
+    "hetis.launch.member": Rule(
+        ("hetis.core", "hetis.processes", "hetis.launch", "hetis.ranks", "hetis.comm.rendezvous", "torch", "msgspec")
     ),
     "hetis.frontend": Rule(
         (
@@ -79,10 +79,12 @@ RULES = {  # the longest matching prefix applies
         ),
         ("torch", "transformers", "tokenizers"),
     ),
+    "hetis.bench_serve": Rule(("hetis.core", "hetis.frontend", "httptools", "matplotlib", *DATA)),
     "hetis.cli": Rule(
         (
             *("hetis.core", "hetis.cost", "hetis.processes", "hetis.launch", "hetis.frontend", "hetis.server"),
-            *("hetis.__version__", "torch", "transformers", "triton", "rich", "yaml", *DATA),
+            *("hetis.bench_serve", "hetis.__version__", "torch", "transformers", "triton", "rich", "uvloop", "yaml"),
+            *DATA,
         ),
     ),
     "hetis_kernels": Rule(("torch", "triton", "numpy", "flash_attn"), ("hetis", "torch.distributed")),
@@ -294,6 +296,11 @@ def names_within(*prefixes: str) -> list[str]:
 
 def test_the_driver_never_imports_torch() -> None:
     loaded = loaded_by(names_within("hetis.engine", "hetis.driver"))
+    assert loaded.isdisjoint({"torch", "triton", "hetis_kernels", "transformers"})
+
+
+def test_roots_and_agents_never_import_torch() -> None:
+    loaded = loaded_by(["hetis.launch.agent", "hetis.launch.fleet", "hetis.launch.torchrun"])
     assert loaded.isdisjoint({"torch", "triton", "hetis_kernels", "transformers"})
 
 

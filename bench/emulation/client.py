@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -40,10 +41,19 @@ def run_workload(
     timelines = [Timeline(arrival_s=r.arrival_s, num_context=len(r.token_ids)) for r in requests]
     num_running, begin = len(requests), time.monotonic()
     with fleet.client.inbox() as inbox:
-        threading.Thread(target=play, args=(fleet, requests, throttles, begin, inbox), daemon=True).start()
+        threading.Thread(target=play_or_end, args=(fleet, requests, throttles, begin, inbox), daemon=True).start()
         while num_running:
             num_running -= take(inbox.get(), timelines, time.monotonic() - begin)
     return timelines
+
+
+def play_or_end(fleet: EmulatedFleet, *arguments: Any) -> None:
+    """Plays. If that fails it ends the fleet, for nothing answers requests that were not sent."""
+    try:
+        play(fleet, *arguments)
+    except BaseException:
+        fleet.client.close()
+        raise
 
 
 def play(

@@ -1,4 +1,4 @@
-"""The command `hetis serve | generate | bench | profile`; under torchrun, the same for one rank of the fleet."""
+"""The command `hetis serve | generate | bench | profile`. Under torchrun rank 0 is the root, others are agents."""
 
 import argparse
 import os
@@ -12,10 +12,12 @@ from hetis.cli.arguments import engine_config
 from hetis.cli.config_file import with_config
 from hetis.cli.parser import CommandParser
 from hetis.cli.version import version_text
+from hetis.core.config import EngineConfig
 from hetis.core.logs import FORMAT_VARIABLE, VARIABLE, set_up_logging
 from hetis.frontend.console import drop_output, prepare_streams, write, write_message
 from hetis.launch import torchrun
-from hetis.launch.member import run_member
+from hetis.processes import supervision
+from hetis.processes.failure import report_to_torchrun
 
 # exit codes: those that shells report for processes killed by these signals
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -38,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module, text in (
         ("serve", serve, "serve a model over HTTP, with OpenAI's interface"),
         ("generate", generate, "generate text from one or more prompts"),
-        ("bench", bench, "measure throughput or latency with random prompts"),
+        ("bench", bench, "measure throughput, latency, or a running server"),
         ("profile", profile, "measure the speed of every device and of the links between them"),
     ):
         description = f"{text[0].upper()}{text[1:]}."
@@ -72,8 +74,13 @@ def _exit_code(argv: list[str], is_interruptible: bool) -> int:
         drop_output()
         return READER_GONE
     except ValueError as error:
-        write_message(f"hetis: {error}")
-        return 1
+        return _complain(error)
+
+
+def _complain(error: Exception) -> int:
+    report_to_torchrun(str(error))
+    write_message(f"hetis: {error}")
+    return 1
 
 
 def _run(argv: list[str], is_interruptible: bool) -> int:
@@ -90,8 +97,7 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
             os.environ[FORMAT_VARIABLE] = options.log_format
         set_up_logging("", serves=serves)
         if torchrun.under_torchrun():
-            run_member(engine_config(options), measure=options.command == "profile", front_argv=argv)
-    is_child = torchrun.fleet_directory is not None
+            _begin_under_torchrun(engine_config(options))
     from hetis.frontend.errors import EngineDeadError
 
     if is_interruptible:
@@ -99,9 +105,18 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
     try:
         return options.run(options) or 0
     except EngineDeadError as error:
-        if not is_child:  # else the driver has reported the error
-            write_message(f"hetis: {error}")
-        return 1
+        return _complain(error)
+
+
+def _begin_under_torchrun(config: EngineConfig) -> None:
+    """Returns in the root; every other process is an agent from here to its end. ValueError for wrong variables."""
+    torchrun.check_variables()
+    if os.environ["RANK"] != "0":
+        from hetis.launch.agent import run_under_torchrun
+
+        run_under_torchrun(config.step_timeout)
+    supervision.die_with_parent(os.getppid())
+    torchrun.is_root = True
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

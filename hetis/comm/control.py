@@ -1,7 +1,6 @@
 """The control plane: typed messages over zmq, one ROUTER per kind of client at the driver, one DEALER at each client.
 
-Within a host they use unix sockets in a private directory, between hosts one configured address. When all clients have
-connected, the socket files are removed (`ControlServer.hide`): connections stay, and no other process can connect.
+Within a host they use unix sockets in a private directory, between hosts one configured address.
 """
 
 from collections.abc import Callable
@@ -14,20 +13,31 @@ import zmq
 from hetis.core import messages as m
 from hetis.core.config import Endpoints
 
-Client = Literal["ranks", "health", "front"]
-CLIENTS: tuple[Client, ...] = ("ranks", "health", "front")
+Client = Literal["ranks", "health", "board", "agents", "front"]
+CLIENTS: tuple[Client, ...] = ("ranks", "health", "board", "agents", "front")  # the first three are of each rank
 
-_FROM_RANK = m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Stats | m.Failure | m.Heartbeat
-_TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
-_FROM_FRONT = m.Attach | m.Detach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery | m.Shutdown
-_TO_FRONT = m.Measuring | m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.Refused | m.EngineDead
+_FROM_FRONT = m.Attach | m.Detach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery
 _FROM_FRONT |= m.StatusQuery | m.FleetSnapshotQuery
-_TO_FRONT |= m.EngineStatus | m.FleetSnapshot
+_FROM: dict[Client, Any] = {
+    "ranks": m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Stats,
+    "health": m.Failure | m.Heartbeat,
+    "board": m.Publish | m.LookUp,
+    "agents": m.AgentHello | m.RankEnded | m.AskedToEnd | m.Ping,
+    "front": _FROM_FRONT,
+}
+_TO_FRONT = m.Measuring | m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.Refused
+_TO_FRONT |= m.EndRequested | m.EngineDead | m.EngineStatus | m.FleetSnapshot
+_TO: dict[Client, Any] = {
+    "ranks": m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown,
+    "health": None,  # nothing is sent
+    "board": m.Published,
+    "agents": m.Pong | m.End,
+    "front": _TO_FRONT,
+}
 
 MAX_MESSAGE_BYTES = 1 << 30
 MAX_FRONT_BYTES = 32 << 20  # of a message of a front end: several million tokens; the driver decodes it in 0.3 s
 RECONNECT_MILLISECONDS = 10  # clients start before the driver listens
-OWNER = "owner"  # of the front end's socket in the run directory: ends the job by `Shutdown`
 LINGER_SECONDS = 1.0  # that messages may take to be sent when a socket is closed
 
 _encoder = msgspec.msgpack.Encoder()
@@ -45,11 +55,7 @@ class ControlServer:
         self._context = zmq.Context()
         self._directory = Path(run_directory)
         self._sockets: dict[Client, zmq.Socket[bytes]] = {}
-        self._decoders: dict[Client, msgspec.msgpack.Decoder[Any]] = {
-            "ranks": msgspec.msgpack.Decoder(_FROM_RANK),
-            "health": msgspec.msgpack.Decoder(_FROM_RANK),
-            "front": msgspec.msgpack.Decoder(_FROM_FRONT),
-        }
+        self._decoders = {client: msgspec.msgpack.Decoder(union) for client, union in _FROM.items()}
         self.poller = zmq.Poller()
         endpoints: dict[str, str] = {}
         for client in CLIENTS:
@@ -69,11 +75,6 @@ class ControlServer:
         socket.setsockopt(zmq.IPV6, int(":" in address))
         port = socket.bind_to_random_port(f"tcp://{host}")
         return f"tcp://{host}:{port}"
-
-    def hide(self) -> None:
-        """Removes the socket files; connections stay."""
-        for client in CLIENTS:
-            (self._directory / client).unlink(missing_ok=True)
 
     def receive(self, client: Client) -> tuple[bytes, Any] | None:
         """(identity, message) of the next message from one kind of client; None if none has come.
@@ -104,21 +105,19 @@ class ControlServer:
         self._sockets[client].send_multipart([identity, payload])
 
     def close(self) -> None:
-        self.hide()
         self._context.destroy(linger=int(1000 * LINGER_SECONDS))
 
 
 class ControlClient:
-    """A rank's or a front end's end of the control plane. For one thread."""
+    """A rank's, an agent's or a front end's end of one control socket. For one thread."""
 
-    def __init__(self, endpoint: str, identity: str, side: Literal["rank", "front"]) -> None:
+    def __init__(self, endpoint: str, identity: str, client: Client) -> None:
         self._context = zmq.Context()
         self.socket = _dealer(self._context, identity)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
         self._losses = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.connect(endpoint)
-        union: Any = _TO_RANK if side == "rank" else _TO_FRONT
-        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(union)
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_TO[client])
 
     @property
     def is_lost(self) -> bool:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 
-from hetis.comm.control import OWNER, ControlServer
+from hetis.comm.control import ControlServer
 from hetis.core import messages as m
 from hetis.core.device_info import RankStats
 from hetis.processes import supervision
@@ -35,9 +35,6 @@ class FrontEnds:
             match message:
                 case m.Attach() if not self._attach(front, message.pid):
                     self.answer(front, m.Refused(reason=f"no process {message.pid} runs on this host."))
-                    continue
-                case m.Shutdown() if front != OWNER.encode():
-                    self.answer(front, m.Refused(reason="only the owner of a fleet ends it."))
                     continue
                 case m.Detach():
                     self._detach(front)

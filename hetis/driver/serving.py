@@ -126,9 +126,8 @@ class Serving:
                 self._engine.abort(name)
 
     def _greet(self, fronts: Iterable[bytes]) -> None:
-        """Tells front ends that the fleet is up. The first one is the last process that has to connect."""
+        """Tells front ends that the fleet is up."""
         for front in fronts:
-            self._members.hide_sockets()
             self._fronts.answer(front, self._ready)
 
     # --- statistics ---------------------------------------------------------------------------------------------------

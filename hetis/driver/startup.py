@@ -39,13 +39,13 @@ class Startup:
         fleet = self._join()
         setup, ledger = make_setup(config, self._args.spec, self._args.plan, fleet, self._args.eos_token_ids)
         report = self._known_report(setup)
+        trace = None if config.trace is None else TraceFile(Path(config.trace), setup.plan, fleet, time.time())
         self._log_start(setup, ledger)
         self._members.broadcast(setup)
         self._await_loaded()
         if report is None:
             report = self._measure(setup)
         engine = Engine(setup, make_policies(config, setup, report.profile), config.migration_budget)
-        trace = None if config.trace is None else TraceFile(Path(config.trace), setup.plan, fleet, time.time())
         _log.info("the fleet is up after %.1f s", time.monotonic() - begin)
         return Serving(self._members, engine, ready_message(setup, ledger), report, trace, self._postponed)
 

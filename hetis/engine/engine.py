@@ -175,7 +175,7 @@ class Engine:
         reason = self._dispatcher.why_not(waiting, self.cache.view())
         if reason:  # else there is a place by now
             self._last_log = now
-            _log.info("request %s waits: %s.", waiting.id, reason)
+            _log.info("request %s waits: %s.", waiting.request_id, reason)
 
     def on_times(self, times: StepTimes) -> None:
         """Takes the times that a rank measured in a step."""

@@ -4,7 +4,7 @@ import asyncio
 import os
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
@@ -84,6 +84,13 @@ class AsyncLLM:
     def dead_reason(self) -> str | None:
         """Why the fleet has ended; None while it runs."""
         return None if self._frontend.end is None else str(self._frontend.end)
+
+    def on_end_request(self, act: Callable[[str], None]) -> None:
+        """Has `act` called, with the reason, when a launcher such as torchrun wants the fleet to end.
+
+        The program then has about 20 seconds to `close`. Without this call the request ends the fleet at once.
+        """
+        self._frontend.on_end_request = act
 
     @property
     def status(self) -> m.EngineStatus | None:
@@ -201,6 +208,13 @@ class AsyncLLM:
         self._frontend.abort_all()
 
     # --- the end ------------------------------------------------------------------------------------------------------
+
+    def on_end_request(self, call: Callable[[str], None]) -> None:
+        """Has `call`, with the reason, called on the loop when a launcher, such as torchrun, wants the fleet to end.
+
+        The program then has some seconds to finish requests and to close. Without it the request ends all calls.
+        """
+        self._frontend.on_end_request = call
 
     def close(self) -> None:
         """Ends all processes of the fleet, which takes some seconds; may be called again, and in any thread."""

@@ -49,7 +49,7 @@ class EngineClient:
     """One fleet, for any thread. In a forked child every call but `close` raises ForkedError."""
 
     def __init__(self, config: EngineConfig, *, measure: bool = False) -> None:
-        """Starts a fleet; under torchrun it attaches to the one that runs.
+        """Starts a fleet.
 
         Returns at once: `wait_until_ready` waits for the fleet. `measure`: every device and link is measured anew.
         Raises ValueError for settings that can be refused at once.
@@ -146,8 +146,10 @@ class _Thread(threading.Thread):
         super().__init__(name="hetis front end", daemon=True)
         self._fleet = fleet
         self._loop = asyncio.SelectorEventLoop()  # whatever the program has as its policy
+        self._loop.set_exception_handler(lambda _, context: self._fail(context.get("exception")))
         self._ended: asyncio.Future[EngineDeadError] = self._loop.create_future()
-        self._frontend = Frontend(fleet, self._ended.set_result)
+        self._frontend = Frontend(fleet, self._on_end)
+        self._loop.call_soon(self._frontend.start)  # before anything that is posted
         self._is_closing = False
         self.inboxes: set[Inbox] = set()  # of the calls that wait
         self.end: EngineDeadError | None = None
@@ -169,10 +171,7 @@ class _Thread(threading.Thread):
             self.join()
 
     def run(self) -> None:
-        try:
-            end = self._loop.run_until_complete(self._serve())
-        except Exception as error:
-            end = EngineDeadError(f"the front end failed: {type(error).__name__}: {error}")
+        end = self._loop.run_until_complete(self._ended)
         try:
             self.give_up()
         finally:
@@ -180,12 +179,17 @@ class _Thread(threading.Thread):
             for inbox in self.inboxes.copy():
                 inbox.put(end)
 
-    async def _serve(self) -> EngineDeadError:
-        self._frontend.start()
-        return await self._ended
+    def _on_end(self, end: EngineDeadError) -> None:
+        if not self._ended.done():
+            self._ended.set_result(end)
+
+    def _fail(self, error: object) -> None:
+        """Ends the front end after an error of its own, for which calls would wait for ever."""
+        self._on_end(EngineDeadError(f"the front end failed: {type(error).__name__}: {error}"))
 
     def give_up(self) -> None:
         """Ends what still runs of the fleet."""
+        self._frontend.close()
         self._fleet.end()
         self._loop.close()
 

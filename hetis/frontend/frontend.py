@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any
 
-from hetis.comm.control import FrontClient
+from hetis.comm.control import LINGER_SECONDS, FrontClient
 from hetis.core import messages as m
 from hetis.frontend.errors import EngineDeadError, FleetRefusedError
 from hetis.frontend.requests import Piece, Request
@@ -40,8 +40,11 @@ class Frontend:
         self._control: FrontClient | None = None
         self._running: dict[str, tuple[Request, PieceSink]] = {}  # by key
         self._questions: dict[type[m.Message], deque[tuple[bytes, AnswerSink]]] = {}  # the first one has been sent
+        self.on_end_request: Callable[[str], None] | None = None  # None: what a launcher requests ends all calls
         self.status: m.EngineStatus | None = None  # the latest that came with tokens
         self.end: EngineDeadError | None = None
+        # called when a launcher wants the fleet to end; None: this front end ends with that as its error
+        self.on_end_request: Callable[[str], None] | None = None
 
     def start(self) -> None:
         """Connects, on the running loop; later calls do nothing. RuntimeError on another loop than the first one's."""
@@ -96,9 +99,9 @@ class Frontend:
 
     def close(self) -> None:
         """Ends this front end, not the fleet."""
-        if self._control is not None:
-            self._send([FrontClient.encode(m.Detach())])
-        self._finish(EngineDeadError("the fleet has been closed."))
+        if self._control is not None and self.end is None:
+            self._control.send(FrontClient.encode(m.Detach()))
+        self._finish(EngineDeadError("the fleet has been closed."), linger=LINGER_SECONDS)
 
     def close_soon(self) -> None:
         """`close`, from any thread: at once where no loop runs or this thread runs it, else by the loop."""
@@ -135,8 +138,15 @@ class Frontend:
             case m.Measuring():
                 for _, sink in self._questions.get(m.EngineReady, ()):
                     sink(message)
-            case m.EngineDead():
+            case m.EndRequested() if self.on_end_request is not None:
+                self.on_end_request(message.reason)
+            case m.EngineDead() | m.EndRequested():
                 self._finish(self._explain(message.reason))
+            case m.EndRequested():
+                if self.on_end_request is None:
+                    self._finish(self._explain(message.reason))
+                else:
+                    self.on_end_request(message.reason)
             case m.Refused():
                 _log.error("the driver refused a message: %s", message.reason)
             case _:
@@ -193,7 +203,8 @@ class Frontend:
             return EngineDeadError(reason)
         return FleetRefusedError(recorded.text) if recorded.refused else EngineDeadError(recorded.text)
 
-    def _finish(self, end: EngineDeadError) -> None:
+    def _finish(self, end: EngineDeadError, linger: float = 0) -> None:
+        """`linger`: seconds that messages may take to be sent."""
         if self.end is not None:
             return
         self.end = end
@@ -202,7 +213,7 @@ class Frontend:
                 self._loop.remove_reader(self._control.fileno())
                 if (fd := self._fleet.fileno()) is not None:
                     self._loop.remove_reader(fd)
-            self._control.close(linger=0)
+            self._control.close(linger)
         if self._on_end is None:
             self._end_calls(end)
         else:

@@ -82,7 +82,7 @@ class Scheduler:
         Raises ValueError for an id in use, for a prompt that fills the context, and for a complete output.
         """
         if sequence.id in self._unfinished:
-            raise ValueError(f"id {sequence.id!r} is in use by an unfinished sequence; choose another one.")
+            raise ValueError(f"id {sequence.request_id!r} is in use by an unfinished request; choose another one.")
         room = self._max_model_len - sequence.prompt_len
         if room < 1:
             raise ValueError(

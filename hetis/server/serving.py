@@ -127,6 +127,12 @@ class ServerLife:
             self._code = self._code or 128 + number
             self._forced.set()
 
+    def _on_end_request(self, reason: str) -> None:
+        """The same as SIGTERM, which torchrun may send to other processes first."""
+        if not self._ending.is_set():
+            _log.info("%s", reason)
+            self._ending.set()
+
     # --- the fleet ----------------------------------------------------------------------------------------------------
 
     async def _follow_fleet(self) -> None:
@@ -134,6 +140,7 @@ class ServerLife:
         self._llm = llm = await in_lasting_thread(lambda: AsyncLLM.from_config(self._config))
         app = build_app(llm, self._options)
         self._http.app, self._server = app, app.state.server
+        llm.on_end_request(self._on_end_request)
         self._starting.state.server.feed.close()  # watchers come again, to the feed of the fleet
         report_defaults(app.state.server)
         try:

@@ -29,7 +29,7 @@ def leaf(command: list[str]) -> argparse.ArgumentParser:
 
 def numeric() -> Iterator[tuple[list[str], str]]:
     """(command, option) for every option that is a number or a size."""
-    for command in COMMANDS:
+    for command in (*COMMANDS, ["bench", "serve"]):
         for action in leaf(command)._actions:
             if action.metavar in ("N", "X", "SIZE", "SECONDS"):
                 yield command, action.option_strings[0]

@@ -14,7 +14,7 @@ from hetis.comm.control import MAX_FRONT_BYTES, ControlServer, encode
 from hetis.core import messages as m
 from hetis.core.device_info import RankStats
 from hetis.core.sampling_params import SamplingParams
-from tests.driver.test_driver_states import FRONT, OTHER_FRONT, Script, Sockets, run, sockets  # noqa: F401 (a fixture)
+from tests.driver.test_driver_states import END, FRONT, OTHER_FRONT, Script, Sockets, run, sockets  # noqa: F401 (a fixture)
 from tests.processes.look import DEADLINE, wait_until
 
 # --- frames -----------------------------------------------------------------------------------------------------------
@@ -113,7 +113,6 @@ MESSAGES = st.one_of(
     st.builds(m.AbortRequest, id=IDS),
     st.just(m.FleetQuery()),
     st.just(m.ProfileQuery()),
-    st.just(m.Shutdown()),
 )
 TURNS = st.lists(st.lists(st.tuples(st.sampled_from([FRONT, OTHER_FRONT]), MESSAGES), max_size=5), max_size=8)
 
@@ -154,8 +153,7 @@ def story(sockets: Sockets, early: list[Any], late: list[Any]) -> Script:  # noq
     yield None
     [stats] = sockets.take("front", FRONT)
     assert [member.pages_used for member in stats.members] == [0, 0]
-    sockets.shut_down()
-    yield None
+    yield END
 
 
 def put(sockets: Sockets, turn: list[tuple[bytes, m.Message]]) -> None:  # noqa: F811

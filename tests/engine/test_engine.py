@@ -37,7 +37,7 @@ def test_why_a_request_waits_is_logged_once_per_interval(caplog: pytest.LogCaptu
     engine, begin = make_engine(num_pages=4 * 4), 5000.0
     add(engine, "first")
     run_step(engine, begin)
-    add(engine, "second")
+    add(engine, "0:second/0")
     lines = []
     for seconds in (0.0, 0.1, 0.2, LOG_SECONDS, LOG_SECONDS + 0.1, 2 * LOG_SECONDS + 0.1):
         run_step(engine, begin + seconds)

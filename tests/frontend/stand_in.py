@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hetis.comm.control import ControlServer
 from hetis.core import messages as m
 from hetis.frontend import async_llm
 from hetis.frontend.async_llm import AsyncLLM
+from hetis.frontend.tokenizer import load_tokenizer
 from hetis.processes.failure import FailureReason
 from tests.comm.control_helpers import take
 
@@ -68,10 +70,22 @@ class StandInFleet:
         os.close(self._writer)
 
 
-async def start(fleet: StandInFleet, monkeypatch: pytest.MonkeyPatch, **options: Any) -> AsyncLLM:
-    """An `AsyncLLM` of that fleet, which is up. Its tokenizer is that of the model in the package."""
+@lru_cache
+def tokenizer() -> Any:
+    """That of the model in the package."""
+    return load_tokenizer(None, None)
+
+
+def make(fleet: StandInFleet, monkeypatch: pytest.MonkeyPatch, **options: Any) -> AsyncLLM:
+    """An `AsyncLLM` of that fleet."""
     monkeypatch.setattr(async_llm, "start_fleet", lambda config: fleet)
-    llm = AsyncLLM(device="cpu", **options)
+    monkeypatch.setattr(async_llm, "tokenizer_of", lambda config: tokenizer())
+    return AsyncLLM(device="cpu", **options)
+
+
+async def start(fleet: StandInFleet, monkeypatch: pytest.MonkeyPatch, **options: Any) -> AsyncLLM:
+    """An `AsyncLLM` of that fleet, which is up."""
+    llm = make(fleet, monkeypatch, **options)
     ready = asyncio.create_task(llm.wait_until_ready())
     assert await fleet.take() == m.Attach(pid=os.getpid())
     fleet.say(READY)

@@ -15,8 +15,7 @@ from hetis.frontend.detokenizer import Detokenizer
 from hetis.frontend.errors import FleetRefusedError
 from hetis.frontend.requests import Request
 from hetis.processes.failure import FailureReason
-from tests.frontend.reference import tokenizer
-from tests.frontend.stand_in import StandInFleet, start
+from tests.frontend.stand_in import StandInFleet, make, start, tokenizer
 from tests.processes.look import DEADLINE
 
 TOKENS = tokenizer().encode(" also possible to use the True")
@@ -298,6 +297,26 @@ def test_a_failure_that_the_driver_reports_ends_all_calls(run: Run) -> None:
     run(story)
 
 
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_launchers_request_ends_all_calls_unless_the_program_decides(run: Run, decides: bool) -> None:
+    async def story(llm: AsyncLLM, fleet: StandInFleet) -> None:
+        reasons: list[str] = []
+        if decides:
+            llm.on_end_request(reasons.append)
+        stream = asyncio.create_task(collect(llm, llm.make_request("It")))
+        sent = await fleet.take()
+        fleet.say(m.EndRequested(reason="torchrun wants it."))
+        fleet.tokens(output(sent.id, TOKENS[0], finish_reason="length"))
+        if decides:
+            assert (await stream)[-1].finish_reason == "length"
+            assert (reasons, llm.is_open) == (["torchrun wants it."], True)
+        else:
+            with pytest.raises(EngineDeadError, match="torchrun wants it"):
+                await stream
+
+    run(story)
+
+
 @pytest.mark.parametrize("has_descriptor", [True, False])
 @pytest.mark.parametrize(
     ("reason", "kind", "words"),
@@ -347,8 +366,7 @@ def test_another_loop_cannot_use_it(fleet: StandInFleet, monkeypatch: pytest.Mon
 
 
 def test_before_it_is_ready_nothing_is_known(fleet: StandInFleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetis.frontend.async_llm.start_fleet", lambda config: fleet)
-    llm = AsyncLLM(device="cpu")
+    llm = make(fleet, monkeypatch)
     assert not llm.is_ready
     for call in (lambda: llm.max_model_len, lambda: llm.vocab_size, lambda: llm.make_request("It")):
         with pytest.raises(RuntimeError, match="wait_until_ready"):

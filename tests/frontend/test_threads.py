@@ -141,7 +141,7 @@ def test_the_end_of_a_forked_child_does_not_end_the_fleet() -> None:
 
 @pytest.mark.parametrize("fails", ["sys.executable", "thread"])
 def test_processes_end_if_not_all_can_be_started(fails: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher or the front end's thread fails to start, as in a container with a low limit of processes."""
+    """The agent or the front end's thread fails to start, as in a container with a low limit of processes."""
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -208,7 +208,7 @@ def test_the_end_of_the_fleet_reaches_every_thread(end: str) -> None:
             llm.close()
         else:
             mine = [each for each in psutil.Process().children(recursive=True) if each.pid not in before]
-            ranks = [each for each in mine if each.cmdline()[-1:] == ["rank"]]
+            ranks = [each for each in mine if "hetis.launch.member" in each.cmdline()]
             ranks[0].kill()
         for wait in waits:
             with pytest.raises(EngineDeadError, match="closed" if end == "closed" else "rank 0"):

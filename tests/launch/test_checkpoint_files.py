@@ -40,7 +40,7 @@ def test_a_broken_file_is_refused_before_a_process_starts(
     def start(*_: Any) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(fleet, "start_launcher", start)
+    monkeypatch.setattr(fleet, "_start_agent", start)
     if content is None:
         (model / name).unlink()
     elif name == "config.json":

@@ -57,7 +57,7 @@ def test_deleting_the_last_reference_ends_the_fleet() -> None:
     before = children()
     llm = LLM(**SMALL)
     mine = children() - before
-    assert len(mine) == 3, "launcher, rank and driver"
+    assert len(mine) == 3, "agent, rank and driver"
     del llm
     gc.collect()
     wait_until_gone(mine)

@@ -305,6 +305,11 @@ def test_unknown_fields(endpoint: str, field: str) -> None:
 
 
 @BOTH
+def test_a_field_of_a_later_api_that_is_null(endpoint: str) -> None:
+    assert answer(endpoint, frobnicate=None).status_code == 200
+
+
+@BOTH
 def test_another_model_is_not_found(endpoint: str) -> None:
     response = answer(endpoint, model="gpt-9")
     assert response.status_code == 404

@@ -1,10 +1,11 @@
 """Everything that crosses a process border, as tagged msgspec structs (msgpack; never pickle).
 
-`ranks`: between driver and ranks. `step_command`: one step for the ranks, with its codec. `frontend`: between front
-ends and driver; `observe`: of these, what shows the state of a fleet. Which process may receive what is a union in
-`comm/control.py`.
+`ranks`: between driver and ranks. `step_command`: one step for the ranks, with its codec. `agents`: between driver and
+agents. `frontend`: between front ends and driver; `observe`: of these, what shows the state of a fleet. Which process
+may receive what is a union in `comm/control.py`.
 """
 
+from hetis.core.messages.agents import AgentHello, AskedToEnd, End, Ping, Pong, RankEnded
 from hetis.core.messages.base import Message
 from hetis.core.messages.frontend import (
     AbortRequest,
@@ -12,6 +13,7 @@ from hetis.core.messages.frontend import (
     Attach,
     Detach,
     DeviceModel,
+    EndRequested,
     EngineDead,
     EngineReady,
     FleetQuery,
@@ -37,14 +39,15 @@ from hetis.core.messages.observe import (
     StatusQuery,
 )
 from hetis.core.messages.ranks import (
-    Abort,
     Failure,
     Heartbeat,
     Hello,
+    LookUp,
     Measure,
     Measured,
     MeasureLink,
-    Pong,
+    Publish,
+    Published,
     Ready,
     Setup,
     Shutdown,
@@ -57,13 +60,16 @@ from hetis.core.messages.step_command import NewSequence, StepCommand
 
 __all__ = [
     "STEP_TOKEN_BOUNDS",
-    "Abort",
     "AbortRequest",
     "AddRequest",
+    "AgentHello",
+    "AskedToEnd",
     "Attach",
     "Detach",
     "DeviceModel",
     "DeviceState",
+    "End",
+    "EndRequested",
     "EngineDead",
     "EngineReady",
     "EngineStatus",
@@ -77,6 +83,7 @@ __all__ = [
     "Heartbeat",
     "Hello",
     "LinkState",
+    "LookUp",
     "Measure",
     "MeasureLink",
     "Measured",
@@ -85,9 +92,13 @@ __all__ = [
     "Message",
     "NewSequence",
     "Outputs",
+    "Ping",
     "Pong",
     "ProfileQuery",
     "ProfileReport",
+    "Publish",
+    "Published",
+    "RankEnded",
     "Ready",
     "Refused",
     "SequenceState",

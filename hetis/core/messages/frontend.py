@@ -146,5 +146,11 @@ class Refused(Message):
     reason: str
 
 
+class EndRequested(Message):
+    """A launcher, such as torchrun, wants the fleet to end. The root ends it, within some seconds."""
+
+    reason: str
+
+
 class EngineDead(Message):
     reason: str

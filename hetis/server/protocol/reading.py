@@ -1,6 +1,7 @@
 """From the bytes of a request to a checked structure. Every mistake is an `ApiError` that names the field."""
 
 import json
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -43,8 +44,7 @@ def parse(kind: type[B], values: Json) -> B:
     Raises ApiError 400 for the first field that is unknown, not supported, missing or not of its type. No value is
     converted, except whole numbers to floats.
     """
-    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
-    given = {}
+    fields, given = _fields(kind), {}
     for name, value in values.items():
         if name not in fields:
             check_unsupported(kind.unsupported, name, value)
@@ -54,6 +54,12 @@ def parse(kind: type[B], values: Json) -> B:
         if field.required and field.name not in given:
             raise ApiError(400, f"{name} is missing; give {_allowed(field.type)}.", name)
     return kind(**given)
+
+
+@lru_cache(maxsize=16)
+def _fields(kind: type[Body]) -> dict[str, msgspec.structs.FieldInfo]:
+    """By name in JSON."""
+    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
 
 
 def _converted(name: str, value: Any, kind: Any) -> Any:

@@ -66,7 +66,7 @@ GET_ERRORS = errors(*_OF_GET)
 def _body(kind: type[Body]) -> Schema:
     schema = inlined(kind)
     schema["properties"] |= schema_of(kind.unsupported)
-    return schema | {"additionalProperties": False}
+    return schema | {"additionalProperties": {"type": "null"}}
 
 
 def inlined(kind: type[msgspec.Struct]) -> Schema:

@@ -76,12 +76,17 @@ TOKENIZE: _Table = {name: _CHAT[name] for name in ("tools", "chat_template", "mm
 
 
 def check_unsupported(table: _Table, field: str, value: Any) -> None:
-    """Raises ApiError 400 for a field that no request has, and for one of `table` that asks for something."""
+    """Raises ApiError 400 for a field that no request has, and for one of `table` that asks for something.
+
+    Null asks for nothing, whatever the field.
+    """
+    if value is None:
+        return
     name = shown_name(field)
     if field not in table:
         raise ApiError(400, f"{name} is not a field of this request; leave it out.", name)
     harmless, reason = table[field]
-    if value is not None and not any(_equal(value, one) for one in harmless):
+    if not any(_equal(value, one) for one in harmless):
         raise ApiError(400, f"{name} is {shown(value)}, which is not supported: {reason}; leave it out.", name)
 
 
