@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -36,7 +36,7 @@ class Case(NamedTuple):
     """A load in the words of both clients."""
 
     name: str
-    count: int
+    num_requests: int
     ours: tuple[str, ...]
     guidellm: str
 
@@ -69,7 +69,7 @@ def run(command: Sequence[str], folder: str) -> str:
 
 def ours(address: str, case: Case, folder: str) -> Figures:
     """The figures of `hetis bench serve`."""
-    lengths = ("--input-len", str(INPUT_LEN), "--output-len", str(OUTPUT_LEN), "--num-prompts", str(case.count))
+    lengths = ("--input-len", str(INPUT_LEN), "--output-len", str(OUTPUT_LEN), "--num-prompts", str(case.num_requests))
     command = [sys.executable, "-m", "hetis", "bench", "serve", "--base-url", address, "--tokenizer", str(TOKENIZER)]
     found = json.loads(run([*command, *lengths, *case.ours, "--metric-percentiles", "95"], folder))
     return {
@@ -90,7 +90,7 @@ def guidellm(address: str, case: Case, folder: str) -> Figures:
     data = f"kind=synthetic_text,prompt_tokens={INPUT_LEN},output_tokens={OUTPUT_LEN}"
     command = [str(GUIDELLM), "run", "--backend", backend, "--data", data, "--profile", case.guidellm]
     command += ["--tokenizer", f"kind=huggingface_auto,model={TOKENIZER}", "--disable-console"]
-    command += ["--constraint", f"kind=max_requests,count={case.count}", "--output", f"kind=json,path={report}"]
+    command += ["--constraint", f"kind=max_requests,count={case.num_requests}", "--output", f"kind=json,path={report}"]
     run(command, folder)
     return read_guidellm(json.loads(report.read_text())["benchmarks"][0]["metrics"])
 
@@ -192,7 +192,7 @@ def print_costs(address: str) -> None:
     import uvloop
 
     print(f"{STREAMS_PER_S} streams/s of {TOKENS} tokens for {SECONDS} s; TTFT of the server {TTFT_MS:g} ms")
-    clients = {
+    clients: dict[str, Callable[[], tuple[float, float]]] = {
         "ours on uvloop": lambda: uvloop.run(cost_of_ours(address)),
         "ours on asyncio": lambda: asyncio.run(cost_of_ours(address)),
         "httpx": lambda: asyncio.run(cost_of_httpx(address)),

@@ -59,7 +59,7 @@ def server() -> Iterator[str]:
 
 def is_ready(url: str) -> bool:
     try:
-        return urllib.request.urlopen(f"{url}/readyz", timeout=2).status == 200
+        return bool(urllib.request.urlopen(f"{url}/readyz", timeout=2).status == 200)
     except OSError:
         return False
 

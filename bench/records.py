@@ -11,7 +11,7 @@ FOLDER = "HETIS_BENCH_RESULTS"  # environment variable: another folder, for runs
 
 
 def folder() -> Path:
-    """Of rows and pictures, made if need be: bench/results, unless the environment names another."""
+    """The folder of rows and pictures: bench/results, unless the environment names another. Made if need be."""
     found = Path(os.environ.get(FOLDER) or HERE / "bench/results")
     found.mkdir(exist_ok=True)
     return found

@@ -152,12 +152,12 @@ def main() -> None:
     finally:
         server.terminate()
         code = server.wait(60)
-    for name, row in report.items():
-        mark = "GROWS" if grows(row) else "flat"
+    for name, found in report.items():
+        mark = "GROWS" if grows(found) else "flat"
         print(
-            f"{name:64} {row['bytes'] / 2**20:7.1f} MiB {row['bytes_per_hour'] / 2**20:+8.2f} MiB/h "
-            f"(+- {row['error'] / 2**20:.2f}) "
-            f"descriptors {row['descriptors']:+.1f} threads {row['threads']:+.1f} {mark}"
+            f"{name:64} {found['bytes'] / 2**20:7.1f} MiB {found['bytes_per_hour'] / 2**20:+8.2f} MiB/h "
+            f"(+- {found['error'] / 2**20:.2f}) "
+            f"descriptors {found['descriptors']:+.1f} threads {found['threads']:+.1f} {mark}"
         )
     print(dict(ends))
     expected = {"200", "refused", "cut", "pages left"}

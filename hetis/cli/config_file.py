@@ -6,6 +6,7 @@ the command line names as well counts there. `model` is the positional argument 
 
 import argparse
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def with_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[st
     if name is None or not any(OPTION in action.option_strings for action in leaf._actions):
         return [*argv]
     found = _read(Path(name))
-    words = []
+    words: list[str] = []
     for key, value in found.items():
         if key == "model" and isinstance(value, str):
             leaf.set_defaults(model=value)
@@ -59,7 +60,7 @@ def _leaf(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[list[st
 def _value_of(option: str, words: Sequence[str]) -> str | None:
     """The last value of an option."""
     value = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip_longest(words, words[1:]):
         if word == "--":
             break
         if word == option:

@@ -16,7 +16,7 @@ from hetis.core.config import Endpoints
 Client = Literal["ranks", "health", "board", "agents", "front"]
 CLIENTS: tuple[Client, ...] = ("ranks", "health", "board", "agents", "front")  # the first three are of each rank
 
-_FROM_FRONT = m.Attach | m.Detach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery
+_FROM_FRONT: Any = m.Attach | m.Detach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery
 _FROM_FRONT |= m.StatusQuery | m.FleetSnapshotQuery
 _FROM: dict[Client, Any] = {
     "ranks": m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Stats,
@@ -25,14 +25,14 @@ _FROM: dict[Client, Any] = {
     "agents": m.AgentHello | m.RankEnded | m.AskedToEnd | m.Ping,
     "front": _FROM_FRONT,
 }
-_TO_FRONT = m.Measuring | m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.Refused
+_TO_FRONT: Any = m.Measuring | m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.Refused
 _TO_FRONT |= m.EndRequested | m.EngineDead | m.EngineStatus | m.FleetSnapshot
 _TO: dict[Client, Any] = {
     "ranks": m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown,
     "health": None,  # nothing is sent
     "board": m.Published,
     "agents": m.Pong | m.End,
-    "front": _TO_FRONT,
+    "front": _TO_FRONT | m.EndRequested | m.EngineDead,
 }
 
 MAX_MESSAGE_BYTES = 1 << 30

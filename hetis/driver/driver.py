@@ -24,7 +24,7 @@ from hetis.driver.startup import Startup
 from hetis.driver.watch import FleetFailedError
 from hetis.processes import start
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("hetis")  # this module runs as __main__
 
 
 def main() -> NoReturn:

@@ -209,13 +209,6 @@ class AsyncLLM:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def on_end_request(self, call: Callable[[str], None]) -> None:
-        """Has `call`, with the reason, called on the loop when a launcher, such as torchrun, wants the fleet to end.
-
-        The program then has some seconds to finish requests and to close. Without it the request ends all calls.
-        """
-        self._frontend.on_end_request = call
-
     def close(self) -> None:
         """Ends all processes of the fleet, which takes some seconds; may be called again, and in any thread."""
         self._finalizer()

@@ -43,8 +43,6 @@ class Frontend:
         self.on_end_request: Callable[[str], None] | None = None  # None: what a launcher requests ends all calls
         self.status: m.EngineStatus | None = None  # the latest that came with tokens
         self.end: EngineDeadError | None = None
-        # called when a launcher wants the fleet to end; None: this front end ends with that as its error
-        self.on_end_request: Callable[[str], None] | None = None
 
     def start(self) -> None:
         """Connects, on the running loop; later calls do nothing. RuntimeError on another loop than the first one's."""
@@ -142,11 +140,6 @@ class Frontend:
                 self.on_end_request(message.reason)
             case m.EngineDead() | m.EndRequested():
                 self._finish(self._explain(message.reason))
-            case m.EndRequested():
-                if self.on_end_request is None:
-                    self._finish(self._explain(message.reason))
-                else:
-                    self.on_end_request(message.reason)
             case m.Refused():
                 _log.error("the driver refused a message: %s", message.reason)
             case _:

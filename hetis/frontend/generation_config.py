@@ -31,15 +31,16 @@ def sampling_defaults(config: EngineConfig) -> dict[str, float]:
     if not path.exists():
         return {}
     given: dict[str, Any] = read_object(path)
-    found = {}
+    found: dict[str, float] = {}
     for name, field in _FIELDS.items():
         if (value := given.get(name)) is None:
             continue
         try:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{name} is not a number.")
-            SamplingParams(**{field: value})
-            found[field] = value
+            one: dict[str, Any] = {field: value}
+            SamplingParams(**one)
+            found |= one
         except ValueError as error:
             _log.warning("%s: %s is ignored: %s", path, name, error)
     return found

@@ -63,7 +63,7 @@ def size_of(messages: Any) -> int:
 
 def _check_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
     """Raises ApiError for names that would change how the template is run, and not only what it sees."""
-    taken = _arguments(type(tokenizer))
+    taken = _arguments(tokenizer.__class__)
     for name in variables:
         if name in taken or not name.isidentifier() or name.startswith("_"):
             raise ApiError(
@@ -74,5 +74,5 @@ def _check_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
 
 
 @lru_cache(maxsize=4)
-def _arguments(kind: type) -> frozenset[str]:
+def _arguments(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.apply_chat_template).parameters) | frozenset(_OF_TEMPLATES)

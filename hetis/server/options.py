@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from hetis.core.config import LARGEST_COUNT
 from hetis.server.telemetry_options import read_prefix, traces_url
 
 KEY_VARIABLE = "HETIS_API_KEY"
@@ -55,8 +56,10 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("served_model_name is empty: give a name, or leave it out.")
         for origin in self.allowed_origins:
             _check_origin(origin)
-        if self.max_queued_requests is not None and self.max_queued_requests < 0:
-            raise ValueError(f"max_queued_requests is {self.max_queued_requests}: it must be at least 0.")
+        if not 0 <= (self.max_queued_requests or 0) <= LARGEST_COUNT:
+            raise ValueError(
+                f"max_queued_requests is {self.max_queued_requests}: it must be from 0 to {LARGEST_COUNT}."
+            )
         if self.max_body_bytes < MIN_BODY_BYTES:
             raise ValueError(f"max_body_bytes is {self.max_body_bytes}: it must be at least {MIN_BODY_BYTES}.")
         for name, least in (("shutdown_timeout", 0), ("health_timeout", 3)):

@@ -1,7 +1,8 @@
 """The life of the server process: listens, starts the fleet, serves, drains on a signal, ends the fleet.
 
 Signals: the first SIGTERM or SIGINT drains. `/readyz` and new requests then get 503, running requests may finish
-within the shutdown timeout, and what is left is aborted. A second signal aborts at once.
+within the shutdown timeout, and what is left is aborted. A second signal aborts at once. What comes within a second of
+the first one is the same request: Ctrl-C reaches a server under torchrun from the terminal and from torchrun.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any, Never, TypeVar
+from typing import Any, Never, TypeVar, cast
 
 import msgspec
 
@@ -28,6 +29,7 @@ from hetis.server.http_server import HttpServer, wait_for_event
 from hetis.server.options import ServerOptions
 from hetis.server.start_report import report_defaults, report_ready
 
+SAME_SECONDS = 1.0  # within which a second signal means nothing more than the first
 ABORT_SECONDS = 2.0  # that aborted requests have to send their last words
 FLUSH_SECONDS = 3  # that clients have to read the ends of answers
 _POLL_SECONDS = 0.05  # while the server drains
@@ -82,12 +84,13 @@ class ServerLife:
         self._listener, self._options, self._config = listener, options, config
         # whose names need no file of the model
         plain = msgspec.structs.replace(options, generation_config="vllm", otlp_traces_endpoint=None)
-        self._starting = build_app(Starting(config), plain)
+        self._starting = build_app(cast(AsyncLLM, Starting(config)), plain)
         self._http = HttpServer(self._starting, options)
         self._llm: AsyncLLM | None = None  # these two are None until the fleet has been started
         self._server: Server | None = None
         self._ending = asyncio.Event()  # by a signal, or since the fleet has ended
         self._forced = asyncio.Event()
+        self._first_signal: float | None = None  # when it came, on the loop's clock
         self._code = 0
 
     async def run(self) -> int:
@@ -117,21 +120,23 @@ class ServerLife:
                 await asyncio.to_thread(self._server.tracing.close)
 
     def _on_signal(self, number: signal.Signals) -> None:
-        if not self._ending.is_set():
-            count = 0 if self._server is None else self._server.admission.num_sequences
-            seconds = self._options.shutdown_timeout
-            _log.info("%s: ending; %d running sequences have %g s to finish.", number.name, count, seconds)
-            self._ending.set()
-        elif not self._forced.is_set():
+        now = asyncio.get_running_loop().time()
+        if self._first_signal is None:
+            self._first_signal = now
+            self._on_end_request(f"{number.name}: the server ends.")
+        elif now - self._first_signal >= SAME_SECONDS and not self._forced.is_set():
             _log.warning("%s again: ending without waiting for requests.", number.name)
             self._code = self._code or 128 + number
             self._forced.set()
 
     def _on_end_request(self, reason: str) -> None:
-        """The same as SIGTERM, which torchrun may send to other processes first."""
-        if not self._ending.is_set():
-            _log.info("%s", reason)
-            self._ending.set()
+        """By a signal, or as torchrun requests it of other processes, perhaps before it sends the signal."""
+        if self._ending.is_set():
+            return
+        count = 0 if self._server is None else self._server.admission.num_sequences
+        seconds = self._options.shutdown_timeout
+        _log.info("%s Running sequences: %d, with %g s to finish.", reason, count, seconds)
+        self._ending.set()
 
     # --- the fleet ----------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,8 @@ async def tokenize(request: Request) -> Response:
     """Token ids of a text, or of a conversation as the chat template renders it."""
     server: Server = request.app.state.server
     values = await read_json(request)
-    body = parse(TokenizeMessages if "messages" in values else TokenizePrompt, values)
+    kind: type[TokenizeMessages | TokenizePrompt] = TokenizeMessages if "messages" in values else TokenizePrompt
+    body = parse(kind, values)
     served_name(server, body.model)
     size = size_of(body.messages) if isinstance(body, TokenizeMessages) else len(body.prompt)
     return await _in_thread_if(size > LONG_PROMPT, lambda: _tokenized(server, body))

@@ -33,12 +33,12 @@ def test_cells_cannot_break_the_table() -> None:
 
 
 def test_a_page_is_renewed_between_its_marks() -> None:
-    page = "before\n<!-- flags:bench latency -->\nold\n<!-- /flags:bench latency -->\nafter <!-- flags:serve -->\n"
+    page = "before\n<!-- flags:bench latency -->\nobsolete\n<!-- /flags:bench latency -->\nafter <!-- flags:serve -->\n"
     new = renewed(page)
     assert new.startswith("before\n<!-- flags:bench latency -->\n\n| option | default | meaning |\n")
     assert new.endswith("\n<!-- /flags:bench latency -->\nafter <!-- flags:serve -->\n")
     assert "--num-iters" in new
-    assert "old" not in new
+    assert "obsolete" not in new
     assert renewed(new) == new
 
 

@@ -101,7 +101,7 @@ def test_every_number_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> No
             "--prompt-file and --prompt exclude each other: give one of them.",
         ),
         (["genrate"], "'genrate' is not a command (did you mean generate?); see `hetis --help`."),
-        (["bench", "speed"], "'speed' is not a kind; see `hetis bench --help`."),
+        (["bench", "speed"], "'speed' is not a kind (did you mean serve?); see `hetis bench --help`."),
     ],
 )
 def test_the_error_of_wrong_arguments(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from tests.processes.look import DEADLINE
 
 
 def test_a_value_error_of_a_fleet_that_is_up_is_no_mistake_of_the_user(
-    sockets: Sockets, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def raise_error(engine: Engine, now: float) -> None:
         raise ValueError("planted")
@@ -29,7 +29,7 @@ def test_a_value_error_of_a_fleet_that_is_up_is_no_mistake_of_the_user(
         yield None
 
     assert run_failing(sockets, script()) == FailureReason("the driver failed: ValueError: planted")
-    assert "Traceback" in capsys.readouterr().err
+    assert "Traceback" in caplog.text
 
 
 def test_the_agent_can_end_the_job_in_order(sockets: Sockets) -> None:

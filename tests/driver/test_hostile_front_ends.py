@@ -14,7 +14,7 @@ from hetis.comm.control import MAX_FRONT_BYTES, ControlServer, encode
 from hetis.core import messages as m
 from hetis.core.device_info import RankStats
 from hetis.core.sampling_params import SamplingParams
-from tests.driver.test_driver_states import END, FRONT, OTHER_FRONT, Script, Sockets, run, sockets  # noqa: F401 (a fixture)
+from tests.driver.scripted import END, FRONT, OTHER_FRONT, Script, Sockets, run
 from tests.processes.look import DEADLINE, wait_until
 
 # --- frames -----------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ TURNS = st.lists(st.lists(st.tuples(st.sampled_from([FRONT, OTHER_FRONT]), MESSA
 @given(TURNS, TURNS)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 def test_any_messages_in_any_phase(
-    sockets: Sockets,  # noqa: F811
+    sockets: Sockets,
     early: list[list[tuple[bytes, m.Message]]],
     late: list[list[tuple[bytes, m.Message]]],
 ) -> None:
@@ -129,7 +129,7 @@ def test_any_messages_in_any_phase(
     run(alone, story(alone, early, late))
 
 
-def story(sockets: Sockets, early: list[Any], late: list[Any]) -> Script:  # noqa: F811
+def story(sockets: Sockets, early: list[Any], late: list[Any]) -> Script:
     for turn in early:
         put(sockets, turn)
         yield None
@@ -156,12 +156,12 @@ def story(sockets: Sockets, early: list[Any], late: list[Any]) -> Script:  # noq
     yield END
 
 
-def put(sockets: Sockets, turn: list[tuple[bytes, m.Message]]) -> None:  # noqa: F811
+def put(sockets: Sockets, turn: list[tuple[bytes, m.Message]]) -> None:
     for front, message in turn:
         sockets.put("front", front, msgspec.structs.replace(message))  # the driver changes ids
 
 
-def answer_ranks(sockets: Sockets) -> int:  # noqa: F811
+def answer_ranks(sockets: Sockets) -> int:
     """Answers all that ranks have been sent; how many messages these were."""
     sent = sockets.take("ranks", b"0")
     assert sent == sockets.take("ranks", b"1")

@@ -2,10 +2,8 @@
 
 import subprocess
 
-import msgspec
 import pytest
 
-from hetis.comm.control import _FROM
 from hetis.core import messages as m
 from hetis.core.device_info import RankStats
 from hetis.core.messages.step_command import decode
@@ -77,8 +75,3 @@ def test_what_cannot_be_obeyed_is_answered(sockets: Sockets) -> None:
         yield END
 
     run(sockets, script())
-
-
-def test_a_front_end_cannot_end_the_fleet() -> None:
-    with pytest.raises(msgspec.ValidationError):
-        msgspec.msgpack.decode(msgspec.msgpack.encode(m.Shutdown()), type=_FROM["front"])

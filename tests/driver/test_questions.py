@@ -28,8 +28,7 @@ def test_the_state_of_a_fleet_is_told_at_once_also_during_start_up(sockets: Sock
         assert [(each.id, each.num_tokens) for each in snapshot.sequences] == [("a", 4)]
         assert [event.sequence_id for event in snapshot.events] == ["a", "b"]
         assert [device.silent_seconds for device in snapshot.devices] == [3.0, 3.0]
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -54,8 +53,7 @@ def test_ranks_are_asked_for_their_counters_while_a_front_end_watches(sockets: S
         yield None
         (second,) = sockets.take("front", FRONT)
         assert [(link.source, link.target, link.num_bytes) for link in second.links] == [(0, 1, 10), (1, 0, 11)]
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script())
 

@@ -146,8 +146,8 @@ class LocalFleet:
             self._next_id += 1
         while any(one.finish_reason is None for one in found.values()):
             self.turn(check=check)
-            for output in self.engine.take_outputs():
-                _collect(found[output.id], output)
+            for new in self.engine.take_outputs():
+                _collect(found[new.id], new)
         return list(found.values())
 
     def request(self, name: str, prompt: list[int], params: SamplingParams, output: Sequence[int] = ()) -> AddRequest:

@@ -63,8 +63,8 @@ class Stream:
         return event
 
     @property
-    def num_tokens(self) -> int:
-        return sum('"text"' in line for line in self.lines)
+    def has_ended(self) -> bool:
+        return self._task.done()
 
 
 async def open_streams(client: httpx.AsyncClient, count: int, num_tokens: int) -> Sequence[Stream]:

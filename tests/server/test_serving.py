@@ -30,7 +30,8 @@ Script = Callable[[httpx.AsyncClient, "Fleet"], Awaitable[None]]
 
 class Fleet(QuietEngine):
     """- may_start: `from_config` waits for it; refusal: what it raises then.
-    - may_finish: streams end; failure: what `wait_until_ready` raises."""
+    - may_finish: streams end; failure: what `wait_until_ready` raises.
+    - act: what a launcher's request to end calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,6 +41,10 @@ class Fleet(QuietEngine):
         self.refusal: Exception | None = None
         self.failure: Exception | None = None
         self.answer = self._status
+        self.act: Callable[[str], None] | None = None
+
+    def on_end_request(self, act: Callable[[str], None]) -> None:
+        self.act = act
 
     async def _status(self) -> EngineStatus:
         return EngineStatus()
@@ -158,13 +163,34 @@ def test_a_second_signal_forces(directory: Path, monkeypatch: pytest.MonkeyPatch
         await until(client, "ready")
         streams = await begin(client, 3)
         send(signal.SIGTERM)
+        send(signal.SIGTERM)
         await until(client, "draining")
+        assert (await client.get("/health")).status_code == 200
+        assert not any(stream.done() for stream in streams), "both were one request"
+        monkeypatch.setattr(serving, "SAME_SECONDS", 0.0)
         send(signal.SIGINT)
         assert await asyncio.gather(*streams) == ["begin abort"] * 3
 
     fleet = Fleet()
     assert run(directory, monkeypatch, script, fleet, shutdown_timeout=1e6) == 128 + signal.SIGINT
     assert fleet.is_closed
+
+
+def test_a_request_of_a_launcher_drains_and_its_signal_changes_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def script(client: httpx.AsyncClient, fleet: Fleet) -> None:
+        await until(client, "ready")
+        streams = await begin(client, 3)
+        assert fleet.act is not None
+        fleet.act("rank 1 was asked to end by its launcher.")
+        await until(client, "draining")
+        send(signal.SIGTERM)
+        assert (await client.get("/health")).status_code == 200
+        fleet.may_finish.set()
+        assert await asyncio.gather(*streams) == ["begin end"] * 3
+
+    assert run(directory, monkeypatch, script, Fleet()) == 0
 
 
 def test_streams_that_ignore_the_abort_are_cut(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
