@@ -121,8 +121,8 @@ class LoadGenerator:
         for request in requests:
             if request.due > self._time_limit + 1e-6:  # the last due time of a rate and duration is rounded
                 break
-            wait = self._start + request.due - time.perf_counter()
-            if wait > 0:
+            # again, because a loop may wake up a little early: its clock and this one differ
+            while (wait := self._start + request.due - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
             tasks.append(group.create_task(self._send(request)))
         return tasks
