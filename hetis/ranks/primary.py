@@ -54,7 +54,9 @@ class PrimaryRank:
         scratch = decode_scratch(setup, stop - first, device)
         pool, windows = make_pool(setup, rank, self._stage_index, device), setup.spec.windows[slice(*stage.layers)]
         uses_flash = flash_serves(device, TORCH_DTYPES[setup.dtype], setup.spec.head_dim)
-        _log.info("attention of prompts by %s", prompt_attention(uses_flash))
+        # on CPUs there is no choice
+        level = logging.INFO if device.type == "cuda" else logging.DEBUG
+        _log.log(level, "attention of prompts by %s", prompt_attention(uses_flash))
         self._planner = StepPlanner(
             pool, setup.spec.num_head_groups, setup.max_num_seqs, windows, device, uses_flash=uses_flash
         )
@@ -72,6 +74,7 @@ class PrimaryRank:
         )
         self._times: list[StepTimes] = []
         self._attention_seconds = 0.0
+        self.last_step = -1  # that it has finished
         self._sampler: Sampler | None = None
         if self._is_last and tp_index == 0:
             self._sampler = Sampler(
@@ -94,6 +97,7 @@ class PrimaryRank:
         self._attention.begin(inputs)
         result = self._compute(step, inputs) if step.num_tokens else self._exchange_pages(step)
         self._note_times(step, inputs)
+        self.last_step = step.number
         return result
 
     def _compute(self, step: Step, inputs: PrimaryInput) -> StepResult | None:
@@ -178,9 +182,9 @@ class PrimaryRank:
         self._sampler.observe(step.slot_T, step.token_T, step.position_T)
 
     def forget(self) -> None:
-        """Resets counters and times to zero."""
+        """Resets counters and times, as if there had been no step."""
         self._times.clear()
-        self._attention_seconds = 0.0
+        self._attention_seconds, self.last_step = 0.0, -1
         for link in self._links.values():
             link.bytes_sent = link.bytes_received = 0
 
