@@ -28,8 +28,9 @@ def report_defaults(server: Server) -> None:
 def report_ready(server: Server, url: str) -> None:
     """Logs in one line where the server listens, what it serves, and a command that tries it."""
     options, plan = server.options, server.llm.config.plan
-    where = f"unix socket {options.uds}" if options.uds is not None else url
-    reach = "this machine only; --host 0.0.0.0: all" if options.is_local else "other machines, too"
+    where, reach = url, "this machine only; --host 0.0.0.0: all" if options.is_local else "other machines, too"
+    if options.uds is not None:
+        where, reach = f"unix socket {options.uds}", "this machine only"
     _log.info(
         "ready on %s (reachable from %s), model %s, plan %s, API key %s. Try: %s",
         where,
