@@ -54,7 +54,7 @@ EXTRAS = {
     "bench": ["matplotlib", "scipy"],
     "otel": ["opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"],
     "test": [
-        *("pytest", "pytest-xdist", "hypothesis", "scipy"),
+        *("pytest", "pytest-xdist", "hypothesis", "matplotlib", "scipy"),
         *("httpx", "openai", "schemathesis", "selenium", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
     ],
     "dev": ["ruff", "mypy"],

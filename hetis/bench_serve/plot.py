@@ -13,10 +13,10 @@ STYLES = ("-", "--", ":", "-.")
 
 def check_plot(path: Path, what: str) -> None:
     """Raises ValueError if matplotlib is missing or cannot write files of this kind."""
-    if find_spec("matplotlib") is None:
-        raise ValueError(f"{what} needs matplotlib: pip install 'hetis[bench]'.")
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"{what} {path} must end in .png, .pdf or .svg.")
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"{what} needs matplotlib: pip install 'hetis[bench]'.")
 
 
 def rate_of(result: Result) -> float:
