@@ -45,7 +45,7 @@ def test_unusable_files_are_refused_before_a_process_starts(option: str, tmp_pat
     wrong = {
         "pipe": "is a pipe or socket",
         "nowhere/file": r"\(No such file or directory\)",
-        "plan.json": "is also the file of another option" if option == "trace" else "is not a FleetProfile",
+        "plan.json": "is also the file of another option" if option == "trace" else "`hetis profile` wrote",
     }
     for name, words in wrong.items():
         config = EngineConfig(plan=str(tmp_path / "plan.json"), device="cpu", **{option: str(tmp_path / name)})
