@@ -21,6 +21,7 @@ from hetis.comm.rendezvous import Rendezvous
 from hetis.core import messages as m
 from hetis.core.config import Joining
 from hetis.core.messages.step_command import decode
+from hetis.core.sizes import plural
 from hetis.models.decoder import Decoder
 from hetis.models.hub import resolve_model
 from hetis.models.loader import load_weights
@@ -131,8 +132,10 @@ def prepare_device(device_name: str, ranks_on_host: int) -> torch.device:
     device = torch.device(device_name)
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise ValueError(f"device {device_name} does not exist here ({found} CUDA devices): correct the plan.")
+            found = plural(torch.cuda.device_count(), "CUDA device")
+            raise ValueError(
+                f"device {device_name} does not exist here ({found}): name another one in the plan or by --device."
+            )
         if reason := why_unusable(device):
             raise ValueError(f"{reason}: give this rank another device, for example cpu.")
         torch.cuda.set_device(device)
