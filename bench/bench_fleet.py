@@ -26,8 +26,9 @@ from emulation.launch import EmulatedFleet
 from emulation.metrics import measure, sliding_rate
 from emulation.workload import Request, make_requests, read_trace
 from extras import need
-from fleet_report import Counted, Row, check_requirements, commit, date, draw, keep, machine, table
+from fleet_report import Counted, Row, check_requirements, draw, keep, table
 from fleet_scenarios import POLICIES, SCENARIOS, Case, Scenario
+from records import commit, date, machine
 
 from hetis.core.config import EngineConfig
 from hetis.core.messages import FleetStats

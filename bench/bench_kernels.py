@@ -91,18 +91,18 @@ def prefill_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("paged_prefill", shape, prefill, 2 * q.nbytes + pool.nbytes, num_flops)
 
 
-def row_cases(dtype: torch.dtype) -> Iterator[Case]:
+def copy_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Kernels that move vectors and pages: 4096 tokens of 8 head groups of 4 + 2 heads, and 512 pages of 32 layers."""
     qkv = torch.randn(4096, 8, 6, 128, dtype=dtype)
-    rows = qkv.view(4096 * 8, 768)
-    index = torch.randperm(rows.shape[0]).int()
+    vectors = qkv.view(4096 * 8, 768)
+    index = torch.randperm(vectors.shape[0]).int()
     pool = torch.empty(2, 4096, PAGE_SIZE, 128, dtype=dtype)
-    cells = torch.randperm(4096 * PAGE_SIZE)[: rows.shape[0]]
+    cells = torch.randperm(4096 * PAGE_SIZE)[: vectors.shape[0]]
     k, v = qkv.view(-1, 6, 128)[:, 4], qkv.view(-1, 6, 128)[:, 5]
     yield Case("kv_append", "A=32768 D=128", lambda: hk.kv_append(k, v, pool, index, cells), 4 * k.numel() * k.itemsize)
-    packed = torch.empty_like(rows)
-    yield Case("lane_pack", "U=32768 F=768", lambda: hk.lane_pack(rows, index, packed), 2 * rows.nbytes)
-    yield Case("lane_unpack", "U=32768 F=768", lambda: hk.lane_unpack(packed, index, rows), 2 * rows.nbytes)
+    packed = torch.empty_like(vectors)
+    yield Case("lane_pack", "U=32768 F=768", lambda: hk.lane_pack(vectors, index, packed), 2 * vectors.nbytes)
+    yield Case("lane_unpack", "U=32768 F=768", lambda: hk.lane_unpack(packed, index, vectors), 2 * vectors.nbytes)
     layers = torch.empty(32, 2, 1024, PAGE_SIZE, 128, dtype=dtype)
     pages, buffer = torch.randperm(1024)[:512].int(), torch.empty(512, 32, 2, PAGE_SIZE, 128, dtype=dtype)
     yield Case("page_gather", "N=512 L=32", lambda: hk.page_gather(layers, pages, buffer), 2 * buffer.nbytes)
@@ -159,7 +159,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     copy = copy_bandwidth()
     print(f"{device}, {arguments.dtype}, copy of 1 GiB: {copy / 1e9:.0f} GB/s")
-    for cases in (decode_cases, prefill_cases, row_cases, dense_cases):
+    for cases in (decode_cases, prefill_cases, copy_cases, dense_cases):
         for case in cases(dtype):
             time = seconds(case.call)
             bandwidth = case.num_bytes / time

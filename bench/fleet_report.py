@@ -1,13 +1,11 @@
 """Output of `bench_fleet.py`: rows, a table, a picture."""
 
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
+import records
 from emulation.client import Throttle
 from emulation.fleet import Fleet
 from emulation.launch import Measured
@@ -15,8 +13,6 @@ from emulation.metrics import Metrics
 from emulation.model import ModelShape
 from emulation.workload import Workload
 from fleet_scenarios import Requirement, Scenario
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Counted(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,31 +49,9 @@ class Row(msgspec.Struct, kw_only=True):
     rates: list[tuple[float, float]]  # (second, output tokens/s in the two seconds before)
 
 
-def commit(tree: Path = RESULTS.parent.parent) -> str:
-    """Abbreviated commit of a checkout, followed by + if it has uncommitted changes outside bench/results."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=tree, capture_output=True, text=True, check=True).stdout.strip()
-
-    dirty = git("status", "--porcelain", "--", ":/", ":!bench/results")
-    return git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
-
-
-def date() -> str:
-    return time.strftime("%Y-%m-%d")
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0] if names else platform.machine()}, Linux {platform.release()}"
-
-
 def keep(row: Row) -> None:
-    """Appends the row to bench/results/fleet.jsonl."""
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "fleet.jsonl").open("ab") as file:
-        file.write(msgspec.json.encode(row) + b"\n")
+    """Appends the row to fleet.jsonl."""
+    records.append("fleet.jsonl", msgspec.json.encode(row))
 
 
 COLUMNS = ("tokens_per_s", "ttft_p50", "ttft_p95", "tpot_p50", "tpot_p95", "kv_peak", "window_tokens_per_s")
@@ -150,6 +124,6 @@ def draw(name: str, scenario: Scenario, rows: Sequence[Row]) -> Path:
     axes[3].legend()
     figure.suptitle(f"{name}: medians of {len({row.round for row in rows})} rounds, {rows[0].machine}")
     figure.tight_layout()
-    path = RESULTS / f"fleet_{name}.png"
+    path = records.folder() / f"fleet_{name}.png"
     figure.savefig(path, dpi=80)
     return path

@@ -6,7 +6,8 @@
 
 Both checkouts need `make install-bench` (an older one: matplotlib in its `.venv`). Each runs its own scripts with its
 own Python, in an empty working directory. The order of the two alternates, so that a drift in the machine's speed
-favours neither. Every run is appended to bench/results/prove.jsonl.
+favours neither. Every run is appended to bench/results/prove.jsonl; what scripts append and draw themselves is dropped
+(an older checkout may put it into its own bench/results).
 
 The table shows the median ratio of each figure, oriented so that more than 1 is better, and a distribution-free
 interval that covers the true median with at least 95 % (`sign_interval`). A figure is worse if its interval lies below
@@ -15,6 +16,7 @@ interval that covers the true median with at least 95 % (`sign_interval`). A fig
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,9 +28,10 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import records
 from extras import need
+from records import HERE
 
-HERE = Path(__file__).resolve().parent.parent
 ENOUGH = 0.97
 Figures = dict[str, float]
 
@@ -73,7 +76,8 @@ def run(tree: Path, benchmark: Benchmark, is_short: bool) -> tuple[Figures, int,
     arguments = [*benchmark.arguments, *(benchmark.short if is_short else ())]
     command = [str(tree / ".venv/bin/python"), str(tree / "bench" / benchmark.script), *arguments]
     with tempfile.TemporaryDirectory(prefix="hetis-prove-") as empty:
-        done = subprocess.run(command, cwd=empty, capture_output=True, text=True, check=False)
+        environment = os.environ | {records.FOLDER: empty}
+        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
     return read_figures(benchmark.pattern, done.stdout), done.returncode, done.stdout + done.stderr
 
 
@@ -89,15 +93,13 @@ def read_figures(pattern: str, output: str) -> Figures:
 
 
 def keep(name: str, tree: Path, side: str, alternation: int, seconds: float, figures: Figures, code: int) -> None:
-    """Appends a row to bench/results/prove.jsonl."""
-    from fleet_report import RESULTS, commit, date, machine
-
+    """Appends a row to prove.jsonl."""
     row = {
-        "date": date(), "machine": machine(), "commit": commit(tree), "side": side, "benchmark": name,
-        "alternation": alternation, "seconds": round(seconds, 1), "exit_code": code, "figures": figures,
+        "date": records.date(), "machine": records.machine(), "commit": records.commit(tree), "side": side,
+        "benchmark": name, "alternation": alternation, "seconds": round(seconds, 1), "exit_code": code,
+        "figures": figures,
     }  # fmt: skip
-    with (RESULTS / "prove.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    records.append("prove.jsonl", json.dumps(row).encode())
 
 
 def prove(name: str, trees: dict[str, Path], alternations: int) -> tuple[dict[str, list[Figures]], bool]:

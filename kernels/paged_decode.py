@@ -8,7 +8,8 @@ tokens per page, B lanes of the page table, W pages of a lane.
 """
 
 import math
-from functools import partial
+from collections.abc import Mapping
+from functools import cache, partial
 from typing import no_type_check
 
 import torch
@@ -233,7 +234,8 @@ def decode_scratch_numel(num_lanes: int, num_queries: int, head_dim: int, longes
     return num_lanes * _num_splits(longest) * num_queries * (head_dim + 1)
 
 
-def decode_tile(num_queries: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+@cache
+def decode_tile(num_queries: int, head_dim: int, dtype: torch.dtype) -> Mapping[str, int]:
     """Constants of one program, the same on every card: they are part of what a lane's result depends on.
 
     8 KB of keys and 8 KB of values are on their way while the 16 KB before them are used (num_stages 3: page ids are
@@ -272,51 +274,30 @@ def _launch(
     longest = page_table_BW.shape[1] * page_size if max_length is None else max_length
     longest = min(longest, window) if window else longest
     num_splits = _num_splits(longest)
-    partial_numel = num_lanes * num_splits * num_queries
-    needed = decode_scratch_numel(num_lanes, num_queries, head_dim, longest)
-    if scratch is None:
-        scratch = torch.empty(needed, dtype=torch.float32, device=q_NMD.device)
-    elif scratch.numel() < needed:
-        raise ValueError(f"scratch has {scratch.numel()} values; {num_lanes} lanes of {longest} tokens need {needed}")
-    partial_out, partial_lse2 = scratch, scratch[partial_numel * head_dim :]
+    scratch = _checked_scratch(scratch, num_lanes, num_queries, head_dim, longest, q_NMD.device)
+    partial_out, partial_lse2 = scratch, scratch[num_lanes * num_splits * num_queries * head_dim :]
     shape = {"M": num_queries, "D": head_dim, "MIN_SPLIT": MIN_SPLIT, "MAX_SPLITS": MAX_SPLITS}
     tile = decode_tile(num_queries, head_dim, q_NMD.dtype)
+    out_strides = out_NMD.stride()[:2]
     _paged_decode_kernel[(num_lanes, num_splits)](
-        q_NMD,
-        pool_2PSD,
-        page_table_BW,
-        lane_U,
-        qkv_U,
-        length_U,
-        out_NMD,
-        partial_out,
-        partial_lse2,
-        scale * math.log2(math.e),
-        window,
-        pool_2PSD.stride(0),
-        page_table_BW.stride(0),
-        q_NMD.stride(0),
-        q_NMD.stride(1),
-        out_NMD.stride(0),
-        out_NMD.stride(1),
-        S=page_size,
-        enable_fp_fusion=True,
-        **shape,
-        **tile,
-    )
+        q_NMD, pool_2PSD, page_table_BW, lane_U, qkv_U, length_U, out_NMD, partial_out, partial_lse2,
+        scale * math.log2(math.e), window, pool_2PSD.stride(0), page_table_BW.stride(0), *q_NMD.stride()[:2],
+        *out_strides, S=page_size, enable_fp_fusion=True, **shape, **tile,
+    )  # fmt: skip
     if num_splits > 1:
         _merge_splits_kernel[(num_lanes, num_queries)](
-            partial_out,
-            partial_lse2,
-            qkv_U,
-            length_U,
-            out_NMD,
-            window,
-            num_splits,
-            out_NMD.stride(0),
-            out_NMD.stride(1),
-            BLOCK_D=tile["BLOCK_D"],
-            BLOCK_K=tile["BLOCK_K"],
-            enable_fp_fusion=True,
-            **shape,
-        )
+            partial_out, partial_lse2, qkv_U, length_U, out_NMD, window, num_splits, *out_strides,
+            BLOCK_D=tile["BLOCK_D"], BLOCK_K=tile["BLOCK_K"], enable_fp_fusion=True, **shape,
+        )  # fmt: skip
+
+
+def _checked_scratch(
+    scratch: torch.Tensor | None, num_lanes: int, num_queries: int, head_dim: int, longest: int, device: torch.device
+) -> torch.Tensor:
+    """The caller's scratch memory, or new memory. Raises ValueError for less than the call needs."""
+    needed = decode_scratch_numel(num_lanes, num_queries, head_dim, longest)
+    if scratch is None:
+        return torch.empty(needed, dtype=torch.float32, device=device)
+    if scratch.numel() < needed:
+        raise ValueError(f"scratch has {scratch.numel()} values; {num_lanes} lanes of {longest} tokens need {needed}")
+    return scratch

@@ -34,14 +34,13 @@ class EmulatedFleet:
         (directory / SETTINGS).write_bytes(msgspec.json.encode(settings))
         self.board = Board.create(directory / BOARD, [member.share for member in fleet.members])
         config = msgspec.structs.replace(config, plan=fleet.plan)
-        _, spec, plan = plan_for(config)
-        token_bytes = kv_bytes_per_token(spec.num_layers, spec.num_head_groups, spec.head_dim, config.dtype)
+        spec = plan_for(config)[1]
+        token_bytes = spec.num_head_groups * spec.kv_bytes_per_token(spec.num_layers, config.dtype)
         memory = {rank: member.kv_tokens * token_bytes for rank, member in enumerate(fleet.members)}
         config = msgspec.structs.replace(config, kv_cache_memory=memory)
-        plan = plan_for(config)[2]
         os.sched_setaffinity(0, {last})  # inherited by all threads of the client
         with rank_environment(directory):
-            self.client = EngineClient(config, plan)
+            self.client = EngineClient(config)
         try:
             self.ready = self.client.wait_until_ready()
         except BaseException:
@@ -89,11 +88,6 @@ def measured(row: list[float]) -> Measured:
     return Measured(share, row[Column.BUSY_S], row[Column.ASKED_MS] / awaited, row[Column.LATE_MS] / awaited)
 
 
-def kv_bytes_per_token(num_layers: int, num_head_groups: int, head_dim: int, dtype: str) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    return 2 * num_layers * num_head_groups * head_dim * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
-
-
 @contextmanager
 def rank_environment(directory: Path) -> Iterator[None]:
     """Sets, for the block, the environment in which processes of a fleet import the shim."""
@@ -102,9 +96,6 @@ def rank_environment(directory: Path) -> Iterator[None]:
     os.environ |= {
         EMULATION: str(directory),
         "PYTHONPATH": os.pathsep.join(path),
-        # `hetis.launch.member` sets these before it imports torch, but the shim imports torch earlier
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "THP_MEM_ALLOC_ENABLE": "1",
     }
     try:
         yield

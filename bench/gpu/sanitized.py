@@ -24,11 +24,11 @@ def main() -> None:
     length = torch.tensor(LENGTHS).int().repeat_interleave(GROUPS).cuda()
     hk.kv_append(qkv[:, QUERIES], qkv[:, QUERIES + 1], pool, order, cells)
     hk.paged_decode(qkv[:, :QUERIES], pool, table, order, order, length, 0.125, 0, out)
-    rows = random(TOKENS, GROUPS, QUERIES + 2, HEAD_DIM)
+    prompt = random(TOKENS, GROUPS, QUERIES + 2, HEAD_DIM)
     attended = random(TOKENS, GROUPS, QUERIES, HEAD_DIM)
     start, context = torch.tensor([0, TOKENS]).int().cuda(), torch.tensor([TOKENS + 5]).int().cuda()
     lane = order[None, :GROUPS]
-    hk.paged_prefill(rows[:, :, :QUERIES], pool, table, start, lane, context, 0.125, 0, attended)
+    hk.paged_prefill(prompt[:, :, :QUERIES], pool, table, start, lane, context, 0.125, 0, attended)
     hk.lane_pack(qkv.flatten(1), order, random(lanes, (QUERIES + 2) * HEAD_DIM))
     hk.add_rms_norm(random(9, 512), random(9, 512), random(512), 1e-6, random(9, 512))
     torch.cuda.synchronize()

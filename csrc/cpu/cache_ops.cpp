@@ -34,12 +34,12 @@ struct Piece {
 
 char* bytes_of(const at::Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
 
-void check_rows(const at::Tensor& packed_UF, const at::Tensor& row_U, const at::Tensor& rows_NF) {
-  check_value_tensor(packed_UF, rows_NF, 2, "the message");
-  check_value_tensor(rows_NF, rows_NF, 2, "the rows");
-  check_index_tensor(row_U, 1, "row");
-  TORCH_CHECK_VALUE(packed_UF.size(0) == row_U.size(0) && packed_UF.size(1) == rows_NF.size(1), "the message is ",
-                    packed_UF.sizes(), ", the rows are ", rows_NF.sizes(), " for ", row_U.size(0), " indices");
+void check_vectors(const at::Tensor& message_UF, const at::Tensor& qkv_U, const at::Tensor& vectors_NF) {
+  check_value_tensor(message_UF, vectors_NF, 2, "the message");
+  check_value_tensor(vectors_NF, vectors_NF, 2, "the vectors");
+  check_index_tensor(qkv_U, 1, "qkv");
+  TORCH_CHECK_VALUE(message_UF.size(0) == qkv_U.size(0) && message_UF.size(1) == vectors_NF.size(1), "the message is ",
+                    message_UF.sizes(), ", the vectors are ", vectors_NF.sizes(), " for ", qkv_U.size(0), " indices");
 }
 
 void check_pages(const at::Tensor& pool_L2PSD, const at::Tensor& page_N, const at::Tensor& buffer_NL2SD) {
@@ -69,13 +69,13 @@ struct PagePieces {
 
 }  // namespace
 
-void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor& pool_2PSD, const at::Tensor& row_A,
+void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor& pool_2PSD, const at::Tensor& qkv_A,
                const at::Tensor& cell_A) {
   check_value_tensor(k_ND, k_ND, 2, "k");
   check_value_tensor(v_ND, k_ND, 2, "v");
   check_value_tensor(pool_2PSD, k_ND, 4, "pool");
-  check_index_tensor(row_A, 1, "row");
-  const int64_t A = row_A.size(0), D = k_ND.size(1);
+  check_index_tensor(qkv_A, 1, "qkv");
+  const int64_t A = qkv_A.size(0), D = k_ND.size(1);
   TORCH_CHECK_VALUE(v_ND.sizes() == k_ND.sizes() && pool_2PSD.size(0) == 2 && pool_2PSD.size(3) == D &&
                         pool_2PSD.stride(2) == D && pool_2PSD.stride(1) == pool_2PSD.size(2) * D,
                     "kv_append: k is ", k_ND.sizes(), ", v ", v_ND.sizes(), ", the pool ", pool_2PSD.sizes(),
@@ -83,34 +83,34 @@ void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor&
   TORCH_CHECK_VALUE(cell_A.dim() == 1 && cell_A.size(0) == A && cell_A.scalar_type() == at::kLong &&
                         cell_A.device().is_cpu() && cell_A.is_contiguous(),
                     "kv_append: cell must be a contiguous int64 CPU tensor of ", A, " values");
-  const int64_t size = k_ND.element_size(), row_bytes = D * size;
-  const auto* row = row_A.const_data_ptr<int32_t>();
+  const int64_t size = k_ND.element_size(), vector_bytes = D * size;
+  const auto* qkv = qkv_A.const_data_ptr<int32_t>();
   const auto* cell = cell_A.const_data_ptr<int64_t>();
   char* pool[2] = {bytes_of(pool_2PSD), bytes_of(pool_2PSD) + pool_2PSD.stride(0) * size};
   const char* source[2] = {static_cast<const char*>(k_ND.const_data_ptr()),
                            static_cast<const char*>(v_ND.const_data_ptr())};
   const int64_t stride[2] = {k_ND.stride(0) * size, v_ND.stride(0) * size};
-  copy_pieces(2 * A, row_bytes, [&](int64_t i) {
-    return Piece{pool[i & 1] + cell[i / 2] * row_bytes, source[i & 1] + row[i / 2] * stride[i & 1]};
+  copy_pieces(2 * A, vector_bytes, [&](int64_t i) {
+    return Piece{pool[i & 1] + cell[i / 2] * vector_bytes, source[i & 1] + qkv[i / 2] * stride[i & 1]};
   });
 }
 
-void lane_pack(const at::Tensor& source_NF, const at::Tensor& row_U, const at::Tensor& out_UF) {
-  check_rows(out_UF, row_U, source_NF);
+void lane_pack(const at::Tensor& source_NF, const at::Tensor& qkv_U, const at::Tensor& out_UF) {
+  check_vectors(out_UF, qkv_U, source_NF);
   const int64_t size = source_NF.element_size(), from = source_NF.stride(0) * size, to = out_UF.stride(0) * size;
   copy_pieces(
-      row_U.size(0), source_NF.size(1) * size,
+      qkv_U.size(0), source_NF.size(1) * size,
       [source = static_cast<const char*>(source_NF.const_data_ptr()), out = bytes_of(out_UF), from, to,
-       row = row_U.const_data_ptr<int32_t>()](int64_t u) { return Piece{out + u * to, source + row[u] * from}; });
+       qkv = qkv_U.const_data_ptr<int32_t>()](int64_t u) { return Piece{out + u * to, source + qkv[u] * from}; });
 }
 
-void lane_unpack(const at::Tensor& source_UF, const at::Tensor& row_U, const at::Tensor& out_NF) {
-  check_rows(source_UF, row_U, out_NF);
+void lane_unpack(const at::Tensor& source_UF, const at::Tensor& qkv_U, const at::Tensor& out_NF) {
+  check_vectors(source_UF, qkv_U, out_NF);
   const int64_t size = out_NF.element_size(), from = source_UF.stride(0) * size, to = out_NF.stride(0) * size;
   copy_pieces(
-      row_U.size(0), out_NF.size(1) * size,
+      qkv_U.size(0), out_NF.size(1) * size,
       [source = static_cast<const char*>(source_UF.const_data_ptr()), out = bytes_of(out_NF), from, to,
-       row = row_U.const_data_ptr<int32_t>()](int64_t u) { return Piece{out + row[u] * to, source + u * from}; });
+       qkv = qkv_U.const_data_ptr<int32_t>()](int64_t u) { return Piece{out + qkv[u] * to, source + u * from}; });
 }
 
 void page_gather(const at::Tensor& pool_L2PSD, const at::Tensor& page_N, const at::Tensor& out_NL2SD) {

@@ -12,10 +12,10 @@ void paged_prefill(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const 
                    const at::Tensor& query_start_C1, const at::Tensor& lane_CG, const at::Tensor& context_C,
                    double scale, int64_t window, const at::Tensor& out_TGMD);
 
-void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor& pool_2PSD, const at::Tensor& row_A,
+void kv_append(const at::Tensor& k_ND, const at::Tensor& v_ND, const at::Tensor& pool_2PSD, const at::Tensor& qkv_A,
                const at::Tensor& cell_A);
-void lane_pack(const at::Tensor& source_NF, const at::Tensor& row_U, const at::Tensor& out_UF);
-void lane_unpack(const at::Tensor& source_UF, const at::Tensor& row_U, const at::Tensor& out_NF);
+void lane_pack(const at::Tensor& source_NF, const at::Tensor& qkv_U, const at::Tensor& out_UF);
+void lane_unpack(const at::Tensor& source_UF, const at::Tensor& qkv_U, const at::Tensor& out_NF);
 void page_gather(const at::Tensor& pool_L2PSD, const at::Tensor& page_N, const at::Tensor& out_NL2SD);
 void page_scatter(const at::Tensor& source_NL2SD, const at::Tensor& page_N, const at::Tensor& pool_L2PSD);
 

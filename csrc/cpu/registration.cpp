@@ -18,10 +18,10 @@ TORCH_LIBRARY(hetis, m) {
       "paged_prefill(Tensor q_TGMD, Tensor pool_2PSD, Tensor page_table_BW, Tensor query_start_C1, Tensor lane_CG, "
       "Tensor context_C, float scale, int window, Tensor(a!) out_TGMD) -> ()",
       &hetis::paged_prefill);
-  m.def("kv_append(Tensor k_ND, Tensor v_ND, Tensor(a!) pool_2PSD, Tensor row_A, Tensor cell_A) -> ()",
+  m.def("kv_append(Tensor k_ND, Tensor v_ND, Tensor(a!) pool_2PSD, Tensor qkv_A, Tensor cell_A) -> ()",
         &hetis::kv_append);
-  m.def("lane_pack(Tensor source_NF, Tensor row_U, Tensor(a!) out_UF) -> ()", &hetis::lane_pack);
-  m.def("lane_unpack(Tensor source_UF, Tensor row_U, Tensor(a!) out_NF) -> ()", &hetis::lane_unpack);
+  m.def("lane_pack(Tensor source_NF, Tensor qkv_U, Tensor(a!) out_UF) -> ()", &hetis::lane_pack);
+  m.def("lane_unpack(Tensor source_UF, Tensor qkv_U, Tensor(a!) out_NF) -> ()", &hetis::lane_unpack);
   m.def("page_gather(Tensor pool_L2PSD, Tensor page_N, Tensor(a!) out_NL2SD) -> ()", &hetis::page_gather);
   m.def("page_scatter(Tensor source_NL2SD, Tensor page_N, Tensor(a!) pool_L2PSD) -> ()", &hetis::page_scatter);
   m.def("stream_read(Tensor tensor) -> int", &hetis::stream_read);

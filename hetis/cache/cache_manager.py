@@ -257,7 +257,7 @@ class CacheManager:
         return fleet_view(self._plan, self._page_size, self._pools, self._sequences, without)
 
     def usage(self) -> dict[int, RankUsage]:
-        """By rank."""
+        """Pages and lanes of each rank."""
         return {rank: self._usage(rank) for rank in self._plan.ranks}
 
     def _usage(self, rank: int) -> RankUsage:

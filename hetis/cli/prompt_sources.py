@@ -47,7 +47,7 @@ def text_of_argument(argument: str) -> str:
 
 def input_is_redirected() -> bool:
     """Whether standard input is a pipe or file. Under torchrun it belongs to torchrun and is read on request only."""
-    if torchrun.fleet_directory is not None:
+    if torchrun.is_root:
         return False
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode

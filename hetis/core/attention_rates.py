@@ -32,7 +32,7 @@ class AttentionRates(msgspec.Struct, frozen=True, kw_only=True):
         return terms if sum(terms) >= self.floor_us else [0.0, 0.0, self.floor_us]
 
     def scaled(self, factors: Sequence[float]) -> "AttentionRates":
-        """With a factor each for heads, bytes and the constant, of which the floor takes the last."""
+        """Rates times a factor each for heads, bytes and the constant; the floor takes the last."""
         per_head, per_byte, constant = factors
         return AttentionRates(
             us_per_head=self.us_per_head * per_head,
@@ -42,7 +42,7 @@ class AttentionRates(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def over_link(self, us_per_head: float, constant_us: float) -> "AttentionRates":
-        """Of a device that is reached over a link, which takes so long for each head and for a message of none."""
+        """Rates of the device behind a link that takes so long for each head, and for a message without any."""
         return AttentionRates(
             us_per_head=self.us_per_head + us_per_head,
             us_per_byte=self.us_per_byte,

@@ -60,8 +60,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_query_heads // self.num_head_groups
 
     @property
-    def rows_per_group(self) -> int:
-        """Heads that QKV projects per head group: M queries, key, value."""
+    def heads_per_group(self) -> int:
+        """M + 2, the vectors that QKV projects per head group: M queries, key, value."""
         return self.queries_per_group + 2
 
     @property

@@ -94,7 +94,7 @@ class Relief(Protocol):
 
 
 class NoRelief:
-    """For fleets whose lanes never migrate."""
+    """The relief of fleets whose lanes never migrate: none."""
 
     is_busy = False
 

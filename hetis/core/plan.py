@@ -158,7 +158,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return rank in self.worker_ranks
 
     def role_of(self, rank: int) -> str:
-        """For messages to people."""
+        """The word for messages to users."""
         return "attention worker" if self.is_worker(rank) else "primary"
 
     def device_of(self, rank: int) -> str:

@@ -34,7 +34,7 @@ def weight_bytes(spec: ModelSpec, plan: Plan, primary: Primary, dtype: str) -> i
 def layer_weights(spec: ModelSpec, plan: Plan, primary: Primary) -> int:
     """Values in one layer of one primary. One token takes two operations with each of them."""
     hidden, head_dim = spec.hidden_size, spec.head_dim
-    qkv_rows = primary.num_groups * spec.rows_per_group * head_dim
+    qkv_rows = primary.num_groups * spec.heads_per_group * head_dim
     output_columns = primary.num_groups * spec.queries_per_group * head_dim
     mlp_rows = primary.num_mlp_columns * spec.gate_factor
     matrices = hidden * (qkv_rows + output_columns + mlp_rows + primary.num_mlp_columns)
@@ -67,7 +67,7 @@ def workspace_bytes(spec: ModelSpec, primary: Primary, limits: Limits) -> int:
 
     Values per token: 3 H + G (M + 2) D + G M D + F, and another F (or 2 F) before the activation.
     """
-    heads = primary.num_groups * (spec.rows_per_group + spec.queries_per_group)
+    heads = primary.num_groups * (spec.heads_per_group + spec.queries_per_group)
     columns = primary.num_mlp_columns * (3 if spec.gated else 1)
     per_token = (3 * spec.hidden_size + heads * spec.head_dim + columns) * limits.value_bytes
     rope = limits.max_model_len * spec.rope.rotary_dim * FLOAT32_BYTES if spec.rope is not None else 0

@@ -47,7 +47,7 @@ def message_bytes(spec: ModelSpec, num_groups: int, limits: Limits) -> tuple[int
     """
     decodes, prompts = limits.max_num_decodes * num_groups, limits.max_num_batched_tokens * num_groups
     head_bytes = spec.head_dim * limits.value_bytes
-    request = (decodes * spec.rows_per_group + prompts * 2) * head_bytes
+    request = (decodes * spec.heads_per_group + prompts * 2) * head_bytes
     reply = decodes * spec.queries_per_group * head_bytes
     pages = transfer_bytes(spec, limits)
     return max(request, pages), max(reply, pages)

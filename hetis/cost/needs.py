@@ -52,7 +52,7 @@ def usable_share(device: str) -> float:
 
 
 def does_not_fit(needs: Sequence[Needs], given: int, free: int, share: float) -> str:
-    """For ranks of one device. `given`: bytes of KV memory; `share`: of `free` bytes, that may be used."""
+    """The refusal for ranks of one device. `given`: bytes of KV memory; `share`: of `free` bytes, that may be used."""
     device, needed = needs[0].info.device, sum(need.fixed for need in needs)
     ranks = f"{'ranks' if len(needs) > 1 else 'rank'} {', '.join(str(need.rank) for need in needs)} on {device}"
     left = int(free * share) - needed
@@ -71,7 +71,7 @@ def does_not_fit(needs: Sequence[Needs], given: int, free: int, share: float) ->
 
 
 def too_few_pages(need: Needs, kv: int) -> str:
-    """For a rank with `kv` bytes, which are less than `least_pages`."""
+    """The refusal for a rank with `kv` bytes, which are less than `least_pages`."""
     return (
         f"rank {need.rank} on {need.info.device} has {format_bytes(kv)} for KV, which is {kv // need.page_bytes} "
         f"pages of {format_bytes(need.page_bytes)}, but needs at least {need.least_pages}, one per head group that it "
@@ -88,7 +88,7 @@ def too_long(
     wanted: int,
     context: int,
 ) -> str:
-    """For a context of `wanted` tokens where `context` is the largest."""
+    """The refusal of a context of `wanted` tokens where `context` is the largest."""
     if wanted > spec.max_position:
         return f"max_model_len is {wanted}, but the model has {spec.max_position} positions; lower max_model_len."
     _, tightest = min(plan.homes, key=lambda home: num_pages[home[1].rank] // home[1].num_groups)

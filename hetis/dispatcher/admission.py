@@ -163,7 +163,7 @@ class Admission:
     def _problem(
         self, stage: StageDevices, lanes: list[Lane], load: FleetLoad, free: list[int], memory: Memory
     ) -> Problem:
-        """With a reserve the problem is that after staging: lanes at home take all their pages, others none there."""
+        """A stage's problem; with a reserve, that after staging: lanes at home take all their pages, others none."""
         lane_us = self._lanes_us(stage, lanes, load)
         weak = weak_workers(stage, lane_us) if memory is not Memory.ALL_WITH_WEAK else set()
         return Problem(

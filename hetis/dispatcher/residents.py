@@ -61,7 +61,7 @@ class Residents:
         return len(self._residents)
 
     def keep(self, num_tokens: int) -> None:
-        """From now on homes keep pages for a prompt of so many tokens."""
+        """Makes homes keep pages for a prompt of so many tokens from now on."""
         for stage in self.stages:
             for home in range(stage.num_homes):
                 self._free[stage.pools[home]] -= reserve(stage, home, self._view, num_tokens)

@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 class Solver(Protocol):
-    """For problems with at least one device and one sequence. Equal problems have equal solutions on one machine."""
+    """Solves problems with at least one device and one sequence. Equal problems have equal solutions on one machine."""
 
     def solve(self, problem: Problem) -> Counts | None:
         """A placement with a small makespan, the least for one sequence; None if none was found that fits."""

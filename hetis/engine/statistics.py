@@ -13,7 +13,7 @@ from hetis.engine.observer import Observer
 def member_stats(
     setup: Setup, cache: CacheManager, stats: Mapping[int, RankStats], observer: Observer | None
 ) -> list[MemberStats]:
-    """In rank order. `stats`: of all ranks."""
+    """The lines of the fleet's table in rank order. `stats`: of all ranks."""
     queries = setup.spec.queries_per_group
     total = sum(counted.attention_seconds for counted in stats.values()) or 1.0
     members = []

@@ -55,7 +55,7 @@ class Workspace:
             hidden_TH=buffer(spec.hidden_size),
             normed_TH=buffer(spec.hidden_size),
             delta_TH=buffer(spec.hidden_size),
-            qkv_TGHD=buffer(groups, spec.rows_per_group, spec.head_dim),
+            qkv_TGHD=buffer(groups, spec.heads_per_group, spec.head_dim),
             attended_TGMD=buffer(groups, spec.queries_per_group, spec.head_dim),
             gate_up_TF=gate_up_TF,
             active_TF=buffer(columns) if spec.gated else gate_up_TF,

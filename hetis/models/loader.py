@@ -118,8 +118,8 @@ class _Shard:
             (names.key, slice(queries, queries + 1), self._key_rows()),
             (names.value, slice(queries + 1, queries + 2), self._key_rows()),
         )
-        weight_GHDK = self._empty(self._primary.num_groups, spec.rows_per_group, head_dim, spec.hidden_size)
-        bias_GHD = self._empty(self._primary.num_groups, spec.rows_per_group, head_dim) if spec.qkv_bias else None
+        weight_GHDK = self._empty(self._primary.num_groups, spec.heads_per_group, head_dim, spec.hidden_size)
+        bias_GHD = self._empty(self._primary.num_groups, spec.heads_per_group, head_dim) if spec.qkv_bias else None
         for name, heads, rows in parts:
             self._source.fill(weight_GHDK[:, heads], f"{prefix}{name}.weight", rows)
             if bias_GHD is not None:

@@ -184,7 +184,7 @@ def home_transfers(transfers: Transfers, pool: PagePool, links: Mapping[int, Lin
 
 
 def _relays(transfers: Transfers, pool: PagePool) -> dict[tuple[int, int], Tensor]:
-    """By (source, target): memory for the pages of a layer from worker to worker."""
+    """Memory for the pages of a layer from worker to worker, by (source, target)."""
     home, pages, relays = pool.id.rank, pool.pages_L2PSD, {}
     for source, target in set(zip(transfers.source_N.tolist(), transfers.target_N.tolist(), strict=True)):
         if home not in (source, target):

@@ -74,6 +74,7 @@ class PrimaryRank:
         )
         self._times: list[StepTimes] = []
         self._attention_seconds = 0.0
+        self.last_step = -1  # that it has finished
         self._sampler: Sampler | None = None
         if self._is_last and tp_index == 0:
             self._sampler = Sampler(
@@ -96,6 +97,7 @@ class PrimaryRank:
         self._attention.begin(inputs)
         result = self._compute(step, inputs) if step.num_tokens else self._exchange_pages(step)
         self._note_times(step, inputs)
+        self.last_step = step.number
         return result
 
     def _compute(self, step: Step, inputs: PrimaryInput) -> StepResult | None:
@@ -180,9 +182,9 @@ class PrimaryRank:
         self._sampler.observe(step.slot_T, step.token_T, step.position_T)
 
     def forget(self) -> None:
-        """Resets counters and times to zero."""
+        """Resets counters and times, as if there had been no step."""
         self._times.clear()
-        self._attention_seconds = 0.0
+        self._attention_seconds, self.last_step = 0.0, -1
         for link in self._links.values():
             link.bytes_sent = link.bytes_received = 0
 

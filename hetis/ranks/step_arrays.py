@@ -27,7 +27,7 @@ def step_arrays(device: torch.device) -> StepArrays:
 
 
 class HostArrays:
-    """For a device that reads numpy's own memory. Read-only arrays are copied, for torch has no read-only tensors."""
+    """Arrays of a device that reads numpy's memory. Read-only arrays are copied: torch has no read-only tensors."""
 
     def put(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array) if array.flags.writeable else array.copy())

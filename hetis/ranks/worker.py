@@ -47,6 +47,7 @@ class StageServer:
         self._timer = StageTimer(stage_index, self._wire.num_queries, device, setup.trace)
         self._transfers = WorkerTransfers(self._pool, self._homes, spec.num_head_groups, self._timer.lap)
         self.attention_seconds = 0.0
+        self.last_step = -1  # that it has finished
 
     def serve(self, step: Step) -> StepTimes:
         """Serves one step: in every layer the requests of all homes, then the pages of migrating lanes."""
@@ -97,6 +98,7 @@ class StageServer:
         num_page_layers = len(self._windows) * self._transfers.num_pages
         times = self._timer.report([inputs.lanes for _, inputs in served], num_page_layers)
         self.attention_seconds += attention_seconds(times)
+        self.last_step = step.number
         return step_times(self._rank, step, [times])
 
 
@@ -122,6 +124,11 @@ class AttentionWorker:
                 steps: queue.Queue[Step] = queue.Queue()
                 self._queues.append(steps)
                 threading.Thread(target=self._obey, args=(server, steps), name=f"stage {stage}", daemon=True).start()
+
+    @property
+    def last_step(self) -> int:
+        """The last step that all stages have finished; -1 before the first."""
+        return min(server.last_step for server in self._servers)
 
     def run_step(self, step: Step) -> None:
         """Serves the step, or queues it for the threads of the stages if there are several."""
@@ -150,11 +157,11 @@ class AttentionWorker:
         return times
 
     def forget(self) -> None:
-        """Resets times and counters, as soon as all steps so far are done."""
+        """Resets counters and times, as if there had been no step, as soon as all so far are done."""
         self._wait()
         self.take_times()
         for server in self._servers:
-            server.attention_seconds = 0.0
+            server.attention_seconds, server.last_step = 0.0, -1
         for link in self._links.values():
             link.bytes_sent = link.bytes_received = 0
 

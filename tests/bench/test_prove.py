@@ -8,6 +8,7 @@ from pathlib import Path
 
 import prove
 import pytest
+import records
 
 FLEET_LINES = """
 round 0  hetis          198.0 tokens/s  TPOT p95  128 ms  TTFT p95  10532 ms  512 steps  KV peak by rank [1, 2]
@@ -74,6 +75,7 @@ def make_tree(path: Path, rate: float, log: Path) -> Path:
     (path / "bench").mkdir()
     (path / "bench/script.py").write_text(
         f"import os, sys\nopen({str(log)!r}, 'a').write(f'{path.name} {{len(os.listdir())}} {{sys.argv[1:]}}\\n')\n"
+        f"assert os.path.samefile(os.environ[{records.FOLDER!r}], '.'), 'its rows would be kept'\n"
         f"print('speed {rate}')\n"
     )
     return path
@@ -98,10 +100,8 @@ def test_trees_alternate_and_every_run_is_kept(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_row_is_one_line_of_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fleet_report
-
-    monkeypatch.setattr(fleet_report, "RESULTS", tmp_path)
-    monkeypatch.setattr(fleet_report, "commit", lambda tree: f"of {tree.name}")
+    monkeypatch.setenv(records.FOLDER, str(tmp_path))
+    monkeypatch.setattr(records, "commit", lambda tree: f"of {tree.name}")
     prove.keep("some", Path(os.sep) / "tree", "before", 4, 1.26, {"x": 2.0}, 0)
     (line,) = (tmp_path / "prove.jsonl").read_text().splitlines()
     row = json.loads(line)

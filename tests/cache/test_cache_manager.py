@@ -11,7 +11,8 @@ from hetis.cache.cache_manager import CacheManager, RankUsage
 from hetis.core.messages.step_command import PageEntries
 from hetis.core.placement import Move, Placement, PoolId, Shortage, pools_of
 from hetis.core.plan import Plan
-from tests.scheduler.toy_engine import make_plan, replay
+from tests.scheduler.toy_engine import make_plan
+from tests.scheduler.toy_ranks import replay
 
 PAGE_SIZE = 3
 

@@ -109,7 +109,7 @@ class TestSources:
         assert self.prompts(prompt=["this"]) == ["this"]
 
     def test_under_torchrun_the_pipe_is_not_read(self, pipe: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torchrun, "fleet_directory", Path("/somewhere"))
+        monkeypatch.setattr(torchrun, "is_root", True)
         assert self.prompts() == [*EXAMPLES]
 
     def test_a_file_is_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,9 +47,9 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"paged_prefill {name}", launch(hk.paged_prefill, q, pool, table, *chunks, 0.1, 0, out)
     for d, dtype in ((80, bf16), (128, fp32)):
         name = f"{TYPES[dtype]} D={d}"
-        rows, index = empty(99, 6, d, dtype=dtype), int32(64)
+        vectors, index = empty(99, 6, d, dtype=dtype), int32(64)
         pool, buffer = empty(32, 2, 1 << 16, 16, d, dtype=dtype), empty(64, 32, 2, 16, d, dtype=dtype)
-        yield f"kv_append {name}", launch(hk.kv_append, rows[:, 4], rows[:, 5], pool[3], index, index.long())
+        yield f"kv_append {name}", launch(hk.kv_append, vectors[:, 4], vectors[:, 5], pool[3], index, index.long())
         yield f"page_gather {name}", launch(hk.page_gather, pool, index, buffer)
     qkv, weight, angles = empty(64, 8, 6, 128, dtype=bf16), empty(128, dtype=bf16), empty(4096, 128)
     position, packed = empty(64, dtype=torch.int64), empty(64, 6 * 128, dtype=bf16)

@@ -199,23 +199,23 @@ def test_the_page_size_changes_nothing(make_lanes: Any, isa: str, dtype: torch.d
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 3000])  # the last is shared by threads
-def test_copies_are_copies(dtype: torch.dtype, num_rows: int) -> None:
-    rows = torch.randn(num_rows + 3, 5, 64).to(dtype)
-    row = torch.randperm(num_rows + 3)[:num_rows].int()
-    k_ND, v_ND = rows[:, 3], rows[:, 4]
-    pool, expected = (torch.full((2, num_rows + 1, 4, 64), torch.nan, dtype=dtype) for _ in range(2))
-    cell = torch.randperm(4 * num_rows + 4)[:num_rows]
-    kv_append(k_ND, v_ND, pool, row, cell, backend="cpu")
-    kv_append_ref(k_ND, v_ND, expected, row, cell)
+@pytest.mark.parametrize("num_vectors", [0, 1, 3000])  # the last is shared by threads
+def test_copies_are_copies(dtype: torch.dtype, num_vectors: int) -> None:
+    vectors = torch.randn(num_vectors + 3, 5, 64).to(dtype)
+    qkv = torch.randperm(num_vectors + 3)[:num_vectors].int()
+    k_ND, v_ND = vectors[:, 3], vectors[:, 4]
+    pool, expected = (torch.full((2, num_vectors + 1, 4, 64), torch.nan, dtype=dtype) for _ in range(2))
+    cell = torch.randperm(4 * num_vectors + 4)[:num_vectors]
+    kv_append(k_ND, v_ND, pool, qkv, cell, backend="cpu")
+    kv_append_ref(k_ND, v_ND, expected, qkv, cell)
     torch.testing.assert_close(pool, expected, rtol=0, atol=0, equal_nan=True)
 
-    packed = torch.empty(num_rows, 130, dtype=dtype)[:, :128]
-    lane_pack(rows.flatten(1)[:, 64:192], row, packed, backend="cpu")
-    assert torch.equal(packed, rows.flatten(1)[row.long(), 64:192])
-    unpacked = torch.zeros_like(rows)
-    lane_unpack(packed, row, unpacked.flatten(1)[:, 64:192], backend="cpu")
-    assert torch.equal(unpacked[row.long(), 1:3], rows[row.long(), 1:3])
+    packed = torch.empty(num_vectors, 130, dtype=dtype)[:, :128]
+    lane_pack(vectors.flatten(1)[:, 64:192], qkv, packed, backend="cpu")
+    assert torch.equal(packed, vectors.flatten(1)[qkv.long(), 64:192])
+    unpacked = torch.zeros_like(vectors)
+    lane_unpack(packed, qkv, unpacked.flatten(1)[:, 64:192], backend="cpu")
+    assert torch.equal(unpacked[qkv.long(), 1:3], vectors[qkv.long(), 1:3])
     assert unpacked.count_nonzero() == packed.count_nonzero()
 
 

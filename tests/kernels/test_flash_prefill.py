@@ -44,14 +44,14 @@ def test_whole_prompts_equal_the_paged_reference(
         make_lanes, [(length, length) for length in LENGTHS], num_groups, num_queries, head_dim, torch.float32
     )
     lanes = problem.lane_CG.tolist()
-    for chunk, length in enumerate(LENGTHS):  # the pool of the reference holds what the rows of QKV hold
+    for chunk, length in enumerate(LENGTHS):  # the pool of the reference holds what QKV holds
         tokens = slice(int(problem.query_start_C1[chunk]), int(problem.query_start_C1[chunk]) + length)
         for group in range(num_groups):
-            row = problem.table_BW[lanes[chunk][group]]
+            page_W = problem.table_BW[lanes[chunk][group]]
             for half in (0, 1):
                 new = problem.qkv_TGHD[tokens, group, num_queries + half]
                 for position in range(length):
-                    problem.lanes.pool_2PSD[half, row[position // 16], position % 16] = new[position]
+                    problem.lanes.pool_2PSD[half, page_W[position // 16], position % 16] = new[position]
     expected = problem.run(CPU, window, backend="reference")
     out = torch.full_like(expected, torch.nan)
     flash_prefill(problem.qkv_TGHD, problem.query_start_C1, max(LENGTHS), problem.scale, window, out)

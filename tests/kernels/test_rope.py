@@ -1,4 +1,4 @@
-"""Query and key norm and rotary positions on fused QKV rows, against transformers' own functions."""
+"""Query and key norm and rotary positions on fused QKV vectors, against transformers' own functions."""
 
 import pytest
 import torch

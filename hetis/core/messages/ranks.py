@@ -35,7 +35,7 @@ class Measured(Message):
 
 
 class StepResult(Message):
-    """From the sampling rank (tensor-parallel index 0 of the last stage), for the sampling rows of a step in order."""
+    """Tokens of a step's sampling rows in order, from the sampling rank (index 0 of the last stage)."""
 
     step: int
     tokens: list[int]
@@ -45,7 +45,7 @@ class StepResult(Message):
 
 
 class StepTimes(Message):
-    """From every rank, after every step it has finished."""
+    """Times of a finished step, from every rank."""
 
     rank: int
     step: int
@@ -69,7 +69,20 @@ class Failure(Message):
 
 class Heartbeat(Message):
     rank: int
-    step: int  # the last step it finished
+    step: int  # the last one that it has finished, in all of its stages; -1 before the first
+
+
+class Publish(Message):
+    """A value for other ranks, like the address of one end of a link. Each key is written once."""
+
+    key: str
+    value: bytes
+
+
+class LookUp(Message):
+    """Answered with `Published` as soon as a rank has published the key."""
+
+    key: str
 
 
 # --- driver -> rank ---------------------------------------------------------------------------------------------------
@@ -123,17 +136,10 @@ class StatsQuery(Message):
     """Answered with `Stats`."""
 
 
+class Published(Message):
+    key: str
+    value: bytes
+
+
 class Shutdown(Message):
-    """End in good order. From a front end: end the fleet."""
-
-
-class Abort(Message):
-    """Something died: end now. `pids_to_kill` are pids on `host`, to be killed by the ranks there."""
-
-    reason: str
-    host: str = ""
-    pids_to_kill: list[int] = []
-
-
-class Pong(Message):
-    """Answer to a heartbeat: the driver is alive."""
+    """End in good order."""

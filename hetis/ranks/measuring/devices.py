@@ -165,11 +165,11 @@ def measure_decode(setup: Setup, scratch: Scratch, max_lanes: int, seconds: floa
     def prepare(lanes: int, tokens: int) -> Call:
         table_UW = scratch.take(lanes, tokens)
         length_U = torch.full((lanes,), tokens, dtype=torch.int32, device=device)
-        row_U = order_U[:lanes]
+        lane_U = qkv_U = order_U[:lanes]
 
         def call() -> None:
             paged_decode(
-                q_UMD[:lanes], pool_2PSD, table_UW, row_U, row_U, length_U, spec.attention_scale, 0,
+                q_UMD[:lanes], pool_2PSD, table_UW, lane_U, qkv_U, length_U, spec.attention_scale, 0,
                 out_UMD[:lanes], max_length=tokens,
             )  # fmt: skip
 
