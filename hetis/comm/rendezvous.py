@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
 DEFAULT_TIMEOUT = 300.0  # seconds
+# To connect to torchrun's store: it runs before any rank is started, so it has ended if it cannot be reached.
+CONNECT_SECONDS = 20.0
 # Seconds between two polls. The store's own wait cannot be interrupted by signals, blocks other threads, and warns.
 _MAX_PAUSE = 0.02
 
@@ -48,13 +50,15 @@ class StoreRendezvous:
                 address,
                 int(port),
                 is_master=not agent_hosts and rank == "0",
-                timeout=timedelta(seconds=timeout),
+                timeout=timedelta(seconds=min(timeout, CONNECT_SECONDS) if agent_hosts else timeout),
                 wait_for_workers=False,
             )
         except RuntimeError as error:
             raise ConnectionError(
-                f"the rendezvous store at {address}:{port} cannot be reached: {_first_line(error)}"
+                f"the rendezvous store at {address}:{port} cannot be reached ({_first_line(error)}): if rank 0 has "
+                f"ended, its output says why."
             ) from None
+        store.set_timeout(timedelta(seconds=timeout))
         run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(PrefixStore(f"hetis/{run}/{restart}", store), timeout)
@@ -79,7 +83,8 @@ class StoreRendezvous:
             return bytes(self.store.get(key))
         except RuntimeError as error:
             raise ConnectionError(
-                f"the rendezvous store was lost while waiting for {key!r}: {_first_line(error)}"
+                f"the rendezvous store was lost while waiting for {key!r} ({_first_line(error)}): if rank 0 has "
+                f"ended, its output says why."
             ) from None
 
 

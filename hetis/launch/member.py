@@ -4,6 +4,7 @@ Its standard input is a socket to the agent, its parent, which sends `Joining` w
 torchrun started has it from its rank, which has it from torchrun's store, because agents do not import torch.
 """
 
+import logging
 import os
 import socket
 import sys
@@ -16,7 +17,9 @@ import msgspec
 from hetis.core.config import Joining
 from hetis.core.logs import set_up_logging
 from hetis.launch import torchrun
-from hetis.processes import start
+from hetis.processes import failure, start
+
+_log = logging.getLogger(__name__)
 
 _KEY = "joining"  # in torchrun's store
 
@@ -29,7 +32,12 @@ def main() -> NoReturn:
     from hetis.ranks.rank import run_rank
 
     agent = socket.socket(fileno=os.dup(0))
-    joining, open_store = _meet_by_torchrun(rank, agent) if torchrun.under_torchrun() else _meet(directory, agent)
+    try:
+        joining, open_store = _meet_by_torchrun(rank, agent) if torchrun.under_torchrun() else _meet(directory, agent)
+    except OSError as error:  # rank 0 has ended, or does not start
+        failure.report_to_torchrun(str(error))
+        _log.error("%s", error)
+        sys.exit(1)
     run_rank(
         rank,
         int(os.environ["LOCAL_RANK"]),
