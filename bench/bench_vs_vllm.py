@@ -144,8 +144,8 @@ def report(found: dict[str, list[dict[str, float]]]) -> None:
     for name, row in medians.items():
         ratio = f"  {row['batch_tok_s'] / base['batch_tok_s']:.2f} x vLLM" if base else ""
         print(f"{name:14s} {row['batch_tok_s']:18.1f} {row['single_tok_s']:16.1f} {row['first_token_s']:17.1f}{ratio}")
-    row = {"date": records.date(), "cores": os.cpu_count(), "medians": medians}
-    records.append("vs_vllm.jsonl", json.dumps(row).encode())
+    record = {"date": records.date(), "cores": os.cpu_count(), "medians": medians}
+    records.append("vs_vllm.jsonl", json.dumps(record).encode())
 
 
 def make_checkpoint(directory: Path) -> Path:
