@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
 # The CPU build of torch lives on an index of its own; it is used where there is no NVIDIA GPU and the index answers.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || $(PYTHON) bench/torch_index.py)
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: install install-bench demo test test-process test-gpu prove check format clean
+.PHONY: install install-bench install-clients demo serve test test-process test-clients test-gpu prove check format
+.PHONY: clean soak
 install: $(STAMP)
 
 $(STAMP): $(SOURCES)
@@ -25,9 +27,24 @@ $(STAMP): $(SOURCES)
 install-bench: install
 	$(BIN)/pip install --quiet -c constraints.txt matplotlib scipy
 
+# Outside clients in an environment of their own: their requirements and those of hetis exclude each other.
+# torch first, so that they take its CPU build.
+install-clients: $(CLIENTS)/.installed
+
+$(CLIENTS)/.installed: bench/requirements-clients.txt
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --upgrade pip
+	$(CLIENTS)/bin/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch
+	$(CLIENTS)/bin/pip install --quiet -r bench/requirements-clients.txt
+	@touch $@
+
 # `--dispatch even`, because the default policy leaves a model this small on the primary.
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 3 -m hetis generate --plan 1+2 --dispatch even
+
+# The small model over HTTP, until Ctrl-C; another terminal asks it with the command that the log shows.
+serve: install
+	$(BIN)/hetis serve
 
 # Two test files at a time: most tests use one core.
 test: install
@@ -36,6 +53,14 @@ test: install
 # Fleets of processes, one test at a time: each test uses both cores.
 test-process: install
 	$(BIN)/python -m pytest -m process
+
+# Outside clients against a server with the small model; the results are kept in bench/results/clients.jsonl.
+test-clients: install-clients
+	$(BIN)/python bench/outside_clients.py
+
+# Twenty minutes of mixed requests: memory, descriptors and pages must stay flat.
+soak: install-bench
+	$(BIN)/python bench/soak_server.py
 
 test-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
@@ -56,4 +81,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build kernels/*.so kernels/*.missing hetis/dispatcher/*.so hetis/dispatcher/*.missing
+	rm -rf $(VENV) $(CLIENTS) build kernels/*.so kernels/*.missing hetis/dispatcher/*.so hetis/dispatcher/*.missing

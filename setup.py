@@ -42,11 +42,21 @@ REQUIREMENTS = [
     "msgspec>=0.20",
     "psutil",
     "rich",
+    "fastapi>=0.115",
+    "uvicorn[standard]>=0.30",
+    "pydantic>=2.7",
+    "prometheus-client",
+    "jinja2>=3.1.6",
+    "pyyaml",
 ]
 EXTRAS = {
     "flash": ["flash-attn"],
     "bench": ["matplotlib", "scipy"],
-    "test": ["pytest", "pytest-xdist", "hypothesis", "scipy"],
+    "otel": ["opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"],
+    "test": [
+        *("pytest", "pytest-xdist", "hypothesis", "scipy"),
+        *("httpx", "openai", "schemathesis", "selenium", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
+    ],
     "dev": ["ruff", "mypy"],
 }
 

@@ -6,12 +6,14 @@ if TYPE_CHECKING:
     from hetis.core.messages import FleetStats
     from hetis.core.outputs import CompletionOutput, RequestOutput
     from hetis.core.sampling_params import SamplingParams
-    from hetis.frontend.channel import EngineDeadError
+    from hetis.frontend.async_llm import AsyncLLM
+    from hetis.frontend.errors import EngineDeadError
     from hetis.frontend.llm import LLM
     from hetis.frontend.requests import Piece
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "EngineDeadError",
@@ -24,13 +26,14 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "LLM": "hetis.frontend.llm",
+    "AsyncLLM": "hetis.frontend.async_llm",
     "SamplingParams": "hetis.core.sampling_params",
     "RequestOutput": "hetis.core.outputs",
     "CompletionOutput": "hetis.core.outputs",
     "Piece": "hetis.frontend.requests",
     "FleetStats": "hetis.core.messages",
     "EngineConfig": "hetis.core.config",
-    "EngineDeadError": "hetis.frontend.channel",
+    "EngineDeadError": "hetis.frontend.errors",
 }
 
 

@@ -48,24 +48,43 @@ RULES = {  # the longest matching prefix applies
         ("hetis.core", "hetis.processes", "hetis.comm", "hetis.models", "hetis_kernels", "torch", "psutil", *DATA),
         ("torch.distributed",),
     ),
-    "hetis.driver": Rule((*PURE, "hetis.processes", "hetis.comm.control", "hetis.__version__", *DATA)),
-    "hetis.launch": Rule(
-        (
-            *("hetis.core", "hetis.processes", "hetis.models", "hetis.driver", "hetis.ranks"),
-            *("hetis.comm.rendezvous", "hetis.cli.main", "torch.distributed", "msgspec", "psutil"),
-        ),
+    "hetis.driver": Rule(
+        (*PURE, "hetis.processes", "hetis.comm.board", "hetis.comm.control", "hetis.__version__", *DATA)
+    ),
+    "hetis.launch": Rule(("hetis.core", "hetis.processes", "hetis.models", "hetis.comm.control", "msgspec", "psutil")),
+    "hetis.launch.checks": Rule(("hetis.core", "hetis.models", "hetis.driver.profile_files")),
+    "hetis.launch.member": Rule(
+        ("hetis.core", "hetis.processes", "hetis.launch", "hetis.ranks", "hetis.comm.rendezvous", "torch", "msgspec")
     ),
     "hetis.frontend": Rule(
         (
             *("hetis.core", "hetis.processes", "hetis.models", "hetis.launch", "hetis.comm.control"),
-            *("transformers", "tokenizers", "rich", *DATA),
+            *("transformers", "tokenizers", "jinja2", "rich", *DATA),
         ),
         ("torch",),
     ),
+    # tokenizers and templates only through the front end
+    "hetis.server": Rule(
+        (
+            *(
+                "hetis.core",
+                "hetis.processes",
+                "hetis.frontend",
+                "hetis.__version__",
+                "fastapi",
+                "starlette",
+                "pydantic",
+            ),
+            *("uvicorn", "uvloop", "prometheus_client", "opentelemetry", "msgspec", "yaml"),
+        ),
+        ("torch", "transformers", "tokenizers"),
+    ),
+    "hetis.bench_serve": Rule(("hetis.core", "hetis.frontend", "httptools", "matplotlib", *DATA)),
     "hetis.cli": Rule(
         (
-            *("hetis.core", "hetis.cost", "hetis.processes", "hetis.launch", "hetis.frontend"),
-            *("hetis.__version__", "torch", "transformers", "triton", "rich", *DATA),
+            *("hetis.core", "hetis.cost", "hetis.processes", "hetis.launch", "hetis.frontend", "hetis.server"),
+            *("hetis.bench_serve", "hetis.__version__", "torch", "transformers", "triton", "rich", "uvloop", "yaml"),
+            *DATA,
         ),
     ),
     "hetis_kernels": Rule(("torch", "triton", "numpy", "flash_attn"), ("hetis", "torch.distributed")),
@@ -170,6 +189,10 @@ def test_every_rule_applies_to_a_module() -> None:
         ("hetis.engine.engine", "import importlib\nimportlib.import_module('torch')"),
         ("hetis.engine.engine", "import importlib\nimportlib.import_module(name)"),
         ("hetis.engine.engine", "from hetis.comm import links"),
+        ("hetis.server.app", "import torch"),
+        ("hetis.server.app", "from transformers import AutoTokenizer"),
+        ("hetis.server.app", "from hetis.driver import driver"),
+        ("hetis.server.app", "from hetis.launch.fleet import start_fleet"),
         ("hetis_kernels.rope", "import hetis.core.plan"),
     ],
 )
@@ -276,9 +299,18 @@ def test_the_driver_never_imports_torch() -> None:
     assert loaded.isdisjoint({"torch", "triton", "hetis_kernels", "transformers"})
 
 
+def test_roots_and_agents_never_import_torch() -> None:
+    loaded = loaded_by(["hetis.launch.agent", "hetis.launch.fleet", "hetis.launch.torchrun"])
+    assert loaded.isdisjoint({"torch", "triton", "hetis_kernels", "transformers"})
+
+
 def test_the_engine_and_its_policies_load_neither_torch_nor_zmq() -> None:
     policies = names_within(*PURE)
     assert loaded_by(policies).isdisjoint({"torch", "triton", "hetis_kernels", "transformers", "zmq"})
+
+
+def test_the_server_never_imports_torch() -> None:
+    assert loaded_by(names_within("hetis.server")).isdisjoint({"torch", "triton", "hetis_kernels", "transformers"})
 
 
 def test_ranks_never_import_transformers() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import msgspec
 
-from hetis.core.messages import AddRequest, TokenOutput
 from hetis.core.sampling_params import SamplingParams
+from hetis.frontend.client import Inbox
+from hetis.frontend.requests import Piece
+from hetis.frontend.requests import Request as EngineRequest
 
 from .launch import EmulatedFleet
 from .workload import FIRST_TOKEN_ID, Request
@@ -37,14 +39,11 @@ def run_workload(
 ) -> list[Timeline]:
     """Timelines in the order of `requests`, when all are finished. RuntimeError if one fails."""
     timelines = [Timeline(arrival_s=r.arrival_s, num_context=len(r.token_ids)) for r in requests]
-    inbox = fleet.client.open(map(str, range(len(requests))), [])
     num_running, begin = len(requests), time.monotonic()
-    threading.Thread(target=play_or_end, args=(fleet, requests, throttles, begin), daemon=True).start()
-    while num_running:
-        outputs = inbox.get()
-        num_running -= take(outputs, timelines, time.monotonic() - begin)
-    for index in range(len(requests)):
-        fleet.client.forget(str(index))
+    with fleet.client.inbox() as inbox:
+        threading.Thread(target=play_or_end, args=(fleet, requests, throttles, begin, inbox), daemon=True).start()
+        while num_running:
+            num_running -= take(inbox.get(), timelines, time.monotonic() - begin)
     return timelines
 
 
@@ -57,10 +56,12 @@ def play_or_end(fleet: EmulatedFleet, *arguments: Any) -> None:
         raise
 
 
-def play(fleet: EmulatedFleet, requests: Sequence[Request], throttles: Sequence[Throttle], begin: float) -> None:
+def play(
+    fleet: EmulatedFleet, requests: Sequence[Request], throttles: Sequence[Throttle], begin: float, inbox: Inbox
+) -> None:
     """Sends each request and applies each throttle at its time after `begin` (seconds, monotonic clock)."""
     events: list[tuple[float, Callable[[], None]]] = [
-        (request.arrival_s, partial(fleet.client.send, [add_request(index, request)]))
+        (request.arrival_s, partial(fleet.client.open, [engine_request(index, request)], inbox))
         for index, request in enumerate(requests)
     ]
     events += [(each.at_s, partial(fleet.set_share, each.rank, each.share)) for each in throttles]
@@ -75,21 +76,16 @@ def warm_up(fleet: EmulatedFleet, num_requests: int) -> None:
     run_workload(fleet, [request] * num_requests)
 
 
-def add_request(index: int, request: Request) -> AddRequest:
+def engine_request(index: int, request: Request) -> EngineRequest:
     params = SamplingParams(max_tokens=request.num_generated, temperature=0, ignore_eos=True, detokenize=False)
-    return AddRequest(id=f"{index}/0", token_ids=request.token_ids, params=params)
+    return EngineRequest(str(index), str(index), index, None, request.token_ids, params, [0], None)
 
 
-def take(outputs: Sequence[TokenOutput], timelines: list[Timeline], now_s: float) -> int:
-    """Records tokens that arrived at `now_s`; returns the number of requests that finished with them."""
-    num_finished = 0
-    for new in outputs:
-        index = int(new.id.partition("/")[0])
-        timeline = timelines[index]
-        timeline.token_s += [now_s] * len(new.token_ids)
-        if new.error is not None:
-            raise RuntimeError(f"request {index} ({timeline.num_context} tokens) failed: {new.error}")
-        if new.finish_reason is not None:
-            timeline.finish_reason = new.finish_reason
-            num_finished += 1
-    return num_finished
+def take(piece: Piece, timelines: list[Timeline], now_s: float) -> bool:
+    """Records tokens that arrived at `now_s`; True if their request finished with them."""
+    timeline = timelines[piece.prompt_index]
+    timeline.token_s += [now_s] * len(piece.token_ids)
+    if piece.error is not None:
+        raise RuntimeError(f"request {piece.prompt_index} ({timeline.num_context} tokens) failed: {piece.error}")
+    timeline.finish_reason = piece.finish_reason
+    return piece.finished

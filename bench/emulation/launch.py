@@ -34,14 +34,13 @@ class EmulatedFleet:
         (directory / SETTINGS).write_bytes(msgspec.json.encode(settings))
         self.board = Board.create(directory / BOARD, [member.share for member in fleet.members])
         config = msgspec.structs.replace(config, plan=fleet.plan)
-        _, spec, plan = plan_for(config)
+        spec = plan_for(config)[1]
         token_bytes = spec.num_head_groups * spec.kv_bytes_per_token(spec.num_layers, config.dtype)
         memory = {rank: member.kv_tokens * token_bytes for rank, member in enumerate(fleet.members)}
         config = msgspec.structs.replace(config, kv_cache_memory=memory)
-        plan = plan_for(config)[2]
         os.sched_setaffinity(0, {last})  # inherited by all threads of the client
         with rank_environment(directory):
-            self.client = EngineClient(config, plan)
+            self.client = EngineClient(config)
         try:
             self.ready = self.client.wait_until_ready()
         except BaseException:
@@ -97,9 +96,6 @@ def rank_environment(directory: Path) -> Iterator[None]:
     os.environ |= {
         EMULATION: str(directory),
         "PYTHONPATH": os.pathsep.join(path),
-        # `hetis.launch.member` sets these before it imports torch, but the shim imports torch earlier
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "THP_MEM_ALLOC_ENABLE": "1",
     }
     try:
         yield

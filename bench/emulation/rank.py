@@ -20,16 +20,20 @@ BOUND_BY_MEMORY = ("paged_decode", "kv_append", "page_gather", "page_scatter", "
 
 def emulate(rank: int) -> None:
     """Applies the emulation's settings to this process, which is about to become `rank`."""
-    directory = Path(os.environ[EMULATION])
-    emulation = msgspec.json.decode((directory / SETTINGS).read_bytes(), type=Emulation)
-    core = emulation.worker_core if rank else emulation.primary_core
-    os.sched_setaffinity(0, {core})  # before torch counts cores; inherited by the driver
+    emulation = use_core(is_worker=bool(rank))  # before torch counts cores
     precise_timers()
-    board = Board(directory / BOARD).values[rank]
+    board = Board(Path(os.environ[EMULATION]) / BOARD).values[rank]
     if rank or emulation.fleet.primary.share < 1:
         slow_kernels(board)
     touch_pools()
     slow_links(emulation.fleet, board)
+
+
+def use_core(is_worker: bool) -> Emulation:
+    """Keeps this process on the core of the workers, or of the primary and the driver; the settings."""
+    emulation = msgspec.json.decode((Path(os.environ[EMULATION]) / SETTINGS).read_bytes(), type=Emulation)
+    os.sched_setaffinity(0, {emulation.worker_core if is_worker else emulation.primary_core})
+    return emulation
 
 
 def slow_kernels(board: Any) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from hetis.core.messages import AddRequest
 from hetis.core.plan_sources import resolve_plan
 from hetis.core.sampling_params import SamplingParams
 from hetis.models.decoder import Decoder
@@ -42,7 +41,7 @@ def whole_steps(directory: Path, device: str, batch: int) -> Figures:
     with LocalFleet(directory, "1+0", **options) as fleet:
         params = SamplingParams(max_tokens=99, temperature=0, ignore_eos=True)
         for row in range(batch):
-            fleet.engine.add(AddRequest(id=str(row), token_ids=[7 + row] * CONTEXT, params=params))
+            fleet.engine.add(fleet.request(str(row), [7 + row] * CONTEXT, params), 0.0)
         while any(s.is_prefilling for s in fleet.engine.scheduler.running) or fleet.engine.scheduler.num_waiting:
             fleet.turn()
         for _ in range(WARM):

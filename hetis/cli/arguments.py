@@ -3,6 +3,7 @@
 import argparse
 from typing import Any, get_args, get_type_hints
 
+from hetis.cli.config_file import add_config_argument
 from hetis.cli.numbers import field_of, size_or_none, sizes_of_ranks
 from hetis.core.config import EngineConfig
 from hetis.core.logs import LEVELS, level_of_environment
@@ -21,6 +22,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sizes(parser.add_argument_group("memory and limits"), default)
     _add_placement(parser.add_argument_group("placement of attention heads on devices"), default)
     _add_messages(parser.add_argument_group("messages"))
+    add_config_argument(parser.add_argument_group("options from a file"))
 
 
 def _choices(field: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`hetis bench throughput | latency`: benchmarks with random prompts of fixed length.
+"""`hetis bench throughput | latency | serve | plot`: benchmarks; the last two are in `bench_serve`.
 
 throughput: all requests at once; requests and tokens per second, from the first request sent to the last token.
 latency: one batch at a time, from sending to the last token; average and percentiles over the iterations.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hetis.cli import bench_serve
 from hetis.cli.arguments import add_engine_arguments, engine_arguments, engine_config
 from hetis.cli.numbers import count
 from hetis.core.files import check_writable, write_file
@@ -49,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-iters", type=count(1), metavar="N", default=5, help="measured batches")
     _add_lengths(latency, add)
     latency.set_defaults(run=run_latency)
+    for kind, text, add_options, examples in (
+        ("serve", bench_serve.SERVE_TEXT, bench_serve.add_serve, bench_serve.SERVE_EXAMPLES),
+        ("plot", bench_serve.PLOT_TEXT, bench_serve.add_plot, bench_serve.PLOT_EXAMPLES),
+    ):
+        description = f"{text[0].upper()}{text[1:]}."
+        add_options(kinds.add_parser(kind, help=text, description=description, epilog=examples))
 
 
 def _add_lengths(parser: argparse.ArgumentParser, add: Any) -> None:

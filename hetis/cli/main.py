@@ -1,4 +1,4 @@
-"""The command `hetis generate | bench | profile`. Under torchrun the same command line runs one rank of the fleet."""
+"""The command `hetis serve | generate | bench | profile`. Under torchrun rank 0 is the root, others are agents."""
 
 import argparse
 import os
@@ -9,12 +9,15 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import NoReturn
 
 from hetis.cli.arguments import engine_config
+from hetis.cli.config_file import with_config
 from hetis.cli.parser import CommandParser
 from hetis.cli.version import version_text
-from hetis.core.logs import VARIABLE, set_up_logging
+from hetis.core.config import EngineConfig
+from hetis.core.logs import FORMAT_VARIABLE, VARIABLE, set_up_logging
 from hetis.frontend.console import drop_output, prepare_streams, write, write_message
 from hetis.launch import torchrun
-from hetis.launch.member import run_member
+from hetis.processes import supervision
+from hetis.processes.failure import report_to_torchrun
 
 # exit codes: those that shells report for processes killed by these signals
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -24,7 +27,7 @@ COMPLAINT_SECONDS = 30.0
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    from hetis.cli import bench, generate, profile
+    from hetis.cli import bench, generate, profile, serve
 
     parser = CommandParser(
         prog="hetis",
@@ -35,8 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, module, text in (
+        ("serve", serve, "serve a model over HTTP, with OpenAI's interface"),
         ("generate", generate, "generate text from one or more prompts"),
-        ("bench", bench, "measure throughput or latency with random prompts"),
+        ("bench", bench, "measure throughput, latency, or a running server"),
         ("profile", profile, "measure the speed of every device and of the links between them"),
     ):
         description = f"{text[0].upper()}{text[1:]}."
@@ -70,8 +74,13 @@ def _exit_code(argv: list[str], is_interruptible: bool) -> int:
         drop_output()
         return READER_GONE
     except ValueError as error:
-        write_message(f"hetis: {error}")
-        return 1
+        return _complain(error)
+
+
+def _complain(error: Exception) -> int:
+    report_to_torchrun(str(error))
+    write_message(f"hetis: {error}")
+    return 1
 
 
 def _run(argv: list[str], is_interruptible: bool) -> int:
@@ -83,20 +92,31 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
         return int(end.code or 0)
     if "model" in options:
         os.environ[VARIABLE] = options.log_level  # inherited by the processes of the fleet
-        set_up_logging("")
+        serves = "log_format" in options
+        if serves:
+            os.environ[FORMAT_VARIABLE] = options.log_format
+        set_up_logging("", serves=serves)
         if torchrun.under_torchrun():
-            run_member(engine_config(options), measure=options.command == "profile", front_argv=argv)
-    is_child = torchrun.fleet_directory is not None
-    from hetis.frontend.channel import EngineDeadError
+            _begin_under_torchrun(engine_config(options))
+    from hetis.frontend.errors import EngineDeadError
 
     if is_interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return options.run(options) or 0
     except EngineDeadError as error:
-        if not is_child:  # else the driver has reported the error
-            write_message(f"hetis: {error}")
-        return 1
+        return _complain(error)
+
+
+def _begin_under_torchrun(config: EngineConfig) -> None:
+    """Returns in the root; every other process is an agent from here to its end. ValueError for wrong variables."""
+    torchrun.check_variables()
+    if os.environ["RANK"] != "0":
+        from hetis.launch.agent import run_under_torchrun
+
+        run_under_torchrun(config.step_timeout)
+    supervision.die_with_parent(os.getppid())
+    torchrun.is_root = True
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -109,8 +129,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             nowhere = silence.enter_context(open(os.devnull, "w"))
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))
-        options = build_parser().parse_args(argv)
+        parser = build_parser()
         try:
+            options = parser.parse_args(with_config(parser, argv))
             if "model" in options:
                 engine_config(options)
         except ValueError as error:

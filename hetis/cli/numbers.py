@@ -41,6 +41,16 @@ def field_of(kind: type[msgspec.Struct], field: str, convert: type[int] | type[f
     return parse
 
 
+def size_of(kind: type[msgspec.Struct], field: str) -> Callable[[str], int]:
+    """The type of sizes, like 4MiB, that the structure `kind` accepts as its `field`."""
+    check = field_of(kind, field, int)
+
+    def parse(text: str) -> int:
+        return int(check(str(_size(text))))
+
+    return parse
+
+
 def size_or_none(text: str) -> int:
     """Bytes from text like "2GiB", or 0."""
     return 0 if text.strip() == "0" else _size(text)

@@ -42,7 +42,7 @@ def sentence(message: str, command: str, options: Iterable[str] = ()) -> str:
     if found := re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL):
         name = found[1].partition("=")[0]
         what = "unknown option" if name.startswith("-") else "unexpected argument"
-        return f"{what} {name}{_did_you_mean(name, options)}; {see_help}"
+        return f"{what} {name}{did_you_mean(name, options)}; {see_help}"
     found = re.fullmatch(r"argument (\S+): (.*)", message, re.DOTALL)
     return message if found is None else _about(found[1], found[2], see_help)
 
@@ -51,7 +51,7 @@ def _about(name: str, what: str, see_help: str) -> str:
     """The error `what` of argparse about the argument `name`, as a sentence."""
     if found := re.fullmatch(r"invalid choice: (.+) \(choose from (.+)\)", what, re.DOTALL):
         value, choices = found[1].strip("'\""), found[2].replace("'", "")
-        nearest = _did_you_mean(value, choices.split(", "))
+        nearest = did_you_mean(value, choices.split(", "))
         if name.startswith("-"):
             return f"{name} is {value!r}{nearest}; it must be one of {choices}."
         return f"{value!r} is not a {name.lower()}{nearest}; {see_help}"
@@ -62,6 +62,7 @@ def _about(name: str, what: str, see_help: str) -> str:
     return f"{name}{' ' if what.startswith('is ') else ': '}{what}"
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest known name as a question in parentheses; empty if none is near."""
     nearest = get_close_matches(name, list(known), n=1)
     return f" (did you mean {nearest[0]}?)" if nearest else ""

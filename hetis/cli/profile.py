@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
         check_writable(options.output, OUTPUT, (options.plan, options.profile, options.trace))  # before measuring
     config = engine_config(options)
     _, spec, plan = plan_for(config)
-    client = EngineClient(config, plan, measure=True)
+    client = EngineClient(config, measure=True)
     try:
         client.wait_until_ready()
         report = client.ask(ProfileQuery(), ProfileReport)

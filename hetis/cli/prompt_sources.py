@@ -47,7 +47,7 @@ def text_of_argument(argument: str) -> str:
 
 def input_is_redirected() -> bool:
     """Whether standard input is a pipe or file. Under torchrun it belongs to torchrun and is read on request only."""
-    if torchrun.fleet_directory is not None:
+    if torchrun.is_root:
         return False
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
@@ -77,31 +77,35 @@ def read_prompt_file(name: str) -> list[SourcePrompt]:
 def parse_prompts(text: str, what: str) -> Iterator[SourcePrompt]:
     """Yields one prompt per line; empty lines are skipped.
 
-    If the first line is a JSON object with a prompt, all lines must be: {"prompt": "text"}, where the text may have
-    several lines, or {"prompt_token_ids": [1, 2]}; other keys are ignored. Raises ValueError, with the number of the
-    line, for a line of another form.
+    If the first line is a JSON object with one of these keys, all lines must be: {"prompt": "text"}, where the text may
+    have several lines, or {"prompt_token_ids": [1, 2]}; other keys are ignored. Raises ValueError, with the number of
+    the line, for a line of another form.
     """
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
     lines = [(number, line) for number, line in lines if line.strip()]
-    is_json = bool(lines) and _prompt_of(lines[0][1]) is not None
+    is_json = bool(lines) and not {"prompt", "prompt_token_ids"}.isdisjoint(_object_of(lines[0][1]))
     for number, line in lines:
         prompt = _prompt_of(line) if is_json else line
         if prompt is None:
             raise ValueError(
                 f'{what}, line {number} is not a JSON object with "prompt" (text) or "prompt_token_ids" (a list of '
-                f"integers) like line {lines[0][0]}; use one form for all lines."
+                f"integers); all lines must be such objects if the first has one of these keys."
             )
         yield prompt
 
 
-def _prompt_of(line: str) -> SourcePrompt | None:
-    """The prompt in a line of JSON; None if it is not JSON or has no prompt."""
+def _object_of(line: str) -> dict[str, Any]:
+    """The JSON object in a line; empty if there is none."""
     try:
         found: Any = json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict):
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _prompt_of(line: str) -> SourcePrompt | None:
+    """The prompt in a line of JSON; None if it is not JSON or has no prompt."""
+    found = _object_of(line)
     text, ids = found.get("prompt"), found.get("prompt_token_ids")
     if isinstance(text, str):
         return text

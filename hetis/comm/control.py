@@ -1,7 +1,6 @@
 """The control plane: typed messages over zmq, one ROUTER per kind of client at the driver, one DEALER at each client.
 
-Within a host they use unix sockets in a private directory, between hosts one configured address. When all clients have
-connected, the socket files are removed (`ControlServer.hide`): connections stay, and no other process can connect.
+Within a host they use unix sockets in a private directory, between hosts one configured address.
 """
 
 from collections.abc import Callable
@@ -14,15 +13,30 @@ import zmq
 from hetis.core import messages as m
 from hetis.core.config import Endpoints
 
-Client = Literal["ranks", "health", "front"]
-CLIENTS: tuple[Client, ...] = ("ranks", "health", "front")
+Client = Literal["ranks", "health", "board", "agents", "front"]
+CLIENTS: tuple[Client, ...] = ("ranks", "health", "board", "agents", "front")  # the first three are of each rank
 
-_FROM_RANK = m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Stats | m.Failure | m.Heartbeat
-_TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
-_FROM_FRONT = m.Attach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery | m.Shutdown
-_TO_FRONT = m.Measuring | m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.Refused | m.EngineDead
+_FROM_FRONT: Any = m.Attach | m.Detach | m.AddRequest | m.AbortRequest | m.FleetQuery | m.ProfileQuery
+_FROM_FRONT |= m.StatusQuery | m.FleetSnapshotQuery
+_FROM: dict[Client, Any] = {
+    "ranks": m.Hello | m.Ready | m.Measured | m.StepResult | m.StepTimes | m.Stats,
+    "health": m.Failure | m.Heartbeat,
+    "board": m.Publish | m.LookUp,
+    "agents": m.AgentHello | m.RankEnded | m.AskedToEnd | m.Ping,
+    "front": _FROM_FRONT,
+}
+_TO_FRONT: Any = m.Measuring | m.EngineReady | m.Outputs | m.FleetStats | m.ProfileReport | m.Refused
+_TO_FRONT |= m.EndRequested | m.EngineDead | m.EngineStatus | m.FleetSnapshot
+_TO: dict[Client, Any] = {
+    "ranks": m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown,
+    "health": None,  # nothing is sent
+    "board": m.Published,
+    "agents": m.Pong | m.End,
+    "front": _TO_FRONT | m.EndRequested | m.EngineDead,
+}
 
 MAX_MESSAGE_BYTES = 1 << 30
+MAX_FRONT_BYTES = 32 << 20  # of a message of a front end: several million tokens; the driver decodes it in 0.3 s
 RECONNECT_MILLISECONDS = 10  # clients start before the driver listens
 LINGER_SECONDS = 1.0  # that messages may take to be sent when a socket is closed
 
@@ -41,11 +55,7 @@ class ControlServer:
         self._context = zmq.Context()
         self._directory = Path(run_directory)
         self._sockets: dict[Client, zmq.Socket[bytes]] = {}
-        self._decoders: dict[Client, msgspec.msgpack.Decoder[Any]] = {
-            "ranks": msgspec.msgpack.Decoder(_FROM_RANK),
-            "health": msgspec.msgpack.Decoder(_FROM_RANK),
-            "front": msgspec.msgpack.Decoder(_FROM_FRONT),
-        }
+        self._decoders = {client: msgspec.msgpack.Decoder(union) for client, union in _FROM.items()}
         self.poller = zmq.Poller()
         endpoints: dict[str, str] = {}
         for client in CLIENTS:
@@ -66,11 +76,6 @@ class ControlServer:
         port = socket.bind_to_random_port(f"tcp://{host}")
         return f"tcp://{host}:{port}"
 
-    def hide(self) -> None:
-        """Removes the socket files; connections stay."""
-        for client in CLIENTS:
-            (self._directory / client).unlink(missing_ok=True)
-
     def receive(self, client: Client) -> tuple[bytes, Any] | None:
         """(identity, message) of the next message from one kind of client; None if none has come.
 
@@ -78,40 +83,41 @@ class ControlServer:
         """
         while True:
             try:
-                frames = self._sockets[client].recv_multipart(zmq.NOBLOCK)
+                identity, *frames = self._sockets[client].recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return None
-            if len(frames) != 2:
-                continue
             try:
-                return frames[0], self._decoders[client].decode(frames[1])
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                return identity, self._decode(client, frames)
+            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
                 if client == "front":
-                    self.send(client, frames[0], m.Refused(reason=f"this is no message of a front end: {error}"))
+                    self.send(client, identity, m.Refused(reason=f"this is no message of a front end: {error}"))
+
+    def _decode(self, client: Client, frames: list[bytes]) -> Any:
+        """Raises MsgspecError, ValueError (UnicodeDecodeError is one) or RecursionError for what is no message."""
+        if len(frames) != 1:
+            raise ValueError(f"it has {len(frames)} frames, not 1.")
+        if client == "front" and len(frames[0]) > MAX_FRONT_BYTES:
+            raise ValueError(f"it has {len(frames[0])} bytes, more than {MAX_FRONT_BYTES}.")
+        return self._decoders[client].decode(frames[0])
 
     def send(self, client: Client, identity: bytes, message: m.Message | bytes) -> None:
         payload = message if isinstance(message, bytes) else encode(message)
         self._sockets[client].send_multipart([identity, payload])
 
     def close(self) -> None:
-        self.hide()
         self._context.destroy(linger=int(1000 * LINGER_SECONDS))
 
 
 class ControlClient:
-    """A rank's or a front end's end of the control plane. For one thread."""
+    """A rank's, an agent's or a front end's end of one control socket. For one thread."""
 
-    def __init__(self, endpoint: str, identity: str, side: Literal["rank", "front"]) -> None:
+    def __init__(self, endpoint: str, identity: str, client: Client) -> None:
         self._context = zmq.Context()
-        self.socket = self._context.socket(zmq.DEALER)
-        _set_limits(self.socket)
-        self.socket.setsockopt(zmq.IDENTITY, identity.encode())
-        self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MILLISECONDS)
+        self.socket = _dealer(self._context, identity)
         self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
         self._losses = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.connect(endpoint)
-        union: Any = _TO_RANK if side == "rank" else _TO_FRONT
-        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(union)
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_TO[client])
 
     @property
     def is_lost(self) -> bool:
@@ -144,6 +150,53 @@ class ControlClient:
         self.socket.disable_monitor()
         self._losses.close()
         self._context.destroy(linger=int(1000 * linger))
+
+
+class FrontClient:
+    """A front end's end of the control plane, for an event loop: no call but `close` waits.
+
+    `fileno()` is edge-triggered: when it is readable, and after every `send`, call `receive` until it returns None.
+    """
+
+    def __init__(self, directory: Path, identity: str) -> None:
+        """Connects to the socket in the run directory, at once or as soon as the driver listens."""
+        self._context = zmq.Context()
+        self._socket = _dealer(self._context, identity)
+        self._socket.connect(f"ipc://{directory / 'front'}")
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_TO_FRONT)
+
+    @staticmethod
+    def encode(message: m.Message) -> bytes:
+        """Raises ValueError for a message that the driver would refuse for its size."""
+        payload = encode(message)
+        if len(payload) > MAX_FRONT_BYTES:
+            raise ValueError(f"a request takes {len(payload)} bytes, more than {MAX_FRONT_BYTES}; shorten the prompt.")
+        return payload
+
+    def fileno(self) -> int:
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def send(self, payload: bytes) -> None:
+        self._socket.send(payload, zmq.NOBLOCK)
+
+    def receive(self) -> Any:
+        """The next message; None if none has come."""
+        try:
+            return self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+    def close(self, linger: float = LINGER_SECONDS) -> None:
+        """`linger`: seconds that messages may take to be sent."""
+        self._context.destroy(linger=int(1000 * linger))
+
+
+def _dealer(context: "zmq.Context[zmq.Socket[bytes]]", identity: str) -> "zmq.Socket[bytes]":
+    socket = context.socket(zmq.DEALER)
+    _set_limits(socket)
+    socket.setsockopt(zmq.IDENTITY, identity.encode())
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MILLISECONDS)
+    return socket
 
 
 def _set_limits(socket: "zmq.Socket[bytes]") -> None:

@@ -67,8 +67,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"max_logprobs is {self.max_logprobs}: it must be -1 (no limit) or at least 0.")
 
 
+JOB = "job.json"  # file of the run directory with the `DriverArgs`
+
+
 class DriverArgs(msgspec.Struct, frozen=True, kw_only=True):
-    """Arguments of the driver process, which rank 0 starts."""
+    """A fleet as its root has resolved it: input of its agent and of the driver."""
 
     config: EngineConfig
     measure: bool = False  # every device and link anew, also where placement does not depend on it: `hetis profile`
@@ -77,12 +80,10 @@ class DriverArgs(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: list[int]
     run_directory: str  # private directory of the unix sockets
     address: str | None  # to bind for ranks on other hosts; None: unix sockets only
-    announce: bool  # print the reason of a failure: under torchrun no front end reads it
-    parent: int  # pid of rank 0
 
 
 class Joining(msgspec.Struct, frozen=True, kw_only=True):
-    """Arguments of every rank: the driver's endpoints, and the rank's device ("auto": chosen by the rank)."""
+    """What the driver says when it listens: its endpoints, and the device of each rank ("auto": the rank chooses)."""
 
     endpoints: "Endpoints"
     devices: list[str]  # by rank
@@ -93,4 +94,6 @@ class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
 
     ranks: str
     health: str
+    board: str
+    agents: str
     front: str

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# the one error of a completion that is no fault of its request
+MODEL_FAILED = "the model produced logits that are not finite."
+
 
 @dataclass(slots=True)
 class Logprob:

@@ -7,7 +7,7 @@ import msgspec
 
 from hetis.core.sampling_params import SamplingParams
 
-_ID = re.compile(r"(?:\d+:)?(.*?)(?:/\d+)?", re.DOTALL)
+_ID = re.compile(r"(?:\d+:)?(.*?)(?:#\d+)?(?:/\d+)?", re.DOTALL)
 
 
 class Sequence(msgspec.Struct, kw_only=True, eq=False):
@@ -18,7 +18,7 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     `num_computed = 0`: its known output is decode too, many tokens in a step, and its K and V get the same bits again.
     """
 
-    id: str  # "0:7/1": of front end 0, request 7, completion 1; the driver and front ends add their parts
+    id: str  # "0:cmpl-a#7/1": of front end 0, request "cmpl-a", its 7th, completion 1; see `request_id`
     token_ids: list[int]
     prompt_len: int
     params: SamplingParams
@@ -33,10 +33,13 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     num_preemptions: int = 0
     finish_reason: str | None = None  # "stop", "length", "abort", "error"
     stop_reason: int | str | None = None
+    # set by the engine until the first token, which reports them; seconds on its clock
+    queued_at: float | None = None
+    admitted_at: float | None = None
 
     @property
     def request_id(self) -> str:
-        """The id that its front end and its user know: "7" of "0:7/1"."""
+        """The id that its user knows; the driver and the front end have added the rest."""
         found = _ID.fullmatch(self.id)
         assert found is not None
         return found[1]

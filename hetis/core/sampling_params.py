@@ -13,9 +13,11 @@ LOWEST_TEMPERATURE = 0.01  # other temperatures are raised to this, so that logi
 MAX_SEQUENCES = 16_384
 BIAS_LIMIT = 100.0
 _INT64_MAX = 2**63 - 1
+_LONGEST_ID = 10  # digits of a token id
+_MAX_SHOWN = 80  # characters of a value in a sentence
 
 
-class _Limit(NamedTuple):
+class Limit(NamedTuple):
     """Range of a number: integers unless `real`; `low` is excluded if `is_open`; None is allowed if `optional`."""
 
     low: float
@@ -26,20 +28,20 @@ class _Limit(NamedTuple):
     optional: bool = False
 
 
-_LIMITS = {
-    "n": _Limit(1, MAX_SEQUENCES, f"an integer from 1 to {MAX_SEQUENCES}"),
-    "temperature": _Limit(0, 2, "a number from 0 (greedy) to 2", real=True),
-    "top_p": _Limit(0, 1, "a number above 0 and at most 1", real=True, is_open=True),
-    "top_k": _Limit(-1, _INT64_MAX, "an integer of 1 or more, or 0 or -1 (off)"),
-    "min_p": _Limit(0, 1, "a number from 0 to 1", real=True),
-    "presence_penalty": _Limit(-2, 2, "a number from -2 to 2", real=True),
-    "frequency_penalty": _Limit(-2, 2, "a number from -2 to 2", real=True),
-    "repetition_penalty": _Limit(0, float_info.max, "a finite number above 0", real=True, is_open=True),
-    "seed": _Limit(-(2**63), _INT64_MAX, "a 64-bit integer, or -1 or None (not fixed)", optional=True),
-    "max_tokens": _Limit(1, _INT64_MAX, "an integer of 1 or more, or None (fill the context)", optional=True),
-    "min_tokens": _Limit(0, _INT64_MAX, "an integer from 0 to max_tokens"),
-    "logprobs": _Limit(-1, _INT64_MAX, "an integer of 0 or more, -1 (whole vocabulary) or None", optional=True),
-    "prompt_logprobs": _Limit(-1, _INT64_MAX, "an integer of 0 or more, -1 (whole vocabulary) or None", optional=True),
+LIMITS = {
+    "n": Limit(1, MAX_SEQUENCES, f"an integer from 1 to {MAX_SEQUENCES}"),
+    "temperature": Limit(0, 2, "a number from 0 (greedy) to 2", real=True),
+    "top_p": Limit(0, 1, "a number above 0 and at most 1", real=True, is_open=True),
+    "top_k": Limit(-1, _INT64_MAX, "an integer of 1 or more, or 0 or -1 (off)"),
+    "min_p": Limit(0, 1, "a number from 0 to 1", real=True),
+    "presence_penalty": Limit(-2, 2, "a number from -2 to 2", real=True),
+    "frequency_penalty": Limit(-2, 2, "a number from -2 to 2", real=True),
+    "repetition_penalty": Limit(0, float_info.max, "a finite number above 0", real=True, is_open=True),
+    "seed": Limit(-(2**63), _INT64_MAX, "a 64-bit integer, or -1 or None (not fixed)", optional=True),
+    "max_tokens": Limit(1, _INT64_MAX, "an integer of 1 or more, or None (fill the context)", optional=True),
+    "min_tokens": Limit(0, _INT64_MAX, "an integer from 0 to max_tokens"),
+    "logprobs": Limit(-1, _INT64_MAX, "an integer of 0 or more, -1 (whole vocabulary) or None", optional=True),
+    "prompt_logprobs": Limit(-1, _INT64_MAX, "an integer of 0 or more, -1 (whole vocabulary) or None", optional=True),
 }
 _SWITCHES = (
     "ignore_eos",
@@ -118,7 +120,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        for field, limit in _LIMITS.items():
+        for field, limit in LIMITS.items():
             self._set(field, _number(field, getattr(self, field), limit))
         for field in _SWITCHES:
             if not isinstance(getattr(self, field), bool):
@@ -181,10 +183,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 def _refusal(field: str, value: object, allowed: str) -> str:
-    return f"{field} is {value!r}, but must be {allowed}."
+    text = repr(value)
+    shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+    return f"{field} is {shown}, but must be {allowed}."
 
 
-def _number(field: str, value: Any, limit: _Limit) -> float | None:
+def _number(field: str, value: Any, limit: Limit) -> float | None:
     if value is None and limit.optional:
         return None
     kind = Real if limit.real else Integral
@@ -238,7 +242,8 @@ def _biases(biases: Any) -> dict[int, float]:
         raise ValueError(_refusal("logit_bias", biases, "a mapping of token ids to numbers"))
     clamped = {}
     for key, bias in biases.items():
-        token = int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else key
+        is_decimal = isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= _LONGEST_ID
+        token = int(key) if is_decimal else key
         if not _is_token_id(token):
             raise ValueError(_refusal("logit_bias", key, "keyed by token ids, integers of 0 or more"))
         if not _is_number(bias):
@@ -250,6 +255,6 @@ def _biases(biases: Any) -> dict[int, float]:
 def _items(field: str, value: Any, allowed: str) -> tuple[Any, ...]:
     if value is None:
         return ()
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | dict) or not isinstance(value, Iterable):
         raise ValueError(_refusal(field, value, allowed))
     return tuple(value)

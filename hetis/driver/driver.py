@@ -1,50 +1,47 @@
-"""The driver process: brings the fleet up, serves front ends, and watches over all processes of the job.
+"""The driver process: brings the fleet up, serves front ends, and finds the cause when the fleet fails.
 
-Rank 0 starts it with `DriverArgs` as one JSON line on standard input; it answers with `Joining` on standard output. A
-second line says how the job ends (`driver.final_status`).
+    python -m hetis.driver.driver DIRECTORY AGENT
+
+The agent, its parent, starts it; it reads `DriverArgs` from the run directory, and answers with `Joining` as a line on
+standard output. When the agent closes its standard input, the job ends in order.
 """
 
 import logging
 import os
 import sys
 from contextlib import suppress
-from io import FileIO
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
 from hetis.comm.control import ControlServer
-from hetis.core.config import DriverArgs, Joining
+from hetis.core.config import JOB, DriverArgs, Joining
 from hetis.core.logs import set_up_logging
 from hetis.driver.members import JobEndedError, Members
 from hetis.driver.serving import Serving
 from hetis.driver.startup import Startup
 from hetis.driver.watch import FleetFailedError
-from hetis.processes import start, supervision
+from hetis.processes import start
 
 _log = logging.getLogger("hetis")  # this module runs as __main__
 
 
 def main() -> NoReturn:
-    start.begin()
-    supervision.run_on_without_parent()
-    parent = FileIO(sys.stdin.fileno(), closefd=False)
-    line = parent.readline()
-    if not line:
-        sys.exit(1)  # rank 0 has died
-    args = msgspec.json.decode(line, type=DriverArgs)
+    start.begin(int(sys.argv[2]))
+    args = msgspec.json.decode((Path(sys.argv[1]) / JOB).read_bytes(), type=DriverArgs)
     set_up_logging("driver")
     server = ControlServer(args.run_directory, args.address)
     joining = Joining(endpoints=server.endpoints, devices=[member.device for member in args.plan.members])
-    with suppress(BrokenPipeError):  # `Members` notices the end of rank 0
+    with suppress(BrokenPipeError):  # `Members` notices the end of the agent
         os.write(sys.stdout.fileno(), msgspec.json.encode(joining) + b"\n")
-    code = run_job(args, Members(args, server, parent))
+    code = run_job(args, Members(args, server, sys.stdin.fileno()))
     server.close()
     sys.exit(code)
 
 
 def run_job(args: DriverArgs, members: Members) -> int:
-    """Runs a job to its end; the exit code. Failures are recorded, and all ranks have ended."""
+    """Runs a job to its end; the exit code. Failures are recorded, and agents know the end."""
     try:
         with suppress(JobEndedError):
             start_up(args, members).run()

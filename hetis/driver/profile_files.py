@@ -35,7 +35,7 @@ def save(profile: msgspec.Struct, path: Path) -> None:
 
 
 def load(path: Path, kind: type[ProfileT]) -> ProfileT:
-    """The profile in a JSON file. Raises ValueError, naming the file, when it cannot be read or is not a `kind`."""
+    """The profile in a JSON file. Raises ValueError, naming the file, when it cannot be read or holds no `kind`."""
     refuse_pipe(path, "profile")
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
@@ -44,7 +44,9 @@ def load(path: Path, kind: type[ProfileT]) -> ProfileT:
             f"profile {path} cannot be read ({error.strerror}); run `hetis profile` to make one."
         ) from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"profile {path} is not a {kind.__name__}: {error}; run `hetis profile` anew.") from error
+        raise ValueError(
+            f"profile {path} is not a file that `hetis profile` wrote ({error}); run `hetis profile` anew."
+        ) from error
 
 
 @contextmanager

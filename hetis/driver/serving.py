@@ -7,6 +7,7 @@ from hetis.core import messages as m
 from hetis.core.device_info import RankStats
 from hetis.driver.front_ends import SequenceIds, StatsCollector
 from hetis.driver.members import END_SECONDS, JobEndedError, Members
+from hetis.driver.observation import Observation
 from hetis.driver.trace import TraceFile
 from hetis.engine.engine import Engine
 
@@ -25,13 +26,15 @@ class Serving:
     ) -> None:
         """`ready`, `report`: answers to `Attach` and `ProfileQuery`. `postponed`: (front end, question) from before."""
         self._members, self._engine, self._trace = members, engine, trace
+        self._fronts = members.front_ends
         self._ready, self._report, self._postponed = ready, report, postponed
         self._ids = SequenceIds()
         self._stats = StatsCollector(len(members.ranks))
+        self._observation = Observation(engine, members.watch)
 
     def run(self) -> None:
         """Serves until the job ends in order. FleetFailedError when the fleet cannot go on."""
-        self._greet(self._members.attached)
+        self._greet(self._fronts.attached)
         for front, question in self._postponed:
             self._on_front(front, question)
         try:
@@ -45,6 +48,7 @@ class Serving:
         self._members.check()
         self._members.wait()
         self._read_ranks()
+        self._drop_gone()
         for front, message in self._members.from_front_ends():
             self._on_front(front, message)
         self._step()
@@ -54,15 +58,17 @@ class Serving:
         while (command := self._engine.step(time.monotonic())) is not None:
             self._members.watch.on_step(command.step)
             self._members.broadcast(command)
-        for front, outputs in self._ids.by_front(self._engine.take_outputs()).items():
-            self._members.answer(front, m.Outputs(outputs=outputs))
+        found = self._ids.by_front(self._engine.take_outputs())
+        status = self._observation.status_if_due(time.monotonic()) if found else None
+        for front, outputs in found.items():
+            self._fronts.answer(front, m.Outputs(outputs=outputs, status=status))
 
     def _read_ranks(self) -> None:
         for message in self._members.from_ranks():
             match message:
                 case m.StepResult():
                     self._members.watch.on_result(message.step)
-                    self._engine.on_result(message)
+                    self._engine.on_result(message, time.monotonic())
                 case m.StepTimes():
                     self._engine.on_times(message)
                     if self._trace is not None:
@@ -74,24 +80,64 @@ class Serving:
         match message:
             case m.Attach():
                 self._greet([front])
+            case m.Detach():
+                self._drop_gone()
             case m.AddRequest():
-                message.id = self._ids.to_engine(front, message.id)
-                self._engine.add(message)
+                self._add(front, message)
             case m.AbortRequest():
-                self._engine.abort(self._ids.to_engine(front, message.id))
+                self._abort(front, message.id)
             case m.FleetQuery():
                 if self._stats.ask(front):
                     self._ask_for_stats()
             case m.ProfileQuery():
-                self._members.answer(front, self._report)
+                self._fronts.answer(front, self._report)
+            case m.StatusQuery():
+                self._fronts.answer(front, self._observation.status())
+            case m.FleetSnapshotQuery():
+                self._show(front, message)
+
+    def _add(self, front: bytes, request: m.AddRequest) -> None:
+        """Without a process to watch, a front end could leave sequences behind, so it has to be attached."""
+        if not self._fronts.is_attached(front):
+            reason = "this front end is not attached: send Attach first."
+            refused = m.TokenOutput(id=request.id, token_ids=[], finish_reason="error", error=reason)
+            self._fronts.answer(front, m.Outputs(outputs=[refused]))
+            return
+        name = self._ids.add(front, request.id)
+        if name is None:  # not an output, which would be one of the sequence that runs
+            self._fronts.answer(front, m.Refused(reason=f"id {request.id!r} is in use by an unfinished sequence."))
+            return
+        request.id = name
+        self._engine.add(request, time.monotonic())
+
+    def _abort(self, front: bytes, own_id: str) -> None:
+        name = self._ids.find(front, own_id)
+        if name is not None:
+            self._engine.abort(name)
+            return
+        ended = m.TokenOutput(id=own_id, token_ids=[], finish_reason="abort")
+        self._fronts.answer(front, m.Outputs(outputs=[ended]))
+
+    def _drop_gone(self) -> None:
+        """Aborts the sequences of front ends that have gone."""
+        for front in self._fronts.take_gone():
+            self._stats.forget(front)
+            for name in self._ids.forget(front):
+                self._engine.abort(name)
 
     def _greet(self, fronts: Iterable[bytes]) -> None:
-        """Tells front ends that the fleet is up. The first one is the last process that has to connect."""
+        """Tells front ends that the fleet is up."""
         for front in fronts:
-            self._members.hide_sockets()
-            self._members.answer(front, self._ready)
+            self._fronts.answer(front, self._ready)
 
     # --- statistics ---------------------------------------------------------------------------------------------------
+
+    def _show(self, front: bytes, query: m.FleetSnapshotQuery) -> None:
+        """Answers at once, with the ranks' counters of the last time; has them ready for the next time."""
+        now = time.monotonic()
+        self._fronts.answer(front, self._observation.snapshot(query, now))
+        if not self._stats.num_missing and self._observation.ask_ranks(now):
+            self._ask_for_stats()
 
     def _ask_for_stats(self) -> None:
         self._stats.begin()
@@ -101,9 +147,10 @@ class Serving:
         found = self._stats.on_stats(stats)
         if found is None:
             return
+        self._observation.on_stats(found, time.monotonic())
         answer = self._engine.fleet_stats(found)
         for front in self._stats.take_asking():
-            self._members.answer(front, answer)
+            self._fronts.answer(front, answer)
 
     def _finish_trace(self, trace: TraceFile) -> None:
         """Waits for the times of all steps: ranks report them before they answer a question."""

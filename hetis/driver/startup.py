@@ -11,6 +11,7 @@ from hetis.core.config import DriverArgs
 from hetis.core.device_info import DeviceInfo
 from hetis.core.profile import FleetProfile
 from hetis.driver.members import Members
+from hetis.driver.observation import starting_snapshot, starting_status
 from hetis.driver.profile_files import cached_profiles, keep_profiles, load
 from hetis.driver.profiling import Profiling, report_of
 from hetis.driver.serving import Serving
@@ -93,7 +94,7 @@ class Startup:
         """Sends the measurements that can start, and tells front ends how many are done."""
         for rank, message in following:
             self._members.send(rank, message)
-        self._members.tell_front_ends(m.Measuring(done=profiling.num_done, total=profiling.num_jobs))
+        self._members.front_ends.tell(m.Measuring(done=profiling.num_done, total=profiling.num_jobs))
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
@@ -113,9 +114,13 @@ class Startup:
         if isinstance(message, m.AddRequest | m.AbortRequest):
             reason = "the fleet is not up yet: wait for EngineReady."
             refused = m.TokenOutput(id=message.id, token_ids=[], finish_reason="error", error=reason)
-            self._members.answer(front, m.Outputs(outputs=[refused]))
-        elif isinstance(message, m.FleetQuery | m.ProfileQuery):
+            self._members.front_ends.answer(front, m.Outputs(outputs=[refused]))
+        elif isinstance(message, m.FleetQuery | m.ProfileQuery) and (front, message) not in self._postponed:
             self._postponed.append((front, message))
+        elif isinstance(message, m.StatusQuery):
+            self._members.front_ends.answer(front, starting_status(self._members.watch))
+        elif isinstance(message, m.FleetSnapshotQuery):
+            self._members.front_ends.answer(front, starting_snapshot(self._members.watch, time.monotonic()))
 
 
 def ready_message(setup: m.Setup, ledger: str) -> m.EngineReady:

@@ -12,6 +12,7 @@ from hetis.core.request import Sequence
 from hetis.dispatcher.rebalance import MigrationBudget, Rebalancer
 from hetis.dispatcher.residents import Resident
 from hetis.dispatcher.room import shortage_of
+from hetis.engine.events import EventLog
 
 INTERVAL_SECONDS = 0.25  # between two checks of the balance
 BURST_SECONDS = 1.0  # worth of the migration budget that may move at once
@@ -21,10 +22,15 @@ class Balancer:
     """The `Relief` of a fleet whose lanes can move."""
 
     def __init__(
-        self, cache: CacheManager, migrator: Migrator, rebalancer: Rebalancer, bytes_per_second: float
+        self,
+        cache: CacheManager,
+        migrator: Migrator,
+        rebalancer: Rebalancer,
+        bytes_per_second: float,
+        events: EventLog,
     ) -> None:
         """`bytes_per_second`: limit of what moves towards balance; pages that run out are relieved without limit."""
-        self._cache, self._migrator, self._rebalancer = cache, migrator, rebalancer
+        self._cache, self._migrator, self._rebalancer, self._events = cache, migrator, rebalancer, events
         self._budget = MigrationBudget(bytes_per_second, BURST_SECONDS * bytes_per_second)
         self._last_check: float | None = None  # None: `balance` has not been called
         self.num_rebalances = 0  # times that migrations started towards balance
@@ -57,7 +63,9 @@ class Balancer:
         """`staging_tokens`: of the prompt for which homes should keep room."""
         outcome = self._rebalancer.compute(self.residents(running), self._cache.view(), self._budget, staging_tokens)
         assert not outcome.preempt, "no rank has left the plan"
-        self.num_rebalances += bool(self._migrator.start(outcome.moves))
+        started = self._migrator.start(outcome.moves)
+        self.num_rebalances += bool(started)
+        self._events.on_moves("rebalance", started)
 
     def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> Mapping[PoolId, int]:
         """See `core.placement.Relief`. Migrations into these pools are cancelled, if that frees enough pages."""
@@ -73,7 +81,9 @@ class Balancer:
         if not lacking:
             return {}
         relief = self._rebalancer.memory(self.residents(running), self._cache.view(), lacking)
-        self.num_reliefs += bool(self._migrator.start(relief.moves))
+        started = self._migrator.start(relief.moves)
+        self.num_reliefs += bool(started)
+        self._events.on_moves("relief", started)
         return {pool: lacking[pool] for pool in relief.exhausted}
 
     def residents(self, running: Iterable[Sequence]) -> list[Resident]:

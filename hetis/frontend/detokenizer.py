@@ -1,6 +1,7 @@
 """Incremental detokenisation: emits whole characters only, and nothing that may become part of a stop string."""
 
 import codecs
+import json
 import re
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ _UNFINISHED = "\ufffd"  # decoders replace bytes that are not (yet) a character 
 _PROMPT_TOKENS = 6  # last tokens of the prompt, decoded with the first output token so that it gets its space
 _MOST_PENDING = 8  # tokens in a row that end within a character
 _LAST_TOKENS = 4  # a character has at most four bytes, so these hold the last one
+_MOST_CACHED = 1 << 16  # tokens
 _CONTINUATION = {bytes([byte]) for byte in range(0x80, 0xC0)}  # bytes of a character after its first
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
@@ -59,6 +61,9 @@ class Detokenizer:
         return piece
 
     def _advance(self, new: str) -> tuple[str, str | None]:
+        if not self._params.stop:
+            self.text += new
+            return new, None
         if self._stopped or not new:
             return "", None
         held = self._held + new
@@ -161,12 +166,26 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 class _TokenBytes:
-    """Bytes of tokens, for tokenizers that may cut characters: byte-level ones and those with byte fallback."""
+    """Bytes and texts of single tokens. Tokenizers that are byte-level or have byte fallback may cut characters."""
 
     def __init__(self, tokenizer: Any) -> None:
-        kind = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
+        kind = b"{}" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
         self._tokenizer = tokenizer
         self._is_byte_level, self._has_fallback = b'"ByteLevel"' in kind, b'"ByteFallback"' in kind
+        self._is_context_free = json.loads(kind).get("type") == "ByteLevel"  # the text is that of all bytes in order
+        # called for every token of every output
+        self.has_text = lru_cache(_MOST_CACHED)(lambda token: tokenizer.id_to_token(token) is not None)
+        self.alone = lru_cache(_MOST_CACHED)(lambda token: str(tokenizer.decode([token], skip_special_tokens=False)))
+        self.whole = lru_cache(_MOST_CACHED)(self._whole)
+
+    def _whole(self, token: int) -> str | None:
+        """The text of a token that has whole characters, after any whole characters; None if it depends on others."""
+        if not self._is_context_free:
+            return None
+        try:
+            return self.of(token).decode()
+        except UnicodeDecodeError:
+            return None
 
     def unfinished(self, ids: Sequence[int]) -> int:
         """Number of bytes at the end that begin a character without completing it."""
@@ -202,6 +221,8 @@ class _TokenDecoder:
 
         ids:   ... | tokens of the last text | tokens without whole characters yet
                    ^ window                  ^ fresh
+
+    Most tokens of a byte-level tokenizer need no decoding: they have whole characters and follow whole characters.
     """
 
     def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
@@ -214,6 +235,7 @@ class _TokenDecoder:
         self._window: list[int] = []
         self._fresh = 0  # index in the window
         self._shown = 0
+        self._ends_whole = True  # the window's text ends with a whole character
 
     def prime(self, prompt_token_ids: Sequence[int]) -> None:
         """Sets the prompt. If it ends within a character, that character is emitted with the output."""
@@ -224,6 +246,7 @@ class _TokenDecoder:
         self._window = end[first:]
         self._shown = len(self._whole(self._window, self._decode(self._window)))
         self._fresh = len(self._window)
+        self._ends_whole = not self._bytes.unfinished(self._window)
         while self._fresh and self._bytes.unfinished(self._window[: self._fresh]):
             self._fresh -= 1
 
@@ -231,12 +254,16 @@ class _TokenDecoder:
         """Appends a token; returns the whole characters that it completes."""
         if not self._has_text(token):
             return ""
+        if self._ends_whole and (alone := self._bytes.whole(token)) is not None:
+            self._window, self._fresh, self._shown = [token], 1, len(alone)
+            return alone
         if self._joins_special and token in self._special and self._window and self._window[-1] in self._special:
             self._slide([*self._window, token], len(self._window))
             return self._special[token]
         self._window.append(token)
         text = self._decode(self._window)
         whole = self._whole(self._window, text)
+        self._ends_whole = whole == text
         piece = whole[self._shown :]
         if piece and whole == text:
             self._slide(self._window, self._fresh)
@@ -271,8 +298,15 @@ class _TokenDecoder:
     def _has_text(self, token: int) -> bool:
         if token in self._special:
             return not self._skip_special
-        return self._tokenizer.id_to_token(token) is not None
+        return self._bytes.has_text(token)
 
     def _decode(self, ids: list[int]) -> str:
+        if len(ids) == 1:
+            return self._bytes.alone(ids[0])
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """Bytes of one token, also of one that ends within a character. `tokenizer`: as of `Detokenizer`."""
+    return _token_bytes(getattr(tokenizer, "backend_tokenizer", tokenizer)).of(token_id)

@@ -2,25 +2,21 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Never
 
-from hetis.core.config import EngineConfig
 from hetis.core.messages import FleetQuery, FleetStats
 from hetis.core.outputs import RequestOutput
-from hetis.core.request import check_token_ids
 from hetis.core.sampling_params import SamplingParams
 from hetis.frontend.chat import Conversation, as_conversations, render
 from hetis.frontend.client import EngineClient
+from hetis.frontend.intake import Intake, require_tokenizer, tokenizer_of
 from hetis.frontend.options import make_config
 from hetis.frontend.progress import progress_bar
 from hetis.frontend.prompts import Prompt, ReadPrompt, read_params, read_prompts
 from hetis.frontend.requests import Piece, Request
-from hetis.frontend.tokenizer import encode, load_tokenizer
-from hetis.launch.checks import plan_for
 
 _log = logging.getLogger("hetis")
 
@@ -99,18 +95,15 @@ class LLM:
             profile_cache=profile_cache, trace=trace, step_timeout=step_timeout,
             oversubscribe=oversubscribe, progress=progress, **unknown,
         )  # fmt: skip
-        _, spec, resolved = plan_for(config)
-        self.vocab_size = spec.vocab_size
-        self._max_logprobs = config.max_logprobs
-        self._request_numbers = count(1)
-        self._client = EngineClient(config, resolved)
+        self._client = EngineClient(config)
         try:
-            self.tokenizer = _tokenizer_of(config)  # while the ranks start
+            self.tokenizer = tokenizer_of(config)  # while the ranks start
             ready = self._client.wait_until_ready()
         except BaseException:
             self._client.close()
             raise
-        self.max_model_len, self.ledger = ready.max_model_len, ready.ledger
+        self._intake = Intake(config, self.tokenizer, ready)
+        self.vocab_size, self.max_model_len, self.ledger = ready.vocab_size, ready.max_model_len, ready.ledger
 
     def generate(
         self,
@@ -181,7 +174,7 @@ class LLM:
 
         Arguments and errors are those of `generate`.
         """
-        return self._run(self._make_requests(read_prompts(prompts), sampling_params, add_special_tokens))
+        return self._client.stream(self._make_requests(read_prompts(prompts), sampling_params, add_special_tokens))
 
     def fleet_stats(self) -> FleetStats:
         """Counters of the fleet and of every rank: heads, pages, attention time, bytes sent over links."""
@@ -189,9 +182,7 @@ class LLM:
 
     def get_tokenizer(self) -> Any:
         """The fast tokenizer of transformers. Raises ValueError if the model has none."""
-        if self.tokenizer is None:
-            raise ValueError("the model has no tokenizer; give prompts as token ids, or a tokenizer (tokenizer=).")
-        return self.tokenizer
+        return require_tokenizer(self.tokenizer)
 
     def close(self) -> None:
         """Ends all processes of the fleet; may be called again."""
@@ -210,7 +201,7 @@ class LLM:
         num_tokens, start = 0, time.perf_counter()
         total = sum(request.num_completions for request in requests)
         with progress_bar("generating", total, show=use_tqdm and len(requests) > 1) as bar:
-            for piece in self._run(requests):
+            for piece in self._client.stream(requests):
                 num_tokens += len(piece.token_ids)
                 if piece.finished:
                     bar.advance(note=f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s")
@@ -220,34 +211,6 @@ class LLM:
             _log.warning("%d of %d prompts failed; prompt %d: %s", len(errors), len(outputs), index, error)
         return outputs
 
-    def _run(self, requests: list[Request]) -> Iterator[Piece]:
-        """Sends the requests and yields their pieces until all are finished."""
-        running = {request.id: request for request in requests}
-        try:
-            inbox = self._client.open(running, (message for request in requests for message in request.messages()))
-            while running:
-                for new in inbox.get():
-                    request = running.get(new.id.rpartition("/")[0])
-                    if request is None:  # finished by a stop string; drawn before the driver received the abort
-                        continue
-                    piece, abort = request.add(new)
-                    if abort is not None:
-                        self._client.send([abort])
-                    if request.finished:
-                        del running[request.id]
-                        self._client.forget(request.id)
-                    if piece is not None:
-                        yield piece
-        finally:
-            self._abort(running.values())
-
-    def _abort(self, requests: Iterable[Request]) -> None:
-        if not self._client.is_open:
-            return
-        for request in requests:
-            self._client.forget(request.id)
-            self._client.send(request.aborts())
-
     def _make_requests(
         self,
         prompts: list[ReadPrompt],
@@ -256,33 +219,13 @@ class LLM:
     ) -> list[Request]:
         params = read_params(sampling_params, len(prompts))
         return [
-            self._make_request(index, prompt, one, add_special_tokens)
+            self._intake.make(
+                prompt,
+                one,
+                prompt_index=index,
+                name=f"prompt {index}",
+                params_name=f"prompt {index}: ",
+                add_special_tokens=add_special_tokens,
+            )
             for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))
         ]
-
-    def _make_request(
-        self, index: int, prompt: ReadPrompt, params: SamplingParams, add_special_tokens: bool
-    ) -> Request:
-        try:
-            params.validate_for(self.vocab_size, self._max_logprobs)
-        except ValueError as error:
-            raise ValueError(f"prompt {index}: {error}") from None
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"prompt {index}: stop needs a tokenizer; give stop_token_ids, or a tokenizer.")
-        ids = prompt.token_ids
-        if ids is None:
-            assert prompt.text is not None
-            ids = encode(self.get_tokenizer(), prompt.text, add_special_tokens)
-        check_token_ids(f"prompt {index}", ids, self.vocab_size)
-        if len(ids) >= self.max_model_len:
-            raise ValueError(
-                f"prompt {index} has {len(ids)} tokens, but max_model_len is {self.max_model_len}, output included; "
-                f"shorten the prompt."
-            )
-        return Request(str(next(self._request_numbers)), index, prompt.text, ids, params, self.tokenizer)
-
-
-def _tokenizer_of(config: EngineConfig) -> Any:
-    if config.tokenizer is None:
-        return load_tokenizer(config.model, config.revision)
-    return load_tokenizer(config.tokenizer, None, what="tokenizer")

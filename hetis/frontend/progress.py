@@ -3,9 +3,10 @@
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from hetis.core.messages import Measuring
 from hetis.frontend.console import is_terminal
 
 _drawing = threading.Lock()  # held while a bar is visible: a terminal shows one at a time
@@ -56,3 +57,18 @@ def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Progr
             yield ProgressBar(progress, progress.add_task(title, total=total, note=""))
     finally:
         _drawing.release()
+
+
+class MeasuringBar(ExitStack):
+    """A bar for the progress of measuring, from the first message about it to the end of the block."""
+
+    def __init__(self, show: bool) -> None:
+        super().__init__()
+        self._show, self._done = show, 0
+        self._bar: ProgressBar | None = None
+
+    def follow(self, message: Measuring) -> None:
+        if self._bar is None:
+            self._bar = self.enter_context(progress_bar("measuring devices and links", message.total, show=self._show))
+        self._bar.advance(message.done - self._done)
+        self._done = message.done

@@ -43,7 +43,7 @@ class ReadPrompt:
 
 def read_prompts(prompts: Prompt | Sequence[Prompt]) -> list[ReadPrompt]:
     """Reads one prompt or a list of prompts. Raises ValueError, with the position, for other values."""
-    return [_read(f"prompt {index}", prompt) for index, prompt in enumerate(_as_list(prompts))]
+    return [read_prompt(f"prompt {index}", prompt) for index, prompt in enumerate(_as_list(prompts))]
 
 
 def read_params(sampling_params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -79,7 +79,8 @@ def _as_list(prompts: Any) -> Sequence[Any]:
     return [prompts] if are_ids and not any(isinstance(item, str | Mapping) for item in prompts) else prompts
 
 
-def _read(name: str, prompt: Any) -> ReadPrompt:
+def read_prompt(name: str, prompt: Any) -> ReadPrompt:
+    """Reads one prompt. Raises ValueError, which begins with `name`, for other values."""
     if isinstance(prompt, str):
         return ReadPrompt(check_text(name, prompt), None)
     if isinstance(prompt, Mapping):

@@ -1,90 +1,74 @@
-"""One rank of a fleet, from the start of its process.
+"""The process of one rank: `python -m hetis.launch.member DIRECTORY AGENT`, with the variables of torchrun.
 
-Under torchrun every process runs `run_member`. Without it, `LLM` and the command line start the same processes by
-`local_launcher.py`.
+Its standard input is a socket to the agent, its parent, which sends `Joining` when the driver listens. An agent that
+torchrun started has it from its rank, which has it from torchrun's store, because agents do not import torch.
 """
 
 import os
-import signal
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
-from hetis.core.config import EngineConfig
+import msgspec
+
+from hetis.core.config import Joining
 from hetis.core.logs import set_up_logging
 from hetis.launch import torchrun
-from hetis.launch.children import Children
-from hetis.processes import failure, start
+from hetis.processes import start
 
-if TYPE_CHECKING:
-    from hetis.comm.rendezvous import StoreRendezvous
-
-RANK_DEFAULTS = {  # environment of a rank, read when torch is imported or CUDA is first used
-    "OMP_WAIT_POLICY": "PASSIVE",  # ranks share cores with each other
-    "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for weights and cache: less time in page walks
-    # A hardware queue for each stream (8 by default). If two streams shared one, the work of a stage could queue behind
-    # the other's wait for a message that depends on it.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
-}
+_KEY = "joining"  # in torchrun's store
 
 
-def run_member(
-    config: EngineConfig,
-    *,
-    measure: bool = False,
-    front_argv: list[str] | None = None,
-    run_directory: Path | None = None,
-    parent: int | None = None,
-) -> NoReturn:
-    """Runs this process as the rank that its environment names, as long as its `parent` lives (None: the one now).
-
-    `measure`: every device and link is measured anew. `front_argv`: command line of the front end that rank 0 starts;
-    None: the front end runs, and waits in `run_directory`.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a heartbeat: no traceback of an import
-    start.begin(os.getppid() if parent is None else parent)
-    for name, value in RANK_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    children = None
-    try:
-        if run_directory is None:
-            torchrun.check_variables()
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-        set_up_logging(f"rank {rank}")
-        if rank == 0:  # they start while this process imports torch
-            children = Children(config, measure=measure, front_argv=front_argv, run_directory=run_directory)
-    except (ValueError, OSError) as error:
-        give_up(error, run_directory)
+def main() -> NoReturn:
+    directory, agent_pid = Path(sys.argv[1]), int(sys.argv[2])
+    start.begin(agent_pid)
+    rank = int(os.environ["RANK"])
+    set_up_logging(f"rank {rank}")
     from hetis.ranks.rank import run_rank
 
-    rendezvous = _meet(run_directory)
-    if children is not None:
-        rendezvous.set("joining", children.joining())
-    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    on_lost_driver = None if children is None else children.on_lost_driver
-    run_rank(rank, local_rank, ranks_on_host, torchrun.own_address(), rendezvous, on_lost_driver)
+    agent = socket.socket(fileno=os.dup(0))
+    joining, open_store = _meet_by_torchrun(rank, agent) if torchrun.under_torchrun() else _meet(directory, agent)
+    run_rank(
+        rank,
+        int(os.environ["LOCAL_RANK"]),
+        int(os.environ["LOCAL_WORLD_SIZE"]),
+        torchrun.own_address(),
+        msgspec.json.decode(joining, type=Joining),
+        open_store,
+        agent,
+    )
     sys.stdout.flush()
-    # libraries' exit handlers may wait for peers that have ended
-    os._exit(0 if children is None else children.wait())
+    os._exit(0)  # libraries' exit handlers may wait for peers that have ended
 
 
-def _meet(run_directory: Path | None) -> "StoreRendezvous":
-    """Torchrun's store, or a file in the run directory, which needs no port."""
+def _meet(directory: Path, agent: socket.socket) -> tuple[bytes, Callable[[], Any]]:
+    """(`Joining`, function that opens the store). On one host the store is a file, which needs no port."""
     from torch.distributed import FileStore
 
+    return _receive(agent), lambda: FileStore(str(directory / "store"), -1)
+
+
+def _meet_by_torchrun(rank: int, agent: socket.socket) -> tuple[bytes, Callable[[], Any]]:
     from hetis.comm.rendezvous import StoreRendezvous
 
-    if run_directory is None:
-        return StoreRendezvous.from_environment()
-    return StoreRendezvous(FileStore(str(run_directory / "store"), -1))
-
-
-def give_up(error: Exception, run_directory: Path | None) -> NoReturn:
-    """Ends this process; the reason goes to stderr, or to the front end that waits in `run_directory`."""
-    failure.report_to_torchrun(str(error))
-    if run_directory is None:
-        failure.show(str(error))
+    rendezvous = StoreRendezvous.from_environment()
+    if rank == 0:
+        joining = _receive(agent)
+        rendezvous.set(_KEY, joining)
     else:
-        reason = failure.FailureReason(str(error), refused=isinstance(error, ValueError))
-        failure.FailureRecord(run_directory).write(reason)
-    os._exit(1)
+        joining = rendezvous.get(_KEY)
+        agent.sendall(joining)
+    return joining, lambda: rendezvous.store
+
+
+def _receive(agent: socket.socket) -> bytes:
+    """A line from the agent; ends this process if the agent has ended."""
+    with agent.makefile("rb") as lines:
+        line = lines.readline()
+    return line or sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,5 @@
-"""The private directory of a run: it holds the control sockets until all processes have connected, and afterwards the
-failure reason, if there is one."""
+"""The private directory of a run: the fleet as its root has resolved it, the control sockets, and the failure reason,
+if there is one."""
 
 import os
 import socket

@@ -1,9 +1,8 @@
-"""The environment that torchrun gives to a rank, and the front end of a fleet that torchrun started."""
+"""The environment that torchrun gives to the processes that it starts."""
 
 import os
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 
 from hetis.core.plan import Plan
 
@@ -11,7 +10,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP
 _ADDRESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 _OWN = "TORCHELASTIC_"  # prefix of variables that nothing but torchrun sets
 
-fleet_directory: Path | None = None  # run directory of the fleet, where this process is its front end under torchrun
+is_root = False  # this process is the root of torchrun's fleet; else a fleet that it starts is its own
 
 
 def under_torchrun() -> bool:
@@ -54,9 +53,13 @@ def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in ours and not name.startswith(_OWN)}
 
 
+def has_many_hosts() -> bool:
+    return os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+
+
 def own_address() -> str:
     """The address at which other hosts reach this one: on the route to torchrun's master, or loopback on one host."""
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+    if not has_many_hosts():
         return "127.0.0.1"
     if "HETIS_ADDRESS" in os.environ:
         return os.environ["HETIS_ADDRESS"]

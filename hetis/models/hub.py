@@ -92,8 +92,16 @@ def _download(model: str, revision: str | None, weights: bool, what: str) -> Pat
     except hub.RevisionNotFoundError as error:
         raise ValueError(f"{where} does not exist on the hub; correct the revision.") from error
     except Exception as error:  # no network, proxies, disk: the hub client raises errors of several libraries
-        reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(
-            f"{where} is not a directory and cannot be fetched from the hub ({reason}); check the network or give a "
-            f"directory."
+            f"{where} is not a directory and cannot be fetched from the hub ({_first_line(error)}); check the network "
+            f"or give a directory."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Kind of an error and the first line of its text. Of a LocalEntryNotFoundError ("not in the cache either") the
+    error that led to it."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    return ": ".join([type(cause).__name__, *str(cause).splitlines()[:1]])

@@ -3,13 +3,11 @@
 The first process that knows the reason records it in the run directory; reasons found later are consequences of the
 first, and are dropped. These processes record one:
 
-    driver      the best explanation of what ranks reported and of how they ended (`driver.watch`)
-    rank 0      the end of its child, the driver or the front end; before there is a driver, why it cannot start one
-    launcher    the end of a rank, if the driver has not explained it
+    driver    the best explanation of what agents and ranks reported (`driver.watch`)
+    agent     the end of the driver, or its silence (`launch.agent`)
 
-The front end that started the ranks reads the record when they have ended. Under torchrun no process reads it, so the
-process that records a reason prints it, too. torchrun's own summary of failed processes has it from each rank
-(`report_to_torchrun`).
+The root reads the record, and shows the reason to the user. torchrun's own summary of failed processes has it from
+each process that torchrun started (`report_to_torchrun`).
 """
 
 import json
@@ -26,7 +24,6 @@ from hetis.core.plan import Plan
 from hetis.processes.supervision import wait_status
 
 END_REQUESTED = "was asked to end by its launcher"
-_BY_REQUEST = frozenset({signal.SIGTERM, signal.SIGINT})
 _FILE = "failure"
 
 
@@ -40,28 +37,16 @@ class FailureReason(msgspec.Struct, frozen=True):
 class FailureRecord:
     """The failure reason of one job, a file in its run directory."""
 
-    def __init__(self, run_directory: Path | str, prints: bool = False) -> None:
-        """`prints`: what is recorded goes to stderr as well, since no front end reads the record."""
-        self._path, self._prints = Path(run_directory) / _FILE, prints
+    def __init__(self, run_directory: Path | str) -> None:
+        self._path = Path(run_directory) / _FILE
 
     def write(self, reason: FailureReason) -> None:
         """Records the reason, unless there is one: the first one stays."""
-        if self._write(msgspec.json.encode(reason)) and self._prints:
-            show(reason.text)
-
-    def _write(self, content: bytes) -> bool:
-        """Whether the reason is the first."""
         draft = self._path.with_name(f"{_FILE}.{os.getpid()}")
-        try:
-            draft.write_bytes(content)
-            os.link(draft, self._path)  # fails if there is one; a reader never sees half of it
-        except FileExistsError:
-            return False
-        except FileNotFoundError:  # the front end has ended, and removed the directory
-            return True
-        finally:
-            draft.unlink(missing_ok=True)
-        return True
+        with suppress(FileExistsError, FileNotFoundError):  # there is one; the root has removed the directory
+            draft.write_bytes(msgspec.json.encode(reason))
+            os.link(draft, self._path)  # a reader never sees half of it
+        draft.unlink(missing_ok=True)
 
     def read(self) -> FailureReason | None:
         try:
@@ -106,11 +91,6 @@ def describe_end(status: int | None) -> str:
 def end_of(pid: int) -> str:
     """How a process of this host ended, in words; best before its parent reaps it."""
     return describe_end(wait_status(pid))
-
-
-def ended_by_request(status: int | None) -> bool:
-    """Whether the process was asked to end, by Ctrl-C or by a launcher that ends all ranks: that is no cause."""
-    return status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _BY_REQUEST
 
 
 def signal_name(number: int) -> str:

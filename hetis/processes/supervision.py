@@ -3,9 +3,8 @@
 import ctypes
 import os
 import signal
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -13,16 +12,6 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 # --- parents and children ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def hold(*signals: signal.Signals) -> Iterator[None]:
-    """Blocks signals until the end of the block; children started in it never receive them. Main thread only."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def die_with_parent(parent: int) -> None:
@@ -92,14 +81,6 @@ def has_ended(pid: int) -> bool:
     except PermissionError:  # another user's
         return False
     return wait_status(pid) is not None
-
-
-def await_status(pid: int, seconds: float) -> int | None:
-    """`wait_status` of a process that ends now: the kernel closes its files before it has the status."""
-    deadline = time.monotonic() + seconds
-    while (status := wait_status(pid)) is None and Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return status
 
 
 def kill(pids: Iterable[int]) -> None:

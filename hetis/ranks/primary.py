@@ -54,7 +54,9 @@ class PrimaryRank:
         scratch = decode_scratch(setup, stop - first, device)
         pool, windows = make_pool(setup, rank, self._stage_index, device), setup.spec.windows[slice(*stage.layers)]
         uses_flash = flash_serves(device, TORCH_DTYPES[setup.dtype], setup.spec.head_dim)
-        _log.info("attention of prompts by %s", prompt_attention(uses_flash))
+        # on CPUs there is no choice
+        level = logging.INFO if device.type == "cuda" else logging.DEBUG
+        _log.log(level, "attention of prompts by %s", prompt_attention(uses_flash))
         self._planner = StepPlanner(
             pool, setup.spec.num_head_groups, setup.max_num_seqs, windows, device, uses_flash=uses_flash
         )

@@ -1,8 +1,7 @@
 """The life of one rank: join the driver, build what `Setup` says, obey until `Shutdown`."""
 
 import logging
-import os
-import signal
+import socket
 import threading
 import time
 import traceback
@@ -10,9 +9,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
 
-import msgspec
 import torch
 
+from hetis.comm.board import BoardRendezvous
 from hetis.comm.control import ControlClient
 from hetis.comm.groups import init_groups
 from hetis.comm.hosts import Token
@@ -20,11 +19,10 @@ from hetis.comm.rendezvous import Rendezvous
 from hetis.core import messages as m
 from hetis.core.config import Joining
 from hetis.core.messages.step_command import decode
+from hetis.core.sizes import plural
 from hetis.models.decoder import Decoder
 from hetis.models.hub import resolve_model
 from hetis.models.loader import load_weights
-from hetis.processes import failure
-from hetis.processes.waker import Waker
 from hetis.ranks.build import TORCH_DTYPES, describe_device, open_links, share_of_cores
 from hetis.ranks.gpus import sum_in_float32, why_unusable
 from hetis.ranks.heartbeat import Heartbeat
@@ -43,22 +41,19 @@ def run_rank(
     local_rank: int,
     ranks_on_host: int,
     address: str,
-    rendezvous: Rendezvous,
-    on_lost_driver: Callable[[str], None] | None = None,
+    joining: Joining,
+    open_store: Callable[[], Any],
+    agent: socket.socket,
 ) -> None:
     """Runs this process as `rank`; returns after `Shutdown`.
 
-    Any error ends the process with code 1, after its traceback and a `Failure` to the driver. `address`: where other
-    hosts reach this one. `on_lost_driver`: called with how the driver ended, before this process ends as well.
+    After an error it prints the traceback, sends a `Failure` to the driver, and waits for its end. `address`: where
+    other hosts reach this one. `open_store`: see `BoardRendezvous`. `agent`: the channel to it.
     """
-    joining = msgspec.json.decode(rendezvous.get("joining"), type=Joining)
-    waker = Waker()
-    waker.wake_on(signal.SIGTERM, signal.SIGINT)
-    # the driver prints the failure reason on its host, the first rank on others
-    prints_reason = os.environ.get("GROUP_RANK", "0") != "0" and local_rank == 0
-    heartbeat = Heartbeat(joining.endpoints.health, rank, waker, on_lost_driver or (lambda how: None), prints_reason)
+    heartbeat = Heartbeat(joining.endpoints.health, rank, agent)
     heartbeat.start()
-    control = ControlClient(joining.endpoints.ranks, str(rank), "rank")
+    control = ControlClient(joining.endpoints.ranks, str(rank), "ranks")
+    rendezvous = BoardRendezvous(joining.endpoints.board, rank, open_store)
     device_name = choose_device(joining.devices[rank], local_rank)
     if local_rank == 0 and (problem := extension.problem()) is not None:  # once for a host: it is one installation
         _log.warning("%s", problem)
@@ -67,22 +62,23 @@ def run_rank(
         _report(heartbeat, rank, device_name, error, is_mistake=False)
 
     try:
-        member = _join(control, heartbeat, rank, device_name, ranks_on_host, address, rendezvous, fail)
+        member = _join(control, rank, device_name, ranks_on_host, address, rendezvous, fail)
     except Exception as error:
         _report(heartbeat, rank, device_name, error, is_mistake=isinstance(error, ValueError))
     try:
         if member is not None:
+            heartbeat.last_step = lambda: member.last_step
             obey(control, member)
             member.close()
     except Exception as error:
         fail(error)
     heartbeat.stop()
+    rendezvous.close()
     control.close(linger=0)  # the driver may have ended
 
 
 def _join(
     control: ControlClient,
-    heartbeat: Heartbeat,
     rank: int,
     device_name: str,
     ranks_on_host: int,
@@ -93,8 +89,8 @@ def _join(
     """Everything from `Hello` to `Ready`; None if the job ends before it began. ValueError for mistakes of the user."""
     token = Token(rank, rendezvous)
     device = prepare_device(device_name, ranks_on_host)
-    heartbeat.host = token.host(JOIN_SECONDS)
-    control.send(m.Hello(info=describe_device(rank, device, address, heartbeat.host)))
+    host = token.host(JOIN_SECONDS)
+    control.send(m.Hello(info=describe_device(rank, device, address, host)))
     setup = control.receive(JOIN_SECONDS)
     if setup is None:
         raise TimeoutError(f"the driver sent no setup within {JOIN_SECONDS:.0f} s")
@@ -102,13 +98,11 @@ def _join(
         return None
     assert isinstance(setup, m.Setup), f"the driver sent {type(setup).__name__} before Setup"
     token.close()
-    heartbeat.timeout = setup.step_timeout
     begin = time.monotonic()
     member = build_member(setup, rank, device, rendezvous, on_failure)
     _log.log(logging.INFO if rank == 0 else logging.DEBUG, "loaded in %.1f s", time.monotonic() - begin)
     if is_needed(setup):
         warm_up(member, setup)
-    heartbeat.last_step = lambda: member.last_step
     control.send(m.Ready(rank=rank))
     return member
 
@@ -131,8 +125,10 @@ def prepare_device(device_name: str, ranks_on_host: int) -> torch.device:
     device = torch.device(device_name)
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise ValueError(f"device {device_name} does not exist here ({found} CUDA devices): correct the plan.")
+            found = plural(torch.cuda.device_count(), "CUDA device")
+            raise ValueError(
+                f"device {device_name} does not exist here ({found}): name another one in the plan or by --device."
+            )
         if reason := why_unusable(device):
             raise ValueError(f"{reason}: give this rank another device, for example cpu.")
         torch.cuda.set_device(device)
@@ -219,7 +215,7 @@ def obey(control: ControlClient, member: PrimaryRank | AttentionWorker) -> None:
 
 
 def _report(heartbeat: Heartbeat, rank: int, device_name: str, error: BaseException, is_mistake: bool) -> NoReturn:
-    """Logs, and tells the driver, why this rank ends; `heartbeat` ends the process. For any thread.
+    """Logs, and tells the driver, why this rank fails, and waits for the agent to end it. For any thread.
 
     A lost connection is the failure of another rank, and for a mistake of the user one sentence is enough: neither
     shows a traceback.
@@ -230,8 +226,6 @@ def _report(heartbeat: Heartbeat, rank: int, device_name: str, error: BaseExcept
         text = "".join(traceback.format_exception(error))
         _log.error("failed on %s", device_name, exc_info=error)
     reason = str(error) if is_consequence or is_mistake else f"{type(error).__name__}: {error}"
-    if not is_consequence:
-        failure.report_to_torchrun(text or reason)
     heartbeat.report(m.Failure(rank=rank, reason=reason, traceback=text, is_consequence=is_consequence))
     while True:
         threading.Event().wait()

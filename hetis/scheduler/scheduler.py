@@ -56,11 +56,16 @@ class Scheduler:
         self._released: list[int] = []  # slots to report as free with the next batch
         self._num_in_flight = 0  # batches
         self.num_preemptions = 0
+        self.preempted: list[Sequence] = []  # by the last `schedule`
         self.refused: Sequence | None = None  # head of the queue, if the last `schedule` found no placement for it
 
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -72,7 +77,10 @@ class Scheduler:
         return list(self._running)
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a sequence in the queue. Raises ValueError for an id in use and for a prompt that fills the context."""
+        """Puts a sequence in the queue. It may have output from before, which is recomputed.
+
+        Raises ValueError for an id in use, for a prompt that fills the context, and for a complete output.
+        """
         if sequence.id in self._unfinished:
             raise ValueError(f"id {sequence.request_id!r} is in use by an unfinished request; choose another one.")
         room = self._max_model_len - sequence.prompt_len
@@ -82,6 +90,10 @@ class Scheduler:
                 f"least {1 - room}."
             )
         sequence.max_tokens = min(sequence.max_tokens, room)
+        if sequence.num_output >= sequence.max_tokens:
+            raise ValueError(
+                f"the output is complete: it has {sequence.num_output} tokens of at most {sequence.max_tokens}."
+            )
         self._unfinished[sequence.id] = sequence
         self._enqueue(sequence)
 
@@ -104,6 +116,7 @@ class Scheduler:
 
         Without rows it transfers pages only: every sequence waits for lanes that migrate.
         """
+        self.preempted.clear()
         if self._num_in_flight == self._num_stages:
             return None
         self.refused = None
@@ -238,6 +251,7 @@ class Scheduler:
         self._enqueue(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
+        self.preempted.append(sequence)
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.num_computed = 0

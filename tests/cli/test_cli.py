@@ -219,7 +219,7 @@ def test_ctrl_c_ends_the_command_silently(phase: str) -> None:
         prompts = ["--prompt", "It was", "--prompt", "The"]
         with FleetProcess([*HETIS, *LONG, *prompts], Path(directory)) as fleet:
             if phase == "starting":
-                fleet.member("launcher")
+                fleet.member("agent")
             elif phase == "loading":
                 fleet.until(lambda: list(Path(directory).glob("hetis-*/ranks")), "the driver listens")
             elif phase == "measuring":

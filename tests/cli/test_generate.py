@@ -36,11 +36,12 @@ class FakeLLM:
     def stream(self, prompts: list[str], params: Any) -> Iterator[Piece]:
         for index, prompt in enumerate(prompts):
             if prompt == "bad":
-                yield Piece(index, 0, "", [], "error", "nothing is left to draw from")
+                yield Piece(index, 0, "", [], finish_reason="error", error="nothing is left to draw from")
                 continue
             if prompt == "interrupt":
                 raise KeyboardInterrupt
-            yield from (Piece(index, *piece) for piece in ((0, prompt[::-1], [1, 2]), (0, "", [], "stop")))
+            yield Piece(index, 0, prompt[::-1], [1, 2])
+            yield Piece(index, 0, "", [], finish_reason="stop")
 
     def fleet_stats(self) -> FleetStats:
         return fleet(1)

@@ -14,7 +14,7 @@ from hetis.cli.version import version_text
 from hetis.core.config import EngineConfig
 from hetis.core.sampling_params import SamplingParams
 
-COMMANDS = (["generate"], ["profile"], ["bench", "throughput"], ["bench", "latency"])
+COMMANDS = (["serve"], ["generate"], ["profile"], ["bench", "throughput"], ["bench", "latency"])
 SIGNED = {"--seed", "--sampling-seed"}  # any integer of 64 bits
 NONSENSE = ("nan", "inf", "1e400", "x", "", "9" * 400)
 
@@ -29,7 +29,7 @@ def leaf(command: list[str]) -> argparse.ArgumentParser:
 
 def numeric() -> Iterator[tuple[list[str], str]]:
     """(command, option) for every option that is a number or a size."""
-    for command in COMMANDS:
+    for command in (*COMMANDS, ["bench", "serve"]):
         for action in leaf(command)._actions:
             if action.metavar in ("N", "X", "SIZE", "SECONDS"):
                 yield command, action.option_strings[0]
@@ -92,13 +92,16 @@ def test_every_number_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> No
             ["generate", "--dtype", "float8"],
             "--dtype is 'float8' (did you mean float32?); it must be one of auto, float32, bfloat16, float16.",
         ),
+        (["serve", "--port", "99999"], "--port is 99999: it must be from 0 (any that is free) to 65535."),
+        (["serve", "--max-body-bytes", "5"], "--max-body-bytes is 5: it must be at least 1024."),
+        (["serve", "--ssl-cert-reqs", "7"], "--ssl-cert-reqs is '7'; it must be one of 0, 1, 2."),
         (["generate", "--prompt"], "--prompt needs a value; see `hetis generate --help`."),
         (
             ["generate", "--prompt", "a", "--prompt-file", "b"],
             "--prompt-file and --prompt exclude each other: give one of them.",
         ),
         (["genrate"], "'genrate' is not a command (did you mean generate?); see `hetis --help`."),
-        (["bench", "speed"], "'speed' is not a kind; see `hetis bench --help`."),
+        (["bench", "speed"], "'speed' is not a kind (did you mean serve?); see `hetis bench --help`."),
     ],
 )
 def test_the_error_of_wrong_arguments(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +132,7 @@ def test_help_shows_defaults_and_examples(command: list[str]) -> None:
     for default in ("1+0", "2048", "64", "32", "60.0", "256MiB"):
         assert f"(default: {default})" in text
     assert "None" not in text
-    examples = re.findall(r"(?<= )hetis (?:generate|bench|profile) [^>|\n]*", leaf(command).epilog or "")
+    examples = re.findall(r"(?<= )hetis (?:serve|generate|bench|profile) [^>|\n]*", leaf(command).epilog or "")
     assert examples
     for example in examples:
         build_parser().parse_args(

@@ -39,9 +39,15 @@ def test_lines_are_prompts(text: str, prompts: list[str | list[int]]) -> None:
 def test_a_line_of_another_form_is_refused(line: str) -> None:
     with pytest.raises(
         ValueError,
-        match=r'^file, line 4 is not a JSON object with "prompt" .* like line 2; use one form for all lines\.$',
+        match=r'^file, line 4 is not a JSON object with "prompt" .*; all lines must be such objects if the first has ',
     ):
         list(parse_prompts(f'\n{{"prompt": "a"}}\n\n{line}\n', "file"))
+
+
+@pytest.mark.parametrize("line", ['{"prompt": 3}', '{"prompt_token_ids": "1, 2"}', '{"prompt": null}'])
+def test_a_first_line_with_a_key_of_prompts_and_a_wrong_value_is_no_text(line: str) -> None:
+    with pytest.raises(ValueError, match=r'^file, line 1 is not a JSON object with "prompt" \(text\)'):
+        list(parse_prompts(f"{line}\n", "file"))
 
 
 def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
@@ -103,7 +109,7 @@ class TestSources:
         assert self.prompts(prompt=["this"]) == ["this"]
 
     def test_under_torchrun_the_pipe_is_not_read(self, pipe: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torchrun, "fleet_directory", Path("/somewhere"))
+        monkeypatch.setattr(torchrun, "is_root", True)
         assert self.prompts() == [*EXAMPLES]
 
     def test_a_file_is_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ def pieces_of(texts: Sequence[str], size: int = 1) -> Iterator[Piece]:
             if start < len(text) + size:
                 is_last = start >= len(text)
                 ids = [ord(character) for character in text[start : start + size]]
-                yield Piece(index, 0, text[start : start + size], ids, "length" if is_last else None)
+                yield Piece(index, 0, text[start : start + size], ids, finish_reason="length" if is_last else None)
 
 
 def written(writer: Any, pieces: Iterator[Piece], capsys: pytest.CaptureFixture[str]) -> str:
@@ -106,7 +106,7 @@ def test_json_has_a_line_for_every_prompt_in_order(capsys: pytest.CaptureFixture
 
 def test_json_of_finished_prompts_is_written_after_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
     writer = JsonWriter(["a", "b", "c"])
-    for piece in (Piece(2, 0, "x", [1], "stop"), Piece(0, 0, "y", [2])):
+    for piece in (Piece(2, 0, "x", [1], finish_reason="stop"), Piece(0, 0, "y", [2])):
         writer.add(piece)
     assert capsys.readouterr().out == "", "the first is not finished"
     writer.close()
@@ -121,7 +121,7 @@ def test_json_is_ascii_unless_the_stream_is_utf8(monkeypatch: pytest.MonkeyPatch
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, "stdout", stream)
         writer = JsonWriter(["日"])
-        writer.add(Piece(0, 0, "本", [1], "stop"))
+        writer.add(Piece(0, 0, "本", [1], finish_reason="stop"))
         line = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
         assert json.loads(line)["text"] == "本"
         assert line.isascii() == is_escaped

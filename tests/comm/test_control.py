@@ -21,7 +21,7 @@ def server(request: pytest.FixtureRequest, directory: Path) -> Iterator[ControlS
 
 
 def test_messages_go_both_ways_in_order(server: ControlServer) -> None:
-    client = ControlClient(server.endpoints.ranks, "3", "rank")
+    client = ControlClient(server.endpoints.ranks, "3", "ranks")
     for step in range(100):
         client.send(m.StepResult(step=step, tokens=[0] * 10))
     assert [take(server, "ranks")[1].step for _ in range(100)] == list(range(100))
@@ -33,26 +33,12 @@ def test_messages_go_both_ways_in_order(server: ControlServer) -> None:
     client.close()
 
 
-def test_hidden_sockets_go_on_working(directory: Path) -> None:
-    server = ControlServer(str(directory), None)
-    client = ControlClient(server.endpoints.front, "front", "front")
-    client.send(m.Attach())
-    identity, _ = take(server, "front")
-    assert {path.name for path in directory.iterdir()} == {"ranks", "health", "front"}
-    server.hide()
-    assert list(directory.iterdir()) == []
-    server.send("front", identity, m.EngineDead(reason="none"))
-    assert client.receive(DEADLINE) == m.EngineDead(reason="none")
-    client.close()
-    server.close()
-
-
 def test_garbage_is_dropped(server: ControlServer) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.connect(server.endpoints.ranks)
         for frames in ([b""], [b"\xff\xfe"], [b"a", b"b", b"c"], [b"\x81\xa4type\xa6Attach"]):
             stranger.send_multipart(frames)
-        client = ControlClient(server.endpoints.ranks, "1", "rank")
+        client = ControlClient(server.endpoints.ranks, "1", "ranks")
         client.send(m.Ready(rank=1))
         assert take(server, "ranks") == (b"1", m.Ready(rank=1))
         client.close()
@@ -61,11 +47,11 @@ def test_garbage_is_dropped(server: ControlServer) -> None:
 
 def test_a_front_end_is_refused_what_is_no_message(server: ControlServer) -> None:
     front = ControlClient(server.endpoints.front, "front", "front")
-    front.send(m.StatsQuery())
+    front.send(m.Shutdown())  # only the root ends a fleet
     front.socket.send(b"\xff\xfe")
-    front.send(m.Attach())
-    assert take(server, "front") == (b"front", m.Attach()), "the driver goes on"
-    for word in ("StatsQuery", ""):
+    front.send(m.Attach(pid=1))
+    assert take(server, "front") == (b"front", m.Attach(pid=1)), "the driver goes on"
+    for word in ("Shutdown", ""):
         answer = front.receive(DEADLINE)
         assert isinstance(answer, m.Refused)
         assert word in answer.reason
@@ -74,7 +60,7 @@ def test_a_front_end_is_refused_what_is_no_message(server: ControlServer) -> Non
 
 def test_a_lost_driver_is_noticed_at_once(directory: Path) -> None:
     server = ControlServer(str(directory), None)
-    client = ControlClient(server.endpoints.ranks, "1", "rank")
+    client = ControlClient(server.endpoints.ranks, "1", "ranks")
     assert not client.is_lost, "not connected is not lost"
     client.send(m.Ready(rank=1))
     take(server, "ranks")

@@ -1,5 +1,6 @@
 """Every process logs with time, level and its name; processes inherit the level from the front end that starts them."""
 
+import json
 import logging
 import re
 import subprocess
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hetis.core.logs import LEVELS, VARIABLE, environment_of_children, level_of_environment
+from hetis.core.logs import FORMAT_VARIABLE, LEVELS, VARIABLE, environment_of_children, level_of_environment
 
 SCRIPT = """
 import logging, warnings
@@ -77,3 +78,45 @@ def test_an_unknown_level_is_ignored_with_a_warning(
     assert [record.getMessage() for record in caplog.records] == [
         "HETIS_LOG_LEVEL is 'loud', which is ignored; use one of debug, info, warning, error."
     ]
+
+
+SERVING = """
+import logging
+from hetis.core.logs import set_up_logging
+set_up_logging("", "info", serves=True)
+try:
+    raise ValueError("the text of a prompt")
+except ValueError:
+    logging.getLogger("hetis").error("a request failed", exc_info=True)
+    logging.getLogger("asyncio").error("a task failed", exc_info=True)
+logging.getLogger("uvicorn.error").info("of uvicorn")
+logging.getLogger("uvicorn.error").warning("of uvicorn")
+logging.getLogger("hetis.access").info("a line", extra={"fields": {"status": 200}})
+"""
+
+
+def serving(chosen: str) -> list[str]:
+    """Lines of a process that serves."""
+    result = subprocess.run(
+        [sys.executable, "-c", SERVING], env={FORMAT_VARIABLE: chosen}, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == ""
+    assert "the text of a prompt" not in result.stderr
+    return result.stderr.splitlines()
+
+
+def test_lines_of_a_server_have_the_date_and_those_of_libraries_look_alike() -> None:
+    found = serving("text")
+    first = [line for line in found if re.match(r"\d\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d [A-Z]+ hetis: ", line)]
+    assert [line.split(": ")[1] for line in first] == ["a request failed", "a task failed", "of uvicorn", "a line"]
+    assert found.count("ValueError") == 2, "types without messages, which may quote a request"
+
+
+def test_a_server_can_log_json() -> None:
+    found = [json.loads(line) for line in serving("json")]
+    assert [line["message"] for line in found] == ["a request failed", "a task failed", "of uvicorn", "a line"]
+    assert [line["level"] for line in found] == ["error", "error", "warning", "info"]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", line["time"]) for line in found)
+    assert found[0]["process"] == "hetis"
+    assert found[0]["exception"].endswith("ValueError")
+    assert found[3]["status"] == 200

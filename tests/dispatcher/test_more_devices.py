@@ -18,6 +18,7 @@ from hetis.cost.cost_model import CostModel
 from hetis.dispatcher.hetis_dispatcher import HetisDispatcher
 from hetis.dispatcher.rebalance import Rebalancer
 from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
+from hetis.engine.events import EventLog
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, make_plan, make_sequence
 
@@ -58,7 +59,7 @@ def load_us(devices: list[DeviceProfile], pages: list[int], alpha_us: float, see
     now = 0.0
 
     def balancer(engine: ToyEngine) -> Balancer | None:
-        return Balancer(engine.cache, engine.migrator, Rebalancer(cost), 1e9) if moves else None
+        return Balancer(engine.cache, engine.migrator, Rebalancer(cost), 1e9, EventLog()) if moves else None
 
     engine = TimedEngine(
         plan,

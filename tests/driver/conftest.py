@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.driver import members
+from hetis.driver import members, serving
 from hetis.driver.watch import Watch
 from tests.driver.scripted import Sockets
 
@@ -13,6 +13,5 @@ from tests.driver.scripted import Sockets
 def sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sockets:
     found = Sockets(tmp_path)
     monkeypatch.setattr(members, "Watch", lambda plan, timeout: Watch(plan, timeout, clock=lambda: found.now))
-    monkeypatch.setattr(members, "END_SECONDS", 0.0)
-    monkeypatch.setattr(members, "FAIL_SECONDS", 0.0)
+    monkeypatch.setattr(serving, "END_SECONDS", 0.0)
     return found

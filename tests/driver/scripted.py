@@ -3,7 +3,7 @@
 Whenever the driver waits, the script of the test goes on by one step, so nothing depends on time.
 """
 
-import io
+import os
 from collections import defaultdict, deque
 from collections.abc import Generator
 from pathlib import Path
@@ -23,10 +23,13 @@ from hetis.processes.failure import FailureReason, FailureRecord
 from tests.dispatcher.fleets import make_spec
 
 SPEC = msgspec.structs.replace(make_spec(4, num_layers=4), intermediate_size=128, vocab_size=512, max_position=256)
-PARENT = 1000  # a descriptor that only the fake poller knows
-TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown | m.Abort | m.Pong
+OWNER = 1000  # a descriptor that only the fake poller knows
+END = [(OWNER, 1)]  # what the poller returns when the agent ends the job
+TO_RANK = m.Setup | m.Measure | m.MeasureLink | m.StepCommand | m.StatsQuery | m.Shutdown
 Script = Generator[list[tuple[object, int]] | None, None, None]
 FRONT, OTHER_FRONT, THIRD_FRONT = b"front", b"other", b"third"
+AGENT, OTHER_AGENT = b"agent-0", b"agent-1"
+ATTACH = m.Attach(pid=os.getpid())
 
 
 class Sockets:
@@ -38,14 +41,15 @@ class Sockets:
         self.script: Script  # set by `run`
         self.script_error: AssertionError | None = None  # which the driver takes for a failure of its own
         self.now = 0.0
-        self.is_hidden = False
+        self.registered: list[object] = []
         self.sent: list[tuple[str, bytes, Any]] = []
         self._inbox: dict[str, deque[tuple[bytes, m.Message]]] = defaultdict(deque)
         self._decoder = msgspec.msgpack.Decoder(TO_RANK)
 
     # --- the driver's side
 
-    def register(self, what: object, flags: int = 0) -> None: ...
+    def register(self, what: object, flags: int = 0) -> None:
+        self.registered.append(what)
 
     def unregister(self, what: object) -> None: ...
 
@@ -63,9 +67,6 @@ class Sockets:
 
     def send(self, client: str, identity: bytes, message: m.Message | bytes) -> None:
         self.sent.append((client, identity, self._decoder.decode(message) if isinstance(message, bytes) else message))
-
-    def hide(self) -> None:
-        self.is_hidden = True
 
     # --- the script's side
 
@@ -102,25 +103,16 @@ class Sockets:
         self.take("ranks", b"1")
 
     def answer_step(self) -> m.StepCommand:
-        """Takes the one command that both ranks must have been given; every row that samples draws token 7."""
+        """Takes and answers the one command that both ranks must have been given."""
         (command,), (same,) = self.take("ranks", b"0"), self.take("ranks", b"1")
         assert command == same
-        tokens = [7] * len(decode(command, 0).sampling_row_I)
-        self.put("ranks", b"0", m.StepResult(step=command.step, tokens=tokens))
+        self.answer(command)
         return command
 
-
-class Parent(io.RawIOBase):
-    """What rank 0 writes to the driver, whose poller sees it as `PARENT`."""
-
-    def __init__(self, line: bytes) -> None:
-        self._line = line
-
-    def fileno(self) -> int:
-        return PARENT
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        return self._line
+    def answer(self, command: m.StepCommand) -> None:
+        """Every row that samples draws token 7."""
+        tokens = [7] * len(decode(command, 0).sampling_row_I)
+        self.put("ranks", b"0", m.StepResult(step=command.step, tokens=tokens))
 
 
 def make_args(directory: Path, *, measure: bool = False, **options: Any) -> DriverArgs:
@@ -132,27 +124,27 @@ def make_args(directory: Path, *, measure: bool = False, **options: Any) -> Driv
     plan = resolve_plan(config.plan, SPEC, config.device, config.kv_cache_memory)
     return DriverArgs(
         config=config, measure=measure, spec=SPEC, plan=plan, eos_token_ids=[3], run_directory=str(directory),
-        address=None, announce=False, parent=1,
+        address=None,
     )  # fmt: skip
 
 
-def run(sockets: Sockets, script: Script, line: bytes = b"", **options: Any) -> None:
-    """Runs a job that ends in order, with the script, which must have ended, too. `line`: what rank 0 writes."""
-    assert exit_code(sockets, script, line, **options) == 0
+def run(sockets: Sockets, script: Script, **options: Any) -> None:
+    """Runs a job that ends in order, with the script, which must have ended, too."""
+    assert exit_code(sockets, script, **options) == 0
     assert FailureRecord(sockets.directory).read() is None
 
 
-def run_failing(sockets: Sockets, script: Script, line: bytes = b"", **options: Any) -> FailureReason:
+def run_failing(sockets: Sockets, script: Script, **options: Any) -> FailureReason:
     """Runs a job that fails; the recorded reason."""
-    assert exit_code(sockets, script, line, **options) == 1
+    assert exit_code(sockets, script, **options) == 1
     reason = FailureRecord(sockets.directory).read()
     assert reason is not None
     return reason
 
 
-def exit_code(sockets: Sockets, script: Script, line: bytes, **options: Any) -> int:
+def exit_code(sockets: Sockets, script: Script, **options: Any) -> int:
     args, sockets.script = make_args(sockets.directory, **options), script
-    code = run_job(args, Members(args, sockets, Parent(line)))  # type: ignore[arg-type]
+    code = run_job(args, Members(args, sockets, OWNER))  # type: ignore[arg-type]
     if sockets.script_error is not None:
         raise sockets.script_error
     assert next(script, "the end") == "the end", "the driver ended before the script"
@@ -160,13 +152,25 @@ def exit_code(sockets: Sockets, script: Script, line: bytes, **options: Any) -> 
 
 
 def request(name: str, **params: Any) -> m.AddRequest:
-    return m.AddRequest(id=name, token_ids=[1, 2, 5], params=SamplingParams(**({"max_tokens": 2} | params)))
+    full = SamplingParams(**({"max_tokens": 2} | params))
+    return m.AddRequest(id=name, token_ids=[1, 2, 5], prompt_len=3, seed=0, params=full)
 
 
 def attach(sockets: Sockets, *fronts: bytes) -> Script:
     """A fleet comes up with these front ends."""
     for front in fronts:
-        sockets.put("front", front, m.Attach())
+        sockets.put("front", front, ATTACH)
     yield from sockets.come_up()
     for front in fronts:
         assert [type(message) for message in sockets.take("front", front)] == [m.EngineReady]
+
+
+def take_tokens(sockets: Sockets, front: bytes) -> dict[str, tuple[list[int], str | None]]:
+    """By sequence: the tokens that a front end has got, and why the sequence ended."""
+    found: dict[str, tuple[list[int], str | None]] = {}
+    for outputs in sockets.take("front", front):
+        assert isinstance(outputs, m.Outputs)
+        for output in outputs.outputs:
+            tokens, _ = found.get(output.id, ([], None))
+            found[output.id] = [*tokens, *output.token_ids], output.finish_reason
+    return found

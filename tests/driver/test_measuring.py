@@ -2,7 +2,7 @@
 
 from hetis.core import messages as m
 from hetis.core.measurements import AttentionSample, DenseSample, PrefillSample, TransferSample
-from tests.driver.scripted import FRONT, OTHER_FRONT, Script, Sockets, run
+from tests.driver.scripted import AGENT, ATTACH, END, FRONT, OTHER_FRONT, Script, Sockets, run
 
 
 def measured(rank: int, message: m.Measure | m.MeasureLink) -> m.Measured:
@@ -20,7 +20,7 @@ def measured(rank: int, message: m.Measure | m.MeasureLink) -> m.Measured:
 
 def start_measuring(sockets: Sockets) -> Script:
     """Up to the first messages about it, which are not taken."""
-    sockets.put("front", FRONT, m.Attach())
+    sockets.put("front", FRONT, ATTACH)
     sockets.hello(0)
     sockets.hello(1)
     yield None
@@ -50,8 +50,7 @@ def test_a_fleet_is_up_when_all_is_measured(sockets: Sockets) -> None:
         assert sockets.take("front", OTHER_FRONT) == [report]
         assert sorted(report.profile.devices) == [0, 1]
         assert [(link.primary, link.worker) for link in report.profile.links] == [(0, 1)]
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script(), dispatch="hetis")
 
@@ -60,21 +59,20 @@ def test_measuring_can_be_asked_for_where_placement_does_not_depend_on_it(socket
     def script() -> Script:
         yield from start_measuring(sockets)
         assert [type(message) for message in sockets.take("ranks", b"0")] == [m.Measure]
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script(), dispatch="even", measure=True)
 
 
 def test_a_fleet_that_is_shut_down_while_it_measures_ends_its_ranks(sockets: Sockets) -> None:
-    """Ranks read messages when they have measured; `Abort` comes on another socket."""
+    """Ranks read messages when they have measured; their agents end those that take too long."""
 
     def script() -> Script:
+        sockets.put("agents", AGENT, m.AgentHello(ranks=[0, 1]))
         yield from start_measuring(sockets)
         assert [type(message) for message in sockets.take("ranks", b"0")] == [m.Measure]
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script(), dispatch="hetis")
     assert sockets.take("ranks", b"0") == sockets.take("ranks", b"1") == [m.Shutdown()]
-    assert [type(message) for message in sockets.take("health", b"1")] == [m.Abort]
+    assert sockets.take("agents", AGENT) == [m.End(reason=None)]

@@ -97,7 +97,7 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     for content in DAMAGED:
         bad.write_bytes(content)
-        with pytest.raises(ValueError, match=r"bad\.json is not a FleetProfile"):
+        with pytest.raises(ValueError, match=r"bad\.json is not a file that `hetis profile` wrote"):
             load(bad, FleetProfile)
 
 

@@ -1,20 +1,21 @@
 """A fleet that is up: steps go to all ranks, and each front end gets the answers to its own messages."""
 
+import msgspec
+
 from hetis.core import messages as m
 from hetis.core.device_info import RankStats
-from hetis.core.sampling_params import SamplingParams
-from tests.driver.scripted import FRONT, OTHER_FRONT, THIRD_FRONT, Script, Sockets, attach, request, run
-
-
-def take_tokens(sockets: Sockets, front: bytes) -> dict[str, tuple[list[int], str | None]]:
-    """By sequence: the tokens that a front end has got, and why the sequence ended."""
-    found: dict[str, tuple[list[int], str | None]] = {}
-    for outputs in sockets.take("front", front):
-        assert isinstance(outputs, m.Outputs)
-        for output in outputs.outputs:
-            tokens, _ = found.get(output.id, ([], None))
-            found[output.id] = [*tokens, *output.token_ids], output.finish_reason
-    return found
+from tests.driver.scripted import (
+    END,
+    FRONT,
+    OTHER_FRONT,
+    THIRD_FRONT,
+    Script,
+    Sockets,
+    attach,
+    request,
+    run,
+    take_tokens,
+)
 
 
 def test_steps_go_to_all_ranks_and_tokens_to_the_front_end_that_asked(sockets: Sockets) -> None:
@@ -31,8 +32,7 @@ def test_steps_go_to_all_ranks_and_tokens_to_the_front_end_that_asked(sockets: S
         assert take_tokens(sockets, FRONT) == {"a": ([7, 7, 7], "length"), "b": ([7], "length")}
         assert take_tokens(sockets, OTHER_FRONT) == {"a": ([7, 7], "length")}
         assert take_tokens(sockets, THIRD_FRONT) == {}
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -50,8 +50,7 @@ def test_a_front_end_aborts_only_its_own_sequences(sockets: Sockets) -> None:
         yield None
         assert take_tokens(sockets, FRONT) == {"a": ([7, 7], "length")}
         assert take_tokens(sockets, OTHER_FRONT)["b"][1] == "abort"
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -59,7 +58,7 @@ def test_a_front_end_aborts_only_its_own_sequences(sockets: Sockets) -> None:
 def test_a_request_that_can_never_run_is_refused_and_the_others_go_on(sockets: Sockets) -> None:
     def script() -> Script:
         yield from attach(sockets, FRONT)
-        endless = m.AddRequest(id="endless", token_ids=[1] * 100_000, params=SamplingParams())
+        endless = msgspec.structs.replace(request("endless"), token_ids=[1] * 100_000)
         sockets.put("front", FRONT, endless, request("good", max_tokens=1))
         yield None
         (refused,) = sockets.take("front", FRONT)[0].outputs
@@ -67,22 +66,7 @@ def test_a_request_that_can_never_run_is_refused_and_the_others_go_on(sockets: S
         sockets.answer_step()
         yield None
         assert [one.finish_reason for each in sockets.take("front", FRONT) for one in each.outputs] == ["length"]
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
-
-    run(sockets, script())
-
-
-def test_an_id_in_use_is_refused_in_the_words_of_the_front_end(sockets: Sockets) -> None:
-    def script() -> Script:
-        yield from attach(sockets, FRONT)
-        sockets.put("front", FRONT, request("chat:1/0", max_tokens=1), request("chat:1/0"))
-        yield None
-        (refused,) = sockets.take("front", FRONT)[0].outputs
-        assert refused.error == "id 'chat:1' is in use by an unfinished request; choose another one."
-        sockets.answer_step()
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -101,8 +85,7 @@ def test_a_request_that_is_aborted_gets_no_more_steps(sockets: Sockets) -> None:
         sockets.take("ranks", b"0")
         yield None
         assert [message for message in sockets.take("ranks", b"0") if message.sampling_rows] == []
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script())
 
@@ -122,7 +105,6 @@ def test_one_question_to_the_ranks_answers_all_front_ends(sockets: Sockets) -> N
         (one,), (other,) = sockets.take("front", FRONT), sockets.take("front", OTHER_FRONT)
         assert one == other
         assert [member.attention_share for member in one.members] == [0.75, 0.25]
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script())

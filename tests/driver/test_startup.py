@@ -4,7 +4,7 @@ import re
 
 from hetis.core import messages as m
 from hetis.core.device_info import RankStats
-from tests.driver.scripted import FRONT, OTHER_FRONT, Script, Sockets, request, run, run_failing
+from tests.driver.scripted import ATTACH, END, FRONT, OTHER_FRONT, Script, Sockets, request, run, run_failing
 
 
 def test_the_setup_goes_to_all_when_the_last_has_joined(sockets: Sockets) -> None:
@@ -18,8 +18,7 @@ def test_the_setup_goes_to_all_when_the_last_has_joined(sockets: Sockets) -> Non
         assert setup == same
         assert [info.rank for info in setup.fleet] == [0, 1]
         assert setup.eos_token_ids == [3]
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script())
     assert sockets.take("ranks", b"0") == sockets.take("ranks", b"1") == [m.Shutdown()]
@@ -37,39 +36,23 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(sockets: Sockets) 
     assert sockets.take("ranks", b"0") == sockets.take("ranks", b"1") == [], "no rank has begun to load"
 
 
-def test_a_trace_file_that_cannot_be_written_is_refused_before_ranks_load(sockets: Sockets) -> None:
-    """By the driver: the front end, which has looked at it before, may have another standard output, for example."""
-
-    def script() -> Script:
-        sockets.hello(0)
-        sockets.hello(1)
-        yield None
-
-    reason = run_failing(sockets, script(), trace="/no/such/folder/trace.json")
-    assert reason.refused
-    assert "trace file /no/such/folder/trace.json cannot be written" in reason.text
-    assert sockets.take("ranks", b"0") == []
-
-
 def test_front_ends_get_ready_when_the_fleet_is_up_and_not_before(sockets: Sockets) -> None:
     def script() -> Script:
-        sockets.put("front", FRONT, m.Attach())
+        sockets.put("front", FRONT, ATTACH)
         yield from sockets.come_up()
         (ready,) = sockets.take("front", FRONT)
         assert (ready.max_model_len, ready.vocab_size, ready.eos_token_ids) == (64, 512, [3])
-        assert sockets.is_hidden, "no other process can connect"
-        sockets.put("front", OTHER_FRONT, m.Attach())
+        sockets.put("front", OTHER_FRONT, ATTACH)
         yield None
         assert sockets.take("front", OTHER_FRONT) == [ready]
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script())
 
 
 def test_requests_before_the_fleet_is_up_are_refused_and_questions_wait(sockets: Sockets) -> None:
     def script() -> Script:
-        sockets.put("front", FRONT, m.Attach(), request("early"), m.AbortRequest(id="early"))
+        sockets.put("front", FRONT, ATTACH, request("early"), m.AbortRequest(id="early"))
         sockets.put("front", FRONT, m.FleetQuery(), m.FleetQuery())
         sockets.put("front", OTHER_FRONT, m.ProfileQuery())
         yield None
@@ -88,7 +71,20 @@ def test_requests_before_the_fleet_is_up_are_refused_and_questions_wait(sockets:
         yield None
         assert [type(message) for message in sockets.take("front", FRONT)] == [m.EngineReady, m.FleetStats]
         assert [type(message) for message in sockets.take("front", OTHER_FRONT)] == [m.ProfileReport]
-        sockets.put("front", FRONT, m.Shutdown())
-        yield None
+        yield END
 
     run(sockets, script())
+
+
+def test_a_trace_file_that_cannot_be_written_is_refused_before_ranks_load(sockets: Sockets) -> None:
+    """By the driver: the front end, which has looked at it before, may have another standard output, for example."""
+
+    def script() -> Script:
+        sockets.hello(0)
+        sockets.hello(1)
+        yield None
+
+    reason = run_failing(sockets, script(), trace="/no/such/folder/trace.json")
+    assert reason.refused
+    assert "trace file /no/such/folder/trace.json cannot be written" in reason.text
+    assert sockets.take("ranks", b"0") == []

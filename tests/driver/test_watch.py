@@ -1,18 +1,20 @@
 """One failure reason from many signs, on a clock of the test."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-
 import pytest
 
 from hetis.core.device_info import DeviceInfo
 from hetis.core.messages import Failure
 from hetis.core.plan import AttentionWorker, Plan, Primary, Stage
-from hetis.driver.watch import GRACE_SECONDS, JOIN_SECONDS, SILENT_SECONDS, FleetFailedError, Watch
-from hetis.processes import supervision
-from hetis.processes.failure import END_REQUESTED, FailureReason
+from hetis.driver.watch import (
+    GRACE_SECONDS,
+    JOIN_SECONDS,
+    REQUEST_GRACE_SECONDS,
+    REQUEST_SECONDS,
+    SILENT_SECONDS,
+    FleetFailedError,
+    Watch,
+)
+from hetis.processes.failure import FailureReason
 
 TIMEOUT = 10.0
 PRIMARY = Primary(rank=0, device="cpu", groups=(0, 1), mlp_columns=(0, 1), vocab_rows=(0, 1))
@@ -23,7 +25,7 @@ PLAN = Plan(
 
 
 class Fleet:
-    """A watch whose ranks are on another host, unless they get a process."""
+    """A watch and its clock."""
 
     def __init__(self, joined: tuple[int, ...] = (0, 1, 2)) -> None:
         self.now = 100.0
@@ -31,13 +33,12 @@ class Fleet:
         for rank in joined:
             self.join(rank)
 
-    def join(self, rank: int, pid: int = 0) -> int | None:
-        host = supervision.host_id() if pid else "elsewhere"
+    def join(self, rank: int) -> None:
         info = DeviceInfo(
-            rank=rank, device="cuda:3", name="", host=host, address="", pid=pid or 1000 + rank, num_threads=1,
+            rank=rank, device="cuda:3", name="", host="", address="", pid=1000 + rank, num_threads=1,
             total_memory=1, free_memory=1,
         )  # fmt: skip
-        return self.watch.on_hello(info)
+        self.watch.on_hello(info)
 
     def beat(self, *ranks: int, step: int = 0) -> None:
         for rank in ranks:
@@ -53,22 +54,6 @@ class Fleet:
         with pytest.raises(FleetFailedError) as caught:
             self.watch.check()
         return caught.value
-
-
-@pytest.fixture
-def process() -> "Iterator[subprocess.Popen[bytes]]":
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        yield child
-        child.kill()
-
-
-def end(fleet: Fleet, rank: int, process: "subprocess.Popen[bytes]", signal: int) -> None:
-    """The process of `rank` ends by a signal, and stays a zombie: its parent has not waited for it."""
-    fd = fleet.join(rank, process.pid)
-    assert fd is not None
-    os.kill(process.pid, signal)
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    fleet.watch.on_death(fd)
 
 
 def test_a_healthy_fleet_is_left_alone() -> None:
@@ -98,45 +83,52 @@ def test_an_error_without_a_traceback_is_a_mistake_of_the_user() -> None:
     assert caught.value.reason == FailureReason("model.safetensors is cut off; download it again.", refused=True)
 
 
-def test_a_death_explains_lost_connections(process: "subprocess.Popen[bytes]") -> None:
-    fleet = Fleet((0, 1))
+@pytest.mark.parametrize("joined", [(0, 1), (0, 1, 2)])
+def test_a_death_explains_lost_connections(joined: tuple[int, ...]) -> None:
+    fleet = Fleet(joined)
     fleet.fail(0, "the connection was lost", is_consequence=True)
-    end(fleet, 2, process, 9)
+    fleet.watch.on_end(2, 9)
+    device = "cuda:3" if 2 in joined else "cpu"
     assert str(fleet.error()) == (
-        "rank 2 (attention worker on cuda:3) was killed by SIGKILL, perhaps because memory ran out."
+        f"rank 2 (attention worker on {device}) was killed by SIGKILL, perhaps because memory ran out."
     )
 
 
-def test_a_rank_that_was_asked_to_end_is_not_the_cause(process: "subprocess.Popen[bytes]") -> None:
-    fleet = Fleet((0, 1))
-    end(fleet, 2, process, 15)
-    fleet.fail(1, END_REQUESTED, is_consequence=True)
-    fleet.fail(0, "the connection was lost", is_consequence=True)
-    assert "rank 0 (primary on cuda:3) failed: the connection was lost" in str(fleet.error())
-
-
-def test_if_all_were_asked_to_end_that_is_the_reason() -> None:
+def test_a_request_to_end_is_no_failure_until_the_root_has_not_reacted_for_long() -> None:
     fleet = Fleet()
-    for rank in range(3):
-        fleet.fail(rank, END_REQUESTED, is_consequence=True)
-    error = str(fleet.error())
-    assert error.count("rank") == 3
-    assert END_REQUESTED in error
+    fleet.watch.on_request([1, 2])
+    fleet.watch.on_request([0])
+    for seconds in (REQUEST_GRACE_SECONDS - 0.1, 0.2, REQUEST_SECONDS - REQUEST_GRACE_SECONDS - 0.2):
+        assert fleet.watch.end_request is None or seconds > 0.2
+        fleet.now += seconds
+        fleet.beat(0, 1, 2)
+        fleet.watch.check()
+    assert fleet.watch.end_request is not None
+    assert fleet.watch.end_request.count("rank") == 3
+    assert "was asked to end by its launcher" in str(fleet.error(0.2))
+
+
+def test_a_death_explains_a_request_to_end() -> None:
+    fleet = Fleet()
+    fleet.watch.on_request([0, 1])
+    fleet.watch.on_end(2, 9)
+    assert "rank 2 (attention worker on cuda:3) was killed by SIGKILL" in str(fleet.error())
 
 
 def test_a_rank_that_never_joined_is_suspected_when_the_others_are_asked_to_end() -> None:
     fleet = Fleet((0, 1))
-    fleet.fail(0, END_REQUESTED, is_consequence=True)
-    assert "rank 2 (attention worker on cpu) ended before the fleet was up" in str(fleet.error())
+    fleet.watch.on_request([0, 1])
+    fleet.now += REQUEST_GRACE_SECONDS
+    fleet.beat(0, 1)
+    assert "rank 2 (attention worker on cpu) ended before the fleet was up" in str(fleet.error(0.1))
 
 
-def test_a_silent_rank_is_named_with_the_pid_to_kill() -> None:
+def test_a_silent_rank_is_named() -> None:
     fleet = Fleet()
     fleet.now += TIMEOUT * 0.9
     fleet.beat(0, 2)
     error = fleet.error(TIMEOUT * 0.2)
     assert "rank 1 (attention worker on cuda:3) did not answer within --step-timeout (10 s)" in str(error)
-    assert error.pids_to_kill == {"elsewhere": [1001]}
 
 
 def test_ranks_that_wait_for_a_silent_one_are_not_named() -> None:
@@ -173,38 +165,3 @@ def test_ranks_that_never_join_are_named() -> None:
     fleet.now += JOIN_SECONDS
     fleet.beat(0)
     assert "rank 1 (attention worker on cpu), rank 2 (attention worker on cpu) did not join" in str(fleet.error(0.1))
-
-
-def test_living_ranks(process: "subprocess.Popen[bytes]") -> None:
-    fleet = Fleet((0, 1))
-    fd = fleet.join(2, process.pid)
-    assert fleet.watch.living() == [0, 1, 2]
-    fleet.now += 2.0
-    fleet.beat(1)
-    assert fleet.watch.living() == [1, 2], "elsewhere a rank lives by its heartbeat, here by its process"
-    assert fleet.watch.pid_here(2) == process.pid
-    assert fleet.watch.pid_here(1) is None
-    process.kill()
-    process.wait()
-    assert fd is not None
-    fleet.watch.on_death(fd)
-    assert fleet.watch.living() == [1]
-
-
-def test_when_rank_0_is_asked_to_end_while_loading_the_reason_comes_at_once() -> None:
-    """No rank is left to explain, and the launcher ends before the grace period does."""
-    fleet = Fleet(())
-    fleet.watch.on_parent_death(15)
-    with pytest.raises(FleetFailedError) as caught:
-        fleet.watch.check()
-    assert "rank 1 (attention worker on cpu), rank 2 (attention worker on cpu) ended before" in str(caught.value)
-    fleet = Fleet(())
-    fleet.watch.on_parent_death(9)
-    assert str(fleet.error()).startswith("rank 0 (primary on cpu) was killed by SIGKILL")
-
-
-def test_a_rank_that_ended_after_its_hello_is_named() -> None:
-    """It was gone before there was a descriptor of its process."""
-    fleet = Fleet((0, 2))
-    assert fleet.join(1, pid=2**22 - 1) is None
-    assert "rank 1 (" in str(fleet.error())

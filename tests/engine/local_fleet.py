@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +41,7 @@ from hetis.driver.profiling import layer_share, profile_key
 from hetis.engine.engine import Engine
 from hetis.engine.policies import Policies, make_policies
 from hetis.engine.setup import make_setup
+from hetis.frontend.requests import resolve_seeds
 from hetis.models.families import read_model_spec
 from hetis.models.weight_files import with_own_head
 from hetis.ranks.build import describe_device
@@ -127,20 +129,32 @@ class LocalFleet:
             self._results.put(error)
 
     def generate(
-        self, prompts: Sequence[list[int]], params: SamplingParams | Sequence[SamplingParams], *, check: bool = False
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        outputs: Sequence[list[int]] | None = None,
+        check: bool = False,
     ) -> list[Generated]:
-        """Runs all prompts together to their end. `check`: check the integrity of the cache after every step."""
+        """Runs all prompts together to their end. `outputs`: so far; None: none. `check`: check the integrity of the
+        cache after every step."""
         many = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         found: dict[str, Generated] = {}
-        for prompt, each in zip(prompts, many, strict=True):
+        for prompt, each, output in zip(prompts, many, outputs or [[]] * len(prompts), strict=True):
             found[str(self._next_id)] = Generated()
-            self.engine.add(AddRequest(id=str(self._next_id), token_ids=prompt, params=each))
+            self.engine.add(self.request(str(self._next_id), prompt, each, output), self._clock())
             self._next_id += 1
         while any(one.finish_reason is None for one in found.values()):
             self.turn(check=check)
-            for output in self.engine.take_outputs():
-                _collect(found[output.id], output)
+            for new in self.engine.take_outputs():
+                _collect(found[new.id], new)
         return list(found.values())
+
+    def request(self, name: str, prompt: list[int], params: SamplingParams, output: Sequence[int] = ()) -> AddRequest:
+        """A sequence with its output so far. Without a seed of its own it gets one by its number in this fleet."""
+        seed = resolve_seeds(params, self.setup.seed, count(self._next_id))[0]
+        tokens = [*prompt, *output]
+        return AddRequest(id=name, token_ids=tokens, prompt_len=len(prompt), seed=seed, params=params)
 
     def turn(self, *, check: bool = False) -> None:
         """Sends every step that can start, then takes one result."""
@@ -152,7 +166,7 @@ class LocalFleet:
             result = self._results.get(timeout=DEADLINE)
             if isinstance(result, BaseException):
                 raise result
-            self.engine.on_result(result)
+            self.engine.on_result(result, self._clock())
         while not self.times.empty():
             self.engine.on_times(self.times.get())
         if check:

@@ -8,6 +8,7 @@ from hetis.dispatcher.rebalance import MigrationBudget, Outcome, Rebalancer
 from hetis.dispatcher.residents import Resident
 from hetis.dispatcher.simple_dispatchers import PrimaryOnlyDispatcher
 from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
+from hetis.engine.events import EventLog
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, make_plan, make_sequence
 
@@ -30,7 +31,7 @@ def make_engine(num_pages: dict[int, int], **options: object) -> ToyEngine:
     cost = make_cost(plan, [device()] * 3, dense_us=10.0)
 
     def relief(engine: ToyEngine) -> Balancer:
-        return Balancer(engine.cache, engine.migrator, Rebalancer(cost), 1e9)
+        return Balancer(engine.cache, engine.migrator, Rebalancer(cost), 1e9, EventLog())
 
     return ToyEngine(plan, num_pages, random=Random(0), make_relief=relief, **options)  # type: ignore[arg-type]
 
@@ -60,7 +61,7 @@ def test_the_balance_is_checked_once_per_interval() -> None:
     engine = make_engine({0: 80, 1: 80, 2: 80})
     spy = Spy(make_cost(engine.plan, [device()] * 3))
     spy.calls = []
-    balancer = Balancer(engine.cache, engine.migrator, spy, 1e9)
+    balancer = Balancer(engine.cache, engine.migrator, spy, 1e9, EventLog())
     begin = 5000.0
     for _ in range(10):
         balancer.balance([], None, begin)

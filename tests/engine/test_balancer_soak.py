@@ -7,6 +7,7 @@ import pytest
 from hetis.dispatcher.hetis_dispatcher import HetisDispatcher
 from hetis.dispatcher.rebalance import Rebalancer
 from hetis.engine.balancer import INTERVAL_SECONDS, Balancer
+from hetis.engine.events import EventLog
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, alone, churn, make_plan, make_sequence
 
@@ -38,7 +39,7 @@ class Soak:
 
     def make_balancer(self, engine: ToyEngine) -> Balancer:
         budget = self.random.choice((0, 50, 1e5, 1e9))
-        self.balancer = Balancer(engine.cache, engine.migrator, Rebalancer(self.cost), budget)
+        self.balancer = Balancer(engine.cache, engine.migrator, Rebalancer(self.cost), budget, EventLog())
         return self.balancer
 
     def turn(self) -> None:

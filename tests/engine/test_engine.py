@@ -21,14 +21,15 @@ def make_engine(num_pages: int) -> Engine:
 
 
 def add(engine: Engine, name: str) -> None:
-    engine.add(AddRequest(id=name, token_ids=PROMPT, params=SamplingParams(max_tokens=8, ignore_eos=True)))
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    engine.add(AddRequest(id=name, token_ids=PROMPT, prompt_len=len(PROMPT), seed=0, params=params), 0.0)
 
 
 def run_step(engine: Engine, now: float) -> None:
     """One step in which one row samples."""
     command = engine.step(now)
     assert command is not None
-    engine.on_result(StepResult(step=command.step, tokens=[7]))
+    engine.on_result(StepResult(step=command.step, tokens=[7]), now)
 
 
 def test_why_a_request_waits_is_logged_once_per_interval(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from hetis.core.messages import AddRequest
 from hetis.core.sampling_params import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_fleet import LocalFleet
@@ -50,7 +49,7 @@ def test_a_recomputed_prompt_is_scored_once(checkpoint: Path):
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     with LocalFleet(checkpoint, "1+0", max_num_batched_tokens=7) as fleet:
         [expected] = fleet.generate([prompt], params)
-        fleet.engine.add(AddRequest(id="again", token_ids=prompt, params=params))
+        fleet.engine.add(fleet.request("again", prompt, params), 0.0)
         for _ in range(2):
             fleet.turn()
         [sequence] = fleet.engine.scheduler.running

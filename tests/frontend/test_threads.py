@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from hetis import LLM, SamplingParams
-from hetis.frontend.channel import EngineDeadError
-from hetis.frontend.client import EngineClient, ForkedError
+from hetis.frontend.client import EngineClient
+from hetis.frontend.errors import EngineDeadError, ForkedError
 from hetis.frontend.options import make_config
-from hetis.launch.checks import plan_for
+from hetis.frontend.requests import Request
 from tests.processes.look import DEADLINE, wait_until
 
 PROMPTS = ["The function returns", "It was", "In the beginning of the", "A list is"]
@@ -141,7 +141,7 @@ def test_the_end_of_a_forked_child_does_not_end_the_fleet() -> None:
 
 @pytest.mark.parametrize("fails", ["sys.executable", "thread"])
 def test_processes_end_if_not_all_can_be_started(fails: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher or the front end's thread fails to start, as in a container with a low limit of processes."""
+    """The agent or the front end's thread fails to start, as in a container with a low limit of processes."""
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -162,17 +162,18 @@ def test_processes_end_if_not_all_can_be_started(fails: str, directory: Path, mo
 
 
 def test_closing_from_a_signal_handler_ends_the_call_that_it_interrupts() -> None:
-    config = make_config(device="cpu", kv_cache_memory="16MiB")
-    client = EngineClient(config, plan_for(config)[2])
+    client = EngineClient(make_config(device="cpu", kv_cache_memory="16MiB"))
 
-    def request_ids() -> Iterator[str]:  # called within `open`
+    def requests() -> Iterator[Request]:  # called within `open`
         os.kill(os.getpid(), signal.SIGUSR1)
-        yield "1"
+        yield from ()
 
     before = signal.signal(signal.SIGUSR1, lambda *_: client.close())
     try:
-        with pytest.raises(EngineDeadError, match="closed"):
-            client.open(request_ids(), [])
+        with client.inbox() as inbox:
+            client.open(requests(), inbox)
+            with pytest.raises(EngineDeadError, match="closed"):
+                inbox.get()
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -207,7 +208,7 @@ def test_the_end_of_the_fleet_reaches_every_thread(end: str) -> None:
             llm.close()
         else:
             mine = [each for each in psutil.Process().children(recursive=True) if each.pid not in before]
-            ranks = [each for each in mine if each.cmdline()[-1:] == ["rank"]]
+            ranks = [each for each in mine if "hetis.launch.member" in each.cmdline()]
             ranks[0].kill()
         for wait in waits:
             with pytest.raises(EngineDeadError, match="closed" if end == "closed" else "rank 0"):

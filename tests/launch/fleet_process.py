@@ -92,7 +92,7 @@ class FleetProcess:
     # --- members ------------------------------------------------------------------------------------------------------
 
     def members(self) -> dict[str, psutil.Process]:
-        """Living processes by role: "front", "launcher", "torchrun", "driver", "rank 0" …"""
+        """Living processes by role: "front" (the root), "agent" (its child), "agent 1" …, "driver", "rank 0" …"""
         found: dict[str, psutil.Process] = {}
         for process in family(self._root):
             self._seen[process.pid] = process
@@ -178,10 +178,12 @@ def role_of(seen: Look) -> str | None:
     command, rank = seen.command, seen.variables.get("RANK")
     if "hetis.driver.driver" in command:
         return "driver"
-    if "hetis.launch.local_launcher" in command:
-        return "launcher" if not command.endswith(" rank") else None if rank is None else f"rank {rank}"
+    if "hetis.launch.agent" in command:
+        return "agent"
+    if "hetis.launch.member" in command:
+        return None if rank is None else f"rank {rank}"
     if "torch.distributed.run" in command:
         return "torchrun"
-    if "-m hetis" in command and rank is not None:
-        return f"rank {rank}"
+    if "-m hetis" in command and rank is not None:  # a process that torchrun started
+        return "front" if rank == "0" else f"agent {rank}"
     return "front" if re.search("-m hetis|import LLM", command) else None

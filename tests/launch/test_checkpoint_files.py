@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hetis import LLM, SamplingParams
 from hetis.core.config import EngineConfig
-from hetis.frontend import llm as llm_module
-from hetis.launch import checks
+from hetis.launch import checks, fleet
 from hetis.launch.checks import plan_for
 from hetis.models.hub import PACKAGED
 from hetis.models.weight_files import INDEX
@@ -41,7 +40,7 @@ def test_a_broken_file_is_refused_before_a_process_starts(
     def start(*_: Any) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(llm_module, "EngineClient", start)
+    monkeypatch.setattr(fleet, "_start_agent", start)
     if content is None:
         (model / name).unlink()
     elif name == "config.json":

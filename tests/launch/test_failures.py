@@ -61,11 +61,11 @@ def start_idle(directory: Path, plan: str = "1+1", *options: str) -> FleetProces
 # --- under LLM --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "driver", "launcher"])
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "driver", "agent"])
 def test_a_killed_process_takes_a_busy_fleet_down(directory: Path, victim: str) -> None:
     with start_busy(directory) as fleet:
         fleet.hurt(victim, signal.SIGKILL)
-        check_end(fleet, NAMES.get(victim, "the launcher"), "was killed by SIGKILL")
+        check_end(fleet, NAMES.get(victim, "the agent"), "was killed by SIGKILL")
 
 
 @pytest.mark.parametrize("victim", ["rank 1", "driver"])
@@ -78,14 +78,14 @@ def test_a_killed_process_takes_an_idle_fleet_down(directory: Path, victim: str)
         check_end(fleet, NAMES[victim], "was killed by SIGKILL")
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "launcher"])
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "agent"])
 def test_a_killed_process_takes_a_loading_fleet_down(directory: Path, victim: str) -> None:
     with FleetProcess.script(directory, "1+2", "idle") as fleet:
         fleet.member("driver")
-        if victim != "launcher":
+        if victim != "agent":
             fleet.hurt("rank 2", signal.SIGSTOP)  # it never joins, so the others wait
         fleet.hurt(victim, signal.SIGKILL)
-        check_end(fleet, NAMES.get(victim, "the launcher"), "was killed by SIGKILL")
+        check_end(fleet, NAMES.get(victim, "the agent"), "was killed by SIGKILL")
 
 
 def test_a_front_end_that_is_killed_leaves_nothing(directory: Path) -> None:
@@ -151,13 +151,38 @@ def start_torchrun(directory: Path, plan: str = "1+1", num_ranks: int = 2, **var
     return FleetProcess.torchrun(directory, num_ranks, *options, **variables)
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "driver", "front"])
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "driver", "agent"])
 def test_under_torchrun_a_killed_process_takes_a_busy_fleet_down(directory: Path, victim: str) -> None:
     with start_torchrun(directory) as fleet:
         fleet.wait_for("[0]")
         fleet.hurt(victim, signal.SIGKILL)
-        # torchrun may reap its own children before the driver can look: "ended without giving a reason (killed, …)"
-        check_end(fleet, NAMES.get(victim, "the front end"), "killed")
+        check_end(fleet, NAMES.get(victim, "the agent"), "was killed by SIGKILL")
+
+
+def test_a_killed_agent_of_torchrun_takes_the_fleet_down(directory: Path) -> None:
+    """Its rank dies with it, unseen by an agent; the other rank says that the process ended, perhaps "killed"."""
+    with start_torchrun(directory) as fleet:
+        fleet.wait_for("[0]")
+        fleet.hurt("agent 1", signal.SIGKILL)
+        check_end(fleet, "rank 1 (")
+
+
+def test_a_killed_root_takes_the_fleet_of_torchrun_down(directory: Path) -> None:
+    """torchrun has started it, and names it."""
+    with start_torchrun(directory) as fleet:
+        fleet.wait_for("[0]")
+        pid = fleet.hurt("front", signal.SIGKILL)
+        assert fleet.wait() != 0
+        assert any(f"Signal 9 (SIGKILL) received by PID {pid}" in line for line in fleet.err), fleet.text()
+        assert fleet.leftovers() == []
+
+
+@pytest.mark.parametrize("asked", ["front", "agent 1"])
+def test_a_launchers_request_to_end_ends_the_command(directory: Path, asked: str) -> None:
+    with start_torchrun(directory) as fleet:
+        fleet.wait_for("[0]")
+        fleet.hurt(asked, signal.SIGTERM)
+        check_end(fleet, NAMES["rank 0" if asked == "front" else "rank 1"], "was asked to end by its launcher")
 
 
 def test_under_torchrun_a_killed_process_takes_a_loading_fleet_down(directory: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 import hetis
 from hetis import LLM, EngineConfig, SamplingParams
-from hetis.frontend.channel import EngineDeadError
+from hetis.frontend.errors import EngineDeadError
 from hetis.frontend.tokenizer import load_tokenizer
 from hetis.launch.checks import end_of_sequence_ids
 from hetis.models.end_tokens import read_eos_token_ids
@@ -57,7 +57,7 @@ def test_deleting_the_last_reference_ends_the_fleet() -> None:
     before = children()
     llm = LLM(**SMALL)
     mine = children() - before
-    assert len(mine) == 3, "launcher, rank and driver"
+    assert len(mine) == 3, "agent, rank and driver"
     del llm
     gc.collect()
     wait_until_gone(mine)

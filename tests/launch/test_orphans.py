@@ -19,7 +19,7 @@ def start(directory: Path, phase: str = "closing", **variables: str) -> FleetPro
     return fleet
 
 
-@pytest.mark.parametrize("stopped", [["rank 0"], ["rank 1"], ["driver"], ["launcher"], ["launcher", "driver"]])
+@pytest.mark.parametrize("stopped", [["rank 0"], ["rank 1"], ["driver"], ["agent"], ["agent", "driver"]])
 def test_closing_ends_stopped_processes(directory: Path, stopped: list[str]) -> None:
     with start(directory) as fleet:
         for role in stopped:
@@ -29,7 +29,7 @@ def test_closing_ends_stopped_processes(directory: Path, stopped: list[str]) -> 
         assert fleet.leftovers() == []
 
 
-@pytest.mark.parametrize("stopped", [[], ["launcher"]])
+@pytest.mark.parametrize("stopped", [[], ["agent"]])
 def test_closing_ends_a_driver_that_hangs(directory: Path, stopped: list[str]) -> None:
     with start(directory, **HANGING) as fleet:
         fleet.hurt("driver", signal.SIGUSR1)
@@ -40,7 +40,7 @@ def test_closing_ends_a_driver_that_hangs(directory: Path, stopped: list[str]) -
         assert fleet.leftovers() == []
 
 
-@pytest.mark.parametrize("stopped", [["rank 1"], ["driver"], ["launcher"], ["launcher", "driver", "rank 0", "rank 1"]])
+@pytest.mark.parametrize("stopped", [["rank 1"], ["driver"], ["agent"], ["agent", "driver", "rank 0", "rank 1"]])
 def test_the_end_of_the_front_end_ends_stopped_processes(directory: Path, stopped: list[str]) -> None:
     with start(directory) as fleet:
         for role in stopped:
@@ -59,17 +59,17 @@ def test_the_end_of_the_front_end_ends_a_driver_that_hangs(directory: Path) -> N
 
 
 @pytest.mark.parametrize("victim", ["rank 1", "driver"])
-def test_the_end_of_the_launcher_ends_stopped_processes(directory: Path, victim: str) -> None:
+def test_the_end_of_the_agent_ends_stopped_processes(directory: Path, victim: str) -> None:
     with start(directory, "busy") as fleet:
         fleet.wait_for("token")
         fleet.hurt(victim, signal.SIGSTOP)
-        fleet.hurt("launcher", signal.SIGKILL)
+        fleet.hurt("agent", signal.SIGKILL)
         assert fleet.wait() == 1
-        assert "the launcher of the ranks was killed by SIGKILL" in fleet.err[-1]
+        assert "the agent, which had started the ranks, was killed by SIGKILL" in fleet.err[-1]
         assert fleet.leftovers() == []
 
 
-@pytest.mark.parametrize("victim", ["rank 1", "driver"])
+@pytest.mark.parametrize("victim", ["rank 1", "driver", "agent", "agent 1"])
 def test_the_end_of_torchrun_ends_stopped_processes(directory: Path, victim: str) -> None:
     options = ("--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--dispatch", "even")
     command = ("generate", "--plan", "1+1", "--device", "cpu", "--step-timeout", "300", *options)

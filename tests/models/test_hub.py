@@ -78,6 +78,17 @@ def test_errors_of_the_hub_have_a_remedy(error: type[Exception], words: str, mon
     assert "'owner/name' at revision 'v2'" in str(refused.value)
 
 
+def test_without_network_the_error_is_that_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub client raises LocalEntryNotFoundError from it, whose own text is about its cache."""
+
+    def download(*_: Any, **__: Any) -> str:
+        raise errors.LocalEntryNotFoundError("Got: nothing\nand no snapshot") from ConnectionError("no route\nto it")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ValueError, match=r" from the hub \(ConnectionError: no route\); check the network"):
+        resolve_model("owner/name")
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [("~nosuchuser/model", ""), ("/" + "x" * 300, " (File name too long)"), ("/a\0b", ""), ("/dev/null/x", "")],

@@ -81,8 +81,8 @@ def test_a_zombie_is_not_there(zombie: "subprocess.Popen[bytes]") -> None:
 
 def test_roles_need_no_environment() -> None:
     """A process of a fleet before it has replaced its parent's image, or after its memory has gone."""
-    for command in ("hetis.launch.local_launcher /tmp/x rank", "-m hetis generate"):
-        assert role_of(Look(psutil.Process(), command, {"RANK": "2"})) == "rank 2"
+    for command, role in (("hetis.launch.member /tmp/x 1", "rank 2"), ("-m hetis generate", "agent 2")):
+        assert role_of(Look(psutil.Process(), command, {"RANK": "2"})) == role
         assert role_of(Look(psutil.Process(), command, {"PATH": ""})) in {None, "front"}
 
 
@@ -114,8 +114,8 @@ def test_another_users_process_lives(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ends_are_seen_before_and_after_they_are_reaped(zombie: "subprocess.Popen[bytes]") -> None:
     assert not supervision.has_ended(os.getpid())
     assert supervision.has_ended(zombie.pid)
-    assert supervision.await_status(zombie.pid, 0.0) == signal.SIGKILL
+    assert supervision.wait_status(zombie.pid) == signal.SIGKILL
     zombie.wait()
     assert supervision.has_ended(zombie.pid)
-    assert supervision.await_status(zombie.pid, 60.0) is None, "and its parent has not waited for it"
+    assert supervision.wait_status(zombie.pid) is None
     supervision.kill([zombie.pid, NO_SUCH_PID])

@@ -86,7 +86,7 @@ def test_named_devices_are_used_or_refused_and_never_replaced(monkeypatch: pytes
     pretend(monkeypatch, (9, 0))
     assert [choose_device("auto", local_rank) for local_rank in range(2)] == ["cuda:0", "cpu"]
     assert [choose_device(wanted, 1) for wanted in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
-    with pytest.raises(ValueError, match=r"device cuda:1 does not exist here \(1 CUDA devices\)"):
+    with pytest.raises(ValueError, match=r"device cuda:1 does not exist here \(1 CUDA device\)"):
         prepare_device("cuda:1", 1)
 
 

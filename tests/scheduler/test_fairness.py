@@ -22,6 +22,7 @@ from hetis.dispatcher.hetis_dispatcher import HetisDispatcher
 from hetis.dispatcher.rebalance import Rebalancer
 from hetis.dispatcher.simple_dispatchers import EvenDispatcher, PrimaryOnlyDispatcher, ProportionalDispatcher
 from hetis.engine.balancer import Balancer
+from hetis.engine.events import EventLog
 from tests.dispatcher.fleets import device, make_cost
 from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence
 
@@ -93,7 +94,7 @@ def fair_engine(policy: str, groups: list[list[int]], num_workers: int, random: 
 
     def balancer(engine: ToyEngine) -> Balancer | None:
         rebalancer = Rebalancer(cost)
-        return Balancer(engine.cache, engine.migrator, rebalancer, 0) if "moves" in policy else None
+        return Balancer(engine.cache, engine.migrator, rebalancer, 0, EventLog()) if "moves" in policy else None
 
     rules: dict[str, Dispatcher] = {
         "primary-only": PrimaryOnlyDispatcher(),

@@ -1,15 +1,19 @@
 """Everything that crosses a process border, as tagged msgspec structs (msgpack; never pickle).
 
-`ranks`: between driver and ranks. `step_command`: one step for the ranks, with its codec. `frontend`: between front
-ends and driver. Which process may receive what is a union in `comm/control.py`.
+`ranks`: between driver and ranks. `step_command`: one step for the ranks, with its codec. `agents`: between driver and
+agents. `frontend`: between front ends and driver; `observe`: of these, what shows the state of a fleet. Which process
+may receive what is a union in `comm/control.py`.
 """
 
+from hetis.core.messages.agents import AgentHello, AskedToEnd, End, Ping, Pong, RankEnded
 from hetis.core.messages.base import Message
 from hetis.core.messages.frontend import (
     AbortRequest,
     AddRequest,
     Attach,
+    Detach,
     DeviceModel,
+    EndRequested,
     EngineDead,
     EngineReady,
     FleetQuery,
@@ -22,15 +26,28 @@ from hetis.core.messages.frontend import (
     Refused,
     TokenOutput,
 )
+from hetis.core.messages.observe import (
+    STEP_TOKEN_BOUNDS,
+    DeviceState,
+    EngineStatus,
+    FleetCounters,
+    FleetEvent,
+    FleetSnapshot,
+    FleetSnapshotQuery,
+    LinkState,
+    SequenceState,
+    StatusQuery,
+)
 from hetis.core.messages.ranks import (
-    Abort,
     Failure,
     Heartbeat,
     Hello,
+    LookUp,
     Measure,
     Measured,
     MeasureLink,
-    Pong,
+    Publish,
+    Published,
     Ready,
     Setup,
     Shutdown,
@@ -42,18 +59,31 @@ from hetis.core.messages.ranks import (
 from hetis.core.messages.step_command import NewSequence, StepCommand
 
 __all__ = [
-    "Abort",
+    "STEP_TOKEN_BOUNDS",
     "AbortRequest",
     "AddRequest",
+    "AgentHello",
+    "AskedToEnd",
     "Attach",
+    "Detach",
     "DeviceModel",
+    "DeviceState",
+    "End",
+    "EndRequested",
     "EngineDead",
     "EngineReady",
+    "EngineStatus",
     "Failure",
+    "FleetCounters",
+    "FleetEvent",
     "FleetQuery",
+    "FleetSnapshot",
+    "FleetSnapshotQuery",
     "FleetStats",
     "Heartbeat",
     "Hello",
+    "LinkState",
+    "LookUp",
     "Measure",
     "MeasureLink",
     "Measured",
@@ -62,15 +92,21 @@ __all__ = [
     "Message",
     "NewSequence",
     "Outputs",
+    "Ping",
     "Pong",
     "ProfileQuery",
     "ProfileReport",
+    "Publish",
+    "Published",
+    "RankEnded",
     "Ready",
     "Refused",
+    "SequenceState",
     "Setup",
     "Shutdown",
     "Stats",
     "StatsQuery",
+    "StatusQuery",
     "StepCommand",
     "StepResult",
     "StepTimes",

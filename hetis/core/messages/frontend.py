@@ -4,26 +4,44 @@ import msgspec
 
 from hetis.core.attention_rates import AttentionRates
 from hetis.core.messages.base import Message
+from hetis.core.messages.observe import EngineStatus
 from hetis.core.profile import FleetProfile
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.token_logprobs import TokenLogprobs
 
-# --- front end -> driver; `Shutdown` of `ranks` as well ---------------------------------------------------------------
+# --- front end -> driver ----------------------------------------------------------------------------------------------
 
 
 class Attach(Message):
-    """First message of a front end; answered with `EngineReady` as soon as the fleet is up."""
+    """First message of a front end; answered with `EngineReady` as soon as the fleet is up.
+
+    Its sequences are aborted when the process `pid`, of this host, ends.
+    """
+
+    pid: int
+
+
+class Detach(Message):
+    """Last message of a front end: its unfinished sequences are aborted."""
 
 
 class AddRequest(Message):
-    """One sequence (a request with n > 1 is sent as n of these)."""
+    """One sequence (a request with n > 1 is sent as n of these), answered with `Outputs` until it is finished.
 
-    id: str
-    token_ids: list[int]
+    The front end keeps the sequence's record: with the output so far the same sequence is continued, on this driver or
+    on another one, and every later token is the one that would have come without a break.
+    """
+
+    id: str  # unique among the unfinished sequences of the front end
+    token_ids: list[int]  # prompt, then the output so far
+    prompt_len: int
+    seed: int  # of its random numbers, 64 bits, signed; `params.seed` is not used
     params: SamplingParams
 
 
 class AbortRequest(Message):
+    """Answered with the finish reason "abort", also where there is no such sequence (any more)."""
+
     id: str
 
 
@@ -52,7 +70,7 @@ class EngineReady(Message):
     eos_token_ids: list[int]
 
 
-class TokenOutput(msgspec.Struct, kw_only=True):
+class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """New tokens of one sequence."""
 
     id: str
@@ -62,10 +80,14 @@ class TokenOutput(msgspec.Struct, kw_only=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None  # why, when finish_reason is "error"
+    # with the first token only, in seconds
+    queued_s: float | None = None  # from its arrival at the engine to its first placement
+    prefill_s: float | None = None  # from there to its first token
 
 
 class Outputs(Message):
     outputs: list[TokenOutput]
+    status: EngineStatus | None = None  # now and then, while steps run
 
 
 class ProfileReport(Message):
@@ -119,7 +141,13 @@ class FleetStats(Message):
 
 
 class Refused(Message):
-    """Answer to frames that are no message of a front end. That front end and all others go on."""
+    """Answer to frames that are no message of a front end, and to one that cannot be obeyed. All front ends go on."""
+
+    reason: str
+
+
+class EndRequested(Message):
+    """A launcher, such as torchrun, wants the fleet to end. The root ends it, within some seconds."""
 
     reason: str
 

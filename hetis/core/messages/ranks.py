@@ -72,6 +72,19 @@ class Heartbeat(Message):
     step: int  # the last one that it has finished, in all of its stages; -1 before the first
 
 
+class Publish(Message):
+    """A value for other ranks, like the address of one end of a link. Each key is written once."""
+
+    key: str
+    value: bytes
+
+
+class LookUp(Message):
+    """Answered with `Published` as soon as a rank has published the key."""
+
+    key: str
+
+
 # --- driver -> rank ---------------------------------------------------------------------------------------------------
 
 
@@ -123,17 +136,10 @@ class StatsQuery(Message):
     """Answered with `Stats`."""
 
 
+class Published(Message):
+    key: str
+    value: bytes
+
+
 class Shutdown(Message):
-    """End in good order. From a front end: end the fleet."""
-
-
-class Abort(Message):
-    """Something died: end now. `pids_to_kill` are pids on `host`, to be killed by the ranks there."""
-
-    reason: str
-    host: str = ""
-    pids_to_kill: list[int] = []
-
-
-class Pong(Message):
-    """Answer to a heartbeat: the driver is alive."""
+    """End in good order."""

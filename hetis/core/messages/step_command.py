@@ -126,6 +126,10 @@ class StepCommand(Message):
     transfers: bytes  # Transfers
     prompt_targets: dict[int, bytes] = {}  # by index of a row that scores its prompt: see `Row.prompt_targets`
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) // _INT32.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hetis.core.outputs import MODEL_FAILED
 from hetis.core.sampling_params import SamplingParams
 from hetis.core.token_logprobs import TokenLogprobs
 from hetis.ranks.sampling.draw import DrawParams, draw, uniforms
@@ -38,7 +39,7 @@ _SLOT = np.dtype(
 
 _NOT_FINITE, _NOTHING_LEFT, _OVERFLOW = -1, -2, -3  # in place of a token
 _REASONS = {
-    _NOT_FINITE: "the model produced logits that are not finite.",
+    _NOT_FINITE: MODEL_FAILED,
     _NOTHING_LEFT: "no token is allowed: end-of-sequence and stop tokens are banned before min_tokens, and no other is "
     "left; lower min_tokens or remove stop tokens.",
     _OVERFLOW: "penalties or biases make logits that are not finite; use values closer to their defaults.",

@@ -29,7 +29,7 @@ def _stop(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-if _RANK and os.environ.get("RANK") == _RANK and "hetis.driver.driver" not in sys.orig_argv:
+if _RANK and os.environ.get("RANK") == _RANK and "hetis.launch.member" in sys.orig_argv:
     from hetis.ranks import rank
 
     if _WHEN == "loading":

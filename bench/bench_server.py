@@ -1,0 +1,230 @@
+"""What the HTTP server costs: CPU per streamed chunk, throughput beside `LLM.generate`, an idle server, a watched one.
+
+    python bench/bench_server.py                       # all, with their aims
+    python bench/bench_server.py chunk idle
+
+chunk        64 streams of the small model: CPU time of the root process per streamed token (aim: 60 us)
+throughput   16 streams of 256/64 tokens, Qwen3-0.6B's shape, over HTTP and by LLM.generate in turn (aim: 0.97)
+idle         CPU time of all processes without requests (aim: 2 % of a core)
+watched      16 streams with and without a reader of /fleet/events in turn (aim: 0.99)
+
+Prints a line for each round, the medians, and exits with 1 if an aim is missed.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from extras import need
+
+need("httpx", "psutil")
+import httpx  # noqa: E402
+import psutil  # noqa: E402
+from bench_vs_vllm import hetis_options, make_checkpoint  # noqa: E402
+
+SMALL = ("--device", "cpu", "--kv-cache-memory", "256MiB", "--max-num-seqs", "64")
+STREAMS, TOKENS = 64, 200
+NUM_PROMPTS, INPUT_LEN, OUTPUT_LEN = 16, 256, 64
+IDLE_SECONDS = 20.0
+
+
+class Aim(NamedTuple):
+    value: float
+    is_most: bool  # else it is the least
+
+    def holds(self, found: float) -> bool:
+        return found <= self.value if self.is_most else found >= self.value
+
+
+class Served(NamedTuple):
+    url: str
+    root: psutil.Process
+
+    def cpu_seconds(self, *, all_processes: bool) -> float:
+        members = [self.root, *(self.root.children(recursive=True) if all_processes else ())]
+        return sum(sum(process.cpu_times()[:2]) for process in members)
+
+
+@contextmanager
+def server(*arguments: str) -> Iterator[Served]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "hetis", "serve", *arguments, "--port", str(port), "--log-level", "warning"]
+    process = subprocess.Popen(command)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while not is_ready(url):
+            if process.poll() is not None:
+                raise SystemExit("bench_server: the server did not start.")
+            time.sleep(0.1)
+        yield Served(url, psutil.Process(process.pid))
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def stream(client: httpx.AsyncClient, prompt: list[int], num_tokens: int) -> int:
+    """Number of events of one streamed completion."""
+    body = {"prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        return sum([line.startswith("data: {") async for line in answer.aiter_lines()])
+
+
+async def stream_all(url: str, prompts: list[list[int]], num_tokens: int) -> tuple[float, int]:
+    """(seconds, events) of all prompts at once."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
+        begin = time.perf_counter()
+        events = await asyncio.gather(*(stream(client, prompt, num_tokens) for prompt in prompts))
+        return time.perf_counter() - begin, sum(events)
+
+
+def prompts_of(count: int, length: int, vocab_size: int) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(100, vocab_size) for _ in range(length)] for _ in range(count)]
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def chunk(rounds: int) -> list[float]:
+    """CPU microseconds of the root process per streamed token."""
+    found = []
+    with server(*SMALL) as served:
+        prompts = prompts_of(STREAMS, 8, 256)
+        asyncio.run(stream_all(served.url, prompts, 8))
+        for _ in range(rounds):
+            before = served.cpu_seconds(all_processes=False)
+            _, events = asyncio.run(stream_all(served.url, prompts, TOKENS))
+            assert events == STREAMS * TOKENS, f"{events} events"
+            found.append(1e6 * (served.cpu_seconds(all_processes=False) - before) / events)
+    return found
+
+
+def idle(rounds: int) -> list[float]:
+    """Share of a core that an idle server and its fleet use."""
+    found = []
+    with server(*SMALL, "--plan", "1+1") as served:
+        asyncio.run(stream_all(served.url, prompts_of(2, 8, 256), 8))
+        time.sleep(2)
+        for _ in range(rounds):
+            before = served.cpu_seconds(all_processes=True)
+            time.sleep(IDLE_SECONDS)
+            found.append((served.cpu_seconds(all_processes=True) - before) / IDLE_SECONDS)
+    return found
+
+
+def throughput(rounds: int) -> list[float]:
+    """Tokens/s over HTTP, divided by those of LLM.generate, one after the other in turn."""
+    from hetis import LLM, SamplingParams
+
+    prompts = prompts_of(NUM_PROMPTS, INPUT_LEN, 150_000)
+    params = SamplingParams(max_tokens=OUTPUT_LEN, temperature=0, ignore_eos=True)
+
+    def by_llm(model: str) -> float:
+        with LLM(model, **hetis_options("1+0")) as llm:  # type: ignore[arg-type]
+            llm.generate(prompts[:2], SamplingParams(max_tokens=2), use_tqdm=False)
+            begin = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            return NUM_PROMPTS * OUTPUT_LEN / (time.perf_counter() - begin)
+
+    def by_http(model: str) -> float:
+        options = ("--device", "cpu", "--dtype", "bfloat16", "--max-num-seqs", "64", "--max-model-len", "1024")
+        with server(model, *options) as served:
+            asyncio.run(stream_all(served.url, prompts[:2], 2))
+            seconds, _ = asyncio.run(stream_all(served.url, prompts, OUTPUT_LEN))
+            return NUM_PROMPTS * OUTPUT_LEN / seconds
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return alternate(by_http, by_llm, str(make_checkpoint(Path(scratch))), rounds)
+
+
+def watched(rounds: int) -> list[float]:
+    """Tokens/s while /fleet/events is read, divided by those without a reader, in turn."""
+
+    def measure(url: str, is_watched: bool) -> float:
+        async def both() -> float:
+            watcher = asyncio.create_task(watch(url)) if is_watched else None
+            seconds, events = await stream_all(url, prompts_of(16, 8, 256), 4 * TOKENS)
+            if watcher is not None:
+                watcher.cancel()
+            return events / seconds
+
+        return asyncio.run(both())
+
+    with server(*SMALL, "--plan", "1+1", "--dispatch", "even") as served:
+        measure(served.url, False)
+        return alternate(lambda url: measure(url, True), lambda url: measure(url, False), served.url, rounds)
+
+
+async def watch(url: str) -> None:
+    async with (
+        httpx.AsyncClient(base_url=url, timeout=None, trust_env=False) as client,
+        client.stream("GET", "/fleet/events") as answer,
+    ):
+        async for line in answer.aiter_lines():
+            if line.startswith("data:"):
+                json.loads(line[5:])
+
+
+def alternate(one: Callable[[str], float], other: Callable[[str], float], argument: str, rounds: int) -> list[float]:
+    """Ratios of the first to the second, which begin in turn."""
+    found = []
+    for index in range(rounds):
+        if index % 2 == 0:
+            first, second = one(argument), other(argument)
+        else:
+            second, first = other(argument), one(argument)
+        print(f"    {first:.1f} and {second:.1f} tokens/s", flush=True)
+        found.append(first / second)
+    return found
+
+
+CASES: dict[str, tuple[Callable[[int], list[float]], str, Aim]] = {
+    "chunk": (chunk, "us of CPU per streamed token", Aim(60.0, is_most=True)),
+    "idle": (idle, "of a core", Aim(0.02, is_most=True)),
+    "watched": (watched, "of the throughput without a watcher", Aim(0.99, is_most=False)),
+    "throughput": (throughput, "of LLM.generate's throughput", Aim(0.97, is_most=False)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=[], help="default: all")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    holds = True
+    for name in options.cases or CASES:
+        measure, unit, aim = CASES[name]
+        found = measure(options.rounds)
+        for index, value in enumerate(found):
+            print(f"round {index}  {name:12} {value:.4f}", flush=True)
+        middle = median(found)
+        holds &= aim.holds(middle)
+        limit = f"aim: {'at most' if aim.is_most else 'at least'} {aim.value:g}"
+        print(f"{name}: median {middle:.4f} ({min(found):.4f} to {max(found):.4f}) {unit} ({limit})", flush=True)
+    sys.exit(0 if holds else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Level 8: the HTTP server: OpenAI's interface, health, metrics, pages."""
