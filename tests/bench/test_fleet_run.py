@@ -1,14 +1,20 @@
 """One run of `bench_fleet.py` from its client's side, under next to no load, and what is printed of it."""
 
+import threading
+
 import bench_fleet
 import prove
 import pytest
+from emulation import client
 from emulation.client import Throttle
 from emulation.fleet import Fleet, Link, Member
 from emulation.model import ModelShape
 from emulation.workload import Lengths, Workload, make_requests
 from fleet_report import check_requirements, table
 from fleet_scenarios import Case, Requirement, Scenario
+
+from hetis import EngineDeadError
+from tests.processes.look import wait_until
 
 pytestmark = pytest.mark.process
 
@@ -44,3 +50,15 @@ def test_a_run_gives_metrics_counters_and_reached_shares() -> None:
     assert "some" in table([row])
     assert [is_met for _, is_met in check_requirements(SCENARIO.requirements, [row])] == [True]
     assert bench_fleet.describe(requests, SCENARIO)
+
+
+def test_a_client_that_cannot_send_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise AttributeError("planted: the method has another name now")
+
+    shown: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(client, "play", fail)
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    with pytest.raises(EngineDeadError, match="closed"):
+        bench_fleet.run_case("tiny", SCENARIO, CASE, make_requests(SCENARIO.workload, MODEL.vocab_size), 0, None)
+    wait_until(lambda: shown, "the error of the thread is shown")
