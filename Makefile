@@ -27,15 +27,12 @@ $(STAMP): $(SOURCES)
 install-bench: install
 	$(BIN)/pip install --quiet -c constraints.txt matplotlib scipy
 
-# Outside clients in an environment of their own: their requirements and those of hetis exclude each other.
-# torch first, so that they take its CPU build.
-install-clients: $(CLIENTS)/.installed
+# Outside clients, each in an environment of its own: their requirements exclude each other.
+install-clients: $(patsubst bench/clients/%.txt,$(CLIENTS)/%/.installed,$(wildcard bench/clients/*.txt))
 
-$(CLIENTS)/.installed: bench/requirements-clients.txt
-	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/pip install --quiet --upgrade pip
-	$(CLIENTS)/bin/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch
-	$(CLIENTS)/bin/pip install --quiet -r bench/requirements-clients.txt
+$(CLIENTS)/%/.installed: bench/clients/%.txt constraints.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -c constraints.txt $(TORCH_INDEX) -r $<
 	@touch $@
 
 # `--dispatch even`, because the default policy leaves a model this small on the primary.
@@ -55,7 +52,7 @@ test-process: install
 	$(BIN)/python -m pytest -m process
 
 # Outside clients against a server with the small model; the results are kept in bench/results/clients.jsonl.
-test-clients: install-clients
+test-clients: install install-clients
 	$(BIN)/python bench/outside_clients.py
 
 # Twenty minutes of mixed requests: memory, descriptors and pages must stay flat.

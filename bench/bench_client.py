@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent.parent
 STAND_IN = HERE / "tests/bench_serve/stand_in_server.py"
-GUIDELLM = HERE / ".venv-clients/bin/guidellm"
+GUIDELLM = HERE / ".venv-clients/guidellm/bin/guidellm"
 TOKENIZER = next((HERE / "hetis/assets").rglob("tokenizer.json")).parent
 TTFT_MS, ITL_MS, INPUT_LEN, OUTPUT_LEN = 100.0, 20.0, 64, 32
 TOLERANCE = 0.02
@@ -83,16 +83,16 @@ def ours(address: str, case: Case, folder: str) -> Figures:
     }
 
 
-def guidellm(address: str, case: Case, folder: str) -> Figures:
-    """The figures of guidellm under our names."""
+def guidellm_metrics(address: str, profile: str, num_requests: int, folder: str) -> dict[str, Any]:
+    """The metrics that a run of guidellm reports."""
     report = Path(folder) / "guidellm.json"
     backend = f"kind=openai_http,target={address},request_format=/v1/completions"
     data = f"kind=synthetic_text,prompt_tokens={INPUT_LEN},output_tokens={OUTPUT_LEN}"
-    command = [str(GUIDELLM), "run", "--backend", backend, "--data", data, "--profile", case.guidellm]
-    command += ["--tokenizer", f"kind=huggingface_auto,model={TOKENIZER}", "--disable-console"]
-    command += ["--constraint", f"kind=max_requests,count={case.num_requests}", "--output", f"kind=json,path={report}"]
-    run(command, folder)
-    return read_guidellm(json.loads(report.read_text())["benchmarks"][0]["metrics"])
+    command = [str(GUIDELLM), "run", "--backend", backend, "--data", data, "--profile", profile, "--disable-console"]
+    command += ["--tokenizer", f"kind=huggingface_auto,model={TOKENIZER}", "--output", f"kind=json,path={report}"]
+    run([*command, "--constraint", f"kind=max_requests,count={num_requests}"], folder)
+    metrics: dict[str, Any] = json.loads(report.read_text())["benchmarks"][0]["metrics"]
+    return metrics
 
 
 def read_guidellm(metrics: dict[str, Any]) -> Figures:
@@ -121,7 +121,8 @@ def compare(address: str, case: Case) -> bool:
     from records import append, commit, date, machine
 
     with tempfile.TemporaryDirectory(prefix="hetis-client-") as folder:
-        mine, theirs = ours(address, case, folder), guidellm(address, case, folder)
+        mine = ours(address, case, folder)
+        theirs = read_guidellm(guidellm_metrics(address, case.guidellm, case.num_requests, folder))
     is_ok = True
     for figure, value in mine.items():
         ratio = value / theirs[figure]
