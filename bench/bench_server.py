@@ -1,4 +1,4 @@
-"""What the HTTP server costs: CPU per streamed chunk, throughput beside `LLM.generate`, an idle server, a watched one.
+"""What the HTTP server costs: per streamed chunk, beside `LLM.generate`, idle, watched, and under too many requests.
 
     python bench/bench_server.py                       # all, with their aims
     python bench/bench_server.py chunk idle
@@ -7,6 +7,8 @@ chunk        64 streams of the small model: CPU time of the root process per str
 throughput   16 streams of 256/64 tokens, Qwen3-0.6B's shape, over HTTP and by LLM.generate in turn (aim: 0.97)
 idle         CPU time of all processes without requests (aim: 2 % of a core)
 watched      16 streams with and without a reader of /fleet/events in turn (aim: 0.99)
+overload     completions/s under ten times the requests/s that the server can complete, for 60 s, beside those of as
+             many clients as it serves at once (aim: 0.9); all else is 503, and the queue keeps its bound
 
 Prints a line for each round, the medians, and exits with 1 if an aim is missed.
 """
@@ -20,11 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from extras import need
 
@@ -37,6 +40,8 @@ SMALL = ("--device", "cpu", "--kv-cache-memory", "256MiB", "--max-num-seqs", "64
 STREAMS, TOKENS = 64, 200
 NUM_PROMPTS, INPUT_LEN, OUTPUT_LEN = 16, 256, 64
 IDLE_SECONDS = 20.0
+START_SECONDS = 120.0
+SERVED, QUEUED, OVERLOAD_SECONDS = 8, 16, 60.0
 
 
 class Aim(NamedTuple):
@@ -56,30 +61,45 @@ class Served(NamedTuple):
         return sum(sum(process.cpu_times()[:2]) for process in members)
 
 
-@contextmanager
-def server(*arguments: str) -> Iterator[Served]:
+def free_port() -> int:
+    """A port of the loopback interface that nothing uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "hetis", "serve", *arguments, "--port", str(port), "--log-level", "warning"]
-    process = subprocess.Popen(command)
-    url = f"http://127.0.0.1:{port}"
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started(command: list[str], health: str, seconds: float, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs a server, which must answer at the address `health` within `seconds`; ends it afterwards.
+
+    `options`: those of Popen.
+    """
+    process, deadline = subprocess.Popen(command, **options), time.monotonic() + seconds
     try:
-        while not is_ready(url):
-            if process.poll() is not None:
-                raise SystemExit("bench_server: the server did not start.")
+        while not answers(health):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the server did not start: {' '.join(command)}")
             time.sleep(0.1)
-        yield Served(url, psutil.Process(process.pid))
+        yield process
     finally:
         process.terminate()
         process.wait(60)
 
 
-def is_ready(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+        return httpx.get(url, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
+
+
+@contextmanager
+def server(*arguments: str) -> Iterator[Served]:
+    port = free_port()
+    command = [sys.executable, "-m", "hetis", "serve", *arguments, "--port", str(port), "--log-level", "warning"]
+    url = f"http://127.0.0.1:{port}"
+    with started(command, f"{url}/readyz", START_SECONDS) as process:
+        yield Served(url, psutil.Process(process.pid))
 
 
 async def stream(client: httpx.AsyncClient, prompt: list[int], num_tokens: int) -> int:
@@ -187,6 +207,55 @@ async def watch(url: str) -> None:
                 json.loads(line[5:])
 
 
+def overload(rounds: int) -> list[float]:
+    """Completions/s under ten times too many requests, divided by the peak."""
+    from hetis.bench_serve.http_client import HttpClient
+    from hetis.bench_serve.load import LoadGenerator, Outcome, Prepared, allow_many_connections
+
+    body = {"prompt": [5] * 32, "max_tokens": 128, "ignore_eos": True, "stream": True}
+
+    def send(url: str, num_requests: int, rate: float, concurrency: int | None) -> Outcome:
+        async def script() -> Outcome:
+            client = HttpClient(url)
+            data = client.encode("POST", "/v1/completions", body)
+            requests = [Prepared(data, 32, number / rate) for number in range(num_requests)]
+            load = LoadGenerator(client, max_concurrency=concurrency, timeout=120)
+            async with asyncio.TaskGroup() as group:
+                watcher = group.create_task(watch_queue(url))
+                outcome = await load.run(requests)
+                watcher.cancel()
+            return outcome
+
+        return asyncio.run(script())
+
+    found = []
+    allow_many_connections()
+    options = ("--max-num-seqs", str(SERVED), "--max-queued-requests", str(QUEUED))
+    with server("--device", "cpu", "--kv-cache-memory", "64MiB", *options) as served:
+        send(served.url, SERVED, 1e6, SERVED)
+        for _ in range(rounds):
+            calm = send(served.url, 25 * SERVED, 1e6, 2 * SERVED)
+            peak = 25 * SERVED / calm.duration
+            storm = send(served.url, int(10 * peak * OVERLOAD_SECONDS), 10 * peak, None)
+            failures = Counter(answer.failure.kind for answer in storm.answers if answer.failure is not None)
+            assert set(failures) == {"HTTP 503"}, failures
+            ended = sum(answer.failure is None and answer.last <= OVERLOAD_SECONDS for answer in storm.answers)
+            refused = failures["HTTP 503"]
+            print(f"    peak {peak:.1f}/s, then {10 * peak:.0f}/s: {ended} complete, {refused} refused", flush=True)
+            found.append(ended / OVERLOAD_SECONDS / peak)
+    return found
+
+
+async def watch_queue(url: str) -> None:
+    """Asserts twice a second that no more requests wait than may."""
+    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+        while True:
+            lines = (await client.get("/metrics")).text.splitlines()
+            waiting = next(float(line.split()[-1]) for line in lines if line.startswith("hetis:num_requests_waiting{"))
+            assert waiting <= QUEUED, f"{waiting} requests wait"
+            await asyncio.sleep(0.5)
+
+
 def alternate(one: Callable[[str], float], other: Callable[[str], float], argument: str, rounds: int) -> list[float]:
     """Ratios of the first to the second, which begin in turn."""
     found = []
@@ -204,6 +273,7 @@ CASES: dict[str, tuple[Callable[[int], list[float]], str, Aim]] = {
     "chunk": (chunk, "us of CPU per streamed token", Aim(60.0, is_most=True)),
     "idle": (idle, "of a core", Aim(0.02, is_most=True)),
     "watched": (watched, "of the throughput without a watcher", Aim(0.99, is_most=False)),
+    "overload": (overload, "of the peak", Aim(0.9, is_most=False)),
     "throughput": (throughput, "of LLM.generate's throughput", Aim(0.97, is_most=False)),
 }
 

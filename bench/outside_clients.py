@@ -13,12 +13,10 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,13 +24,14 @@ from typing import NamedTuple
 
 import records
 from bench_client import guidellm_metrics
+from bench_server import START_SECONDS, free_port, started
 from records import HERE, commit, date, machine
 
 FILES = HERE / "bench" / "clients"
 TOKENIZER = HERE / "hetis" / "assets" / "tiny"
 ENVIRONMENTS = HERE / ".venv-clients"  # one of each client: `make install-clients`
 MODEL = "tiny"
-START_SECONDS, CLIENT_SECONDS = 60, 600
+CLIENT_SECONDS = 600
 
 
 class FailedError(Exception):
@@ -42,30 +41,12 @@ class FailedError(Exception):
 @contextmanager
 def server() -> Iterator[str]:
     """`hetis serve` with the small model and a chat template; its base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "hetis", "serve", "--port", str(port), "--served-model-name", MODEL]
     command += ["--chat-template", str(FILES / "chat.jinja"), "--kv-cache-memory", "64MiB", "--device", "cpu"]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stderr=log) as process:
-        deadline = time.monotonic() + START_SECONDS
-        while not is_ready(f"http://127.0.0.1:{port}"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.terminate()
-                log.seek(0)
-                sys.exit(f"outside_clients: the server did not start:\n{log.read().decode()}")
-            time.sleep(0.2)
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-
-
-def is_ready(url: str) -> bool:
-    try:
-        return bool(urllib.request.urlopen(f"{url}/readyz", timeout=2).status == 200)
-    except OSError:
-        return False
+    with started([*command, "--log-level", "warning"], f"{url}/readyz", START_SECONDS):
+        yield url
 
 
 def program(client: str, name: str) -> str:

@@ -57,6 +57,7 @@ ENGINES = (
     r"^round \d+ +(?P<case>\S.*?) +\{'first_token_s': (?P<first_token_s>[\d.]+), "
     r"'batch_tok_s': (?P<batch_tokens_per_s>[\d.]+), 'single_tok_s': (?P<single_tokens_per_s>[\d.]+)\}"
 )
+SERVER = r"^round \d+ +(?P<case>{cases}) +(?P<{metric}>[\d.]+)"
 ONE_ROUND = ("--rounds", "1")
 BENCHMARKS = {
     **{
@@ -65,6 +66,15 @@ BENCHMARKS = {
     },
     "migration": Benchmark("bench_migration.py", (), (), STEPS),
     "engine": Benchmark("bench_vs_vllm.py", (), ONE_ROUND, ENGINES),
+    "server-cost": Benchmark(
+        "bench_server.py", ("chunk", "idle"), ONE_ROUND, SERVER.format(cases="chunk|idle", metric="cost")
+    ),
+    "server-share": Benchmark(
+        "bench_server.py",
+        ("throughput", "watched", "overload"),
+        ONE_ROUND,
+        SERVER.format(cases="throughput|watched|overload", metric="share"),
+    ),
 }
 
 
@@ -124,8 +134,8 @@ def prove(name: str, trees: dict[str, Path], alternations: int) -> tuple[dict[st
 
 
 def gain(metric: str, before: float, after: float) -> float:
-    """Ratio above 1 if `after` is better: rates should be high, times low."""
-    return after / before if metric.endswith("_per_s") else before / after
+    """Ratio above 1 if `after` is better: rates and shares should be high, times and costs low."""
+    return after / before if metric.endswith(("_per_s", "share")) else before / after
 
 
 def sign_interval(values: Sequence[float], coverage: float = 0.95) -> tuple[float, float]:

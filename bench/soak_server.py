@@ -12,8 +12,6 @@ import argparse
 import asyncio
 import json
 import random
-import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -28,6 +26,7 @@ need("httpx", "numpy", "psutil")
 import httpx  # noqa: E402
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
+from bench_server import START_SECONDS, free_port, started  # noqa: E402
 
 CLIENTS = 12
 SAMPLE_SECONDS = 5.0
@@ -132,26 +131,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--plan", default="1+1")
     options = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "hetis", "serve", "--plan", options.plan, "--port", str(port)]
     command += ["--dispatch", "even", "--device", "cpu", "--kv-cache-memory", "64MiB", "--log-level", "error"]
-    server = subprocess.Popen(command)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        while True:
-            assert server.poll() is None, "the server did not start"
-            try:
-                if httpx.get(f"{url}/readyz", trust_env=False).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        report, ends = asyncio.run(load(url, psutil.Process(server.pid), 60 * options.minutes))
-    finally:
-        server.terminate()
-        code = server.wait(60)
+    with started(command, f"{url}/readyz", START_SECONDS) as process:
+        report, ends = asyncio.run(load(url, psutil.Process(process.pid), 60 * options.minutes))
+    code = process.returncode
     for name, found in report.items():
         mark = "GROWS" if grows(found) else "flat"
         print(

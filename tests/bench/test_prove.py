@@ -21,6 +21,7 @@ at rest    150 steps   median   12.34 ms   95 %   20.00 ms
 moving     160 steps   median   12.50 ms   95 %   21.00 ms
 moving / at rest: median 1.013, 95 % 1.050 (aim 1.1); 12 lanes, 3 MiB, 4 MiB/s while they move
 """
+SERVER_LINES = "    63.1 and 62.0 tokens/s\nround 0  chunk        54.7000\nround 0  watched      0.9912\n"
 ENGINE_LINES = "round 0  hetis 1+0    {'first_token_s': 5.25, 'batch_tok_s': 82.5, 'single_tok_s': 22.0}\n"
 
 
@@ -35,9 +36,13 @@ def test_figures_are_read_from_the_output_of_scripts() -> None:
     assert prove.read_figures(prove.ENGINES, ENGINE_LINES) == {
         "hetis 1+0 first_token_s": 5.25, "hetis 1+0 batch_tokens_per_s": 82.5, "hetis 1+0 single_tokens_per_s": 22.0,
     }  # fmt: skip
+    for name, figures in (("server-cost", {"chunk cost": 54.7}), ("server-share", {"watched share": 0.9912})):
+        assert prove.read_figures(prove.BENCHMARKS[name].pattern, SERVER_LINES) == figures
 
 
 def test_a_ratio_above_one_is_better_for_rates_and_for_times() -> None:
+    assert prove.gain("watched share", 0.9, 0.99) == pytest.approx(1.1)
+    assert prove.gain("chunk cost", 66.0, 60.0) == pytest.approx(1.1)
     assert prove.gain("hetis tokens_per_s", 100.0, 110.0) == pytest.approx(1.1)
     assert prove.gain("hetis tpot_p95_ms", 110.0, 100.0) == pytest.approx(1.1)
     assert prove.gain("hetis 1+0 first_token_s", 10.0, 20.0) == pytest.approx(0.5)
