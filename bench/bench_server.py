@@ -15,7 +15,6 @@ Prints a line for each round, the medians, and exits with 1 if an aim is missed.
 
 import argparse
 import asyncio
-import json
 import random
 import socket
 import subprocess
@@ -182,29 +181,30 @@ def throughput(rounds: int) -> list[float]:
 def watched(rounds: int) -> list[float]:
     """Tokens/s while /fleet/events is read, divided by those without a reader, in turn."""
 
-    def measure(url: str, is_watched: bool) -> float:
-        async def both() -> float:
-            watcher = asyncio.create_task(watch(url)) if is_watched else None
-            seconds, events = await stream_all(url, prompts_of(16, 8, 256), 4 * TOKENS)
-            if watcher is not None:
-                watcher.cancel()
-            return events / seconds
+    def measure(url: str) -> float:
+        seconds, events = asyncio.run(stream_all(url, prompts_of(16, 8, 256), 4 * TOKENS))
+        return events / seconds
 
-        return asyncio.run(both())
+    def measure_watched(url: str) -> float:
+        with watcher(url):
+            return measure(url)
 
     with server(*SMALL, "--plan", "1+1", "--dispatch", "even") as served:
-        measure(served.url, False)
-        return alternate(lambda url: measure(url, True), lambda url: measure(url, False), served.url, rounds)
+        measure(served.url)
+        return alternate(measure_watched, measure, served.url, rounds)
 
 
-async def watch(url: str) -> None:
-    async with (
-        httpx.AsyncClient(base_url=url, timeout=None, trust_env=False) as client,
-        client.stream("GET", "/fleet/events") as answer,
-    ):
-        async for line in answer.aiter_lines():
-            if line.startswith("data:"):
-                json.loads(line[5:])
+@contextmanager
+def watcher(url: str) -> Iterator[None]:
+    """Reads /fleet/events in a process of its own, which is ready when it has read the first event."""
+    script = f"import urllib.request\nfor line in urllib.request.urlopen('{url}/fleet/events'): print(flush=True)"
+    with subprocess.Popen([sys.executable, "-S", "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.terminate()
 
 
 def overload(rounds: int) -> list[float]:
