@@ -10,6 +10,7 @@ from hetis.core import messages as m
 from hetis.core.config import DriverArgs
 from hetis.core.device_info import DeviceInfo
 from hetis.core.profile import FleetProfile
+from hetis.core.sizes import plural
 from hetis.driver.members import Members
 from hetis.driver.observation import starting_snapshot, starting_status
 from hetis.driver.profile_files import cached_profiles, keep_profiles, load
@@ -81,7 +82,7 @@ class Startup:
         use_cache = self._config.profile_cache
         known = cached_profiles(setup) if use_cache and not self._args.measure else {}
         profiling = Profiling(setup, known, share=use_cache)
-        _log.info("measuring devices and links: %d measurements", profiling.num_jobs)
+        _log.info("measuring devices and links: %s", plural(profiling.num_jobs, "measurement"))
         self._continue(profiling, profiling.start())
         while not profiling.is_finished:
             for answer in self._receive(m.Measured):

@@ -162,7 +162,7 @@ class Engine:
     def _migrate(self, now: float) -> None:
         """Commits finished migrations, and starts others if the fleet is out of balance."""
         finished = self.migrator.commit()
-        self._telemetry.events.on_moves("migration", finished)
+        self._telemetry.on_migrated(finished)
         self._committed += finished
         if self._balancer is not None:
             self._balancer.balance(self.scheduler.running, self.scheduler.refused, now)

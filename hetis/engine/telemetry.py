@@ -4,6 +4,7 @@ A step pays for a few additions; all that costs more is computed when a front en
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from hetis.cache.cache_manager import CacheManager
@@ -19,7 +20,7 @@ from hetis.core.messages import (
     StepTimes,
     TokenOutput,
 )
-from hetis.core.placement import Placement
+from hetis.core.placement import Move, Placement
 from hetis.core.plan import Plan
 from hetis.core.request import Sequence
 from hetis.core.step_times import Activity
@@ -40,6 +41,8 @@ class Telemetry:
         self._step_tokens = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
         self._num_step_tokens = 0
         self.num_dispatches = 0
+        self._lanes_in: Counter[int] = Counter()  # by rank
+        self._lanes_out: Counter[int] = Counter()
         self.events = EventLog()
 
     def on_preempted(self, preempted: Iterable[Sequence]) -> None:
@@ -55,6 +58,12 @@ class Telemetry:
             self.events.on_dispatch(sequence.id, placement)
             if sequence.queued_at is not None and sequence.admitted_at is None:
                 sequence.admitted_at = self.events.now
+
+    def on_migrated(self, moves: list[Move]) -> None:
+        """Notes lanes that have migrated."""
+        self.events.on_moves("migration", moves)
+        self._lanes_in.update(move.target for move in moves)
+        self._lanes_out.update(move.source for move in moves)
 
     def on_times(self, times: StepTimes) -> None:
         self._times[times.rank].add(times)
@@ -93,6 +102,8 @@ class Telemetry:
                     attention_seconds=1e-6 * times.attention_us,
                     predicted_us=predicted_us,
                     measured_us=measured_us,
+                    lanes_in=self._lanes_in[rank],
+                    lanes_out=self._lanes_out[rank],
                 )
             )
         return states

@@ -50,7 +50,7 @@ def _wrap(app: FastAPI, server: Server, options: ServerOptions) -> None:
             CORSMiddleware,
             allow_origins=options.allowed_origins,
             allow_methods=("GET", "POST"),
-            allow_headers=("Authorization", "Content-Type", "X-Request-Id", "traceparent", "tracestate"),
+            allow_headers=("*",),  # clients add their own, as OpenAI's for browsers does: X-Stainless-Lang and others
             expose_headers=("X-Request-Id", "Retry-After"),
         )
     app.add_middleware(RequestLog)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from hetis.core.messages import EngineStatus
 from hetis.frontend.generation_config import sampling_defaults
+from hetis.server.activity_log import ActivityLog
 from hetis.server.admission import Admission, State
 from hetis.server.feed import Feed
 from hetis.server.fingerprint import system_fingerprint
@@ -27,7 +28,7 @@ class Server:
     - sampling_defaults: fields of `SamplingParams` that apply where a request is silent.
     - created: Unix time of the start, in seconds.
     - fingerprint: of the fleet, for `system_fingerprint`.
-    - metrics, tracing: count and trace requests. feed: shows the fleet to those who watch.
+    - metrics, tracing: count and trace requests. feed: shows the fleet to those who watch. activity: logs its work.
     - is_draining: the server ends, and takes no new requests.
     """
 
@@ -43,6 +44,7 @@ class Server:
         self.metrics = Metrics(sampler, self.model_names[0], options.metrics_prefix)
         self.tracing = make_tracing(options.otlp_traces_endpoint, self.model_names[0])
         self.feed = Feed(sampler, self.metrics, self.model_names[0], lambda: self.state)
+        self.activity = ActivityLog(self.metrics, lambda: self.status)
         self.health = HealthMonitor(llm, options.health_timeout)
         self.admission = Admission(
             llm.config.max_num_seqs, options.max_queued_requests, lambda: self.state, lambda: self.status

@@ -57,6 +57,7 @@ class FleetCollector(Collector):
         yield from self._status(snapshot)
         yield from self._counters(snapshot)
         yield from self._devices(snapshot)
+        yield self._migrations(snapshot)
         yield self._links(snapshot)
 
     def _status(self, snapshot: FleetSnapshot) -> Iterator[Metric]:
@@ -91,6 +92,15 @@ class FleetCollector(Collector):
                 for device in snapshot.devices:
                     family.add(value(device), *_labels(device))
                 yield family.metric
+
+    def _migrations(self, snapshot: FleetSnapshot) -> Metric:
+        """A migrated lane counts at both of its devices."""
+        text = "Heads' lanes that have moved to the rank (in) and from it (out)."
+        family = self._factory.totals("device_migrations", text, *DEVICE_LABELS, "direction")
+        for device in snapshot.devices:
+            family.add(device.lanes_in, *_labels(device), "in")
+            family.add(device.lanes_out, *_labels(device), "out")
+        return family.metric
 
     def _links(self, snapshot: FleetSnapshot) -> Metric:
         """Bytes at both ends of each direction, so that a device's traffic is a sum over its own samples."""

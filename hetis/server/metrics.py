@@ -19,6 +19,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from starlette.responses import PlainTextResponse
 
+from hetis.core.outputs import MODEL_FAILED
 from hetis.server.fleet_metrics import FleetCollector
 from hetis.server.metric_factory import MetricFactory
 from hetis.server.sampler import FleetSampler
@@ -62,6 +63,7 @@ class Metrics:
         self.late_errors = make.counter(
             "stream_errors", "Requests that failed after their first token: where streamed, with status 200."
         )
+        self.not_finite = make.counter("nan_logits", "Sequences ended since the model's logits were not finite.")
         self.token_times = TokenTimes()
         self.first_token = make.histogram(
             "time_to_first_token_seconds", "To a request's first token.", FIRST_TOKEN_BUCKETS
@@ -87,6 +89,9 @@ class _RequestHistograms:
         tokens = partial(make.histogram, buckets=TOKEN_BUCKETS)
         self.prompt_tokens = tokens("request_prompt_tokens", "Tokens of a prompt.")
         self.output_tokens = tokens("request_generation_tokens", "Tokens of a sequence's output.")
+        self.longest_output = tokens(
+            "request_max_num_generation_tokens", "Tokens of the longest of a request's n outputs."
+        )
         self.max_tokens = tokens("request_params_max_tokens", "The parameter max_tokens.")
         self.n = make.histogram("request_params_n", "The parameter n.", N_BUCKETS)
         seconds = partial(make.histogram, buckets=REQUEST_BUCKETS)
@@ -150,6 +155,8 @@ class RequestMeter:
             self._metrics.output_tokens += count
         if piece.finish_reason is not None:
             self._reasons[index] = piece.finish_reason
+            if piece.error == MODEL_FAILED:
+                self._metrics.not_finite.inc()
 
     def _on_first_token(self, now: float) -> None:
         metrics = self._metrics
@@ -179,6 +186,7 @@ class RequestMeter:
         histograms.prompt_tokens.observe(self.prompt_tokens)
         for count in self._counts:
             histograms.output_tokens.observe(count)
+        histograms.longest_output.observe(max(self._counts))
         histograms.n.observe(params.n)
         if params.max_tokens is not None:
             histograms.max_tokens.observe(params.max_tokens)

@@ -15,8 +15,10 @@ from hetis.server.errors import error_response, internal_error
 from hetis.server.paths import header_of, route_path
 
 LONGEST_ID = 128  # characters of a client's request id that are kept
+LONGEST_ADDRESS = 64  # of a client's address
 CLIENT_CLOSED = 499  # nginx's status for a client that went away before there was a status
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9._:-]")
+_NOT_IN_ADDRESSES = re.compile(r"[^A-Za-z0-9._:%-]")  # %: before the interface of an IPv6 address
 _LONGEST_PATH = 100
 
 _log = logging.getLogger("hetis.access")
@@ -110,11 +112,21 @@ def where(error: BaseException) -> str:
 
 
 def _new_entry(scope: Scope) -> AccessEntry:
-    client: Any = scope.get("client")
     path = (scope.get("raw_path") or b"?")[:_LONGEST_PATH].decode("ascii", "backslashreplace")
     return AccessEntry(
         request_id=request_id_of(scope),
         method=scope["method"],
         route=path,
-        client=client[0] if client else "a unix socket",
+        client=address_of(scope),
     )
+
+
+def address_of(scope: Scope) -> str:
+    """The client's address: of its connection, or as a proxy on this machine states it (X-Forwarded-For).
+
+    Any process of this machine may send that header, so it is cleaned and cut.
+    """
+    client: Any = scope.get("client")
+    if not client:
+        return "a unix socket"
+    return _NOT_IN_ADDRESSES.sub("", client[0])[:LONGEST_ADDRESS] or "an unknown address"

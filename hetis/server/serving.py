@@ -151,7 +151,7 @@ class ServerLife:
         try:
             await llm.wait_until_ready()
             report_ready(app.state.server, listeners.url_of(self._listener, self._options))
-            await app.state.server.health.run()
+            await watch(app.state.server)
             reason = llm.dead_reason
         except EngineDeadError as error:
             reason = str(error)
@@ -177,6 +177,15 @@ class ServerLife:
             if left <= 0:
                 return
             await wait_for_event(self._forced, min(left, _POLL_SECONDS))
+
+
+async def watch(server: Server) -> None:
+    """Follows the fleet's health, and logs what it does, until it has ended."""
+    activity = asyncio.create_task(server.activity.run())
+    try:
+        await server.health.run()
+    finally:
+        activity.cancel()
 
 
 async def in_lasting_thread(function: Callable[[], Result]) -> Result:

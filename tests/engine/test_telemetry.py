@@ -178,6 +178,21 @@ def test_seconds_of_ranks_add_up() -> None:
     assert (idle.busy_seconds, idle.wait_seconds, idle.attention_seconds) == (0.0, 0.0, 0.0)
 
 
+def test_a_migrated_lane_counts_at_both_of_its_devices() -> None:
+    served = Served(num_workers=2, num_pages=64)
+    served.add("a")
+    served.step()
+    engine = served.engine
+    [sequence] = engine.scheduler.running
+    source = engine.cache.owners(sequence.slot)[0][0]
+    target = 2 if source != 2 else 1
+    assert engine.migrator.start([Move(slot=sequence.slot, stage=0, group=0, source=source, target=target)])
+    while engine.migrator.is_busy:
+        served.step()
+    devices = {device.rank: (device.lanes_in, device.lanes_out) for device in served.show().devices}
+    assert devices == {0: (0, 0), 1: (0, 0), 2: (0, 0)} | {target: (1, 0), source: (0, 1)}
+
+
 def test_links_are_known_as_soon_as_their_senders_have_counted() -> None:
     served = Served(num_workers=2, num_pages=64)
     assert served.show().links == []

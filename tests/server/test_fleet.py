@@ -5,6 +5,7 @@ The two fleets have different plans, on which no token may depend.
 
 import asyncio
 from collections.abc import Coroutine, Iterator
+from itertools import combinations
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -86,6 +87,53 @@ def test_completions_are_those_of_generate(tiny: LLM, served: Served, setting: d
             choice = chunk["choices"][0]
             tokens.setdefault(choice["index"], []).extend(choice["token_ids"])
         assert [tokens[index] for index in sorted(tokens)] == [completion.token_ids for completion in expected]
+
+
+FEATURES: dict[str, Any] = {
+    "temperature": 0,
+    "top_p": 0.5,
+    "top_k": 3,
+    "min_p": 0.2,
+    "presence_penalty": 1.5,
+    "frequency_penalty": -1.5,
+    "repetition_penalty": 1.4,
+    "logit_bias": {"40": 50},
+    "n": 2,
+    "stop": ["e", " the"],
+    "stop_token_ids": [5, 6],
+    "min_tokens": 3,
+    "ignore_eos": True,
+    "logprobs": 2,
+    "prompt_logprobs": 1,
+    "echo": True,
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "return_tokens_as_token_ids": True,
+    "prompt": [[1, 2, 3], [4]],
+}
+CONTRADICTORY = {("temperature", "n")}  # greedy completions would all be the same
+
+
+def test_every_pair_of_features_gives_an_answer_and_the_same_as_a_stream(served: Served) -> None:
+    """A pair that is valid may not fail anywhere, and the engine goes on: the last answer is as the first."""
+    plain = {"prompt": PROMPTS[0], "max_tokens": 5, "seed": 9}
+    before = served.post(COMPLETIONS, plain)["choices"]
+    for pair in combinations(FEATURES, 2):
+        if pair in CONTRADICTORY:
+            continue
+        body = plain | {name: FEATURES[name] for name in pair}
+        choices = served.post(COMPLETIONS, body)["choices"]
+        assert {choice["finish_reason"] for choice in choices} <= {"stop", "length"}, pair
+        if "prompt_logprobs" in pair:  # cannot be streamed
+            continue
+        texts, reasons = dict.fromkeys(range(len(choices)), ""), {}
+        for chunk in served.post(COMPLETIONS, body | {"stream": True}):
+            [choice] = chunk["choices"]
+            texts[choice["index"]] += choice["text"]
+            reasons[choice["index"]] = choice["finish_reason"]
+        assert list(texts.values()) == [choice["text"] for choice in choices], pair
+        assert [reasons[index] for index in texts] == [choice["finish_reason"] for choice in choices], pair
+    assert served.post(COMPLETIONS, plain)["choices"] == before
 
 
 def test_token_ids_are_prompts_too(tiny: LLM, served: Served) -> None:

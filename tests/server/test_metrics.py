@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
+from hetis.core.outputs import MODEL_FAILED
 from hetis.core.sampling_params import SamplingParams
 from hetis.server import metrics as module
 from hetis.server.metrics import Metrics, RequestMeter, router
@@ -68,7 +69,7 @@ VLLM_NAMES = """
     time_to_first_token_seconds_bucket inter_token_latency_seconds_bucket time_per_output_token_seconds_bucket
     e2e_request_latency_seconds_bucket request_queue_time_seconds_bucket request_prefill_time_seconds_bucket
     request_decode_time_seconds_bucket request_inference_time_seconds_bucket
-    request_time_per_output_token_seconds_bucket
+    request_time_per_output_token_seconds_bucket request_max_num_generation_tokens_bucket
 """
 
 
@@ -160,6 +161,7 @@ def test_completions_are_counted_each_by_its_end(clock: Clock) -> None:
     found = {reason: value(samples, "request_success_total", finished_reason=reason) for reason in module.REASONS}
     assert found == {"stop": 1, "length": 1, "abort": 1, "error": 0}
     assert count_and_sum(samples, "request_generation_tokens") == (3, 4)
+    assert count_and_sum(samples, "request_max_num_generation_tokens") == (1, 2), "the longest of the three"
     assert count_and_sum(samples, "time_to_first_token_seconds") == (1, 0.0)
     assert count_and_sum(samples, "inter_token_latency_seconds") == (1, 1.0)
     assert (metrics.num_finished, metrics.num_failed) == (0, 0), "the request was aborted"
@@ -177,6 +179,13 @@ def test_errors_after_the_first_token_are_counted_apart(num_tokens: int, late: i
     assert value(samples, "stream_errors_total") == late
     assert value(samples, "prompt_tokens_total") == 10 * late, "the prompt was not computed before"
     assert metrics.num_failed == 1
+
+
+@pytest.mark.parametrize(("error", "count"), [(MODEL_FAILED, 1), ("it can never run.", 0)])
+def test_logits_that_are_not_finite_are_counted(error: str, count: int) -> None:
+    metrics = make_metrics()
+    take(begin(metrics, FakeRequest()), token_ids=[], finish_reason="error", error=error)
+    assert value(scrape(metrics), "nan_logits_total") == count
 
 
 def test_a_request_that_ends_in_the_queue_has_no_times_of_tokens() -> None:
@@ -208,6 +217,8 @@ def test_the_fleet_is_shown_by_device() -> None:
     assert value(samples, "device_attention_measured_seconds", **DEVICE) == pytest.approx(1.2e-4)
     assert value(samples, "device_link_bytes_total", **DEVICE, peer="0", direction="received") == 8000
     assert value(samples, "device_link_bytes_total", **DEVICE, peer="0", direction="sent") == 4000
+    assert value(samples, "device_migrations_total", **DEVICE, direction="in") == 3
+    assert value(samples, "device_migrations_total", **DEVICE, direction="out") == 1
     assert (value(samples, "migrations_total"), value(samples, "migrated_bytes_total")) == (4, 4096)
     assert (value(samples, "rebalances_total"), value(samples, "reliefs_total")) == (1, 2)
     assert value(samples, "dispatches_total") == 5

@@ -131,6 +131,7 @@ WRONG: list[tuple[str, Any]] = [
     ("stream_options", {"include_usage": True}),
     ("stream_options", {"include_usage": 1}),
     ("stream_options", {"more": True}),
+    ("stream_options", {"include_obfuscation": True}),
     ("model", 5),
     ("user", 5),
     ("user", "x" * 1000),
@@ -202,65 +203,63 @@ def test_what_is_wrong_is_named(endpoint: str, field: str, value: Any) -> None:
     check_refused(endpoint, field, value)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("logprobs", 21),
-        ("logprobs", True),
-        ("logprobs", -2),
-        ("echo", "x"),
-        ("prompt", None),
-        ("prompt", ""),
-        ("prompt", []),
-        ("prompt", [[]]),
-        ("prompt", [""]),
-        ("prompt", 5),
-        ("prompt", {"a": 1}),
-        ("prompt", [1, "a"]),
-        ("prompt", ["a", 1]),
-        ("prompt", [1, True]),
-        ("prompt", [1.5]),
-        ("prompt", [-1]),
-        ("prompt", [3072]),
-        ("prompt", [[1], [3072]]),
-        ("prompt", [1] * 1024),
-        ("prompt", ["a"] * 1025),
-    ],
-    ids=lambda value: str(value)[:30],
-)
+WRONG_IN_COMPLETIONS: list[tuple[str, Any]] = [
+    ("logprobs", 21),
+    ("logprobs", True),
+    ("logprobs", -2),
+    ("echo", "x"),
+    ("prompt", None),
+    ("prompt", ""),
+    ("prompt", []),
+    ("prompt", [[]]),
+    ("prompt", [""]),
+    ("prompt", 5),
+    ("prompt", {"a": 1}),
+    ("prompt", [1, "a"]),
+    ("prompt", ["a", 1]),
+    ("prompt", [1, True]),
+    ("prompt", [1.5]),
+    ("prompt", [-1]),
+    ("prompt", [3072]),
+    ("prompt", [[1], [3072]]),
+    ("prompt", [1] * 1024),
+    ("prompt", ["a"] * 1025),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG_IN_COMPLETIONS, ids=lambda value: str(value)[:30])
 def test_what_is_wrong_in_completions(field: str, value: Any) -> None:
     check_refused("completions", field, value)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("logprobs", 1),
-        ("top_logprobs", 2),
-        ("max_completion_tokens", 0),
-        ("max_completion_tokens", 2000),
-        ("messages", None),
-        ("messages", []),
-        ("messages", "Hi"),
-        ("messages", {"role": "user", "content": "x"}),
-        ("messages", ["Hi"]),
-        ("messages", [{"content": "x"}]),
-        ("messages", [{"role": "user"}]),
-        ("messages", [{"role": 5, "content": "x"}]),
-        ("messages", [{"role": "user", "content": 5}]),
-        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]),
-        ("messages", [{"role": "thief", "content": "x"}]),
-        ("messages", [{"role": "user", "content": "a " * 2000}]),
-        ("add_generation_prompt", "x"),
-        ("continue_final_message", 1),
-        ("chat_template_kwargs", []),
-        ("chat_template_kwargs", {"tokenize": True}),
-        ("chat_template_kwargs", {"chat_template": "x"}),
-        ("chat_template_kwargs", {"not a name": 1}),
-        ("chat_template_kwargs", {"__class__": 1}),
-    ],
-    ids=lambda value: str(value)[:30],
-)
+WRONG_IN_CHAT: list[tuple[str, Any]] = [
+    ("logprobs", 1),
+    ("top_logprobs", 2),
+    ("max_completion_tokens", 0),
+    ("max_completion_tokens", 2000),
+    ("messages", None),
+    ("messages", []),
+    ("messages", "Hi"),
+    ("messages", {"role": "user", "content": "x"}),
+    ("messages", ["Hi"]),
+    ("messages", [{"content": "x"}]),
+    ("messages", [{"role": "user"}]),
+    ("messages", [{"role": 5, "content": "x"}]),
+    ("messages", [{"role": "user", "content": 5}]),
+    ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]),
+    ("messages", [{"role": "thief", "content": "x"}]),
+    ("messages", [{"role": "user", "content": "a " * 2000}]),
+    ("add_generation_prompt", "x"),
+    ("continue_final_message", 1),
+    ("chat_template_kwargs", []),
+    ("chat_template_kwargs", {"tokenize": True}),
+    ("chat_template_kwargs", {"chat_template": "x"}),
+    ("chat_template_kwargs", {"not a name": 1}),
+    ("chat_template_kwargs", {"__class__": 1}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG_IN_CHAT, ids=lambda value: str(value)[:30])
 def test_what_is_wrong_in_chat(field: str, value: Any) -> None:
     check_refused("chat", field, value)
 

@@ -87,6 +87,27 @@ def test_a_request_without_a_usable_id_gets_one(given: str | None) -> None:
     assert all(re.fullmatch("[0-9a-f]{32}", each) for each in ids)
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("1.2.3.4\nINFO a line, of its own" + "x" * 200, "1.2.3.4INFOalineofitsown" + "x" * 40),
+        ("???", "an unknown address"),
+    ],
+)
+def test_addresses_that_a_proxy_states_are_cut_and_cleaned(
+    given: str, shown: str, records: pytest.LogCaptureFixture
+) -> None:
+    async def request() -> None:
+        transport = httpx.ASGITransport(app=app_with_routes(), client=(given, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            await client.get("/version")
+
+    asyncio.run(request())
+    assert records.messages[-1].endswith(f", from {shown}")
+
+
 def test_a_failure_is_a_500_without_its_text_and_the_log_has_type_and_place(records: pytest.LogCaptureFixture) -> None:
     found = ask("POST", "/fails")
     assert found.status_code == 500

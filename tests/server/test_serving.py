@@ -17,7 +17,7 @@ from starlette.responses import StreamingResponse
 from hetis.core.config import EngineConfig
 from hetis.core.messages import EngineStatus
 from hetis.frontend.errors import EngineDeadError, FleetRefusedError
-from hetis.server import health, serving
+from hetis.server import activity_log, health, serving
 from hetis.server.app import build_app
 from hetis.server.listener import listen
 from hetis.server.options import ServerOptions
@@ -221,6 +221,22 @@ def test_the_end_of_the_fleet_ends_the_server(
     assert run(directory, monkeypatch, script, fleet) == 1
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [fleet.dead_reason]
     assert (fleet.is_closed, fleet.num_aborts) == (True, 0)
+
+
+def test_the_log_says_what_the_server_does(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("hetis").propagate = True
+    monkeypatch.setattr(activity_log, "PERIOD_SECONDS", 0.01)
+
+    async def script(client: httpx.AsyncClient, fleet: Fleet) -> None:
+        fleet.status = EngineStatus(num_running=1)
+        while "1 running, 0 waiting; " not in caplog.text:
+            await asyncio.sleep(0.01)
+        send(signal.SIGTERM)
+
+    with caplog.at_level(logging.INFO, "hetis"):
+        assert run(directory, monkeypatch, script, Fleet()) == 0
 
 
 def test_a_fleet_that_fails_to_start_ends_the_server(

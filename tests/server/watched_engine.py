@@ -41,6 +41,8 @@ def make_snapshot(seconds: float = 0.0, **changes: Any) -> FleetSnapshot:
             predicted_us=100.0,
             measured_us=120.0,
             silent_seconds=0.1,
+            lanes_in=3 * rank,
+            lanes_out=1,
         )
         for rank, role in enumerate(("primary", "attention worker"))
     ]
@@ -119,3 +121,4 @@ class FakePiece:
     index: int = 0
     token_ids: list[int] = field(default_factory=lambda: [7])
     finish_reason: str | None = None
+    error: str | None = None

@@ -51,6 +51,8 @@ class DeviceState(msgspec.Struct, kw_only=True):
     predicted_us: float = 0.0  # decode attention of a layer, mean over the steps in which the rank had heads
     measured_us: float = 0.0
     silent_seconds: float = 0.0  # since the last heartbeat
+    lanes_in: int = 0  # that have migrated to this rank
+    lanes_out: int = 0  # that have migrated from it
 
 
 class LinkState(msgspec.Struct, kw_only=True):

@@ -1,7 +1,7 @@
 """Fields that both generating endpoints share, and `SamplingParams` from them."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -27,6 +27,7 @@ from hetis.server.protocol.reading import Body
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None  # a last chunk with the number of tokens
     continuous_usage_stats: bool | None = None  # with `include_usage`: the numbers so far on every chunk
+    include_obfuscation: Literal[False] | None = None  # chunks are not padded to one length
 
 
 class GenerationBody(Body, kw_only=True, frozen=True):
@@ -38,7 +39,8 @@ class GenerationBody(Body, kw_only=True, frozen=True):
     model: Text = None
     stream: Flag = None
     stream_options: Annotated[
-        StreamOptions | None, msgspec.Meta(description="an object with include_usage and continuous_usage_stats")
+        StreamOptions | None,
+        msgspec.Meta(description="an object with include_usage, continuous_usage_stats and include_obfuscation: false"),
     ] = None
 
     n: Annotated[Any, sampling("n")] = None
