@@ -14,13 +14,10 @@
 #include <optional>
 
 #include "dense_isa.h"
+#include "dense_linear_run.h"
 
 namespace hetis {
 namespace {
-
-constexpr int64_t kSlabTokens = 512;       // bounds the packed copy of x: 3 MB for 3,072 inputs in bfloat16
-constexpr int64_t kGrainWeights = 1 << 18;  // weights of about 10 us of work, several times a wake-up
-constexpr int64_t kGrainPacked = 1 << 15;   // values of x to pack, for the same work
 
 // Memory of the calling thread for packed x, reused by later calls.
 void* scratch(size_t bytes) {
@@ -36,30 +33,13 @@ void* scratch(size_t bytes) {
 }
 
 template <class T>
-void run(const LinearProblem<T>& problem, const LinearKernel<T>& kernel) {
-  void* packed = scratch(static_cast<size_t>(kernel.packed_bytes(problem.tokens, problem.inputs)));
-  const int64_t panels = kernel.num_panels(problem.tokens), panel_values = problem.tokens * problem.inputs / panels;
-  at::parallel_for(0, panels, std::max<int64_t>(1, kGrainPacked / std::max<int64_t>(1, panel_values)),
-                   [&](int64_t begin, int64_t end) { kernel.pack(problem, packed, begin, end); });
-  // the last two blocks share rows, so one thread computes both
-  const int64_t blocks = (problem.outputs + kBlockRows - 1) / kBlockRows, units = std::max<int64_t>(1, blocks - 1);
-  const int64_t block_weights = std::max<int64_t>(1, kBlockRows * problem.inputs * (1 + problem.tokens / 16));
-  at::parallel_for(0, units, std::max<int64_t>(1, kGrainWeights / block_weights), [&](int64_t begin, int64_t end) {
-    kernel.multiply(problem, packed, begin, end == units ? blocks : end);
-  });
-}
-
-template <class T>
-void run_in_slabs(LinearProblem<T> problem) {
+void run(const LinearProblem<T>& problem) {
   const LinearKernel<T> kernel = linear_kernel<T>();
   TORCH_CHECK(kernel.multiply != nullptr, "linear: no kernel for this processor");
-  const int64_t tokens = problem.tokens;
-  for (int64_t first = 0; first < tokens; first += kSlabTokens) {
-    problem.tokens = std::min(kSlabTokens, tokens - first);
-    run(problem, kernel);
-    problem.x += problem.tokens * problem.x_stride;
-    problem.out += problem.tokens * problem.out_stride;
-  }
+  void* packed = scratch(static_cast<size_t>(linear_scratch_bytes(kernel, problem.tokens, problem.inputs)));
+  run_linear(problem, kernel, packed, [](int64_t count, int64_t grain, const auto& work) {
+    at::parallel_for(0, count, grain, work);
+  });
 }
 
 void check(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -85,9 +65,9 @@ void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<a
     if constexpr (std::is_same_v<scalar_t, double>) {
       TORCH_CHECK_VALUE(false, "linear: float64 is not supported; use float32, bfloat16 or float16");
     } else {
-      run_in_slabs<scalar_t>({x.const_data_ptr<scalar_t>(), weight.const_data_ptr<scalar_t>(),
-                              bias ? bias->const_data_ptr<scalar_t>() : nullptr, out.mutable_data_ptr<scalar_t>(),
-                              x.stride(0), weight.stride(0), out.stride(0), x.size(0), weight.size(0), x.size(1)});
+      run<scalar_t>({x.const_data_ptr<scalar_t>(), weight.const_data_ptr<scalar_t>(),
+                     bias ? bias->const_data_ptr<scalar_t>() : nullptr, out.mutable_data_ptr<scalar_t>(),
+                     x.stride(0), weight.stride(0), out.stride(0), x.size(0), weight.size(0), x.size(1)});
     }
   });
 }
