@@ -3,8 +3,8 @@
     python bench/bench_host.py                     # per layer, 1 and 16 sequences, one and two threads
     python bench/bench_host.py --evict 32          # caches are emptied in every layer, as weights do in a real step
 
-The primary is that of production (`PrimaryRank`), fed by the engine. Time counts by activity of the step, divided by the
-layers: DENSE is all between two attentions, APPEND and ATTENTION the calls of the attention. What remains of a step
+The primary is that of production (`PrimaryRank`), fed by the engine. Time counts by activity of the step, divided by
+the layers: DENSE is all between two attentions, APPEND and ATTENTION the calls of the attention. What remains of a step
 (planning, embedding, LM head, sampling, bookkeeping) is printed per step. `--evict` reads so many MiB after the
 attention of each layer, within the lap of ATTENTION, which then is not printed. Medians and 10 to 90 % of the steps.
 """

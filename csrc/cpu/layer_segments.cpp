@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -29,6 +30,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kParts = 3;
+constexpr int64_t kAllThreads = std::numeric_limits<int64_t>::max();
 enum Part : int64_t { kQkv = 0, kOutput = 1, kMlp = 2 };
 
 void check(const char* name, const Tensor& tensor, const Tensor& like, at::IntArrayRef shape) {
@@ -150,6 +152,17 @@ class LayerSegments : public torch::CustomClassHolder {
                       "LayerSegments: a position is outside the table of ", positions);
   }
 
+  int64_t weights_of(int64_t begin, int64_t end) const {
+    int64_t weights = 0;
+    for (int64_t part = begin; part < end; ++part) {
+      const Layer& layer = layers_[part / kParts];
+      if (part % kParts == kQkv) weights += layer.qkv.weight.numel();
+      if (part % kParts == kOutput) weights += layer.output.weight.numel();
+      if (part % kParts == kMlp) weights += layer.gate_up.weight.numel() + layer.down.weight.numel();
+    }
+    return weights;
+  }
+
   template <class T>
   void run_parts(int64_t begin, int64_t end) {
     const LinearKernel<T> kernel = linear_kernel<T>();
@@ -157,7 +170,9 @@ class LayerSegments : public torch::CustomClassHolder {
     const int64_t longest = std::max({hidden_, columns_, groups_ * queries_ * head_dim_});
     const auto bytes = static_cast<size_t>(linear_scratch_bytes(kernel, tokens_, longest));
     if (packed_.size() * sizeof(CacheLine) < bytes) packed_.resize(bytes / sizeof(CacheLine) + 1);
-    run_team([&](const Team& team) {
+    // OpenMP keeps its threads only while the number stays the same: all of them, or none for tiny models
+    const bool is_tiny = weights_of(begin, end) * (1 + tokens_ / 16) < 2 * kGrainWeights;
+    run_team(is_tiny ? 1 : kAllThreads, [&](const Team& team) {
       for (int64_t part = begin; part < end; ++part) {
         const Layer& layer = layers_[part / kParts];
         if (part % kParts == kQkv) run_qkv<T>(team, kernel, layer, part != 0);

@@ -9,6 +9,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -66,10 +67,10 @@ class Team {
   Barrier& barrier_;
 };
 
-// Calls body(team) on every one of torch's threads. The body must not throw.
+// Calls body(team) on at most `limit` of torch's threads. The body must not throw.
 template <class Body>
-void run_team(const Body& body) {
-  const int wanted = at::get_num_threads();
+void run_team(int64_t limit, const Body& body) {
+  const int wanted = static_cast<int>(std::clamp<int64_t>(limit, 1, at::get_num_threads()));
   Barrier barrier;
 #pragma omp parallel num_threads(wanted) if (wanted > 1)
   body(Team(omp_get_thread_num(), omp_get_num_threads(), barrier));

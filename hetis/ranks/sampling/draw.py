@@ -22,7 +22,9 @@ WEIGHT_BITS = 40  # 2^23 tokens can be summed in int64
 # A weight has 8 bytes: on a CPU small parts stay in cache and in reused memory; a GPU is faster with large parts.
 WEIGHTS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
 TOP_K_SPARE_BLOCKS = 32  # beyond k, for tokens that tie with the k-th
-TOP_P_BLOCKS = 256  # searched for top_p before the whole vocabulary is
+TOP_P_BLOCKS = 256  # searched for top_p before all that can be drawn is
+LOG_WEIGHT_ZERO = -28.0  # e^-28 < 2^-40: a token so far below the best one has weight 0
+LOG_MARGIN = 1e-3  # more than the error of an exponential in float32
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -100,8 +102,20 @@ def draw(vocabulary: Vocabulary, params: DrawParams, top_k_I: np.ndarray, top_p_
     return token_R
 
 
+def _drawable_blocks(vocabulary: Vocabulary, params: DrawParams) -> Blocks:
+    """Blocks outside of which every token has weight 0, by its distance from the best one or by min_p."""
+    distance_RN = (vocabulary.peak_RN - vocabulary.best().unsqueeze(-1)) * params.scale_R.unsqueeze(-1)
+    if params.min_p_R is None:
+        can_RN = distance_RN >= LOG_WEIGHT_ZERO
+    else:
+        can_RN = distance_RN >= (params.min_p_R.log() - LOG_MARGIN).clamp(min=LOG_WEIGHT_ZERO).unsqueeze(-1)
+    most = int(can_RN.sum(-1).amax())
+    # to gather most of the vocabulary costs more than to weigh all of it
+    return vocabulary.best_blocks(most) if 2 * most < can_RN.shape[1] else vocabulary.all_blocks()
+
+
 def _draw_plain(vocabulary: Vocabulary, params: DrawParams) -> Tensor:
-    blocks = vocabulary.all_blocks()
+    blocks = _drawable_blocks(vocabulary, params)
     return _pick(_weights(blocks.logits_RKB, vocabulary.best(), params), blocks.first_RK, params.uniform_R)
 
 
@@ -110,8 +124,9 @@ def _draw_top_k(vocabulary: Vocabulary, params: DrawParams) -> Tensor:
 
 
 def _draw_top_p(vocabulary: Vocabulary, params: DrawParams) -> Tensor:
-    total_R = _weights(vocabulary.logits_RNB, vocabulary.best(), params).sum((-2, -1))
-    return _draw_filtered(vocabulary, params, TOP_P_BLOCKS, total_R)
+    blocks = _drawable_blocks(vocabulary, params)
+    total_R = _weights(blocks.logits_RKB, vocabulary.best(), params).sum((-2, -1))
+    return _draw_filtered(vocabulary, params, min(TOP_P_BLOCKS, blocks.first_RK.shape[1]), total_R)
 
 
 def _draw_filtered(vocabulary: Vocabulary, params: DrawParams, num_blocks: int, total_R: Tensor | None) -> Tensor:
