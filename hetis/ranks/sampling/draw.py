@@ -109,7 +109,7 @@ def _drawable_blocks(vocabulary: Vocabulary, params: DrawParams) -> Blocks:
         can_RN = distance_RN >= LOG_WEIGHT_ZERO
     else:
         can_RN = distance_RN >= (params.min_p_R.log() - LOG_MARGIN).clamp(min=LOG_WEIGHT_ZERO).unsqueeze(-1)
-    most = int(can_RN.sum(-1).amax())
+    most = max(1, int(can_RN.sum(-1).amax()))  # none where the best logit is not finite
     # to gather most of the vocabulary costs more than to weigh all of it
     return vocabulary.best_blocks(most) if 2 * most < can_RN.shape[1] else vocabulary.all_blocks()
 
