@@ -35,6 +35,7 @@ from hetis.ranks import split_attention
 from hetis.ranks.build import describe_device
 from hetis.ranks.primary import PrimaryRank
 from hetis.ranks.rank import build_member
+from hetis_kernels import paged_decode
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -94,13 +95,12 @@ class Primary:
 def evict(num_mib: int) -> None:
     """Lets every decode attention read `num_mib` MiB of other memory."""
     memory = torch.ones(num_mib << 17, dtype=torch.int64)
-    attend = split_attention.paged_decode
 
     def attend_and_evict(*arguments: Any, **options: Any) -> None:
-        attend(*arguments, **options)
+        paged_decode(*arguments, **options)
         torch.ops.hetis.stream_read(memory)
 
-    split_attention.paged_decode = attend_and_evict
+    vars(split_attention)["paged_decode"] = attend_and_evict
 
 
 def measure(num_layers: int, num_rows: int, num_steps: int) -> dict[Activity, list[float]]:

@@ -15,10 +15,9 @@ def logit_peaks_ref(logits_RV: torch.Tensor, peak_RN: torch.Tensor, finite_RN: t
     """The formula of `logit_peaks`, for every device."""
     check_floats(logits_RV=logits_RV)
     beyond = -logits_RV.shape[1] % BLOCK
-    peak_RN.copy_(functional.pad(logits_RV, (0, beyond), value=-torch.inf).unflatten(1, (-1, BLOCK)).amax(-1))
-    finite_RN.copy_(
-        functional.pad(torch.isfinite(logits_RV), (0, beyond), value=True).unflatten(1, (-1, BLOCK)).all(-1)
-    )
+    shape = (*peak_RN.shape, BLOCK)
+    peak_RN.copy_(functional.pad(logits_RV, (0, beyond), value=-torch.inf).view(shape).amax(-1))
+    finite_RN.copy_(functional.pad(torch.isfinite(logits_RV), (0, beyond), value=True).view(shape).all(-1))
 
 
 def logit_peaks(logits_RV: torch.Tensor, *, backend: Backend = "auto") -> tuple[torch.Tensor, torch.Tensor]:
