@@ -25,7 +25,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in fleets: huge pages f
 import torch
 from torch.nn import functional
 
-from hetis_kernels import add_rms_norm, gated_activation, qk_norm_rope
+from hetis_kernels import add_rms_norm, extension, gated_activation, qk_norm_rope
 from hetis_kernels.linear import linear, pack_linear
 
 HIDDEN, LAYERS, GROUPS, QUERIES, HEAD_DIM, COLUMNS, VOCABULARY = 1024, 28, 8, 2, 128, 3072, 151_936
@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--head", action="store_true", help="include the LM head (311 MB in bfloat16)")
     arguments = parser.parse_args()
+    assert extension.load(), extension.problem()
     torch.set_num_threads(arguments.threads)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     used = torch.ops.hetis.limit_dense_isa(arguments.isa)

@@ -45,8 +45,8 @@ void linear(const LinearProblem<T>& problem);
 // out[i] = row index[i] (int64, below num_rows = N) of a packed weight; out [T, K].
 void linear_rows(const at::Tensor& weight, int64_t num_rows, const at::Tensor& index, const at::Tensor& out);
 
-// Kernel of one instruction set: `pack` copies x, panel by panel, into the order in which `multiply` reads it for blocks
-// of the weight.
+// Kernel of one instruction set: `pack` copies x, panel by panel, into the order in which `multiply` reads it for each
+// block of the weight.
 template <class T>
 struct LinearKernel {
   int64_t (*packed_bytes)(int64_t tokens, int64_t inputs);

@@ -28,8 +28,8 @@ void check_packed(const at::Tensor& weight) {
   const int64_t inputs = weight.scalar_type() == at::kBFloat16 ? kInputs<c10::BFloat16> : 1;
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == kBlockRows && weight.size(3) == inputs &&
                         weight.is_contiguous() && weight.device().is_cpu(),
-                    "linear: a packed weight of ", weight.scalar_type(), " must be a contiguous CPU tensor [N / 32, K / ",
-                    inputs, ", 32, ", inputs, "]; it is ", weight.sizes());
+                    "linear: a packed weight of ", weight.scalar_type(), " must be a contiguous CPU tensor [N / 32, ",
+                    "K / ", inputs, ", 32, ", inputs, "]; it is ", weight.sizes());
 }
 
 template <class Unit>
