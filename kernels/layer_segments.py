@@ -63,4 +63,6 @@ def layer_tensors(
 
 def serves(*linears: PackedLinear) -> int:
     """Most tokens of a step for which the CPU kernel computes all of these layers; 0: there is none for one of them."""
-    return min(linear.kernel_tokens for linear in linears) if extension.load() else 0
+    if not all(each.is_packed and each.num_outputs and each.num_inputs for each in linears) or not extension.load():
+        return 0
+    return int(torch.ops.hetis.segments_max_tokens(linears[0].weight.dtype))

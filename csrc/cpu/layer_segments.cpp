@@ -19,7 +19,8 @@
 #include <string>
 #include <vector>
 
-#include "dense_linear_run.h"
+#include "dense_isa.h"
+#include "dense_linear.h"
 #include "dense_rows.h"
 #include "team.h"
 
@@ -30,7 +31,8 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kParts = 3;
-constexpr int64_t kAllThreads = std::numeric_limits<int64_t>::max();
+constexpr int64_t kTinyWeights = 1 << 19;  // about 20 us of work, less than it takes to wake threads
+constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 enum Part : int64_t { kQkv = 0, kOutput = 1, kMlp = 2 };
 
 void check(const char* name, const Tensor& tensor, const Tensor& like, at::IntArrayRef shape) {
@@ -45,7 +47,9 @@ struct Matrix {
   OptionalTensor bias;
 
   void check_shape(const char* name, int64_t outputs, int64_t inputs) const {
-    check(name, weight, weight, {outputs, inputs});
+    const int64_t group = weight.scalar_type() == at::kBFloat16 ? kInputs<c10::BFloat16> : 1;
+    check(name, weight, weight, {num_blocks(outputs), (inputs + group - 1) / group, kBlockRows, group});
+    TORCH_CHECK_VALUE(weight.is_contiguous(), "LayerSegments: ", name, " must be contiguous");
     if (bias) check(name, *bias, weight, {outputs});
   }
 };
@@ -168,15 +172,15 @@ class LayerSegments : public torch::CustomClassHolder {
     const LinearKernel<T> kernel = linear_kernel<T>();
     TORCH_CHECK(kernel.multiply != nullptr, "LayerSegments: no kernel of `linear` for this processor");
     const int64_t longest = std::max({hidden_, columns_, groups_ * queries_ * head_dim_});
-    const auto bytes = static_cast<size_t>(linear_scratch_bytes(kernel, tokens_, longest));
+    const auto bytes = static_cast<size_t>(kernel.packed_bytes(std::min(kSlabTokens, tokens_), longest));
     if (packed_.size() * sizeof(CacheLine) < bytes) packed_.resize(bytes / sizeof(CacheLine) + 1);
     // OpenMP keeps its threads only while the number stays the same: all of them, or none for tiny models
-    const bool is_tiny = weights_of(begin, end) * (1 + tokens_ / 16) < 2 * kGrainWeights;
-    run_team(is_tiny ? 1 : kAllThreads, [&](const Team& team) {
+    const bool is_tiny = weights_of(begin, end) * (1 + tokens_ / 16) < kTinyWeights;
+    run_team(is_tiny ? 1 : kNoLimit, [&](const Team& team) {
       for (int64_t part = begin; part < end; ++part) {
         const Layer& layer = layers_[part / kParts];
         if (part % kParts == kQkv) run_qkv<T>(team, kernel, layer, part != 0);
-        if (part % kParts == kOutput) project<T>(team, kernel, layer.output, buffers_.attended_TGMD, buffers_.delta_TH);
+        if (part % kParts == kOutput) run_output<T>(team, kernel, layer);
         if (part % kParts == kMlp) run_mlp<T>(team, kernel, layer);
       }
     });
@@ -185,7 +189,8 @@ class LayerSegments : public torch::CustomClassHolder {
   template <class T>
   void run_qkv(const Team& team, const LinearKernel<T>& kernel, const Layer& layer, bool adds) {
     normalise<T>(team, layer.attention_norm, adds);
-    project<T>(team, kernel, layer.qkv, buffers_.normed_TH, buffers_.qkv_TGHD);
+    project<T>(team, kernel, layer.qkv, buffers_.normed_TH, hidden_, buffers_.qkv_TGHD,
+               groups_ * (queries_ + 2) * head_dim_);
     if (!layer.query_norm && !cos_sin_PR_) return;
     const RopeProblem<T> problem = {static_cast<T*>(buffers_.qkv_TGHD.data_ptr()),
                                     pointer<const T>(layer.query_norm),
@@ -198,13 +203,19 @@ class LayerSegments : public torch::CustomClassHolder {
                                     cos_sin_PR_ ? cos_sin_PR_->size(1) : 0,
                                     epsilon_};
     const RowKernels<T> rows = row_kernels<T>();
-    team(tokens_ * groups_, 1, [&](int64_t begin, int64_t end) { rows.rope(problem, begin, end); });
+    team(tokens_ * groups_, [&](int64_t begin, int64_t end) { rows.rope(problem, begin, end); });
+  }
+
+  template <class T>
+  void run_output(const Team& team, const LinearKernel<T>& kernel, const Layer& layer) {
+    project<T>(team, kernel, layer.output, buffers_.attended_TGMD, groups_ * queries_ * head_dim_, buffers_.delta_TH,
+               hidden_);
   }
 
   template <class T>
   void run_mlp(const Team& team, const LinearKernel<T>& kernel, const Layer& layer) {
     normalise<T>(team, layer.mlp_norm, true);
-    project<T>(team, kernel, layer.gate_up, buffers_.normed_TH, buffers_.gate_up_TF);
+    project<T>(team, kernel, layer.gate_up, buffers_.normed_TH, hidden_, buffers_.gate_up_TF, 2 * columns_);
     const GateProblem<T> problem = {static_cast<const T*>(buffers_.gate_up_TF.data_ptr()),
                                     static_cast<T*>(buffers_.active_TF.data_ptr()),
                                     2 * columns_,
@@ -212,8 +223,8 @@ class LayerSegments : public torch::CustomClassHolder {
                                     columns_,
                                     activation_};
     const RowKernels<T> rows = row_kernels<T>();
-    team(tokens_, 1, [&](int64_t begin, int64_t end) { rows.gate(problem, begin, end); });
-    project<T>(team, kernel, layer.down, buffers_.active_TF, buffers_.delta_TH);
+    team(tokens_, [&](int64_t begin, int64_t end) { rows.gate(problem, begin, end); });
+    project<T>(team, kernel, layer.down, buffers_.active_TF, columns_, buffers_.delta_TH, hidden_);
   }
 
   // normed = norm(hidden), after hidden += delta where `adds`.
@@ -232,24 +243,27 @@ class LayerSegments : public torch::CustomClassHolder {
                                     hidden_,
                                     epsilon_};
     const RowKernels<T> rows = row_kernels<T>();
-    team(tokens_, 1, [&](int64_t begin, int64_t end) { rows.norm(problem, begin, end); });
+    team(tokens_, [&](int64_t begin, int64_t end) { rows.norm(problem, begin, end); });
   }
 
+  // out = x weight^T + bias, by all threads of the team.
   template <class T>
-  void project(const Team& team, const LinearKernel<T>& kernel, const Matrix& matrix, const Tensor& x,
-               const Tensor& out) {
-    const int64_t outputs = matrix.weight.size(0), inputs = matrix.weight.size(1);
-    const LinearProblem<T> problem = {static_cast<const T*>(x.data_ptr()),
-                                      static_cast<const T*>(matrix.weight.data_ptr()),
-                                      pointer<const T>(matrix.bias),
-                                      static_cast<T*>(out.data_ptr()),
-                                      inputs,
-                                      matrix.weight.stride(0),
-                                      outputs,
-                                      tokens_,
-                                      outputs,
-                                      inputs};
-    run_linear(problem, kernel, static_cast<void*>(packed_.data()), team);
+  void project(const Team& team, const LinearKernel<T>& kernel, const Matrix& matrix, const Tensor& x, int64_t inputs,
+               const Tensor& out, int64_t outputs) {
+    auto* packed = static_cast<void*>(packed_.data());
+    for (int64_t first = 0; first < tokens_; first += kSlabTokens) {
+      const LinearProblem<T> slab = {static_cast<const T*>(x.data_ptr()) + first * inputs,
+                                     static_cast<const T*>(matrix.weight.data_ptr()),
+                                     pointer<const T>(matrix.bias),
+                                     static_cast<T*>(out.data_ptr()) + first * outputs,
+                                     inputs,
+                                     outputs,
+                                     std::min(kSlabTokens, tokens_ - first),
+                                     outputs,
+                                     inputs};
+      team(kernel.num_panels(slab.tokens), [&](int64_t begin, int64_t end) { kernel.pack(slab, packed, begin, end); });
+      team(num_blocks(outputs), [&](int64_t begin, int64_t end) { kernel.multiply(slab, packed, begin, end); });
+    }
   }
 
   struct alignas(64) CacheLine {
@@ -266,10 +280,17 @@ class LayerSegments : public torch::CustomClassHolder {
   std::vector<CacheLine> packed_;
 };
 
+// Most tokens of a step for which the operation `linear` uses the same kernel; 0: never.
+int64_t segments_max_tokens(at::ScalarType dtype) {
+  if (linear_kernel<float>().multiply == nullptr) return 0;
+  return has_amx() && dtype == at::kBFloat16 ? kOneDnnTokens : kNoLimit;
+}
+
 }  // namespace
 }  // namespace hetis
 
 TORCH_LIBRARY_FRAGMENT(hetis, m) {
+  m.def("segments_max_tokens(ScalarType dtype) -> int", &hetis::segments_max_tokens);
   m.class_<hetis::LayerSegments>("LayerSegments")
       .def(torch::init<const std::string&, double, const std::optional<at::Tensor>&, const std::vector<at::Tensor>&>())
       .def("add_layer", &hetis::LayerSegments::add_layer)

@@ -54,9 +54,9 @@ class Team {
   Team(int index, int size, Barrier& barrier) : index_(index), size_(size), barrier_(barrier) {}
 
   // One phase: every thread calls this with the same count, and work(begin, end) runs for its share of [0, count).
-  // Returns when all shares are done. `grain` is not needed: the threads are awake.
+  // Returns when all shares are done.
   template <class Work>
-  void operator()(int64_t count, int64_t /*grain*/, const Work& work) const {
+  void operator()(int64_t count, const Work& work) const {
     const int64_t begin = count * index_ / size_, end = count * (index_ + 1) / size_;
     if (begin < end) work(begin, end);
     if (size_ > 1) barrier_.wait(size_);

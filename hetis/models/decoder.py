@@ -13,7 +13,7 @@ from torch import Tensor
 from hetis.core.model_spec import ModelSpec
 from hetis.models.layers import StageWeights, normalise, rope_table
 from hetis.models.segments import Reduce, Workspace, layer_segments
-from hetis_kernels.linear import linear
+from hetis_kernels.linear import linear, weight_rows
 
 
 class Attention(Protocol):
@@ -50,17 +50,17 @@ class Decoder:
         The vocabulary is sharded: a rank adds zero for tokens of other shards; the sum over ranks is the embedding.
         The result is a buffer of the decoder, valid until the next call.
         """
-        embedding_VH = self._weights.embedding
-        assert embedding_VH is not None, "only the first stage embeds"
+        embedding = self._weights.embedding
+        assert embedding is not None, "only the first stage embeds"
         hidden_TH = self._workspace.hidden_TH[: token_T.shape[0]]
         first, stop = self._weights.primary.vocab_rows
         if stop - first == self._spec.vocab_size:
-            torch.index_select(embedding_VH, 0, token_T, out=hidden_TH)
+            weight_rows(embedding, token_T, hidden_TH)
         elif stop == first:
             hidden_TH.zero_()
         else:
             local_T = token_T - first
-            torch.index_select(embedding_VH, 0, local_T.clamp(0, stop - first - 1), out=hidden_TH)
+            weight_rows(embedding, local_T.clamp(0, stop - first - 1), hidden_TH)
             hidden_TH.masked_fill_(((local_T < 0) | (local_T >= stop - first))[:, None], 0.0)
         if self._weights.positions is not None:
             hidden_TH += self._weights.positions[position_T + (self._spec.learned_position_offset or 0)]

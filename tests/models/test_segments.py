@@ -18,7 +18,7 @@ from tests.checkpoints import make_checkpoint
 from tests.models.reference import CPU, FullAttention, SumOverThreads, run_threads
 
 MAX_TOKENS = 700  # more than one slab of the linear kernel
-needs_kernel = pytest.mark.skipif(cpu_op("linear_max_tokens") is None, reason="the C++ extension is not built")
+needs_kernel = pytest.mark.skipif(cpu_op("linear") is None, reason="the C++ extension is not built")
 
 
 def residual_stream(directory: Path, plan: Plan, dtype: torch.dtype, num_tokens: int, num_layers: int | None) -> Tensor:
