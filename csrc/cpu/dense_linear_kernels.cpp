@@ -15,29 +15,28 @@ namespace avx2 {
 
 #include "dense_linear_tile.h"
 
-// 8 floats: 2 tokens x 4 chains. Weights narrower than float are widened as they are loaded.
+// 8 outputs. Weights narrower than float are widened as they are loaded: of a pair of bfloat16, the first input is
+// shifted up for part 0, and the second one is where it must be for part 1.
 template <class T>
 struct WideLanes {
   using Element = T;
-  using Packed = float;
   using Vector = Floats;
-  static constexpr int kTokens = 2, kStep = 4, kMinVectors = 1, kMaxVectors = 2;
+  static constexpr int kWidth = 8, kParts = kInputs<T>, kMaxSums = 12;
+  static constexpr int kTokenUnit = 3;  // 3 tokens x 4 vectors and 6 x 2 have all 12 sums; 8 do not hide the latency
 
   static HETIS_INLINE Vector zero() { return _mm256_setzero_ps(); }
-  static HETIS_INLINE Vector load(const float* x) { return _mm256_loadu_ps(x); }
+  static HETIS_INLINE Vector load(const T* group, int v, int part) {
+    if constexpr (kParts == 1) return floats(group + v * kWidth);
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 2 * v * kWidth));
+    return _mm256_castsi256_ps(part == 0 ? _mm256_slli_epi32(pairs, 16)
+                                         : _mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)));
+  }
+  static HETIS_INLINE Vector floats(const T* x) { return avx2::load(x); }
+  static HETIS_INLINE Vector broadcast(const float* unit) { return _mm256_broadcast_ss(unit); }
   static HETIS_INLINE Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
   static HETIS_INLINE Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
-  static HETIS_INLINE Vector twice(__m128 piece) { return _mm256_set_m128(piece, piece); }
-  static HETIS_INLINE Vector broadcast(const T* piece) { return twice(load_four(piece)); }
-  static HETIS_INLINE Vector broadcast_sums(const float* four) { return twice(load_four(four)); }
-  static HETIS_INLINE Vector join(Vector a, Vector b, Vector c, Vector d) {
-    const Vector ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-    const Vector cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-    return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
-  }
   static HETIS_INLINE void round(Vector x, T* out) { store(x, out); }
-  static HETIS_INLINE void pack(const T* x, float* piece) { _mm_storeu_ps(piece, load_four(x)); }
-  static HETIS_INLINE void pack_zeros(float* piece) { _mm_storeu_ps(piece, _mm_setzero_ps()); }
+  static HETIS_INLINE __m128 units(const T* x) { return load_four(x); }
 };
 
 }  // namespace avx2
@@ -48,28 +47,26 @@ namespace avx512 {
 
 #include "dense_linear_tile.h"
 
-// 16 floats: 4 tokens x 4 chains.
+// 16 outputs.
 template <class T>
 struct WideLanes {
   using Element = T;
-  using Packed = float;
   using Vector = Floats;
-  static constexpr int kTokens = 4, kStep = 4, kMinVectors = 2, kMaxVectors = 4;
+  static constexpr int kWidth = 16, kParts = kInputs<T>, kMaxSums = 24, kTokenUnit = 1;
 
   static HETIS_INLINE Vector zero() { return _mm512_setzero_ps(); }
-  static HETIS_INLINE Vector load(const float* x) { return _mm512_loadu_ps(x); }
+  static HETIS_INLINE Vector load(const T* group, int v, int part) {
+    if constexpr (kParts == 1) return floats(group + v * kWidth);
+    const __m512i pairs = _mm512_loadu_si512(group + 2 * v * kWidth);
+    return _mm512_castsi512_ps(part == 0 ? _mm512_slli_epi32(pairs, 16)
+                                         : _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+  }
+  static HETIS_INLINE Vector floats(const T* x) { return avx512::load(x); }
+  static HETIS_INLINE Vector broadcast(const float* unit) { return _mm512_set1_ps(*unit); }
   static HETIS_INLINE Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
   static HETIS_INLINE Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
-  static HETIS_INLINE Vector broadcast(const T* piece) { return load_four_everywhere(piece); }
-  static HETIS_INLINE Vector broadcast_sums(const float* four) { return load_four_everywhere(four); }
-  static HETIS_INLINE Vector join(Vector a, Vector b, Vector c, Vector d) {
-    const Vector ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const Vector cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  }
   static HETIS_INLINE void round(Vector x, T* out) { store(x, out); }
-  static HETIS_INLINE void pack(const T* x, float* piece) { _mm_storeu_ps(piece, avx2::load_four(x)); }
-  static HETIS_INLINE void pack_zeros(float* piece) { _mm_storeu_ps(piece, _mm_setzero_ps()); }
+  static HETIS_INLINE __m128 units(const T* x) { return avx2::load_four(x); }
 };
 
 }  // namespace avx512
@@ -80,25 +77,18 @@ namespace avx512_bf16 {
 
 #include "dense_linear_tile.h"
 
-// 16 sums of products of bfloat16 pairs: 4 tokens x 4 chains x 2 inputs.
+// 16 outputs; a unit of x is a pair of inputs, and one instruction adds both products.
 struct PairLanes : avx512::WideLanes<BFloat16> {
-  using Packed = BFloat16;
-  static constexpr int kStep = 8;
+  static constexpr int kParts = 1;
 
-  static HETIS_INLINE Vector load(const BFloat16* x) { return _mm512_castsi512_ps(_mm512_loadu_si512(x)); }
+  static HETIS_INLINE Vector load(const BFloat16* group, int v, int /*part*/) {
+    return _mm512_castsi512_ps(_mm512_loadu_si512(group + 2 * v * kWidth));
+  }
   static HETIS_INLINE Vector multiply_add(Vector a, Vector b, Vector sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
-  static HETIS_INLINE Vector broadcast(const BFloat16* piece) {
-    return _mm512_castsi512_ps(_mm512_broadcast_i32x4(avx2::load_halves(piece)));
-  }
   static HETIS_INLINE void round(Vector x, BFloat16* out) { store(x, out); }
-  static HETIS_INLINE void pack(const BFloat16* x, BFloat16* piece) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(piece), avx2::load_halves(x));
-  }
-  static HETIS_INLINE void pack_zeros(BFloat16* piece) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(piece), _mm_setzero_si128());
-  }
+  static HETIS_INLINE __m128 units(const BFloat16* x) { return _mm_castsi128_ps(avx2::load_halves(x)); }
 };
 
 }  // namespace avx512_bf16

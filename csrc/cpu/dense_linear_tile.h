@@ -1,176 +1,178 @@
 // The kernel of `linear`, compiled once for each instruction set: included between HETIS_TARGET_BEGIN and
 // HETIS_TARGET_END, inside a namespace of its own. No include guard, for that reason.
 //
-// A vector holds `kTokens` tokens times four chains (partial sums over K): lane 4 t + j sums every fourth group of
-// inputs of token t. A 4-lane piece of a weight row, broadcast to all tokens of the vector, is multiplied with several
-// vectors of x, so that a tile of 6 rows x 4 vectors needs 10 loads for 24 multiply-adds at any number of tokens. The
-// chains are joined at the end in one fixed order: the result for a token depends on its own x only, not on other
-// tokens or on the thread that computes it, and decode at T = 1 equals prefill bit for bit.
+// A vector holds one sum for each of `kWidth` neighbouring outputs; a tile is the sums of P tokens and V vectors. Each
+// step loads V vectors of weights, which lie one after the other, and broadcasts one unit of x (four bytes: one float,
+// or two bfloat16) per token. An output is one chain of multiply-adds over all inputs in order: the result for a token
+// depends on its own x only, not on other tokens or on the thread that computes it, and decode at T = 1 equals prefill
+// bit for bit.
 //
-// Traffic: weight rows are processed in chunks that stay in the L2 cache while all panels of x, each about as large as
-// the L1 cache, are multiplied with them. So the weight is read from memory once per call; the next rows are prefetched
-// meanwhile.
+// Traffic: a block is read from memory by the first panel of tokens and from the L2 cache by the others, which prefetch
+// the next block meanwhile.
 
 template <class Lanes>
 struct LinearTile {
   using Element = typename Lanes::Element;
-  using Packed = typename Lanes::Packed;
   using Vector = typename Lanes::Vector;
   using Problem = LinearProblem<Element>;
 
-  static constexpr int kTokens = Lanes::kTokens, kStep = Lanes::kStep, kMaxVectors = Lanes::kMaxVectors;
-  static constexpr int64_t kChunkBytes = 384 * 1024, kLineBytes = 64;
+  static constexpr int kParts = Lanes::kParts, kWidth = Lanes::kWidth, kVectors = kBlockRows / kWidth;
+  static constexpr int kMaxSums = Lanes::kMaxSums, kMaxTokens = kMaxSums / 2;
+  static constexpr int kGroup = kBlockRows * kInputs<Element>;  // elements of a block for one step
+  static constexpr int64_t kLineBytes = 64, kStrip = 8;         // steps between prefetches
 
-  // Vectors are divided evenly among the fewest panels: a panel of one vector would waste most of the tile.
+  // Tokens are divided evenly among the fewest panels, in units of Lanes::kTokenUnit.
   struct Panels {
-    int64_t vectors, count;
+    int64_t tokens, units, count;
 
-    explicit Panels(int64_t tokens) : vectors((tokens + kTokens - 1) / kTokens) {
-      if (vectors < Lanes::kMinVectors) vectors = Lanes::kMinVectors;
-      count = (vectors + kMaxVectors - 1) / kMaxVectors;
+    explicit Panels(int64_t tokens)
+        : tokens(tokens),
+          units((tokens + Lanes::kTokenUnit - 1) / Lanes::kTokenUnit),
+          count((tokens + kMaxTokens - 1) / kMaxTokens) {}
+    int64_t first_token(int64_t panel) const {
+      const int64_t token = units * panel / count * Lanes::kTokenUnit;
+      return token < tokens ? token : tokens;
     }
-    int64_t first_token(int64_t panel) const { return vectors * panel / count * kTokens; }
   };
 
-  static int64_t num_steps(int64_t inputs) { return (inputs + kStep - 1) / kStep; }
-
+  static int64_t num_units(int64_t inputs) { return num_steps<Element>(inputs) * kParts; }
   static int64_t num_panels(int64_t tokens) { return Panels(tokens).count; }
+  static int64_t packed_bytes(int64_t tokens, int64_t inputs) { return 4 * tokens * num_units(inputs); }
 
-  static int64_t packed_bytes(int64_t tokens, int64_t inputs) {
-    return Panels(tokens).vectors * kTokens * num_steps(inputs) * kStep * static_cast<int64_t>(sizeof(Packed));
-  }
-
-  // One row of x into every `stride`-th piece of a panel, zeros after its end.
-  static void pack_row(const Element* row, int64_t inputs, Packed* piece, int64_t stride) {
-    int64_t k = 0;
-    for (; k + kStep <= inputs; k += kStep, piece += stride) Lanes::pack(row + k, piece);
-    if (k == num_steps(inputs) * kStep) return;
-    Element rest[kStep] = {};
+  // Units [first, first + 4) of rows of x, zeros after their end.
+  static HETIS_INLINE __m128 four_units(const Element* row, int64_t first, int64_t inputs) {
+    constexpr int kFour = 4 * kInputs<Element> / kParts;
+    const int64_t k = first * kFour / 4;
+    if (k + kFour <= inputs) return Lanes::units(row + k);
+    Element rest[kFour] = {};
     for (int64_t i = k; i < inputs; ++i) rest[i - k] = row[i];
-    Lanes::pack(rest, piece);
+    return Lanes::units(rest);
   }
 
-  // Packed x: [panel][step][token of the panel][input of the step]; tokens after the last one are zero.
-  static void pack(const Problem& problem, void* packed, int64_t panel_begin, int64_t panel_end) {
+  // x of panels [begin, end): [panel][unit][token of the panel].
+  static void pack(const Problem& problem, void* packed, int64_t begin, int64_t end) {
     const Panels panels(problem.tokens);
-    const int64_t steps = num_steps(problem.inputs);
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t units = num_units(problem.inputs);
+    for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panels.first_token(panel), width = panels.first_token(panel + 1) - first;
-      const int64_t stride = width * kStep;
-      Packed* target = static_cast<Packed*>(packed) + first * steps * kStep;
-      for (int64_t t = 0; t < width; ++t) {
-        Packed* piece = target + t * kStep;
-        if (first + t < problem.tokens) {
-          pack_row(problem.x + (first + t) * problem.x_stride, problem.inputs, piece, stride);
-        } else {
-          for (int64_t step = 0; step < steps; ++step) Lanes::pack_zeros(piece + step * stride);
-        }
+      const Element* x = problem.x + first * problem.x_stride;
+      pack_panel(problem, x, width, units, static_cast<float*>(packed) + first * units);
+    }
+  }
+
+  static void pack_panel(const Problem& problem, const Element* x, int64_t width, int64_t units, float* target) {
+    for (int64_t unit = 0; unit < units; unit += 4) {
+      const int64_t count = units - unit < 4 ? units - unit : 4;
+      int64_t t = 0;
+      for (; t + 4 <= width; t += 4) {
+        __m128 row[4];
+        for (int i = 0; i < 4; ++i) row[i] = four_units(x + (t + i) * problem.x_stride, unit, problem.inputs);
+        _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+        for (int64_t i = 0; i < count; ++i) _mm_storeu_ps(target + (unit + i) * width + t, row[i]);
+      }
+      for (; t < width; ++t) {
+        alignas(16) float row[4];
+        _mm_store_ps(row, four_units(x + t * problem.x_stride, unit, problem.inputs));
+        for (int64_t i = 0; i < count; ++i) __builtin_memcpy(target + (unit + i) * width + t, row + i, sizeof(float));
       }
     }
   }
 
-  template <int R, int V>
-  static HETIS_INLINE void multiply_step(const Element* weight, int64_t stride, const Packed* x, Vector (&sum)[R][V]) {
-    Vector x_vector[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) x_vector[v] = Lanes::load(x + v * kTokens * kStep);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vector piece = Lanes::broadcast(weight + r * stride);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] = Lanes::multiply_add(piece, x_vector[v], sum[r][v]);
-    }
-  }
-
-  // Chains of R weight rows times V vectors of x. Prefetches 24 cache lines ahead in every row, at its end in the next
-  // rows: 16 or 48 lines are 5 to 10 % slower, and a whole block of long rows would evict x from the L1 cache.
-  template <int R, int V>
-  static HETIS_INLINE void multiply_tile(const Element* weight, int64_t stride, const Packed* x, int64_t inputs,
-                                         Vector (&sum)[R][V]) {
-    constexpr int64_t kLine = kLineBytes / sizeof(Element), kAhead = 24 * kLine, kWidth = V * kTokens;
-    const auto here = reinterpret_cast<uintptr_t>(weight);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] = Lanes::zero();
-    int64_t k = 0;
-    for (; k + kLine <= inputs; k += kLine) {
-      const int64_t ahead = k + kAhead < inputs ? k + kAhead : R * stride + k + kAhead - inputs;
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-        __builtin_prefetch(reinterpret_cast<const void*>(here + (r * stride + ahead) * sizeof(Element)));
+  template <int P, int V>
+  static HETIS_INLINE void multiply_step(const Element* weight, const float* x, Vector (&sum)[P][V]) {
 #pragma GCC unroll 2
-      for (int64_t i = k; i < k + kLine; i += kStep) multiply_step<R, V>(weight + i, stride, x + i * kWidth, sum);
-    }
-    for (; k + kStep <= inputs; k += kStep) multiply_step<R, V>(weight + k, stride, x + k * kWidth, sum);
-    if (k < inputs) {
-      Element rest[R * kStep] = {};
-      for (int r = 0; r < R; ++r)
-        for (int64_t i = k; i < inputs; ++i) rest[r * kStep + i - k] = weight[r * stride + i];
-      multiply_step<R, V>(rest, kStep, x + k * kWidth, sum);
-    }
-  }
-
-  // Joins the chains of rows FIRST ... FIRST + COUNT - 1 (at most 4) of all tokens of one vector, adds the bias,
-  // rounds, and writes COUNT neighbouring outputs of each token.
-  template <int FIRST, int COUNT, int R, int V>
-  static HETIS_INLINE void store_rows(const Problem& problem, int64_t row, int64_t token, int v,
-                                      const Vector (&sum)[R][V]) {
-    constexpr int kLast = FIRST + COUNT - 1;
-    float bias[4] = {};
-    if (problem.bias != nullptr)
-      for (int r = 0; r < COUNT; ++r) bias[r] = static_cast<float>(problem.bias[row + FIRST + r]);
-    const Vector joined = Lanes::join(sum[FIRST][v], sum[FIRST + 1 < kLast ? FIRST + 1 : kLast][v],
-                                      sum[FIRST + 2 < kLast ? FIRST + 2 : kLast][v], sum[kLast][v]);
-    alignas(64) Element rounded[4 * kTokens];
-    Lanes::round(Lanes::add(joined, Lanes::broadcast_sums(bias)), rounded);
-    const int64_t first = token + v * kTokens;
-    Element* out = problem.out + first * problem.out_stride + row + FIRST;
+    for (int part = 0; part < kParts; ++part) {
+      Vector w[V];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t)
-      if (first + t < problem.tokens)
-        __builtin_memcpy(out + t * problem.out_stride, rounded + 4 * t, COUNT * sizeof(Element));
-  }
-
-  template <int R, int V>
-  static void multiply_panel(const Problem& problem, const Packed* x, int64_t token, int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      // the last block begins earlier to be whole: rows that it shares with the previous block get equal values again
-      const int64_t row = block * R + R <= problem.outputs ? block * R : problem.outputs - R;
-      Vector sum[R][V];
-      multiply_tile<R, V>(problem.weight + row * problem.weight_stride, problem.weight_stride, x, problem.inputs, sum);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        store_rows<0, (R < 4 ? R : 4)>(problem, row, token, v, sum);
-        if constexpr (R > 4) store_rows<4, R - 4>(problem, row, token, v, sum);
+      for (int v = 0; v < V; ++v) w[v] = Lanes::load(weight, v, part);
+#pragma GCC unroll 12
+      for (int p = 0; p < P; ++p) {
+        const Vector token = Lanes::broadcast(x + part * P + p);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[p][v] = Lanes::multiply_add(w[v], token, sum[p][v]);
       }
     }
   }
 
-  template <int R>
-  static void multiply_chunk(const Problem& problem, const Packed* packed, int64_t begin, int64_t end) {
-    const Panels panels(problem.tokens);
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
-      const int64_t token = panels.first_token(panel);
-      const int64_t width = (panels.first_token(panel + 1) - token) / kTokens;
-      const Packed* x = packed + token * num_steps(problem.inputs) * kStep;
-      if constexpr (kMaxVectors == 4) {
-        if (width == 4) multiply_panel<R, 4>(problem, x, token, begin, end);
-        if (width == 3) multiply_panel<R, 3>(problem, x, token, begin, end);
-      }
-      if (width == 2) multiply_panel<R, 2>(problem, x, token, begin, end);
-      if constexpr (Lanes::kMinVectors == 1)
-        if (width == 1) multiply_panel<R, 1>(problem, x, token, begin, end);
+  // Lines of the next block, some of which are prefetched after every strip of a block that several tiles read.
+  struct Ahead {
+    const char *next, *end;
+    int64_t per_strip;
+
+    HETIS_INLINE void fetch() {
+      for (int64_t i = 0; i < per_strip && next < end; ++i, next += kLineBytes) _mm_prefetch(next, _MM_HINT_T1);
     }
+  };
+
+  // Sums of P tokens and V vectors of a block, from `row` on.
+  template <int P, int V>
+  static void multiply_tile(const Problem& problem, const Element* weight, const float* x, int64_t token, int64_t row,
+                            Ahead& shared_ahead) {
+    Ahead ahead = shared_ahead;
+    Vector sum[P][V];
+#pragma GCC unroll 12
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[p][v] = Lanes::zero();
+    int64_t left = num_steps<Element>(problem.inputs);
+    for (; left >= kStrip; left -= kStrip) {
+      ahead.fetch();
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kStrip; ++i, weight += kGroup, x += kParts * P) multiply_step<P, V>(weight, x, sum);
+    }
+    for (; left > 0; --left, weight += kGroup, x += kParts * P) multiply_step<P, V>(weight, x, sum);
+    shared_ahead = ahead;
+#pragma GCC unroll 12
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(problem, sum[p][v], token + p, row + v * kWidth);
+  }
+
+  // Adds the bias, rounds, and writes the outputs of one vector that exist.
+  static HETIS_INLINE void store(const Problem& problem, Vector sum, int64_t token, int64_t row) {
+    Element* out = problem.out + token * problem.out_stride + row;
+    const int64_t left = problem.outputs - row;
+    if (left >= kWidth) {
+      if (problem.bias != nullptr) sum = Lanes::add(sum, Lanes::floats(problem.bias + row));
+      Lanes::round(sum, out);
+    } else if (left > 0) {
+      Element bias[kWidth] = {}, rounded[kWidth];
+      if (problem.bias != nullptr) __builtin_memcpy(bias, problem.bias + row, left * sizeof(Element));
+      Lanes::round(problem.bias != nullptr ? Lanes::add(sum, Lanes::floats(bias)) : sum, rounded);
+      __builtin_memcpy(out, rounded, left * sizeof(Element));
+    }
+  }
+
+  // Vectors of a tile of so many tokens: all of a block, or half of them where the registers hold no more sums.
+  static constexpr int tile_vectors(int tokens) { return tokens * kVectors <= kMaxSums ? kVectors : kVectors / 2; }
+
+  // A block times a panel of `width` <= P tokens.
+  template <int P>
+  static void multiply_panel(int64_t width, const Problem& problem, const Element* weight, const float* x,
+                             int64_t token, int64_t row, Ahead& ahead) {
+    if constexpr (P > 1)
+      if (width < P) return multiply_panel<P - 1>(width, problem, weight, x, token, row, ahead);
+    constexpr int V = tile_vectors(P);
+    for (int v = 0; v < kVectors; v += V)
+      multiply_tile<P, V>(problem, weight + v * kWidth * kInputs<Element>, x, token, row + v * kWidth, ahead);
   }
 
   static void multiply(const Problem& problem, const void* packed, int64_t begin, int64_t end) {
-    const auto* x = static_cast<const Packed*>(packed);
-    if (problem.outputs < kBlockRows) return multiply_chunk<1>(problem, x, 0, problem.outputs);
-    const int64_t block_bytes = kBlockRows * problem.inputs * static_cast<int64_t>(sizeof(Element));
-    const int64_t chunk = block_bytes < kChunkBytes ? kChunkBytes / block_bytes : 1;
-    for (int64_t i = begin; i < end; i += chunk)
-      multiply_chunk<kBlockRows>(problem, x, i, i + chunk < end ? i + chunk : end);
+    const Panels panels(problem.tokens);
+    const int64_t steps = num_steps<Element>(problem.inputs), units = num_units(problem.inputs);
+    const int64_t lines = steps * kGroup * static_cast<int64_t>(sizeof(Element)) / kLineBytes;
+    const int64_t tiles = panels.count * kVectors / tile_vectors(panels.first_token(1));
+    const int64_t per_strip = lines / (tiles * (steps < kStrip ? 1 : steps / kStrip)) + 1;
+    for (int64_t block = begin; block < end; ++block) {
+      const Element* weight = problem.weight + block * steps * kGroup;
+      const char* next = reinterpret_cast<const char*>(weight + steps * kGroup);
+      Ahead ahead = {next, tiles > 1 && block + 1 < end ? next + lines * kLineBytes : next, per_strip};
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        const int64_t token = panels.first_token(panel), width = panels.first_token(panel + 1) - token;
+        multiply_panel<kMaxTokens>(width, problem, weight, static_cast<const float*>(packed) + token * units, token,
+                                   block * kBlockRows, ahead);
+      }
+    }
   }
 
   static constexpr LinearKernel<Element> kernel() { return {&packed_bytes, &num_panels, &pack, &multiply}; }

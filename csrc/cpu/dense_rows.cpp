@@ -15,6 +15,15 @@
 #include "dense_isa.h"
 
 namespace hetis {
+
+Activation activation_named(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  TORCH_CHECK_VALUE(name == "relu", "unknown activation ", name, "; choose silu, gelu, gelu_tanh or relu");
+  return Activation::relu;
+}
+
 namespace {
 
 using at::Tensor;
@@ -116,14 +125,6 @@ void qk_norm_rope(const Tensor& qkv, int64_t queries, const OptionalTensor& q_we
     for_rows(qkv.size(0) * qkv.size(1), (queries + 1) * qkv.size(3),
              [&](int64_t begin, int64_t end) { kernels.rope(problem, begin, end); });
   });
-}
-
-Activation activation_named(const std::string& name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  TORCH_CHECK_VALUE(name == "relu", "unknown activation ", name, "; choose silu, gelu, gelu_tanh or relu");
-  return Activation::relu;
 }
 
 void gated_activation(const Tensor& gate_up, const std::string& activation, const Tensor& out) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace hetis {
 
@@ -31,6 +32,9 @@ struct RopeProblem {
 };
 
 enum class Activation { silu, gelu, gelu_tanh, relu };
+
+// Raises ValueError for an unknown name.
+Activation activation_named(const std::string& name);
 
 template <class T>
 struct GateProblem {

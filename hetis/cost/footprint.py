@@ -12,13 +12,15 @@ from hetis.cost.limits import Limits
 FLOAT32_BYTES = DTYPE_BYTES["float32"]
 LOGIT_COPIES = 3  # float32 copies of the logits that sampling makes: scaled, sorted, cumulated
 WEIGHT_COPIES = 2  # of the int64 sampling weights: themselves and cumulated
+PACKED_ROWS = 32  # to which rows of matrices are padded on CPUs (inputs: to 2 in bfloat16); as in kernels/linear.py
 WEIGHTS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}  # values; as in ranks/sampling/draw.py
 
 
 def weight_bytes(spec: ModelSpec, plan: Plan, primary: Primary, dtype: str) -> int:
-    """Weights of one primary: exactly the tensors that `models.loader.load_weights` keeps."""
+    """Weights of one primary: exactly the tensors that `models.loader.load_weights` keeps, with their padding."""
     stage_index, tp_index = plan.position_of(primary.rank)
-    values = plan.stages[stage_index].num_layers * layer_weights(spec, plan, primary)
+    padding = sum(_padding(matrix, primary, dtype) for matrix in _layer_matrices(spec, primary))
+    values = plan.stages[stage_index].num_layers * (layer_weights(spec, plan, primary) + padding)
     table = primary.num_vocab_rows * spec.hidden_size
     is_first, is_last = plan.is_first(stage_index), plan.is_last(stage_index)
     if is_first:
@@ -28,22 +30,40 @@ def weight_bytes(spec: ModelSpec, plan: Plan, primary: Primary, dtype: str) -> i
     if is_last:
         values += spec.hidden_size * _norm_vectors(spec)
         values += 0 if spec.tied_embeddings and is_first else table
+        values += _padding((primary.num_vocab_rows, spec.hidden_size), primary, dtype)
     return values * DTYPE_BYTES[dtype]
 
 
 def layer_weights(spec: ModelSpec, plan: Plan, primary: Primary) -> int:
     """Values in one layer of one primary. One token takes two operations with each of them."""
     hidden, head_dim = spec.hidden_size, spec.head_dim
-    qkv_rows = primary.num_groups * spec.heads_per_group * head_dim
-    output_columns = primary.num_groups * spec.queries_per_group * head_dim
-    mlp_rows = primary.num_mlp_columns * spec.gate_factor
-    matrices = hidden * (qkv_rows + output_columns + mlp_rows + primary.num_mlp_columns)
+    (qkv_rows, _), _, (mlp_rows, _), _ = shapes = _layer_matrices(spec, primary)
+    matrices = sum(rows * columns for rows, columns in shapes)
     vectors = 2 * hidden * _norm_vectors(spec) + (2 * head_dim if spec.qk_norm else 0)
     vectors += qkv_rows if spec.qkv_bias else 0
     vectors += mlp_rows if spec.mlp_bias else 0
     if plan.position_of(primary.rank)[1] == 0:
         vectors += hidden * (spec.output_bias + spec.mlp_bias)
     return matrices + vectors
+
+
+def _layer_matrices(spec: ModelSpec, primary: Primary) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of QKV, output projection, gate and up, and down."""
+    hidden, columns = spec.hidden_size, primary.num_mlp_columns
+    return (
+        (primary.num_groups * spec.heads_per_group * spec.head_dim, hidden),
+        (hidden, primary.num_groups * spec.queries_per_group * spec.head_dim),
+        (columns * spec.gate_factor, hidden),
+        (hidden, columns),
+    )
+
+
+def _padding(matrix: tuple[int, int], primary: Primary, dtype: str) -> int:
+    """Values that packing adds to a matrix."""
+    if primary.device != "cpu":
+        return 0
+    (rows, columns), step = matrix, 2 if dtype == "bfloat16" else 1
+    return -(-rows // PACKED_ROWS) * PACKED_ROWS * -(-columns // step) * step - rows * columns
 
 
 def activation_bytes(spec: ModelSpec, plan: Plan, primary: Primary, limits: Limits) -> int:

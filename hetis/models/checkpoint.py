@@ -74,9 +74,7 @@ class DummyWeights:
         if len(shape) == 1 and name.endswith(".weight"):
             target.fill_(1.0)
         elif columns is None:
-            for part in [target] if target.is_contiguous() else target:
-                self._copy(part.view(-1), position)
-                position += part.numel()
+            self._copy_rows(target, position)
         else:
             for part in torch.split(target, self.BLOCK_ROWS):
                 whole = torch.empty(part.shape[0], width, dtype=self._table.dtype)
@@ -87,6 +85,14 @@ class DummyWeights:
     def _start(self, name: str) -> int:
         digest = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") % self.PERIOD
+
+    def _copy_rows(self, target: Tensor, position: int) -> None:
+        """`_copy` for a target with gaps between its rows."""
+        if target.is_contiguous():
+            self._copy(target.view(-1), position)
+            return
+        for index, part in enumerate(target):
+            self._copy_rows(part, position + index * part.numel())
 
     def _copy(self, target: Tensor, position: int) -> None:
         """Fills a vector with values of the repeated table, from `position` on."""

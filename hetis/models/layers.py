@@ -44,7 +44,7 @@ class StageWeights:
     stage: Stage
     tp_index: int
     layers: tuple[LayerWeights, ...]
-    embedding: Tensor | None = None  # [V, H]; first stage
+    embedding: PackedLinear | None = None  # [V, H]; first stage
     positions: Tensor | None = None  # [P + offset, H]; first stage, tensor-parallel index 0
     final_norm: Norm | None = None  # last stage
     head: PackedLinear | None = None  # [V, H]; last stage

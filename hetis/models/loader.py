@@ -1,9 +1,10 @@
 """Weights of one stage and shard, read slice by slice into their final, fused form.
 
-A rank reads only what it keeps; peak host memory is its own weights plus the largest single tensor. G head groups of
-this shard, M query heads per group, D head_dim, H hidden size, F MLP columns of this shard.
+A rank reads only what it keeps, and packs it in place; peak host memory is its own weights plus the largest single
+tensor. G head groups of this shard, M query heads per group, D head_dim, H hidden size, F MLP columns of this shard.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from hetis.models.checkpoint import Checkpoint, DummyWeights, WeightSource
 from hetis.models.families import FAMILIES
 from hetis.models.layers import LayerWeights, Norm, StageWeights
 from hetis.models.tensor_names import TensorNames, expected_tensors
-from hetis_kernels.linear import PackedLinear, pack_linear
+from hetis_kernels.linear import PackedLinear, empty_weight, pack_linear
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
@@ -73,7 +74,7 @@ class _Shard:
         enforce_eager: bool,
     ) -> None:
         self._spec, self._names, self._source = spec, names, source
-        self._pack = partial(pack_linear, plain=enforce_eager)
+        self._pack = partial(pack_linear, plain=enforce_eager, in_place=True)
         self._stage, self._tp_index = plan.stages[stage_index], tp_index
         self._primary = self._stage.primaries[tp_index]
         self._is_first, self._is_last = plan.is_first(stage_index), plan.is_last(stage_index)
@@ -85,7 +86,7 @@ class _Shard:
         for index in range(first, stop):
             layers.append(self._layer(self._names.layer.format(layer=index)))
             on_progress(index + 1 - first, stop - first)
-        embedding = self._embedding() if self._is_first else None
+        embedding = self._embedding() if self._is_first else None  # before the head, which may be the same
         return StageWeights(
             stage=self._stage,
             tp_index=self._tp_index,
@@ -118,43 +119,50 @@ class _Shard:
             (names.key, slice(queries, queries + 1), self._key_rows()),
             (names.value, slice(queries + 1, queries + 2), self._key_rows()),
         )
-        weight_GHDK = self._empty(self._primary.num_groups, spec.heads_per_group, head_dim, spec.hidden_size)
-        bias_GHD = self._empty(self._primary.num_groups, spec.heads_per_group, head_dim) if spec.qkv_bias else None
+        heads_GHD = (self._primary.num_groups, spec.heads_per_group, head_dim)
+        weight_NK = self._matrix(math.prod(heads_GHD), spec.hidden_size)
+        weight_GHDK = weight_NK.view(*heads_GHD, spec.hidden_size)
+        bias_GHD = self._empty(*heads_GHD) if spec.qkv_bias else None
         for name, heads, rows in parts:
             self._source.fill(weight_GHDK[:, heads], f"{prefix}{name}.weight", rows)
             if bias_GHD is not None:
                 self._source.fill(bias_GHD[:, heads], f"{prefix}{name}.bias", rows)
-        return self._pack(weight_GHDK.flatten(0, 2), None if bias_GHD is None else bias_GHD.flatten())
+        return self._pack(weight_NK, None if bias_GHD is None else bias_GHD.flatten())
 
     def _gate_up(self, prefix: str) -> PackedLinear:
         """Gate rows, then up rows: [2F, H]; up rows alone without a gate."""
         spec, names, columns = self._spec, self._names, self._primary.mlp_columns
         parts = (names.gate, names.up) if spec.gated else (names.up,)
-        weight_PFK = self._empty(len(parts), self._primary.num_mlp_columns, spec.hidden_size)
-        bias_PF = self._empty(len(parts), self._primary.num_mlp_columns) if spec.mlp_bias else None
+        num_columns = self._primary.num_mlp_columns
+        weight_NK = self._matrix(len(parts) * num_columns, spec.hidden_size)
+        weight_PFK = weight_NK.view(len(parts), num_columns, spec.hidden_size)
+        bias_PF = self._empty(len(parts), num_columns) if spec.mlp_bias else None
         for index, name in enumerate(parts):
             self._source.fill(weight_PFK[index], f"{prefix}{name}.weight", columns)
             if bias_PF is not None:
                 self._source.fill(bias_PF[index], f"{prefix}{name}.bias", columns)
-        return self._pack(weight_PFK.flatten(0, 1), None if bias_PF is None else bias_PF.flatten())
+        return self._pack(weight_NK, None if bias_PF is None else bias_PF.flatten())
 
     def _row_parallel(self, name: str, columns: tuple[int, int], has_bias: bool) -> PackedLinear:
         """All rows and this shard's columns. Only index 0 has the bias, so that the sum over ranks adds it once."""
-        weight_HF = self._empty(self._spec.hidden_size, columns[1] - columns[0])
+        weight_HF = self._matrix(self._spec.hidden_size, columns[1] - columns[0])
         self._source.fill(weight_HF, f"{name}.weight", columns=columns)
         return self._pack(weight_HF, self._whole(f"{name}.bias") if has_bias and self._tp_index == 0 else None)
 
-    def _embedding(self) -> Tensor:
-        return self._vocabulary(self._names.embedding)
+    def _embedding(self) -> PackedLinear:
+        """Rows of the embedding: packed only if they are those of the LM head, too, as single rows are read slower."""
+        if self._is_last and self._spec.tied_embeddings:
+            return self._pack(self._vocabulary(self._names.embedding, self._matrix))
+        return pack_linear(self._vocabulary(self._names.embedding, self._empty), plain=True)
 
-    def _head(self, embedding_VH: Tensor | None) -> PackedLinear:
-        """Rows of the LM head; a tied head shares the embedding's memory if this rank holds both."""
+    def _head(self, embedding: PackedLinear | None) -> PackedLinear:
+        """Rows of the LM head; a tied head is the embedding if this rank holds both."""
         if not self._spec.tied_embeddings:
-            return self._pack(self._vocabulary(self._names.head))
-        return self._pack(embedding_VH if embedding_VH is not None else self._embedding())
+            return self._pack(self._vocabulary(self._names.head, self._matrix))
+        return self._embedding() if embedding is None else embedding
 
-    def _vocabulary(self, name: str) -> Tensor:
-        table_VH = self._empty(self._primary.num_vocab_rows, self._spec.hidden_size)
+    def _vocabulary(self, name: str, make: Callable[[int, int], Tensor]) -> Tensor:
+        table_VH = make(self._primary.num_vocab_rows, self._spec.hidden_size)
         self._source.fill(table_VH, f"{name}.weight", self._primary.vocab_rows)
         return table_VH
 
@@ -178,6 +186,9 @@ class _Shard:
     def _key_rows(self) -> tuple[int, int]:
         first, stop = self._primary.groups
         return first * self._spec.head_dim, stop * self._spec.head_dim
+
+    def _matrix(self, num_rows: int, num_columns: int) -> Tensor:
+        return empty_weight(num_rows, num_columns, self._dtype, self._device)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device)

@@ -38,12 +38,13 @@ class PagePool:
         self.table_BW = host if device.type == "cpu" else host.to(device)
 
     def apply(self, entries: PageEntries) -> None:
-        """Writes new entries into the page table."""
+        """Writes new entries into the host's page table, which on a CPU is the only one."""
         lane_E, index_E, page_E = entries
         self.table_host_BW[lane_E, index_E] = page_E
-        if (device := self.table_BW.device).type != "cpu":
-            entry_3E = torch.from_numpy(np.stack(entries).astype(np.int64)).to(device)
-            self.table_BW[entry_3E[0], entry_3E[1]] = entry_3E[2].to(torch.int32)
+
+    def apply_on_device(self, entry_3E: torch.Tensor) -> None:
+        """Writes the same entries, int64 [3, E] on the device, into the table of the kernels."""
+        self.table_BW[entry_3E[0], entry_3E[1]] = entry_3E[2].to(torch.int32)
 
     def cells(self, lane_A: Int64, position_A: Int64) -> Int64:
         """The cells of the tokens at these positions of these lanes."""

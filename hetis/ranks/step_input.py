@@ -137,7 +137,7 @@ class StepPlanner:
         self._uses_flash = uses_flash
         self.rank, self.stage, self.num_groups = pool.id.rank, pool.id.stage, num_groups
         self.pool, self._arrays = pool, step_arrays(device)
-        self.upload = self._arrays.send
+        self._new_pages_3E: Tensor | None = None  # of the page table on the device
         self._windows = Counter(windows)
         self.owners_BG: Int32 = np.full((max_num_seqs, num_groups), -1, dtype=np.int32)
 
@@ -149,7 +149,17 @@ class StepPlanner:
         for new in step.admitted:
             self.owners_BG[new.slot] = new.owners[self.stage]
         if self.stage in step.pages:
-            self.pool.apply(step.pages[self.stage])
+            entries = step.pages[self.stage]
+            self.pool.apply(entries)
+            if self.pool.table_BW.device.type != "cpu":
+                self._new_pages_3E = self._put(np.stack(entries).astype(np.int64))
+
+    def upload(self) -> None:
+        """Makes inputs and new pages of this step available to work that the current stream gets from now on."""
+        self._arrays.send()
+        if self._new_pages_3E is not None:
+            self.pool.apply_on_device(self._new_pages_3E)
+            self._new_pages_3E = None
 
     def primary_input(self, step: Step, groups: Span, workers: list[int]) -> PrimaryInput:
         owner_TG = self.owners_BG[step.slot_T, slice(*groups)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hetis_kernels.linear import kernel_tokens, linear, pack_linear
+from hetis_kernels.linear import empty_weight, linear, pack_linear, weight_rows
 
 
 @pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
@@ -22,7 +22,7 @@ def run_kernel(x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor
     """The kernel alone, into the left part of a larger result of which the rest must stay as it was."""
     num_tokens, num_outputs = x_TK.shape[0], weight_NK.shape[0]
     out = torch.full((num_tokens, num_outputs + 3), torch.nan, dtype=x_TK.dtype)
-    torch.ops.hetis.linear(x_TK, weight_NK, bias_N, out[:, :num_outputs])
+    torch.ops.hetis.linear(x_TK, pack_linear(weight_NK).weight, bias_N, out[:, :num_outputs])
     assert out[:, num_outputs:].isnan().all()
     return out[:, :num_outputs]
 
@@ -38,7 +38,7 @@ def assert_rounded_sum(result: torch.Tensor, x_TK: torch.Tensor, weight_NK: torc
 
 
 @pytest.mark.parametrize("num_inputs", [1, 8, 31, 33, 264])
-@pytest.mark.parametrize("num_outputs", [1, 5, 6, 13, 64])
+@pytest.mark.parametrize("num_outputs", [1, 5, 8, 31, 33, 80])
 def test_it_is_the_product_rounded_once(
     instructions: str, dtype: torch.dtype, num_outputs: int, num_inputs: int
 ) -> None:
@@ -118,7 +118,7 @@ def test_a_share_of_nothing(dtype: torch.dtype, plain: bool, num_tokens: int) ->
 def test_the_layer_is_the_one_of_torch(dtype: torch.dtype, plain: bool, with_bias: bool) -> None:
     x, weight = torch.randn(6, 64).to(dtype), torch.randn(50, 64).to(dtype)
     packed = pack_linear(weight, torch.randn(50).to(dtype) if with_bias else None, plain=plain)
-    assert packed.weight.data_ptr() == weight.data_ptr()  # tied embeddings stay one tensor
+    assert (packed.weight.data_ptr() == weight.data_ptr()) == plain
     tolerance = 4 * torch.finfo(dtype).eps
     out = torch.empty(6, 50, dtype=dtype)
     expected = functional.linear(x, weight, packed.bias)
@@ -128,18 +128,54 @@ def test_the_layer_is_the_one_of_torch(dtype: torch.dtype, plain: bool, with_bia
     assert linear(x[:0], packed).shape == (0, 50)
 
 
-def test_plain_and_large_calls_are_left_to_torch() -> None:
-    assert kernel_tokens(torch.float32) > 0
-    packed = pack_linear(torch.randn(32, 16))
-    x = torch.randn(4, 16)
-    plain = pack_linear(packed.weight, plain=True)
-    assert torch.equal(linear(x, plain), functional.linear(x, packed.weight))
-    assert torch.equal(linear(x, packed), run_kernel(x, packed.weight))
+def test_without_a_kernel_torch_computes() -> None:
+    weight, x = torch.randn(32, 16), torch.randn(4, 16)
     torch.ops.hetis.limit_dense_isa("portable")
     try:
-        assert torch.ops.hetis.linear_max_tokens(torch.float32) == 0
+        packed = pack_linear(weight, in_place=True)
+        assert packed.weight is weight
+        assert empty_weight(5, 3, torch.float32, weight.device).is_contiguous()
     finally:
         torch.ops.hetis.limit_dense_isa("avx512_bf16")
+    assert torch.equal(linear(x, packed), functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("num_inputs", [0, 1, 7, 64])
+@pytest.mark.parametrize("num_outputs", [0, 1, 32, 70])
+def test_packing_in_place_is_packing(dtype: torch.dtype, num_outputs: int, num_inputs: int) -> None:
+    weight = torch.randn(num_outputs, num_inputs).to(dtype)
+    memory = empty_weight(num_outputs, num_inputs, dtype, weight.device)
+    memory.copy_(weight)
+    packed, copied = pack_linear(memory, in_place=True), pack_linear(weight)
+    assert packed.weight.data_ptr() == memory.data_ptr()
+    assert torch.equal(packed.weight, copied.weight)
+    assert packed.weight.count_nonzero() == weight.count_nonzero()  # the padding is zero
+
+
+@pytest.mark.parametrize("num_inputs", [1, 7, 64])
+def test_rows_are_read_from_packed_weights(dtype: torch.dtype, num_inputs: int) -> None:
+    weight = torch.randn(75, num_inputs).to(dtype)
+    row = torch.tensor([74, 0, 31, 32, 31, *range(75)])
+    for packed in (pack_linear(weight), pack_linear(weight, plain=True)):
+        out = torch.full((len(row), num_inputs + 2), torch.nan, dtype=dtype)[:, :num_inputs]
+        if not packed.is_packed:
+            out = out.contiguous()
+        weight_rows(packed, row, out)
+        assert torch.equal(out, weight[row])
+        weight_rows(packed, row[:0], out[:0])
+    with pytest.raises(IndexError, match="75"):
+        weight_rows(pack_linear(weight), torch.tensor([75]), torch.empty(1, num_inputs, dtype=dtype))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_what_matrix_units_compute_is_the_same_layer(dtype: torch.dtype, with_bias: bool) -> None:
+    """The path for many tokens on processors with AMX, which all processors have."""
+    x, weight, bias = torch.randn(40, 65).to(dtype), torch.randn(50, 65).to(dtype), torch.randn(50).to(dtype)
+    out = torch.empty(40, 50, dtype=dtype)
+    torch.ops.hetis.linear_by_onednn(x, pack_linear(weight).weight, bias if with_bias else None, out)
+    tolerance = 4 * torch.finfo(dtype).eps
+    expected = functional.linear(x, weight, bias if with_bias else None)
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=8 * tolerance)
 
 
 def test_arguments_are_checked() -> None:
@@ -154,13 +190,16 @@ def test_arguments_are_checked() -> None:
         pack_linear(weight.to(torch.int8))
     with pytest.raises(ValueError, match="last stride"):
         pack_linear(weight.t())
+    with pytest.raises(ValueError, match="make it by empty_weight"):
+        pack_linear(weight, in_place=True)
 
 
 def test_the_kernel_checks_what_it_would_read() -> None:
-    x, weight, out = torch.zeros(2, 4), torch.zeros(8, 4), torch.zeros(2, 8)
+    x, weight, out = torch.zeros(2, 4), pack_linear(torch.zeros(8, 4)).weight, torch.zeros(2, 8)
     op = torch.ops.hetis.linear
-    with pytest.raises(ValueError, match=r"must be \[T, K\], \[N, K\] and \[T, N\]"):
-        op(x, torch.zeros(8, 5), None, out)
+    for other in (torch.zeros(8, 4), weight[:, :3], torch.cat((weight, weight)), weight.half().transpose(1, 2)):
+        with pytest.raises(ValueError, match=r"must be \[T, K\], packed .* and \[T, N\]"):
+            op(x, other, None, out)
     with pytest.raises(ValueError, match="one dtype"):
         op(x.half(), weight, None, out)
     with pytest.raises(ValueError, match="the bias must be"):

@@ -38,6 +38,7 @@ class SumOverThreads:
     """All-reduce among the threads of one stage, in rank order, so that runs are reproducible."""
 
     def __init__(self, num_ranks: int) -> None:
+        self.size = num_ranks
         self._barrier, self._parts = Barrier(num_ranks, timeout=DEADLINE), [torch.empty(0)] * num_ranks
 
     def of(self, rank: int) -> "RankOfThreads":
@@ -55,7 +56,7 @@ class SumOverThreads:
 
 class RankOfThreads:
     def __init__(self, group: SumOverThreads, rank: int) -> None:
-        self._group, self._rank = group, rank
+        self._group, self._rank, self.size = group, rank, group.size
 
     def all_reduce(self, x: Tensor) -> None:
         self._group.reduce(self._rank, x)

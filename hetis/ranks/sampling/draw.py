@@ -16,13 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetis.ranks.sampling.vocabulary import BLOCK, Blocks, Vocabulary, sorted_descending
+from hetis.ranks.sampling.vocabulary import Blocks, Vocabulary, sorted_descending
+from hetis_kernels.logit_peaks import BLOCK
+from hetis_kernels.weight_mass import weight_mass
 
 WEIGHT_BITS = 40  # 2^23 tokens can be summed in int64
 # A weight has 8 bytes: on a CPU small parts stay in cache and in reused memory; a GPU is faster with large parts.
 WEIGHTS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
 TOP_K_SPARE_BLOCKS = 32  # beyond k, for tokens that tie with the k-th
-TOP_P_BLOCKS = 256  # searched for top_p before the whole vocabulary is
+TOP_P_BLOCKS = 64  # searched for top_p at first
+MORE_BLOCKS = 8  # times as many are searched for rows that keep tokens outside of these
+LOG_WEIGHT_ZERO = -28.0  # e^-28 < 2^-40: a token so far below the best one has weight 0
+LOG_MARGIN = 1e-3  # more than the error of an exponential in float32
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -100,8 +105,20 @@ def draw(vocabulary: Vocabulary, params: DrawParams, top_k_I: np.ndarray, top_p_
     return token_R
 
 
+def _drawable_blocks(vocabulary: Vocabulary, params: DrawParams) -> Blocks:
+    """Blocks outside of which every token has weight 0, by its distance from the best one or by min_p."""
+    distance_RN = (vocabulary.peak_RN - vocabulary.best().unsqueeze(-1)) * params.scale_R.unsqueeze(-1)
+    if params.min_p_R is None:
+        can_RN = distance_RN >= LOG_WEIGHT_ZERO
+    else:
+        can_RN = distance_RN >= (params.min_p_R.log() - LOG_MARGIN).clamp(min=LOG_WEIGHT_ZERO).unsqueeze(-1)
+    most = max(1, int(can_RN.sum(-1).amax()))  # none where the best logit is not finite
+    # to gather most of the vocabulary costs more than to weigh all of it
+    return vocabulary.best_blocks(most) if 2 * most < can_RN.shape[1] else vocabulary.all_blocks()
+
+
 def _draw_plain(vocabulary: Vocabulary, params: DrawParams) -> Tensor:
-    blocks = vocabulary.all_blocks()
+    blocks = _drawable_blocks(vocabulary, params)
     return _pick(_weights(blocks.logits_RKB, vocabulary.best(), params), blocks.first_RK, params.uniform_R)
 
 
@@ -110,12 +127,13 @@ def _draw_top_k(vocabulary: Vocabulary, params: DrawParams) -> Tensor:
 
 
 def _draw_top_p(vocabulary: Vocabulary, params: DrawParams) -> Tensor:
-    total_R = _weights(vocabulary.logits_RNB, vocabulary.best(), params).sum((-2, -1))
-    return _draw_filtered(vocabulary, params, TOP_P_BLOCKS, total_R)
+    blocks = _drawable_blocks(vocabulary, params)
+    total_R = weight_mass(_weights(blocks.logits_RKB, vocabulary.best(), params)).sum(-1)
+    return _draw_filtered(vocabulary, params, min(TOP_P_BLOCKS, blocks.first_RK.shape[1]), total_R)
 
 
 def _draw_filtered(vocabulary: Vocabulary, params: DrawParams, num_blocks: int, total_R: Tensor | None) -> Tensor:
-    """Draws from the best blocks, and again from the whole vocabulary for rows that keep tokens outside of these.
+    """Draws from the best blocks, and again from more of them for rows that keep tokens outside of these.
 
     `total_R`: weight of the vocabulary; None: all rows have a top_k, and top_p is a share of what that keeps.
     """
@@ -126,8 +144,8 @@ def _draw_filtered(vocabulary: Vocabulary, params: DrawParams, num_blocks: int, 
     missed_I = (~(lowest_R > blocks.left_R)).nonzero().squeeze(-1)
     if len(missed_I) and num_blocks < vocabulary.peak_RN.shape[1]:
         totals = None if total_R is None else total_R[missed_I]
-        everything = vocabulary.peak_RN.shape[1]
-        token_R[missed_I] = _draw_filtered(vocabulary.rows(missed_I), params.rows(missed_I), everything, totals)
+        more = MORE_BLOCKS * num_blocks
+        token_R[missed_I] = _draw_filtered(vocabulary.rows(missed_I), params.rows(missed_I), more, totals)
     return token_R
 
 
@@ -139,7 +157,7 @@ def _floors(blocks: Blocks, best_R: Tensor, params: DrawParams, total_R: Tensor 
     """
     sorted_RN = sorted_descending(blocks.logits_RKB.flatten(1))
     kth_R = sorted_RN.gather(-1, (params.top_k_R - 1).unsqueeze(-1)).squeeze(-1) if total_R is None else None
-    sum_RN = _weights(sorted_RN, best_R, params, kth_R).cumsum(-1)
+    sum_RN = _weights(sorted_RN, best_R, params, kth_R).long().cumsum(-1)
     total_R = sum_RN[:, -1] if total_R is None else total_R
     wanted_R = torch.minimum((params.top_p_R * total_R).ceil().long(), total_R)
     last_R1 = torch.searchsorted(sum_RN, wanted_R.unsqueeze(-1))
@@ -150,14 +168,14 @@ def _floors(blocks: Blocks, best_R: Tensor, params: DrawParams, total_R: Tensor 
 
 
 def _weights(logits: Tensor, best_R: Tensor, params: DrawParams, floor_R: Tensor | None = None) -> Tensor:
-    """Integer weights, int64, of logits [R, ...]; 0 below the floor, and for tokens below min_p of the best."""
+    """Weights of logits [R, ...], float32, not yet cut to integers; 0 below the floor and below min_p of the best."""
     shape = (-1, *[1] * (logits.dim() - 1))
     share = (logits - best_R.view(shape)).mul_(params.scale_R.view(shape)).exp_()
     if params.min_p_R is not None:
         share *= _at_least(share, params.min_p_R.view(shape))
     if floor_R is not None:
         share *= _at_least(logits, floor_R.view(shape))
-    return share.mul_(2.0**WEIGHT_BITS).to(torch.int64)
+    return share.mul_(2.0**WEIGHT_BITS)
 
 
 def _at_least(value: Tensor, bound: Tensor) -> Tensor:
@@ -167,7 +185,7 @@ def _at_least(value: Tensor, bound: Tensor) -> Tensor:
 
 def _pick(weight_RKB: Tensor, first_RK: Tensor, uniform_R: Tensor) -> Tensor:
     """Token at which the cumulative weight exceeds `uniform` of the total: first its block, then its place there."""
-    mass_RK = weight_RKB.sum(-1)
+    mass_RK = weight_mass(weight_RKB)
     sum_RK = mass_RK.cumsum(-1)
     total_R1 = sum_RK[:, -1:]
     # the product of a double below 1 and a total of up to 58 bits may round up to the total
@@ -175,6 +193,6 @@ def _pick(weight_RKB: Tensor, first_RK: Tensor, uniform_R: Tensor) -> Tensor:
     block_R1 = torch.searchsorted(sum_RK, mark_R1, right=True).clamp(max=sum_RK.shape[1] - 1)
     mark_R1 = mark_R1 - (sum_RK - mass_RK).gather(-1, block_R1)
     row_R = torch.arange(len(uniform_R), device=uniform_R.device)
-    sum_RB = weight_RKB[row_R, block_R1.squeeze(-1)].cumsum(-1)
+    sum_RB = weight_RKB[row_R, block_R1.squeeze(-1)].long().cumsum(-1)
     token_R1 = torch.searchsorted(sum_RB, mark_R1, right=True).clamp(max=sum_RB.shape[1] - 1)
     return (first_RK.gather(-1, block_R1) + token_R1).squeeze(-1)

@@ -43,12 +43,12 @@ class LogitEdits:
         """Records tokens of sequences. Every token must be recorded once, before a later one is chosen."""
         self._history.observe(slot_T, token_T, position_T, position_T >= self._prompt_len[slot_T])
 
-    def apply(self, logits_RV: Tensor, slot_R: np.ndarray, position_R: np.ndarray) -> Tensor:
-        """Logits with all changes, float32: a copy, or the same tensor if there are no changes."""
+    def apply(self, logits_RV: Tensor, slot_R: np.ndarray, position_R: np.ndarray) -> Tensor | None:
+        """A copy of the logits with all changes, float32 and contiguous; None: there are no changes."""
         row_I = np.flatnonzero(self._edits_slot[slot_R])
         if len(row_I) == 0:
-            return logits_RV
-        logits_RV = logits_RV.clone()
+            return None
+        logits_RV = logits_RV.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self._add_biases(logits_RV, row_I, slot_R)
         self._ban(logits_RV, row_I, slot_R, position_R)
         self._penalise(logits_RV, row_I, slot_R, position_R)

@@ -117,13 +117,12 @@ class Sampler:
         return _joined([self.sample(logits_RV[row], slot_R[row], position_R[row]) for row in rows])
 
     def _sample(self, logits_RV: Tensor, slot_R: np.ndarray, position_R: np.ndarray) -> Sampled:
-        logits_RV = logits_RV.float().contiguous()
-        slots = self._slots[slot_R]
-        vocabulary = Vocabulary.of(self._edits.apply(logits_RV, slot_R, position_R))
+        slots, raw = self._slots[slot_R], Vocabulary.of(logits_RV.contiguous())
+        edited_RV = self._edits.apply(logits_RV, slot_R, position_R)
+        vocabulary = raw if edited_RV is None else Vocabulary.of(edited_RV)
         token_R, best_R = self._choose(vocabulary, slots, position_R), vocabulary.best()
         token_R = torch.where(torch.isfinite(best_R), token_R, torch.where(best_R < 0, _NOTHING_LEFT, _OVERFLOW))
-        is_finite_R = torch.isfinite(logits_RV.amax(-1)) & torch.isfinite(logits_RV.amin(-1))
-        token_R = torch.where(is_finite_R, token_R, _NOT_FINITE)
+        token_R = torch.where(raw.is_finite_R, token_R, _NOT_FINITE)
         logprobs = self._score(logits_RV, token_R.clamp(min=0), slots["logprobs"])
         found_R = token_R.cpu().numpy()
         errors = {int(row): _REASONS[int(found_R[row])] for row in np.flatnonzero(found_R < 0)}

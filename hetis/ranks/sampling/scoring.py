@@ -12,7 +12,7 @@ from torch import Tensor
 from hetis.core.token_logprobs import TokenLogprobs
 from hetis.ranks.sampling.vocabulary import Vocabulary
 
-LOGITS_AT_ONCE = 1 << 22  # bounds the memory of float32 logits and of temporaries (16 MiB each)
+LOGITS_AT_ONCE = 1 << 20  # bounds float32 logits and temporaries (4 MiB each), so that caches hold them
 RAW_LOGPROBS, RAW_LOGITS = "raw_logprobs", "raw_logits"
 WHOLE_VOCABULARY = -1
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 64  # B
+from hetis_kernels.logit_peaks import BLOCK, logit_peaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +25,27 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Logits of R rows, and the peak of each block (NaN if a logit is NaN)."""
+    """Logits of R rows, and the peak of each block (NaN if a logit is NaN).
+
+    Logits keep the dtype in which they were computed. Only what is looked at closely becomes float32, which is exact.
+    """
 
     size: int
-    logits_RNB: Tensor  # float32; -inf beyond the vocabulary
-    peak_RN: Tensor
+    logits_RNB: Tensor  # any float dtype; -inf beyond the vocabulary
+    peak_RN: Tensor  # float32
+    is_finite_R: Tensor  # bool: whether all logits are
 
     @classmethod
     def of(cls, logits_RV: Tensor) -> "Vocabulary":
-        """Vocabulary of `logits_RV`, float32 and contiguous, which is copied only if V is no multiple of B."""
+        """Vocabulary of contiguous `logits_RV`, which are copied only if V is no multiple of B."""
         num_rows, size = logits_RV.shape
+        peak_RN, finite_RN = logit_peaks(logits_RV)
         if size % BLOCK:
             logits_RV = torch.nn.functional.pad(logits_RV, (0, -size % BLOCK), value=-torch.inf)
-        logits_RNB = logits_RV.view(num_rows, -1, BLOCK)
-        return cls(size, logits_RNB, logits_RNB.amax(-1))
+        return cls(size, logits_RV.view(num_rows, -1, BLOCK), peak_RN, finite_RN.all(-1))
 
     def rows(self, row_I: Tensor) -> "Vocabulary":
-        return Vocabulary(self.size, self.logits_RNB[row_I], self.peak_RN[row_I])
+        return Vocabulary(self.size, self.logits_RNB[row_I], self.peak_RN[row_I], self.is_finite_R[row_I])
 
     def best(self) -> Tensor:
         """Largest logits [R]."""
@@ -56,7 +60,9 @@ class Vocabulary:
     def all_blocks(self) -> Blocks:
         num_rows, num_blocks = self.peak_RN.shape
         first_N = torch.arange(0, num_blocks * BLOCK, BLOCK, device=self.peak_RN.device)
-        return Blocks(self.logits_RNB, first_N.expand(num_rows, -1), self.peak_RN.new_full((num_rows,), -torch.inf))
+        return Blocks(
+            self.logits_RNB.float(), first_N.expand(num_rows, -1), self.peak_RN.new_full((num_rows,), -torch.inf)
+        )
 
     def best_blocks(self, num_blocks: int) -> Blocks:
         """The `num_blocks` blocks of highest peak (the first of equals)."""
@@ -67,7 +73,7 @@ class Vocabulary:
         left_R = self.peak_RN.gather(-1, chosen_RK[:, -1:]).squeeze(-1)
         block_RK = chosen_RK[:, :-1].sort(-1).values
         row_R1 = torch.arange(num_rows, device=block_RK.device).unsqueeze(-1)
-        return Blocks(self.logits_RNB[row_R1, block_RK], block_RK * BLOCK, left_R)
+        return Blocks(self.logits_RNB[row_R1, block_RK].float(), block_RK * BLOCK, left_R)
 
     def best_tokens(self, count: int) -> Tensor:
         """Ids [R, count] of the best tokens, best first; of equals, the first."""
