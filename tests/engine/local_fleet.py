@@ -101,7 +101,8 @@ class LocalFleet:
         fleet = [_device(rank, device) for rank, device in enumerate(self._devices)]
         self.setup, self.ledger = make_setup(config, spec, resolved, fleet, eos_token_ids=[])
         policies = Policies(dispatcher) if dispatcher else make_policies(config, self.setup, flat_profile(self.setup))
-        self.engine, self._clock = Engine(self.setup, policies, config.migration_budget), clock
+        depth = int(config.async_scheduling)
+        self.engine, self._clock = Engine(self.setup, policies, config.migration_budget, depth=depth), clock
         self._commands: list[queue.SimpleQueue[StepCommand | None]] = [queue.SimpleQueue() for _ in fleet]
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
         self.times: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()
@@ -163,14 +164,22 @@ class LocalFleet:
                 commands.put(command)
         self.most_in_flight = max(self.most_in_flight, self.engine.num_in_flight)
         if self.engine.num_in_flight:
-            result = self._results.get(timeout=DEADLINE)
-            if isinstance(result, BaseException):
-                raise result
-            self.engine.on_result(result, self._clock())
+            self._receive()
         while not self.times.empty():
             self.engine.on_times(self.times.get())
         if check:
             self.engine.cache.check_integrity()
+
+    def drain(self) -> None:
+        """Takes the results of all steps in flight."""
+        while self.engine.num_in_flight:
+            self._receive()
+
+    def _receive(self) -> None:
+        result = self._results.get(timeout=DEADLINE)
+        if isinstance(result, BaseException):
+            raise result
+        self.engine.on_result(result, self._clock())
 
     def __enter__(self) -> "LocalFleet":
         return self

@@ -47,7 +47,7 @@ def test_preemption_by_recompute(checkpoint: Path, alone: list[list[int]]):
 def test_a_recomputed_prompt_is_scored_once(checkpoint: Path):
     [prompt] = [prompt for prompt in prompts() if len(prompt) > 14][:1]
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-    with LocalFleet(checkpoint, "1+0", max_num_batched_tokens=7) as fleet:
+    with LocalFleet(checkpoint, "1+0", max_num_batched_tokens=7, async_scheduling=False) as fleet:
         [expected] = fleet.generate([prompt], params)
         fleet.engine.add(fleet.request("again", prompt, params), 0.0)
         for _ in range(2):

@@ -18,17 +18,21 @@ OPTIONS: dict[str, Any] = {"block_size": 4, "logprobs_mode": "raw_logits", "max_
 
 
 class UnsteadyFleet(LocalFleet):
-    """Preempts sequences at random; their new placements are random too."""
+    """Preempts sequences at random; their new placements are random too. For a sequence in flight in a plan of one
+    stage it takes the results of all steps first: there most sequences are in flight all the time."""
 
     def __init__(self, directory: Path, plan: str, likelihood: float, **options: Any) -> None:
         super().__init__(directory, plan, dispatcher=RandomDispatcher(3), **options)
         self._random, self._likelihood = random.Random(3), likelihood
+        self._can_drain = len(self.setup.plan.stages) == 1
 
     def turn(self, *, check: bool = False) -> None:
         scheduler = self.engine.scheduler
         for sequence in scheduler.running:
-            if not sequence.in_flight and self._random.random() < self._likelihood:
-                scheduler.preempt(sequence)
+            if (self._can_drain or not sequence.in_flight) and self._random.random() < self._likelihood:
+                self.drain() if sequence.in_flight else None
+                if sequence in scheduler.running:
+                    scheduler.preempt(sequence)
         super().turn(check=check)
 
 
