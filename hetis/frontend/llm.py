@@ -94,8 +94,8 @@ class LLM:
             load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, block_size=block_size, kv_cache_memory=kv_cache_memory,
             seed=seed, enforce_eager=enforce_eager, async_scheduling=async_scheduling, max_logprobs=max_logprobs,
-            logprobs_mode=logprobs_mode, dispatch=dispatch, theta=theta, migration_budget=migration_budget, profile=profile,
-            profile_cache=profile_cache, trace=trace, step_timeout=step_timeout,
+            logprobs_mode=logprobs_mode, dispatch=dispatch, theta=theta, migration_budget=migration_budget,
+            profile=profile, profile_cache=profile_cache, trace=trace, step_timeout=step_timeout,
             oversubscribe=oversubscribe, progress=progress, **unknown,
         )  # fmt: skip
         self._client = EngineClient(config)

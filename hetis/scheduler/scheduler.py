@@ -215,25 +215,27 @@ class Scheduler:
         if builder.reserved and not builder.reserved.isdisjoint(self._cache.pools_to_grow(sequence.slot, num_tokens)):
             return False
         while (shortage := self._cache.allocate(sequence.slot, num_tokens)) is not None:
-            if self._is_freeing(shortage.missing):
-                builder.reserved.update(shortage.missing)
-                return False
-            lacking = self._relief.make_room(shortage.missing, self._running)
-            if not lacking:
+            is_freeing = self._is_freeing(shortage.missing)
+            lacking = {} if is_freeing else self._relief.make_room(shortage.missing, self._running)
+            if not lacking:  # enough pages are free by now, or come free
                 if self._cache.allocate(sequence.slot, num_tokens) is None:
                     return True
                 builder.reserved.update(shortage.missing)
                 return False
-            victim = self._victim(sequence, lacking)
-            if victim is None or victim.in_flight:
-                builder.reserved.update(self._cache.pools)
-                if victim is not None:
-                    builder.awaited.add(victim.arrival)
-                return False
-            self.preempt(victim)
-            if victim is sequence:
+            if not self._preempt_for(sequence, lacking, builder):
                 return False
         return True
+
+    def _preempt_for(self, sequence: Sequence, pools: Collection[PoolId], builder: BatchBuilder) -> bool:
+        """Preempts the sequence that holds pages which `sequence` needs; False if `sequence` cannot be in this step."""
+        victim = self._victim(sequence, pools)
+        if victim is not None and not victim.in_flight:
+            self.preempt(victim)
+            return victim is not sequence
+        builder.reserved.update(self._cache.pools)
+        if victim is not None:
+            builder.awaited.add(victim.arrival)
+        return False
 
     def _is_freeing(self, pools: Collection[PoolId]) -> bool:
         """Whether steps in flight give back pages of `pools`, as they end sequences or prompts."""

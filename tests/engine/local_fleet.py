@@ -50,7 +50,8 @@ from hetis.ranks.rank import build_member
 from tests.processes.look import DEADLINE
 
 GIB = 1 << 30
-default_device = "cpu"  # of fleets for which the test names none; set by the fixture `device`
+# of fleets for which the test names none; set by the fixtures `device` and `depth`
+default_device, default_async_scheduling = "cpu", True
 
 
 class Generated:
@@ -90,6 +91,7 @@ class LocalFleet:
     ) -> None:
         """`clock`: seconds, for what the engine does at intervals."""
         options.setdefault("device", default_device)
+        options.setdefault("async_scheduling", default_async_scheduling)
         options.setdefault("kv_cache_memory", 4 << 20)
         config = EngineConfig(model=str(directory), plan=plan, max_logprobs=-1, **options)
         spec = read_model_spec(directory)

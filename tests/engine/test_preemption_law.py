@@ -30,7 +30,8 @@ class UnsteadyFleet(LocalFleet):
         scheduler = self.engine.scheduler
         for sequence in scheduler.running:
             if (self._can_drain or not sequence.in_flight) and self._random.random() < self._likelihood:
-                self.drain() if sequence.in_flight else None
+                if self._can_drain:
+                    self.drain()
                 if sequence in scheduler.running:
                     scheduler.preempt(sequence)
         super().turn(check=check)
@@ -42,6 +43,7 @@ def assert_same(found: list[Generated], expected: list[Generated]) -> None:
         assert torch.equal(one.logits(VOCAB), other.logits(VOCAB))
 
 
+@pytest.mark.usefixtures("depth")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["five_groups", "mistral"])
 def test_recompute_does_not_change_a_bit(family: str, dtype: str, tmp_path: Path) -> None:
@@ -55,12 +57,13 @@ def test_recompute_does_not_change_a_bit(family: str, dtype: str, tmp_path: Path
         assert fleet.engine.scheduler.num_preemptions > 10
 
 
+@pytest.mark.usefixtures("depth")
 def test_recompute_of_split_lanes(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "five_groups", max_position_embeddings=1024, num_hidden_layers=2)
     options = OPTIONS | {"max_num_batched_tokens": 700, "kv_cache_memory": 16 << 20}
     with LocalFleet(directory, "1+0", **options) as fleet:
         expected = fleet.generate(long_prompts(), PARAMS)
-    with UnsteadyFleet(directory, "1+2", 0.03, **options) as fleet:
+    with UnsteadyFleet(directory, "1+2", 0.06, **options) as fleet:
         assert_same(fleet.generate(long_prompts(), PARAMS), expected)
         assert fleet.engine.scheduler.num_preemptions > 2
 

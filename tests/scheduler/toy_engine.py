@@ -212,7 +212,7 @@ class ToyEngine:
         for id_ in ids:
             first, *others = sorted((row.start, row.count) for row in batch.rows if row.sequence.id == id_)
             assert [start for start, _ in others] in ([], [sum(first)]), "tokens are computed twice, or left out"
-        assert sum(map(len, self.pipeline)) < num_stages + self.depth, "more micro-batches than stages, or too far ahead"
+        assert sum(map(len, self.pipeline)) < num_stages + self.depth, "too many steps in flight"
         ended = [row.sequence.id for row in batch.rows if row.sequence.finish_reason is not None]
         assert not ended, "tokens are computed of sequences that have ended"
         assert all(row.start + row.count < row.sequence.prompt_len + row.sequence.max_tokens for row in batch.rows)

@@ -17,7 +17,6 @@ from hetis.core.messages.step_command import PageEntries, PageTransfer
 from hetis.core.placement import Move, PoolId
 from hetis.core.plan import Plan
 
-
 VOCABULARY = 97
 
 
