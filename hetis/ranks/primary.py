@@ -106,7 +106,7 @@ class PrimaryRank:
         return result
 
     def _with_own_tokens(self, step: Step) -> Step:
-        """The step with the tokens that the driver did not know. The sampling rank has them, others get them from it."""
+        """The step with the tokens that the driver did not know: the sampling rank has them, others get them."""
         if len(step.yours_N) == 0:
             return step
         assert self._is_first, "micro-batches of several stages have no token in flight"

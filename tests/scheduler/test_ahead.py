@@ -1,7 +1,9 @@
 """One step ahead, rule by rule: two steps in flight, and what ends, gives way or is freed meanwhile."""
 
+from collections.abc import Iterable, Mapping
+
 from hetis.core.batch import YOURS, Batch
-from hetis.core.placement import FleetView, Placement
+from hetis.core.placement import FleetView, NoRelief, Placement, PoolId
 from hetis.core.request import Sequence
 from hetis.dispatcher.simple_dispatchers import ProportionalDispatcher
 from tests.scheduler.stepping import answer, engine_of
@@ -122,15 +124,31 @@ def test_a_victim_in_flight_gets_no_further_rows_and_is_preempted_when_its_step_
     assert len(second.token_ids) == 8, "with the token that its last step has drawn"
 
 
-def test_nothing_is_preempted_for_pages_that_come_free_with_a_step_in_flight() -> None:
-    engine = engine_of(num_pages=12, depth=1)
-    short, first, second = make_sequence(0, 4, 2), make_sequence(1, 4, 5), make_sequence(2, 4, 4)
-    for sequence in (short, first, second):
+class Asked(NoRelief):
+    """Has nothing to migrate, and counts how often it was asked."""
+
+    count = 0
+
+    def make_room(self, missing: Mapping[PoolId, int], running: Iterable[Sequence]) -> Mapping[PoolId, int]:
+        self.count += 1
+        return super().make_room(missing, running)
+
+
+def test_nothing_migrates_or_gives_way_for_pages_that_come_free_with_a_step_in_flight() -> None:
+    """With 8 tokens each all three have filled their pages; the first one ends when the others need more."""
+    relief = Asked()
+    engine = ToyEngine(make_plan([[2]]), {0: 12}, make_relief=lambda _: relief, depth=1)
+    for sequence in (make_sequence(0, 4, 5), make_sequence(1, 4, 8), make_sequence(2, 4, 8)):
         engine.scheduler.add(sequence)
-    while engine.has_work:
-        engine.step()
-    assert engine.scheduler.num_preemptions == 0
-    engine.check_idle()
+    flying = [send(engine), send(engine)]
+    while rows_of(flying[-1]) != [("s0", 7, 1), ("s1", 7, 1), ("s2", 7, 1)]:
+        answer(engine, flying.pop(0))
+        flying.append(send(engine))
+    answer(engine, flying.pop(0))
+    assert idle(engine), "no page is free"
+    answer(engine, flying.pop(0))
+    assert rows_of(send(engine)) == [("s1", 8, 1), ("s2", 8, 1)]
+    assert (relief.count, engine.scheduler.num_preemptions) == (0, 0)
 
 
 class OnWorker(ProportionalDispatcher):
