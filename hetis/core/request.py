@@ -13,9 +13,9 @@ _ID = re.compile(r"(?:\d+:)?(.*?)(?:#\d+)?(?:/\d+)?", re.DOTALL)
 class Sequence(msgspec.Struct, kw_only=True, eq=False):
     """One generation stream. A request with n > 1 is n sequences.
 
-    `token_ids` holds prompt and output, as far as the driver knows it: steps in flight draw `num_drawing` tokens more.
-    Steps that were sent compute the K and V of the first `num_scheduled` tokens; those that have come back, of the
-    first `num_computed`. The prompt's tokens are prefill, computed in chunks on the primaries; every later token is
+    `token_ids` holds prompt and output, as far as the driver knows it; `num_tokens` also counts what steps in flight
+    draw. Steps that were sent compute the K and V of the first `num_scheduled` tokens; those that have come back, of
+    the first `num_computed`. The prompt's tokens are prefill, computed in chunks on the primaries; every later token is
     decode. A preempted sequence is recomputed from 0: its known output is decode too, many tokens in a step, and its K
     and V get the same bits again.
     """
@@ -32,7 +32,7 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     slot: int = -1  # -1: waiting
     num_scheduled: int = 0
     num_computed: int = 0
-    num_drawing: int = 0
+    num_tokens: int = 0
     in_flight: int = 0  # rows in steps that have not come back
     num_preemptions: int = 0
     finish_reason: str | None = None  # "stop", "length", "abort", "error"
@@ -51,11 +51,6 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.prompt_len
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of its tokens when the steps in flight have come back."""
-        return len(self.token_ids) + self.num_drawing
 
     @property
     def is_complete(self) -> bool:

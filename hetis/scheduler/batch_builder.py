@@ -40,8 +40,8 @@ class BatchBuilder:
     def _add_row(self, rows: list[Row], sequence: Sequence, start: int, count: int) -> int:
         """Appends a row unless it is empty; returns the position after it."""
         if count:
-            samples = start + count == sequence.num_tokens
-            rows.append(Row(sequence=sequence, start=start, count=count, samples=samples))
+            ends = start + count == sequence.num_tokens
+            rows.append(Row(sequence=sequence, start=start, count=count, samples=ends))
             self.token_budget -= count
             num_decode = count if rows is self.decodes else 0
             self.decode_budget = min(self.decode_budget - num_decode, self.token_budget)

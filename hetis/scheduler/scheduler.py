@@ -41,6 +41,7 @@ from hetis.core.batch import Batch, NewToken
 from hetis.core.placement import Dispatcher, NoRelief, PoolId, Relief
 from hetis.core.request import Sequence
 from hetis.scheduler.batch_builder import BatchBuilder
+from hetis.scheduler.drawn_tokens import accept
 
 _ARRIVAL = attrgetter("arrival")
 
@@ -152,7 +153,7 @@ class Scheduler:
             sequence = row.sequence
             sequence.in_flight += 1
             sequence.num_scheduled = max(sequence.num_scheduled, row.start + row.count)
-            sequence.num_drawing += row.samples
+            sequence.num_tokens += row.samples
         self._num_in_flight += 1
         released, self._released = self._released, []
         return Batch(rows=rows, admitted=builder.admitted, released=released)
@@ -162,7 +163,7 @@ class Scheduler:
         for sequence in sequences:
             if not builder.sequence_budget or not builder.token_budget:
                 break
-            if sequence.is_complete or sequence.arrival in builder.awaited or (sequence.in_flight and not self._depth):
+            if sequence.in_flight and (not self._depth or sequence.is_complete or sequence.arrival in builder.awaited):
                 continue
             if sequence.slot >= 0 and self._allocate_next(sequence, builder):
                 builder.add(sequence)
@@ -293,7 +294,7 @@ class Scheduler:
         self.preempted.append(sequence)
 
     def _enqueue(self, sequence: Sequence) -> None:
-        sequence.num_scheduled = sequence.num_computed = 0
+        sequence.num_scheduled, sequence.num_computed, sequence.num_tokens = 0, 0, len(sequence.token_ids)
         insort(self._waiting, sequence, key=_ARRIVAL)
 
     def _release(self, sequence: Sequence) -> None:
@@ -324,29 +325,14 @@ class Scheduler:
         for row in batch.rows:
             sequence = row.sequence
             if row.samples:
-                sequence.num_drawing -= 1
-                new_tokens.append(self._accept(sequence, next(drawn), valid=len(new_tokens) not in invalid))
+                new = accept(sequence, next(drawn), valid=len(new_tokens) not in invalid)
+                new_tokens.append(new)
+                if new is not None and sequence.finish_reason is not None:
+                    del self._unfinished[sequence.id]
             if sequence.finish_reason is not None and not sequence.in_flight and sequence.slot >= 0:
                 self._release(sequence)
         assert next(drawn, None) is None, "more tokens than rows that sample"
         return new_tokens
-
-    def _accept(self, sequence: Sequence, token: int, *, valid: bool) -> NewToken | None:
-        """Appends a valid token and finishes the sequence if it ends here; None if it had ended before."""
-        if sequence.finish_reason is not None:
-            return None
-        if valid:
-            sequence.token_ids.append(token)
-        if not valid:
-            sequence.finish_reason = "error"
-        elif token in sequence.stop_ids:
-            sequence.finish_reason = "stop"
-            sequence.stop_reason = token if token in sequence.params.stop_token_ids else None
-        elif sequence.num_output >= sequence.max_tokens:
-            sequence.finish_reason = "length"
-        if sequence.finish_reason is not None:
-            del self._unfinished[sequence.id]
-        return NewToken(sequence=sequence, token=token if valid else None)
 
 
 def _share(count: int, num_stages: int) -> int:
