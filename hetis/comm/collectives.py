@@ -35,7 +35,7 @@ class TensorParallel(ABC):
 
     @abstractmethod
     def broadcast(self, x: Tensor) -> None:
-        """Replaces contiguous `x` (any shape and dtype, the same on every rank) by that of index 0."""
+        """Replaces contiguous `x`, whose shape and dtype are the same on every rank, by that of index 0."""
 
     @abstractmethod
     def close(self) -> None:
