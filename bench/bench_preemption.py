@@ -103,6 +103,7 @@ class Load:
 
     def _finish(self, batch: Batch) -> None:
         for new in self._scheduler.on_tokens(batch, [1] * sum(row.samples for row in batch.rows)):
+            assert new is not None, "nothing is aborted"
             arrival = new.sequence.arrival
             self._waits[arrival] = 0
             for other in self._waits:

@@ -70,7 +70,7 @@ class CacheManager:
         assert 0 <= slot < self._max_num_seqs, f"slot {slot} of {self._max_num_seqs}"
         assert slot not in self._sequences, f"slot {slot} is taken"
         lanes = self._lanes(slot, placement)
-        shortage = self._grow(lanes, num_tokens)
+        shortage = self._grow(lanes, lanes.parts, num_tokens)
         if shortage is None:
             self._sequences[slot] = lanes
             for part in lanes.owned:
@@ -81,7 +81,7 @@ class CacheManager:
         """Lets all lanes of a sequence hold `num_tokens` tokens, with new pages where needed. All or nothing."""
         lanes = self._sequences[slot]
         if num_tokens > lanes.num_pages * self._page_size:
-            return self._grow(lanes, num_tokens)
+            return self._grow(lanes, lanes.growing, num_tokens)
         lanes.num_tokens = num_tokens
         return None
 
@@ -204,16 +204,16 @@ class CacheManager:
                     staging[PoolId(home, stage)].append(lane)
         return SequenceLanes(*([PoolLanes(pool, ids) for pool, ids in part.items()] for part in (owned, staging)))
 
-    def _grow(self, lanes: SequenceLanes, num_tokens: int) -> Shortage | None:
+    def _grow(self, lanes: SequenceLanes, parts: list[PoolLanes], num_tokens: int) -> Shortage | None:
         count = pages_for(num_tokens, self._page_size) - lanes.num_pages
         needed: Counter[PoolId] = Counter()
-        for part in lanes.parts:
+        for part in parts:
             needed[part.pool] += part.num_lanes * count
         missing = {pool: pages - self.free_pages(pool) for pool, pages in needed.items()}
         missing = {pool: pages for pool, pages in missing.items() if pages > 0}
         if missing:
             return Shortage(missing)
-        for part in lanes.parts:
+        for part in parts:
             self._extend(part, lanes.num_pages, count)
         lanes.num_pages += count
         lanes.num_tokens = num_tokens
@@ -245,12 +245,16 @@ class CacheManager:
         """Whether the sequence has pages in one of `pools`."""
         return any(part.pool in pools for part in self._sequences[slot].parts)
 
+    def is_staged_in(self, slot: int, pools: Collection[PoolId]) -> bool:
+        """Whether the sequence has staging pages in one of `pools`."""
+        return any(part.pool in pools for part in self._sequences[slot].staging)
+
     def pools_to_grow(self, slot: int, num_tokens: int) -> set[PoolId]:
         """Pools from which a sequence needs pages in order to hold `num_tokens` tokens."""
         lanes = self._sequences[slot]
         if num_tokens <= lanes.num_pages * self._page_size:
             return set()
-        return {part.pool for part in lanes.parts}
+        return {part.pool for part in lanes.growing}
 
     def view(self, without: Collection[int] = ()) -> FleetView:
         """What a dispatcher gets to see. `without`: slots that count as released."""

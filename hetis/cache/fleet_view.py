@@ -24,7 +24,7 @@ def fleet_view(
     for slot, lanes in sequences.items():
         if slot in without:
             for part in lanes.parts:
-                free_pages[part.pool] += part.num_lanes * lanes.num_pages
+                free_pages[part.pool] += part.num_pages
             continue
         for part in lanes.owned:
             free_pages[part.pool] -= part.num_lanes

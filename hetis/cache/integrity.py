@@ -28,10 +28,14 @@ def check_pools(
 
 
 def check_lanes(slot: int, lanes: SequenceLanes, home_ranks: Sequence[Sequence[int]], page_size: int) -> None:
-    """Every lane of a sequence lives in one place, and all have the same length. `home_ranks`: [stage][G]."""
+    """Every lane of a sequence lives in one place; all have the same length, staging at most that. `home_ranks`:
+    [stage][G]."""
     assert lanes.num_pages >= pages_for(lanes.num_tokens, page_size), f"slot {slot} is short of pages"
-    assert all(part.pages.shape == (part.num_lanes, lanes.num_pages) for part in lanes.parts), (
+    assert all(part.pages.shape == (part.num_lanes, lanes.num_pages) for part in lanes.growing), (
         f"lanes of slot {slot} differ in length"
+    )
+    assert all(part.num_pages <= part.num_lanes * lanes.num_pages for part in lanes.staging), (
+        f"slot {slot} stages more than its lanes hold"
     )
     num_groups = len(home_ranks[0])
     first = slot * num_groups

@@ -27,6 +27,11 @@ class PoolLanes:
         return len(self.lane_U)
 
     @property
+    def num_pages(self) -> int:
+        """Of all lanes together."""
+        return sum(block.size for block in self.blocks)
+
+    @property
     def pages(self) -> Int32:
         """[U, W]"""
         return np.concatenate([np.empty((self.num_lanes, 0), dtype=np.int32), *self.blocks], axis=1)
@@ -50,19 +55,28 @@ class Transit:
 
 
 class SequenceLanes:
-    """All lanes of one sequence. They have the same length, so they grow together: one new page each, or none."""
+    """All lanes of one sequence. They have the same length, so they grow together: one new page each, or none.
+
+    Staging does not grow: it holds what was known at admission, and is free when the prompt's last step has come back,
+    which may be after the pages of the next token were allocated.
+    """
 
     def __init__(self, owned: list[PoolLanes], staging: list[PoolLanes]) -> None:
         self.owned = owned  # where the lanes live
         self.staging = staging  # on the homes of lanes that live elsewhere, until the end of prefill
         self.transits: list[Transit] = []  # in the order of their start
-        self.num_pages = 0  # of each lane
+        self.num_pages = 0  # of each lane; staging may have fewer
         self.num_tokens = 0
 
     @property
+    def growing(self) -> list[PoolLanes]:
+        """All that grows with the sequence."""
+        return [*self.owned, *(transit.part for transit in self.transits)]
+
+    @property
     def parts(self) -> list[PoolLanes]:
-        """All that has pages, and grows with the sequence."""
-        return [*self.owned, *self.staging, *(transit.part for transit in self.transits)]
+        """All that has pages."""
+        return [*self.growing, *self.staging]
 
     def owner_of(self, lane: int, stage: int) -> PoolLanes:
         """The part in which a lane lives."""

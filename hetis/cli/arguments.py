@@ -57,6 +57,8 @@ def _add_fleet(group: Group, default: EngineConfig) -> None:
     add("--step-timeout", type=timeout_type, metavar="SECONDS", default=default.step_timeout, help=timeout)
     more = "start more ranks than this host has memory and cores for"
     add("--oversubscribe", action="store_true", help=more)
+    ahead = "schedule a step when the one before has come back, not while it runs"
+    add("--no-async-scheduling", dest="async_scheduling", action="store_false", help=ahead)
     trace = "write a trace of every rank's activities to FILE, for ui.perfetto.dev"
     add("--trace", metavar="FILE", help=trace)
 

@@ -1,4 +1,4 @@
-"""Communication among primaries: sums and logits within a stage, hidden states from one stage to the next.
+"""Communication among primaries: sums, logits and drawn tokens within a stage, hidden states from stage to stage.
 
 Every rank adds in rank order, so that all ranks of a stage hold the same bits in every run.
 """
@@ -34,6 +34,10 @@ class TensorParallel(ABC):
         """Columns of all ranks side by side on index 0, None elsewhere. `widths`: number of columns of each rank."""
 
     @abstractmethod
+    def broadcast(self, x: Tensor) -> None:
+        """Replaces contiguous `x`, whose shape and dtype are the same on every rank, by that of index 0."""
+
+    @abstractmethod
     def close(self) -> None:
         """Leaves the group."""
 
@@ -49,6 +53,9 @@ class SingleRank(TensorParallel):
     def gather_columns(self, x_NV: Tensor, widths: Sequence[int]) -> Tensor | None:
         assert x_NV.shape[1] == widths[0]
         return x_NV
+
+    def broadcast(self, x: Tensor) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -105,12 +112,18 @@ class GroupTensorParallel(TensorParallel):
         parts = [part.view(x_NV.dtype).view(len(x_NV), -1) for part in torch.split(whole_B, recv_sizes) if len(part)]
         return torch.cat(parts, dim=1)
 
+    def broadcast(self, x: Tensor) -> None:
+        if x.numel():
+            with lost_peer(self._others):
+                self._group.broadcast(_bytes(x), 0).wait()
+
     def connect(self, device: torch.device) -> None:
         """Runs each operation once, in which NCCL makes its communicator. `device`: that of later tensors."""
         ones_11 = torch.ones(1, 1, device=device)
         self.all_reduce(ones_11)
         assert float(ones_11) == self.size, f"a sum of {self.size} ones is {float(ones_11)}"
         self.gather_columns(ones_11, [1] * self.size)
+        self.broadcast(ones_11)
 
     def close(self) -> None:
         self._group = None
@@ -131,6 +144,11 @@ class StagedTensorParallel(TensorParallel):
     def gather_columns(self, x_NV: Tensor, widths: Sequence[int]) -> Tensor | None:
         gathered = self._inner.gather_columns(x_NV.cpu(), widths)
         return None if gathered is None else gathered.to(self._device)
+
+    def broadcast(self, x: Tensor) -> None:
+        host = x.cpu()
+        self._inner.broadcast(host)
+        x.copy_(host)
 
     def close(self) -> None:
         self._inner.close()

@@ -65,6 +65,12 @@ class SharedTensorParallel(TensorParallel):
                     self._collect(turn, out_NV[rows], widths, left, num_columns)
         return out_NV
 
+    def broadcast(self, x: Tensor) -> None:
+        assert x.is_contiguous()
+        for part_N in torch.split(x.view(-1), BUFFER_BYTES // x.element_size()):
+            if part_N.numel():
+                part_N.copy_(self._part(0, self._exchange(part_N), part_N.shape, x.dtype))
+
     def close(self) -> None:
         self._waiter.publish(self._closed[self.index])
         for peer in self._peers:

@@ -5,6 +5,8 @@ import msgspec
 from hetis.core.placement import Placement
 from hetis.core.request import Sequence
 
+YOURS = -1  # in place of a token that the driver does not know yet: the last one that the rank has drawn for the slot
+
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """`count` new tokens of a sequence, at positions `start .. start + count - 1`."""
@@ -12,11 +14,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     sequence: Sequence
     start: int
     count: int
+    samples: bool  # whether the row reaches the end of the sequence's tokens, so that it draws a new one
 
     @property
     def token_ids(self) -> list[int]:
-        """The new tokens."""
-        return self.sequence.token_ids[self.start : self.start + self.count]
+        """The new tokens; `YOURS` for one that a step in flight draws."""
+        known = self.sequence.token_ids[self.start : self.start + self.count]
+        return known if len(known) == self.count else [*known, YOURS]
 
     @property
     def is_decode(self) -> bool:
@@ -25,11 +29,6 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         A decode row has one token, or several of a preempted sequence that recomputes its output.
         """
         return self.start >= self.sequence.prompt_len
-
-    @property
-    def samples(self) -> bool:
-        """Whether the row reaches the end of the known tokens, so that it samples a new one."""
-        return self.start + self.count == len(self.sequence.token_ids)
 
     @property
     def scores_prompt(self) -> bool:
@@ -66,4 +65,4 @@ class NewToken(msgspec.Struct, frozen=True, kw_only=True):
     """Result of a sampling row: `sequence.finish_reason` says whether it was the last one."""
 
     sequence: Sequence
-    token: int | None  # None: aborted meanwhile, or the logits were not finite (finish_reason "error")
+    token: int | None  # None: it could not be drawn (finish_reason "error")

@@ -32,6 +32,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory: int | dict[int, int] | None = None  # bytes for every rank, or by rank; None: from free memory
     seed: int = 0
     enforce_eager: bool = False
+    async_scheduling: bool = True  # the next step is scheduled while one runs; plans of one stage only
     max_logprobs: int = 20  # -1: no limit
     logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs"
     dispatch: Literal["hetis", "proportional", "even", "primary-only"] = "hetis"

@@ -13,9 +13,11 @@ _ID = re.compile(r"(?:\d+:)?(.*?)(?:#\d+)?(?:/\d+)?", re.DOTALL)
 class Sequence(msgspec.Struct, kw_only=True, eq=False):
     """One generation stream. A request with n > 1 is n sequences.
 
-    `token_ids` holds prompt and output. `num_computed` tokens have K and V in the cache. The prompt's tokens are
-    prefill, computed in chunks on the primaries; every later token is decode. A preempted sequence is recomputed from
-    `num_computed = 0`: its known output is decode too, many tokens in a step, and its K and V get the same bits again.
+    `token_ids` holds prompt and output, as far as the driver knows it; `num_tokens` also counts what steps in flight
+    draw. Steps that were sent compute the K and V of the first `num_scheduled` tokens; those that have come back, of
+    the first `num_computed`. The prompt's tokens are prefill, computed in chunks on the primaries; every later token is
+    decode. A preempted sequence is recomputed from 0: its known output is decode too, many tokens in a step, and its K
+    and V get the same bits again.
     """
 
     id: str  # "0:cmpl-a#7/1": of front end 0, request "cmpl-a", its 7th, completion 1; see `request_id`
@@ -28,8 +30,10 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     arrival: int  # order of arrival
     # set by the scheduler
     slot: int = -1  # -1: waiting
+    num_scheduled: int = 0
     num_computed: int = 0
-    in_flight: bool = False
+    num_tokens: int = 0
+    in_flight: int = 0  # rows in steps that have not come back
     num_preemptions: int = 0
     finish_reason: str | None = None  # "stop", "length", "abort", "error"
     stop_reason: int | str | None = None
@@ -47,6 +51,11 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it needs no further step: it has ended, or will by its length with a step in flight."""
+        return self.finish_reason is not None or self.num_tokens >= self.prompt_len + self.max_tokens
 
     @property
     def is_prefilling(self) -> bool:

@@ -46,7 +46,8 @@ class Startup:
         self._await_loaded()
         if report is None:
             report = self._measure(setup)
-        engine = Engine(setup, make_policies(config, setup, report.profile), config.migration_budget)
+        policies, depth = make_policies(config, setup, report.profile), int(config.async_scheduling)
+        engine = Engine(setup, policies, config.migration_budget, depth=depth)
         _log.info("the fleet is up after %.1f s", time.monotonic() - begin)
         return Serving(self._members, engine, ready_message(setup, ledger), report, trace, self._postponed)
 

@@ -49,6 +49,7 @@ class Watch:
         self._first_request: float | None = None
         self.end_request: str | None = None  # the sentence for the root, once nothing explains the request
         self._started: dict[int, float] = {}  # step in flight -> when it was sent
+        self._last_result = self._begin  # when a step came back
 
     # --- what is seen -------------------------------------------------------------------------------------------------
 
@@ -64,6 +65,7 @@ class Watch:
 
     def on_result(self, step: int) -> None:
         self._started.pop(step, None)
+        self._last_result = self._clock()
 
     def on_failure(self, failure: Failure) -> None:
         self._failures.append(failure)
@@ -85,8 +87,14 @@ class Watch:
             self._first_sign = self._clock()
 
     def in_flight_seconds(self) -> float:
-        """Age of the oldest step that has not come back; 0 without one."""
-        return self._clock() - min(self._started.values()) if self._started else 0.0
+        """How long ranks have been at the oldest step that has not come back; 0 without one.
+
+        It counts from the moment when the step was sent, or the one before it came back: ranks get a step while they
+        compute another.
+        """
+        if not self._started:
+            return 0.0
+        return self._clock() - max(self._last_result, min(self._started.values()))
 
     def silent_seconds(self) -> dict[int, float]:
         """Seconds since the last sign of life, of every rank that has joined."""
@@ -120,7 +128,7 @@ class Watch:
         if dead:
             what = f"did not answer within --step-timeout ({self._timeout:g} s): {_WHY_SILENT}"
             raise FleetFailedError(f"{self._names(dead)} {what}.")
-        if self._started and now - min(self._started.values()) > self._timeout:
+        if self.in_flight_seconds() > self._timeout:
             raise self._late(min(self._started))
         if self._missing() and now - self._begin > JOIN_SECONDS:
             raise FleetFailedError(f"{self._names(self._missing())} did not join within {JOIN_SECONDS:.0f} s.")

@@ -43,8 +43,8 @@ class Engine:
     A function of the calls: the same requests, results and times in the same order give the same steps.
     """
 
-    def __init__(self, setup: Setup, policies: Policies, migration_budget: int = 0) -> None:
-        """`migration_budget`: bytes per second that lanes may move to balance the fleet.
+    def __init__(self, setup: Setup, policies: Policies, migration_budget: int = 0, *, depth: int = 0) -> None:
+        """`migration_budget`: bytes per second that lanes may move to balance the fleet. `depth`: see `Scheduler`.
 
         Of `setup` it uses the model, the plan and the sizes; `fleet`, `model` and the like are for ranks.
         """
@@ -69,6 +69,7 @@ class Engine:
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_model_len=setup.max_model_len,
             num_stages=len(plan.stages),
+            depth=depth,
         )
         self._in_flight: dict[int, Batch] = {}
         self._committed: list[Move] = []  # finished migrations that no command has announced
@@ -191,7 +192,7 @@ class Engine:
         batch = self._in_flight.pop(result.step)
         self._keep_prompt_logprobs(batch, result)
         for index, new in enumerate(self.scheduler.on_tokens(batch, result.tokens, result.errors.keys())):
-            if new.sequence.finish_reason == "abort":  # answered when it was aborted
+            if new is None:  # its sequence had ended, and was answered then
                 continue
             logprobs = result.logprobs[index] if result.logprobs else None
             output = self._output(new, logprobs, result.errors.get(index))

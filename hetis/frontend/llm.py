@@ -41,6 +41,8 @@ class LLM:
     - kv_cache_memory: bytes, or text like "2GiB", for every rank or by rank ({0: "1GiB"}); None: from free memory.
     - seed: for requests without a seed, and for dummy weights.
     - enforce_eager: compute linear layers with plain torch, not with hetis's kernels; slower, for debugging.
+    - async_scheduling: schedule the next step while one runs; False: when it has come back. Plans with several pipeline
+      stages have a step per stage in flight, whatever this says.
     - max_logprobs: most log-probabilities per token that a request may ask for; -1: no limit.
     - logprobs_mode: "raw_logprobs" (nats) or "raw_logits"; before biases, penalties and temperature.
     - dispatch: placement of head groups: by measured speed ("hetis"), by free memory ("proportional"), the
@@ -72,6 +74,7 @@ class LLM:
         kv_cache_memory: int | str | dict[int, int | str] | None = None,
         seed: int = 0,
         enforce_eager: bool = False,
+        async_scheduling: bool = True,
         max_logprobs: int = 20,
         logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs",
         dispatch: Literal["hetis", "proportional", "even", "primary-only"] = "hetis",
@@ -90,9 +93,9 @@ class LLM:
             model=model, revision=revision, tokenizer=tokenizer, plan=plan, device=device, dtype=dtype,
             load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, block_size=block_size, kv_cache_memory=kv_cache_memory,
-            seed=seed, enforce_eager=enforce_eager, max_logprobs=max_logprobs, logprobs_mode=logprobs_mode,
-            dispatch=dispatch, theta=theta, migration_budget=migration_budget, profile=profile,
-            profile_cache=profile_cache, trace=trace, step_timeout=step_timeout,
+            seed=seed, enforce_eager=enforce_eager, async_scheduling=async_scheduling, max_logprobs=max_logprobs,
+            logprobs_mode=logprobs_mode, dispatch=dispatch, theta=theta, migration_budget=migration_budget,
+            profile=profile, profile_cache=profile_cache, trace=trace, step_timeout=step_timeout,
             oversubscribe=oversubscribe, progress=progress, **unknown,
         )  # fmt: skip
         self._client = EngineClient(config)

@@ -22,6 +22,14 @@ _RANK_DEFAULTS = {  # environment of a rank, read when torch is imported or CUDA
 }
 
 
+def with_defaults(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a rank. How long threads spin is the user's choice if a variable of the user says so."""
+    defaults = dict(_RANK_DEFAULTS)
+    if "OMP_WAIT_POLICY" in environment:  # which libgomp heeds only without the other
+        del defaults["GOMP_SPINCOUNT"]
+    return defaults | dict(environment)
+
+
 class Children:
     """Children of this process. Signals of launchers and terminals are not for them."""
 
@@ -47,7 +55,7 @@ class Children:
         """Starts the process of a rank. `environment`: with the variables of torchrun."""
         self.ranks[rank], its = socket.socketpair()
         with its:
-            self._spawn(rank, "hetis.launch.member", _RANK_DEFAULTS | dict(environment), its.fileno(), 1)
+            self._spawn(rank, "hetis.launch.member", with_defaults(environment), its.fileno(), 1)
 
     def _spawn(self, child: int, module: str, environment: Mapping[str, str], stdin: int, stdout: int) -> None:
         pid = os.posix_spawn(

@@ -5,6 +5,7 @@ A step on a primary:  embed or receive, layers (with split attention), then send
 
 import logging
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,6 +76,9 @@ class PrimaryRank:
         self._times: list[StepTimes] = []
         self._attention_seconds = 0.0
         self.last_step = -1  # that it has finished
+        self._device = device
+        # last token that was drawn for each slot; on the sampling rank
+        self._drawn_B = np.zeros(setup.max_num_seqs, dtype=np.int64)
         self._sampler: Sampler | None = None
         if self._is_last and tp_index == 0:
             self._sampler = Sampler(
@@ -88,6 +92,7 @@ class PrimaryRank:
     @torch.inference_mode()
     def run_step(self, step: Step) -> StepResult | None:
         """One step; the sampling rank returns its tokens."""
+        step = self._with_own_tokens(step)  # before the step's time begins: others wait here for the sampling rank
         self._timer.begin()
         self._planner.apply(step)
         self._update_sampler(step)
@@ -99,6 +104,15 @@ class PrimaryRank:
         self._note_times(step, inputs)
         self.last_step = step.number
         return result
+
+    def _with_own_tokens(self, step: Step) -> Step:
+        """The step with the tokens that the driver did not know: the sampling rank has them, others get them."""
+        if len(step.yours_N) == 0:
+            return step
+        assert self._is_first, "micro-batches of several stages have no token in flight"
+        token_N = torch.from_numpy(self._drawn_B[step.slot_T[step.yours_N]]).to(self._device)
+        self._tensor_parallel.broadcast(token_N)
+        return step.with_yours(token_N.cpu().numpy())
 
     def _compute(self, step: Step, inputs: PrimaryInput) -> StepResult | None:
         if self._is_first:
@@ -145,7 +159,9 @@ class PrimaryRank:
         if self._sampler is None:
             return None
         assert logits_IV is not None
-        sampled = self._sampler.sample(logits_IV, step.slot_R[row_I], (step.start_R + step.count_R)[row_I])
+        slot_I = step.slot_R[row_I]
+        sampled = self._sampler.sample(logits_IV, slot_I, (step.start_R + step.count_R)[row_I])
+        self._drawn_B[slot_I] = sampled.token_R
         return StepResult(
             step=step.number,
             tokens=sampled.token_R.tolist(),

@@ -29,8 +29,8 @@ def warm_up_commands(setup: Setup) -> Iterator[StepCommand]:
     for worker in (None, *setup.plan.worker_ranks):
         prompt, token = _sequence(num_tokens, num_tokens), _sequence(position, position + 1)
         admitted = [(prompt, _placement(setup, worker))]
-        yield encode(0, _batch(Row(sequence=prompt, start=0, count=num_tokens), admitted))
-        row = Row(sequence=token, start=position, count=1)
+        yield encode(0, _batch(Row(sequence=prompt, start=0, count=num_tokens, samples=True), admitted))
+        row = Row(sequence=token, start=position, count=1, samples=True)
         yield encode(0, _batch(row, []), transfers=_transfers(setup, worker))
 
 

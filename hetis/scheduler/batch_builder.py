@@ -18,6 +18,7 @@ class BatchBuilder:
         self.prefills: list[Row] = []
         self.admitted: list[tuple[Sequence, Placement]] = []
         self.reserved: set[PoolId] = set()  # pools that lack pages for an earlier sequence: later ones may not allocate
+        self.awaited: set[int] = set()  # arrivals that get no rows, because they are preempted once not in flight
 
     def add(self, sequence: Sequence) -> None:
         """Appends rows for the next tokens of `sequence`, as many tokens as the budgets allow.
@@ -27,11 +28,11 @@ class BatchBuilder:
         appends the K and V of all new tokens before any of them attends.
         """
         before = self.token_budget
-        start, prompt_len = sequence.num_computed, sequence.prompt_len
+        start, prompt_len, num_tokens = sequence.num_scheduled, sequence.prompt_len, sequence.num_tokens
         if start < prompt_len:
             start = self._add_row(self.prefills, sequence, start, min(prompt_len - start, self.token_budget))
         if start >= prompt_len:
-            self._add_row(self.decodes, sequence, start, min(len(sequence.token_ids) - start, self.decode_budget))
+            self._add_row(self.decodes, sequence, start, min(num_tokens - start, self.decode_budget))
         has_rows = self.token_budget < before
         self.num_sequences += has_rows
         self.sequence_budget -= has_rows
@@ -39,7 +40,8 @@ class BatchBuilder:
     def _add_row(self, rows: list[Row], sequence: Sequence, start: int, count: int) -> int:
         """Appends a row unless it is empty; returns the position after it."""
         if count:
-            rows.append(Row(sequence=sequence, start=start, count=count))
+            ends = start + count == sequence.num_tokens
+            rows.append(Row(sequence=sequence, start=start, count=count, samples=ends))
             self.token_budget -= count
             num_decode = count if rows is self.decodes else 0
             self.decode_budget = min(self.decode_budget - num_decode, self.token_budget)

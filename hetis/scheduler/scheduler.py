@@ -13,8 +13,23 @@ arrival, before later ones grow; of these as many are preempted as its pages req
 later one fills at most the pages that it holds, and the earliest sequence waits only for steps in flight and for
 migrating lanes. tests/scheduler/test_fairness.py derives the bound.
 
-With n pipeline stages at most n micro-batches are in flight, and a sequence is in at most one of them. Each takes at
-most an n-th of the sequences and of the token budget, so that every stage has work.
+With n > 1 pipeline stages at most n micro-batches are in flight, and a sequence is in at most one of them. Each takes
+at most an n-th of the sequences and of the token budget, so that every stage has work.
+
+One step ahead: with one stage and depth 1 the next step is scheduled while one runs, so two are in flight, and a
+sequence may be in both. Ranks obey commands in order, and steps come back in order. What holds of steps in flight:
+
+- The second one computes the token that the first one draws: its row says `YOURS`, which is the rank's last token of
+  the slot. So `Sequence.num_tokens` counts tokens that are being drawn, and rows begin at `num_scheduled`.
+- A sequence that ends by its length with a step in flight is not scheduled again (`Sequence.is_complete`).
+- One that ends otherwise (stop token, abort, error) keeps slot and pages until no step in flight has a row of it; what
+  such a row draws is discarded. So a slot, a page, and all that ranks keep of a slot never pass to another sequence
+  while a command in flight names them.
+- Nothing is preempted in flight: the victim gets no further rows, until it is not in flight. Nor is anything preempted
+  or migrated for pages that come free with steps in flight.
+- Staging comes free with the step that completes the prompt, though the next step may have a decode row already.
+- Migrations are committed in the order of commands: a lane that is complete with step n lives at its target in step
+  n + 1, which may be sent before step n comes back. A page of its source that step n + 1 reuses has been read by then.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -26,6 +41,7 @@ from hetis.core.batch import Batch, NewToken
 from hetis.core.placement import Dispatcher, NoRelief, PoolId, Relief
 from hetis.core.request import Sequence
 from hetis.scheduler.batch_builder import BatchBuilder
+from hetis.scheduler.drawn_tokens import accept
 
 _ARRIVAL = attrgetter("arrival")
 
@@ -43,11 +59,15 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         num_stages: int = 1,
+        depth: int = 0,
     ) -> None:
         """`max_num_batched_tokens`: limit of all micro-batches in flight together. `max_model_len`: limit of prompt and
-        output of a sequence; a fleet that runs it alone must have pages for it."""
+        output of a sequence; a fleet that runs it alone must have pages for it. `depth`: 0 or 1 steps to schedule ahead
+        of the one that runs; of no effect where several stages have micro-batches in flight."""
+        assert depth in (0, 1), f"rows are known one step ahead, not {depth}"
         self._cache, self._dispatcher, self._relief = cache, dispatcher, relief or NoRelief()
         self._max_num_seqs, self._max_model_len, self._num_stages = max_num_seqs, max_model_len, num_stages
+        self._depth = depth if num_stages == 1 else 0
         self._token_budget = _share(max_num_batched_tokens, num_stages)
         self._waiting: list[Sequence] = []  # in order of arrival
         self._running: list[Sequence] = []  # in order of arrival
@@ -117,7 +137,7 @@ class Scheduler:
         Without rows it transfers pages only: every sequence waits for lanes that migrate.
         """
         self.preempted.clear()
-        if self._num_in_flight == self._num_stages:
+        if self._num_in_flight == self._num_stages + self._depth:
             return None
         self.refused = None
         sequences = self._admitted_before()
@@ -130,7 +150,10 @@ class Scheduler:
             assert self._num_in_flight or not self.has_work, "an empty fleet has no room for a waiting sequence"
             return None
         for row in rows:
-            row.sequence.in_flight = True
+            sequence = row.sequence
+            sequence.in_flight += 1
+            sequence.num_scheduled = max(sequence.num_scheduled, row.start + row.count)
+            sequence.num_tokens += row.samples
         self._num_in_flight += 1
         released, self._released = self._released, []
         return Batch(rows=rows, admitted=builder.admitted, released=released)
@@ -140,7 +163,7 @@ class Scheduler:
         for sequence in sequences:
             if not builder.sequence_budget or not builder.token_budget:
                 break
-            if sequence.in_flight:
+            if sequence.in_flight and (not self._depth or sequence.is_complete or sequence.arrival in builder.awaited):
                 continue
             if sequence.slot >= 0 and self._allocate_next(sequence, builder):
                 builder.add(sequence)
@@ -189,24 +212,38 @@ class Scheduler:
 
         Where pools are exhausted, lanes migrate from them or sequences are preempted, perhaps `sequence` itself.
         """
-        num_tokens = len(sequence.token_ids)
+        num_tokens = sequence.num_tokens
         if builder.reserved and not builder.reserved.isdisjoint(self._cache.pools_to_grow(sequence.slot, num_tokens)):
             return False
         while (shortage := self._cache.allocate(sequence.slot, num_tokens)) is not None:
-            lacking = self._relief.make_room(shortage.missing, self._running)
-            if not lacking:
+            is_freeing = self._is_freeing(shortage.missing)
+            lacking = {} if is_freeing else self._relief.make_room(shortage.missing, self._running)
+            if not lacking:  # enough pages are free by now, or come free
                 if self._cache.allocate(sequence.slot, num_tokens) is None:
                     return True
                 builder.reserved.update(shortage.missing)
                 return False
-            victim = self._victim(sequence, lacking)
-            if victim is None or victim.in_flight:
-                builder.reserved.update(self._cache.pools)
-                return False
-            self.preempt(victim)
-            if victim is sequence:
+            if not self._preempt_for(sequence, lacking, builder):
                 return False
         return True
+
+    def _preempt_for(self, sequence: Sequence, pools: Collection[PoolId], builder: BatchBuilder) -> bool:
+        """Preempts the sequence that holds pages which `sequence` needs; False if `sequence` cannot be in this step."""
+        victim = self._victim(sequence, pools)
+        if victim is not None and not victim.in_flight:
+            self.preempt(victim)
+            return victim is not sequence
+        builder.reserved.update(self._cache.pools)
+        if victim is not None:
+            builder.awaited.add(victim.arrival)
+        return False
+
+    def _is_freeing(self, pools: Collection[PoolId]) -> bool:
+        """Whether steps in flight give back pages of `pools`, as they end sequences or prompts."""
+        flying = [sequence for sequence in self._running if sequence.in_flight]
+        return any(s.is_complete and self._cache.is_in(s.slot, pools) for s in flying) or any(
+            s.num_scheduled >= s.prompt_len and self._cache.is_staged_in(s.slot, pools) for s in flying
+        )
 
     def _victim(self, sequence: Sequence, pools: Collection[PoolId]) -> Sequence | None:
         """The sequence to preempt: the latest arrival after `sequence` that holds pages of `pools`.
@@ -227,12 +264,14 @@ class Scheduler:
         later = self._later_than(sequence)
         if self._can_be_placed(sequence, later):
             count = bisect_left(range(len(later)), True, key=lambda n: self._can_be_placed(sequence, later[:n]))
+            awaited = [victim.arrival for victim in later[:count] if victim.in_flight]
             for victim in later[:count]:
                 if not victim.in_flight:
                     self.preempt(victim)
-            if not any(victim.in_flight for victim in later[:count]):
+            if not awaited:
                 self._admit([sequence], builder)
                 return
+            builder.awaited.update(awaited)
         self.refused = sequence
         builder.reserved.update(self._cache.pools)
 
@@ -247,6 +286,7 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Frees all pages of a running sequence that is not in flight; it waits to be recomputed."""
+        assert not sequence.in_flight, "a step in flight uses its pages"
         self._release(sequence)
         self._enqueue(sequence)
         sequence.num_preemptions += 1
@@ -254,7 +294,7 @@ class Scheduler:
         self.preempted.append(sequence)
 
     def _enqueue(self, sequence: Sequence) -> None:
-        sequence.num_computed = 0
+        sequence.num_scheduled, sequence.num_computed, sequence.num_tokens = 0, 0, len(sequence.token_ids)
         insort(self._waiting, sequence, key=_ARRIVAL)
 
     def _release(self, sequence: Sequence) -> None:
@@ -266,47 +306,33 @@ class Scheduler:
 
     # --- results of a step --------------------------------------------------------------------------------------------
 
-    def on_tokens(self, batch: Batch, tokens: Iterable[int], invalid: Collection[int] = ()) -> list[NewToken]:
-        """Takes over a computed batch and returns one entry per token.
+    def on_tokens(self, batch: Batch, tokens: Iterable[int], invalid: Collection[int] = ()) -> list[NewToken | None]:
+        """Takes over a computed batch, the first of those in flight, and returns one entry per token.
 
-        `tokens`: drawn by the rows that sample, in order. `invalid`: indices of tokens that could not be drawn.
-        Sequences that finish, and those aborted meanwhile, free their pages and slots.
+        `tokens`: drawn by the rows that sample, in order; None is returned for one that is discarded, because its
+        sequence had ended before. `invalid`: indices of tokens that could not be drawn. Sequences that have ended free
+        their pages and slots, if they are in no other step in flight.
         """
         self._num_in_flight -= 1
         drawn = iter(tokens)
-        new_tokens: list[NewToken] = []
+        new_tokens: list[NewToken | None] = []
         for row in batch.rows:
             sequence, stop = row.sequence, row.start + row.count
-            sequence.in_flight = False
+            sequence.in_flight -= 1
             sequence.num_computed = max(sequence.num_computed, stop)  # of two rows, the prefill row comes last
             if row.start < sequence.prompt_len <= stop:
                 self._cache.end_prefill(sequence.slot)
         for row in batch.rows:
             sequence = row.sequence
             if row.samples:
-                token = self._accept(sequence, next(drawn), valid=len(new_tokens) not in invalid)
-                new_tokens.append(NewToken(sequence=sequence, token=token))
-            if sequence.finish_reason is not None and sequence.slot >= 0:
+                new = accept(sequence, next(drawn), valid=len(new_tokens) not in invalid)
+                new_tokens.append(new)
+                if new is not None and sequence.finish_reason is not None:
+                    del self._unfinished[sequence.id]
+            if sequence.finish_reason is not None and not sequence.in_flight and sequence.slot >= 0:
                 self._release(sequence)
         assert next(drawn, None) is None, "more tokens than rows that sample"
         return new_tokens
-
-    def _accept(self, sequence: Sequence, token: int, *, valid: bool) -> int | None:
-        """Appends a valid token and finishes the sequence if it ends here; returns the token, None if there is none."""
-        if sequence.finish_reason is not None:  # aborted
-            return None
-        if valid:
-            sequence.token_ids.append(token)
-        if not valid:
-            sequence.finish_reason = "error"
-        elif token in sequence.stop_ids:
-            sequence.finish_reason = "stop"
-            sequence.stop_reason = token if token in sequence.params.stop_token_ids else None
-        elif sequence.num_output >= sequence.max_tokens:
-            sequence.finish_reason = "length"
-        if sequence.finish_reason is not None:
-            del self._unfinished[sequence.id]
-        return token if valid else None
 
 
 def _share(count: int, num_stages: int) -> int:

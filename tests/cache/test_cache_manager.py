@@ -94,13 +94,24 @@ def test_a_shortage_counts_lanes_and_staging_and_changes_nothing() -> None:
     placement = Placement(owners=((0, 2, 2),))
     assert cache.admit(0, placement, 9) == Shortage({PoolId(0, 0): 1, PoolId(1, 0): 2})
     assert cache.admit(0, placement, 3) is None
-    before = cache.take_deltas()
-    assert cache.allocate(0, 9) == Shortage({PoolId(0, 0): 1, PoolId(1, 0): 2})
+    assert len(cache.take_deltas()) == 3
+    assert cache.allocate(0, 18) == Shortage({PoolId(0, 0): 2, PoolId(2, 0): 3})
     assert cache.take_deltas() == {}
-    cache.end_prefill(0)
-    assert cache.allocate(0, 9) is None
+
+
+def test_staging_does_not_grow() -> None:
+    """The last chunk of a prompt of 3 tokens may be in flight when the next token gets its pages."""
+    cache = manager(make_plan([[2, 1]], 1), {0: 5, 1: 1, 2: 9})
+    assert cache.admit(0, Placement(owners=((0, 2, 2),)), 3) is None
+    assert cache.allocate(0, 4) is None
     cache.check_integrity()
-    assert len(before) == 3
+    assert [usage.pages_used for usage in cache.usage().values()] == [3, 1, 4]
+    assert cache.view(without={0}).free_pages == {PoolId(0, 0): 5, PoolId(1, 0): 1, PoolId(2, 0): 9}
+    assert cache.is_staged_in(0, {PoolId(1, 0)})
+    cache.end_prefill(0)
+    assert not cache.is_staged_in(0, {PoolId(1, 0)})
+    assert [usage.pages_used for usage in cache.usage().values()] == [2, 0, 4]
+    cache.check_integrity()
 
 
 def test_pages_freed_before_they_are_announced_are_left_out() -> None:
@@ -152,6 +163,7 @@ class NaiveCache:
         self.plan, self.num_pages = plan, num_pages
         self.copies: dict[int, list[tuple[PoolId, int, bool]]] = {}  # slot -> (pool, lane, is staging)
         self.length: dict[int, int] = {}
+        self.staged: dict[int, int] = {}  # slot -> length at admission
 
     def copies_of(self, slot: int, placement: Placement) -> list[tuple[PoolId, int, bool]]:
         copies = []
@@ -165,11 +177,14 @@ class NaiveCache:
 
     def used(self) -> Counter[PoolId]:
         return Counter(
-            pool for slot in self.copies for pool, _, _ in self.copies[slot] for _ in range(self.pages(slot))
+            pool
+            for slot in self.copies
+            for pool, _, is_staging in self.copies[slot]
+            for _ in range(self.pages(slot, is_staging))
         )
 
-    def pages(self, slot: int) -> int:
-        return -(-self.length[slot] // PAGE_SIZE)
+    def pages(self, slot: int, is_staging: bool) -> int:
+        return -(-(self.staged if is_staging else self.length)[slot] // PAGE_SIZE)
 
     def missing(self) -> dict[PoolId, int]:
         """Pages beyond what there is."""
@@ -196,7 +211,7 @@ def test_random_operations_against_the_naive_cache(seed: int, groups: list[list[
         slot = random.randrange(4)
         if not naive.copies.get(slot):
             placement = random_placement(random, plan)
-            length = random.randint(1, 12)
+            length = naive.staged[slot] = random.randint(1, 12)
             expected = naive.attempt(slot, length, naive.copies_of(slot, placement))
             found = cache.admit(slot, placement, length)
             assert (found.missing if found else {}) == expected
@@ -233,8 +248,9 @@ def check_tables(naive: NaiveCache, tables: dict[PoolId, dict[tuple[int, int], i
     """Every entry of a live lane is a page of its pool, and no page is in two of them."""
     seen: dict[PoolId, list[int]] = {}
     for slot, copies in naive.copies.items():
-        for pool, lane, _ in copies:
-            seen.setdefault(pool, []).extend(tables[pool][lane, index] for index in range(naive.pages(slot)))
+        for pool, lane, is_staging in copies:
+            pages = range(naive.pages(slot, is_staging))
+            seen.setdefault(pool, []).extend(tables[pool][lane, index] for index in pages)
     for pool, pages in seen.items():
         assert len(set(pages)) == len(pages), f"a page of {pool} is in two lanes"
         assert all(0 <= page < naive.num_pages[pool.rank] for page in pages)

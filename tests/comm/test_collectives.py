@@ -101,6 +101,21 @@ def test_columns_of_uneven_widths_are_gathered_on_index_zero(
         assert found[1:] == [None] * (size - 1)
 
 
+@pytest.mark.parametrize(("make", "size"), GROUPS)
+def test_all_ranks_get_what_index_zero_broadcasts(
+    make: Callable[[int], list[TensorParallel]], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_reduce, "BUFFER_BYTES", 1 << 12)  # 512 token ids
+    groups = make(size)
+    for count in (1, 3, 0, 511, 2000):
+        tensors = [torch.arange(count) + (1 << 40) * (1 + rank) for rank in range(size)]
+        expected = tensors[0].clone()
+        together(*[partial(group.broadcast, x) for group, x in zip(groups, tensors, strict=True)])
+        assert all(torch.equal(x, expected) for x in tensors)
+    for group in groups:
+        group.close()
+
+
 def test_ranks_may_run_ahead_but_never_overwrite() -> None:
     """Gathers need nothing back from index 0, so that the other ranks run ahead as far as the buffers permit."""
     groups = make_shared(3)

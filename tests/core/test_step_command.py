@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from hetis.core.batch import Batch, Row
+from hetis.core.batch import YOURS, Batch, Row
 from hetis.core.messages import StepCommand
 from hetis.core.messages.step_command import PageEntries, PageTransfer, Step, Transfers, decode, encode
 from hetis.core.placement import Move, Placement, PoolId
@@ -39,17 +39,20 @@ def sequence(slot: int, token_ids: list[int], prompt_len: int, **params: Any) ->
 
 
 def make_batch() -> Batch:
-    """A decode token, a recomputed output, the middle and the end of prompts that are scored, and a prompt's start."""
+    """A decode token, one that is being drawn, a recomputed output, the middle and the end of prompts that are scored,
+    and a prompt's start."""
     decode, recomputed = sequence(4, [1, 2, 3], 2), sequence(0, [5, 6, 7, 8, 9], 2, prompt_logprobs=1)
+    drawing = sequence(7, [1, 2], 2, prompt_logprobs=1)
     middle, end = (sequence(slot, [10, 11, 12, 13, 14, 15], 6, prompt_logprobs=0) for slot in (2, 3))
     start = sequence(1, [20, 21, 22], 3)
     return Batch(
         rows=[
-            Row(sequence=decode, start=2, count=1),
-            Row(sequence=recomputed, start=2, count=3),
-            Row(sequence=middle, start=1, count=2),
-            Row(sequence=end, start=4, count=2),
-            Row(sequence=start, start=0, count=2),
+            Row(sequence=decode, start=2, count=1, samples=True),
+            Row(sequence=drawing, start=2, count=1, samples=True),
+            Row(sequence=recomputed, start=2, count=3, samples=True),
+            Row(sequence=middle, start=1, count=2, samples=False),
+            Row(sequence=end, start=4, count=2, samples=True),
+            Row(sequence=start, start=0, count=2, samples=False),
         ],
         admitted=[(start, Placement(owners=OWNERS))],
         released=[6, 5],
@@ -63,21 +66,31 @@ def received(command: StepCommand, rank: int) -> Step:
 def test_rows_and_tokens() -> None:
     step = received(encode(17, make_batch()), 0)
     assert step.number == 17
-    assert step.slot_R.tolist() == [4, 0, 2, 3, 1]
-    assert step.start_R.tolist() == [2, 2, 1, 4, 0]
-    assert step.count_R.tolist() == [1, 3, 2, 2, 2]
-    assert step.token_stop_R.tolist() == [1, 4, 6, 8, 10]
-    assert (step.num_decode_rows, step.num_decode_tokens, step.num_tokens) == (2, 4, 10)
-    assert step.slot_T.tolist() == [4, 0, 0, 0, 2, 2, 3, 3, 1, 1]
-    assert step.position_T.tolist() == [2, 2, 3, 4, 1, 2, 4, 5, 0, 1]
-    assert step.token_T.tolist() == [3, 7, 8, 9, 11, 12, 14, 15, 20, 21]
-    assert step.sampling_row_I.tolist() == [0, 1, 3]
+    assert step.slot_R.tolist() == [4, 7, 0, 2, 3, 1]
+    assert step.start_R.tolist() == [2, 2, 2, 1, 4, 0]
+    assert step.count_R.tolist() == [1, 1, 3, 2, 2, 2]
+    assert step.token_stop_R.tolist() == [1, 2, 5, 7, 9, 11]
+    assert (step.num_decode_rows, step.num_decode_tokens, step.num_tokens) == (3, 5, 11)
+    assert step.slot_T.tolist() == [4, 7, 0, 0, 0, 2, 2, 3, 3, 1, 1]
+    assert step.position_T.tolist() == [2, 2, 2, 3, 4, 1, 2, 4, 5, 0, 1]
+    assert step.token_T.tolist() == [3, YOURS, 7, 8, 9, 11, 12, 14, 15, 20, 21]
+    assert step.sampling_row_I.tolist() == [0, 1, 2, 4]
+
+
+def test_tokens_that_the_driver_does_not_know_are_those_of_the_rank() -> None:
+    step = received(encode(17, make_batch()), 0)
+    assert step.yours_N.tolist() == [1]
+    assert step.slot_T[step.yours_N].tolist() == [7]
+    known = step.with_yours(np.array([99]))
+    assert known.token_T.tolist() == [3, 99, 7, 8, 9, 11, 12, 14, 15, 20, 21]
+    assert not known.token_T.flags.writeable
+    assert step.token_T[1] == YOURS
 
 
 def test_prompt_targets_are_the_next_tokens_of_the_prompt() -> None:
     """The recomputed sequence asks for them as well, but has them since its first output token."""
     step = received(encode(0, make_batch()), 0)
-    assert {row: targets.tolist() for row, targets in step.prompt_targets.items()} == {2: [12, 13], 3: [15]}
+    assert {row: targets.tolist() for row, targets in step.prompt_targets.items()} == {3: [12, 13], 4: [15]}
 
 
 def test_new_and_released_sequences() -> None:
@@ -119,7 +132,7 @@ def test_a_step_without_rows_has_empty_tables() -> None:
 def test_arrays_are_read_only() -> None:
     step = received(encode(0, make_batch(), committed=MOVES, pages=PAGES, transfers=TRANSFERS), 0)
     arrays = arrays_of(step)
-    assert len(arrays) == 8 + 4 + 3 + 6 + 2
+    assert len(arrays) == 9 + 4 + 3 + 6 + 2
     assert not any(array.flags.writeable for array in arrays)
 
 

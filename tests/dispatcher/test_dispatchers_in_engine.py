@@ -9,8 +9,9 @@ from hetis.core.plan import Plan
 from hetis.dispatcher.hetis_dispatcher import HetisDispatcher
 from hetis.dispatcher.simple_dispatchers import EvenDispatcher, PrimaryOnlyDispatcher
 from tests.dispatcher.fleets import device, make_cost
-from tests.scheduler.toy_engine import ToyEngine, make_plan, make_sequence
+from tests.scheduler.toy_engine import ToyEngine, at_depths, make_plan, make_sequence
 
+GROUPS = [[8]], [[5, 3]], [[3], [3]], [[2, 1], [1, 1, 1], [3]], [[0, 2, 0], [2]]
 DISPATCHERS = "hetis", "hetis with a useless worker", "even", "primary-only"
 
 
@@ -26,13 +27,13 @@ def make_dispatcher(name: str, plan: Plan) -> Dispatcher:
 
 
 @pytest.mark.parametrize("name", DISPATCHERS)
-@pytest.mark.parametrize("groups", [[[8]], [[5, 3]], [[3], [3]], [[2, 1], [1, 1, 1], [3]], [[0, 2, 0], [2]]], ids=str)
-def test_all_requests_complete(name: str, groups: list[list[int]]) -> None:
+@pytest.mark.parametrize(("groups", "depth"), at_depths(GROUPS), ids=str)
+def test_all_requests_complete(name: str, groups: list[list[int]], depth: int) -> None:
     random = Random(f"{name} {groups}")
     plan = make_plan(groups, 2)
     biggest = max(max(counts) for counts in groups)
     num_pages = {rank: 30 if plan.is_worker(rank) else biggest * 7 for rank in plan.ranks}
-    engine = ToyEngine(plan, num_pages, random=random, dispatcher=make_dispatcher(name, plan))
+    engine = ToyEngine(plan, num_pages, random=random, dispatcher=make_dispatcher(name, plan), depth=depth)
     sequences = [make_sequence(i, random.randint(1, 20), random.randint(1, 31)) for i in range(25)]
     engine.serve(sequences)
     owners = {owner for batch in engine.batches for _, placement in batch.admitted for owner in placement.owners[0]}

@@ -116,10 +116,10 @@ class Sockets:
 
 
 def make_args(directory: Path, *, measure: bool = False, **options: Any) -> DriverArgs:
-    """For a fleet of 1+1."""
+    """For a fleet of 1+1. Steps are answered one by one, so none is sent ahead unless a test says so."""
     config = EngineConfig(
         plan="1+1", device="cpu", kv_cache_memory=1 << 20, max_model_len=64, profile_cache=False,
-        **({"dispatch": "even"} | options),
+        **({"dispatch": "even", "async_scheduling": False} | options),
     )  # fmt: skip
     plan = resolve_plan(config.plan, SPEC, config.device, config.kv_cache_memory)
     return DriverArgs(

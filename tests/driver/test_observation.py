@@ -39,7 +39,11 @@ def test_the_status_has_the_age_of_the_oldest_step() -> None:
     observed.now += 1.0
     assert observed.observation.status().in_flight_seconds == 4.0
     observed.watch.on_result(0)
-    assert observed.observation.status().in_flight_seconds == 1.0
+    assert observed.observation.status().in_flight_seconds == 0.0, "ranks begin step 1"
+    observed.now += 2.0
+    assert observed.observation.status().in_flight_seconds == 2.0
+    observed.watch.on_result(1)
+    assert observed.observation.status().in_flight_seconds == 0.0
 
 
 def test_silent_ranks_are_named_with_their_last_step() -> None:

@@ -3,7 +3,9 @@
 import msgspec
 
 from hetis.core import messages as m
+from hetis.core.batch import YOURS
 from hetis.core.device_info import RankStats
+from hetis.core.messages.step_command import decode
 from tests.driver.scripted import (
     END,
     FRONT,
@@ -53,6 +55,30 @@ def test_a_front_end_aborts_only_its_own_sequences(sockets: Sockets) -> None:
         yield END
 
     run(sockets, script())
+
+
+def test_a_step_is_sent_while_ranks_compute_the_one_before(sockets: Sockets) -> None:
+    def script() -> Script:
+        yield from attach(sockets, FRONT)
+        sockets.put("front", FRONT, request("a", max_tokens=3))
+        yield None
+        first, second = sockets.take("ranks", b"0")
+        assert [first.step, second.step] == [0, 1]
+        assert decode(second, 0).token_T.tolist() == [YOURS]
+        sockets.answer(first)
+        yield None
+        (third,) = sockets.take("ranks", b"0")
+        assert decode(third, 0).token_T.tolist() == [YOURS]
+        assert take_tokens(sockets, FRONT) == {"a": ([7], None)}
+        sockets.answer(second)
+        yield None
+        assert sockets.take("ranks", b"0") == [], "the end by length is known"
+        sockets.answer(third)
+        yield None
+        assert take_tokens(sockets, FRONT) == {"a": ([7, 7], "length")}
+        yield END
+
+    run(sockets, script(), async_scheduling=True)
 
 
 def test_a_request_that_can_never_run_is_refused_and_the_others_go_on(sockets: Sockets) -> None:

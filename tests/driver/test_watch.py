@@ -66,6 +66,20 @@ def test_a_healthy_fleet_is_left_alone() -> None:
         fleet.watch.on_result(step)
 
 
+def test_a_step_that_was_sent_ahead_is_late_only_after_the_one_before_it() -> None:
+    fleet = Fleet()
+    for step in range(5):
+        fleet.watch.on_step(step)
+        fleet.watch.on_step(step + 1)
+        fleet.now += TIMEOUT * 0.9
+        fleet.beat(0, 1, 2, step=step)
+        fleet.watch.check()
+        fleet.watch.on_result(step)
+    fleet.now += TIMEOUT
+    fleet.beat(0, 1, 2, step=4)
+    assert "did not finish step 5 within --step-timeout (10 s)" in str(fleet.error(0.1))
+
+
 def test_a_ranks_own_error_is_the_reason_at_once() -> None:
     fleet = Fleet()
     fleet.fail(0, "connection to rank 1 lost", is_consequence=True)

@@ -23,6 +23,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["depth 0", "depth 1"])
+def depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a test's fleets schedule a step while one runs; they do where a test has no such parameter."""
+    monkeypatch.setattr(local_fleet, "default_async_scheduling", request.param)
+    return bool(request.param)
+
+
 def linear_of_one_shape(x_TK: Tensor, packed: PackedLinear, out_TN: Tensor | None = None) -> Tensor:
     """`linear` of `MOST_TOKENS` tokens, the last ones zeros."""
     num_tokens = x_TK.shape[0]

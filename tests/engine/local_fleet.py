@@ -50,7 +50,8 @@ from hetis.ranks.rank import build_member
 from tests.processes.look import DEADLINE
 
 GIB = 1 << 30
-default_device = "cpu"  # of fleets for which the test names none; set by the fixture `device`
+# of fleets for which the test names none; set by the fixtures `device` and `depth`
+default_device, default_async_scheduling = "cpu", True
 
 
 class Generated:
@@ -90,6 +91,7 @@ class LocalFleet:
     ) -> None:
         """`clock`: seconds, for what the engine does at intervals."""
         options.setdefault("device", default_device)
+        options.setdefault("async_scheduling", default_async_scheduling)
         options.setdefault("kv_cache_memory", 4 << 20)
         config = EngineConfig(model=str(directory), plan=plan, max_logprobs=-1, **options)
         spec = read_model_spec(directory)
@@ -101,7 +103,8 @@ class LocalFleet:
         fleet = [_device(rank, device) for rank, device in enumerate(self._devices)]
         self.setup, self.ledger = make_setup(config, spec, resolved, fleet, eos_token_ids=[])
         policies = Policies(dispatcher) if dispatcher else make_policies(config, self.setup, flat_profile(self.setup))
-        self.engine, self._clock = Engine(self.setup, policies, config.migration_budget), clock
+        depth = int(config.async_scheduling)
+        self.engine, self._clock = Engine(self.setup, policies, config.migration_budget, depth=depth), clock
         self._commands: list[queue.SimpleQueue[StepCommand | None]] = [queue.SimpleQueue() for _ in fleet]
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
         self.times: queue.SimpleQueue[StepTimes] = queue.SimpleQueue()
@@ -163,14 +166,22 @@ class LocalFleet:
                 commands.put(command)
         self.most_in_flight = max(self.most_in_flight, self.engine.num_in_flight)
         if self.engine.num_in_flight:
-            result = self._results.get(timeout=DEADLINE)
-            if isinstance(result, BaseException):
-                raise result
-            self.engine.on_result(result, self._clock())
+            self._receive()
         while not self.times.empty():
             self.engine.on_times(self.times.get())
         if check:
             self.engine.cache.check_integrity()
+
+    def drain(self) -> None:
+        """Takes the results of all steps in flight."""
+        while self.engine.num_in_flight:
+            self._receive()
+
+    def _receive(self) -> None:
+        result = self._results.get(timeout=DEADLINE)
+        if isinstance(result, BaseException):
+            raise result
+        self.engine.on_result(result, self._clock())
 
     def __enter__(self) -> "LocalFleet":
         return self

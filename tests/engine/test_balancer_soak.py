@@ -17,7 +17,7 @@ GROUPS = [[4]], [[2, 1]], [[3], [2, 1]], [[2], [2]], [[1, 1]], [[0, 1]], [[2, 0]
 class Soak:
     """One fleet whose devices become faster and slower, with time of its own."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, depth: int) -> None:
         self.random = random = Random(seed)
         plan = make_plan(random.choice(GROUPS), random.randint(0, 3))
         self.devices = [device(random.choice((0.05, 0.5, 1, 1, 4))) for _ in plan.members]
@@ -35,6 +35,7 @@ class Soak:
             max_num_seqs=random.choice((4, 8, 16)),
             max_num_batched_tokens=random.choice((8, 32, 64)),
             dispatcher=HetisDispatcher(self.cost),
+            depth=depth,
         )
 
     def make_balancer(self, engine: ToyEngine) -> Balancer:
@@ -55,9 +56,10 @@ class Soak:
         engine.step()
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("seed", range(60))
-def test_every_request_is_served_and_no_page_is_lost(seed: int) -> None:
-    soak = Soak(seed)
+def test_every_request_is_served_and_no_page_is_lost(seed: int, depth: int) -> None:
+    soak = Soak(seed, depth)
     engine, random = soak.engine, soak.random
     context = engine.max_model_len
     assert context is not None
@@ -69,9 +71,10 @@ def test_every_request_is_served_and_no_page_is_lost(seed: int) -> None:
         assert sequence.id in aborted or sequence.token_ids == tokens
 
 
-def test_the_soak_reaches_all_that_it_is_for() -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_soak_reaches_all_that_it_is_for(depth: int) -> None:
     """Migrations for balance and for pages, steps without rows, preemptions, and cancelled migrations."""
-    soaks = [Soak(seed) for seed in range(12)]
+    soaks = [Soak(seed, depth) for seed in range(12)]
     cancelled = 0
     for soak in soaks:
         cancel = soak.engine.cache.cancel

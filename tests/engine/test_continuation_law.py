@@ -27,11 +27,13 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("seed", range(4))
-def test_toy_sequences_go_on(seed: int) -> None:
+def test_toy_sequences_go_on(seed: int, depth: int) -> None:
     """Beside new ones, and with so few pages that some are preempted."""
     random = Random(seed)
-    engine = ToyEngine(make_plan([[2, 1]], 2), dict.fromkeys(range(4), 40), random=random, moves_per_step=0.1)
+    num_pages = dict.fromkeys(range(4), 40)
+    engine = ToyEngine(make_plan([[2, 1]], 2), num_pages, random=random, moves_per_step=0.1, depth=depth)
     sequences, expected = [], []
     for arrival in range(24):
         sequence = make_sequence(arrival, random.randrange(1, 12), random.randrange(1, 14), frozenset({13}))
@@ -43,12 +45,13 @@ def test_toy_sequences_go_on(seed: int) -> None:
     assert [sequence.token_ids for sequence in sequences] == expected
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module", params=[False, True], ids=["depth 0", "depth 1"])
+def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "five_groups")
     with LocalFleet(
-        directory, "1+2", dispatcher=RandomDispatcher(5), block_size=4, max_num_batched_tokens=64, max_num_seqs=8
-    ) as fleet:
+        directory, "1+2", dispatcher=RandomDispatcher(5), block_size=4, max_num_batched_tokens=64, max_num_seqs=8,
+        async_scheduling=request.param,
+    ) as fleet:  # fmt: skip
         yield fleet
 
 

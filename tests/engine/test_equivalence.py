@@ -32,12 +32,14 @@ def tokens(fleet: LocalFleet, params: SamplingParams = PARAMS) -> list[list[int]
     return [one.token_ids for one in fleet.generate(prompts(), params, check=True)]
 
 
+@pytest.mark.usefixtures("depth")
 @pytest.mark.parametrize("max_num_batched_tokens", [7, 16, 1000])
 def test_mixed_batches_and_chunked_prefill(max_num_batched_tokens: int, checkpoint: Path, alone: list[list[int]]):
     with LocalFleet(checkpoint, "1+2", max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=5) as fleet:
         assert tokens(fleet) == alone
 
 
+@pytest.mark.usefixtures("depth")
 def test_preemption_by_recompute(checkpoint: Path, alone: list[list[int]]):
     with LocalFleet(checkpoint, "1+1", dispatch="proportional", block_size=4, kv_cache_memory=40 * PAGE_BYTES) as fleet:
         assert tokens(fleet) == alone
@@ -47,7 +49,7 @@ def test_preemption_by_recompute(checkpoint: Path, alone: list[list[int]]):
 def test_a_recomputed_prompt_is_scored_once(checkpoint: Path):
     [prompt] = [prompt for prompt in prompts() if len(prompt) > 14][:1]
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-    with LocalFleet(checkpoint, "1+0", max_num_batched_tokens=7) as fleet:
+    with LocalFleet(checkpoint, "1+0", max_num_batched_tokens=7, async_scheduling=False) as fleet:
         [expected] = fleet.generate([prompt], params)
         fleet.engine.add(fleet.request("again", prompt, params), 0.0)
         for _ in range(2):
@@ -61,6 +63,7 @@ def test_a_recomputed_prompt_is_scored_once(checkpoint: Path):
     assert len(expected.prompt_rows) == len(prompt) - 1
 
 
+@pytest.mark.usefixtures("depth")
 def test_lanes_migrate_where_pages_run_out(checkpoint: Path, alone: list[list[int]]):
     memory = {0: 60 * PAGE_BYTES, 1: 400 * PAGE_BYTES}
     with LocalFleet(checkpoint, "1+1", clock=lambda: 0.0, block_size=4, kv_cache_memory=memory) as fleet:
@@ -69,6 +72,7 @@ def test_lanes_migrate_where_pages_run_out(checkpoint: Path, alone: list[list[in
         assert fleet.engine.scheduler.num_preemptions == 0
 
 
+@pytest.mark.usefixtures("depth")
 def test_lanes_of_few_homes_migrate_where_pages_run_out(checkpoint: Path, alone: list[list[int]]):
     """Two head groups over three primaries: the third has no head group, and waits with a home whose pages run out."""
     memory = {0: 30 * PAGE_BYTES, 1: 400 * PAGE_BYTES, 2: 1, 3: 400 * PAGE_BYTES}

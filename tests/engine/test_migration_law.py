@@ -61,6 +61,7 @@ def plan_file(directory: Path, *stages: list[int]) -> str:
     return str(path)
 
 
+@pytest.mark.usefixtures("depth")
 @pytest.mark.parametrize(("pages", "least"), [(2, 50), (5, 100), (100, 100)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_migration_does_not_change_a_bit(

@@ -38,6 +38,7 @@ def run(
         return fleet.generate(texts or prompts(), params)
 
 
+@pytest.mark.usefixtures("depth")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_placement_gives_bit_identical_logits(dtype: str, tmp_path: Path):
     directory = make_checkpoint(tmp_path, "five_groups")
@@ -55,6 +56,7 @@ def test_split_lanes_give_bit_identical_logits(dtype: str, tmp_path: Path):
         assert_equal(run(directory, dtype, seed, texts=long_prompts(), num_batched_tokens=150), baseline)
 
 
+@pytest.mark.usefixtures("depth")
 @pytest.mark.parametrize(("family", "plan"), [("mqa", "2+2"), ("llama3", "3+1"), ("three_groups", "5+2")])
 def test_primaries_without_head_groups_change_nothing(family: str, plan: str, tmp_path: Path):
     directory = make_checkpoint(tmp_path, family)

@@ -18,17 +18,22 @@ OPTIONS: dict[str, Any] = {"block_size": 4, "logprobs_mode": "raw_logits", "max_
 
 
 class UnsteadyFleet(LocalFleet):
-    """Preempts sequences at random; their new placements are random too."""
+    """Preempts sequences at random; their new placements are random too. For a sequence in flight in a plan of one
+    stage it takes the results of all steps first: there most sequences are in flight all the time."""
 
     def __init__(self, directory: Path, plan: str, likelihood: float, **options: Any) -> None:
         super().__init__(directory, plan, dispatcher=RandomDispatcher(3), **options)
         self._random, self._likelihood = random.Random(3), likelihood
+        self._can_drain = len(self.setup.plan.stages) == 1
 
     def turn(self, *, check: bool = False) -> None:
         scheduler = self.engine.scheduler
         for sequence in scheduler.running:
-            if not sequence.in_flight and self._random.random() < self._likelihood:
-                scheduler.preempt(sequence)
+            if (self._can_drain or not sequence.in_flight) and self._random.random() < self._likelihood:
+                if self._can_drain:
+                    self.drain()
+                if sequence in scheduler.running:
+                    scheduler.preempt(sequence)
         super().turn(check=check)
 
 
@@ -38,6 +43,7 @@ def assert_same(found: list[Generated], expected: list[Generated]) -> None:
         assert torch.equal(one.logits(VOCAB), other.logits(VOCAB))
 
 
+@pytest.mark.usefixtures("depth")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["five_groups", "mistral"])
 def test_recompute_does_not_change_a_bit(family: str, dtype: str, tmp_path: Path) -> None:
@@ -51,12 +57,13 @@ def test_recompute_does_not_change_a_bit(family: str, dtype: str, tmp_path: Path
         assert fleet.engine.scheduler.num_preemptions > 10
 
 
+@pytest.mark.usefixtures("depth")
 def test_recompute_of_split_lanes(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "five_groups", max_position_embeddings=1024, num_hidden_layers=2)
     options = OPTIONS | {"max_num_batched_tokens": 700, "kv_cache_memory": 16 << 20}
     with LocalFleet(directory, "1+0", **options) as fleet:
         expected = fleet.generate(long_prompts(), PARAMS)
-    with UnsteadyFleet(directory, "1+2", 0.03, **options) as fleet:
+    with UnsteadyFleet(directory, "1+2", 0.06, **options) as fleet:
         assert_same(fleet.generate(long_prompts(), PARAMS), expected)
         assert fleet.engine.scheduler.num_preemptions > 2
 

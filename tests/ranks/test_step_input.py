@@ -73,7 +73,10 @@ class RandomStep:
         for index, (slot, start, count) in enumerate(self.rows):
             num_tokens = start + count + self.is_cut[slot]
             prompt_len = start if index < len(self.decode) else num_tokens
-            batch_rows.append(Row(sequence=sequence(slot, prompt_len, num_tokens), start=start, count=count))
+            samples = start + count == num_tokens
+            batch_rows.append(
+                Row(sequence=sequence(slot, prompt_len, num_tokens), start=start, count=count, samples=samples)
+            )
         admitted = [] if committed else [(row.sequence, self.placement(row.sequence.slot)) for row in batch_rows]
         lanes, indices = np.divmod(np.arange(NUM_PAGES, dtype=np.int32), LANE_PAGES)
         pages = {

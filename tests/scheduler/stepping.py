@@ -1,7 +1,8 @@
 """A scheduler stepped by hand on a small fleet whose pages can be counted."""
 
 from hetis.core.batch import Batch, NewToken
-from tests.scheduler.toy_engine import ToyEngine, make_plan, next_token
+from tests.scheduler.toy_engine import ToyEngine, make_plan
+from tests.scheduler.toy_ranks import next_token
 
 
 def engine_of(num_pages: int = 64, stages: int = 1, **options: int) -> ToyEngine:
@@ -10,10 +11,12 @@ def engine_of(num_pages: int = 64, stages: int = 1, **options: int) -> ToyEngine
     return ToyEngine(plan, dict.fromkeys(range(stages), num_pages), **options)
 
 
-def answer(engine: ToyEngine, batch: Batch, tokens: list[int] | None = None) -> list[NewToken]:
+def answer(engine: ToyEngine, batch: Batch, tokens: list[int] | None = None) -> list[NewToken | None]:
     """Reports `tokens` as drawn by `batch`; None: those of the toy model."""
-    drawn = [next_token(row.sequence.token_ids) for row in batch.rows if row.samples] if tokens is None else tokens
-    return engine.scheduler.on_tokens(batch, drawn)
+    if tokens is None:
+        drawing = [row.sequence.token_ids for row in batch.rows if row.samples]
+        tokens = [next_token(known[-1], len(known)) for known in drawing]
+    return engine.scheduler.on_tokens(batch, tokens)
 
 
 def step(engine: ToyEngine) -> Batch:

@@ -4,7 +4,7 @@ The bound. Let X be a sequence that has been admitted, Y a later one, S the toke
 
 - While X runs, it is in every micro-batch that Y is added to, or in flight. Batches return in the order in which they
   were sent, so Y gets at most one token for each batch that X is in, and one for each micro-batch that earlier
-  sequences fill before X.
+  sequences fill before X, or that was sent ahead.
 - While X lacks pages or waits to be admitted again, Y allocates no pages. It fills those that it holds: at most S
   tokens. X lacks pages once, and once more for each of its preemptions.
 - While lanes migrate to make room for X, others continue in pools that X does not lack, one token per step.
@@ -24,7 +24,7 @@ from hetis.dispatcher.simple_dispatchers import EvenDispatcher, PrimaryOnlyDispa
 from hetis.engine.balancer import Balancer
 from hetis.engine.events import EventLog
 from tests.dispatcher.fleets import device, make_cost
-from tests.scheduler.toy_engine import ToyEngine, alone, make_plan, make_sequence
+from tests.scheduler.toy_engine import ToyEngine, alone, at_depths, make_plan, make_sequence
 
 POLICIES = "primary-only", "even", "proportional", "hetis", "hetis with moves"
 GROUPS = [[4]], [[2, 1]], [[2], [2]], [[1], [1], [1]], [[2, 1], [3], [3]]
@@ -58,10 +58,10 @@ class FairEngine(ToyEngine):
             wait.num_steps_with_migration += self.migrator.is_busy
         super()._send(batch)
 
-    def _finish(self, batch: Batch) -> None:
+    def _finish(self, batch: Batch, tokens: list[int]) -> None:
         sequences = {row.sequence.arrival: row.sequence for row in batch.rows}
         before = {arrival: sequence.num_output for arrival, sequence in sequences.items()}
-        super()._finish(batch)
+        super()._finish(batch, tokens)
         for arrival in sequences:
             self.waits[arrival].num_batches += 1
         drawn = [sequence for arrival, sequence in sequences.items() if sequence.num_output > before[arrival]]
@@ -78,13 +78,13 @@ class FairEngine(ToyEngine):
 
     def _check_bound(self, wait: Wait) -> None:
         most = max(wait.others.values(), default=0)
-        bound = wait.num_batches + len(self.stages) + PAGE_SIZE * (1 + wait.num_preemptions)
+        bound = wait.num_batches + len(self.stages) + self.depth + PAGE_SIZE * (1 + wait.num_preemptions)
         bound += wait.num_steps_with_migration
         assert most <= bound, f"a later sequence got {most} tokens: {wait}"
         self.longest = max(self.longest, most)
 
 
-def fair_engine(policy: str, groups: list[list[int]], num_workers: int, random: Random) -> FairEngine:
+def fair_engine(policy: str, groups: list[list[int]], num_workers: int, random: Random, depth: int) -> FairEngine:
     plan = make_plan(groups, num_workers)
     num_pages = {
         rank: random.randint(2, 30) if plan.is_worker(rank) else plan.num_groups * random.randint(8, 20)
@@ -110,18 +110,19 @@ def fair_engine(policy: str, groups: list[list[int]], num_workers: int, random: 
         random=random,
         dispatcher=rules.get(policy) or HetisDispatcher(cost),
         make_relief=balancer,
+        depth=depth,
     )
 
 
 @pytest.mark.parametrize("seed", range(1))
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("groups", GROUPS, ids=str)
+@pytest.mark.parametrize(("groups", "depth"), at_depths(GROUPS), ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_later_sequences_get_no_more_tokens_than_the_bound(
-    policy: str, groups: list[list[int]], num_workers: int, seed: int
+    policy: str, groups: list[list[int]], num_workers: int, seed: int, depth: int
 ) -> None:
     random = Random(f"{groups} {num_workers} {seed}")
-    engine = fair_engine(policy, groups, num_workers, random)
+    engine = fair_engine(policy, groups, num_workers, random, depth)
     context = engine.max_model_len
     assert context is not None
     sequences = [make_sequence(a, random.randint(1, context // 2), random.randint(1, context)) for a in range(14)]

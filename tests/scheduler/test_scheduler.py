@@ -52,6 +52,7 @@ def test_finish_reasons(tokens: list[int], reason: str, stop_reason: int | None)
         batch = engine.scheduler.schedule()
         assert batch is not None
         [new] = answer(engine, batch, [token])
+        assert new is not None
         assert (new.sequence, new.token) == (sequence, token)
     assert (sequence.finish_reason, sequence.stop_reason) == (reason, stop_reason)
     assert sequence.token_ids[3:] == tokens
@@ -86,7 +87,7 @@ def test_logits_that_are_not_finite_end_the_sequence_with_an_error() -> None:
     batch = engine.scheduler.schedule()
     assert batch is not None
     new_tokens = engine.scheduler.on_tokens(batch, [4, 5, 6], invalid={1})
-    assert [new.token for new in new_tokens] == [4, None, 6]
+    assert [new and new.token for new in new_tokens] == [4, None, 6]
     assert [sequence.finish_reason for sequence in sequences] == [None, "error", None]
     assert sequences[1].num_output == 0
     finish(engine)
@@ -108,7 +109,7 @@ def test_abort_while_waiting_running_and_in_flight() -> None:
     assert batch.released == [1]
     assert engine.scheduler.abort("s0") is sequences[0]
     assert engine.cache.usage()[0].pages_used == used, "a step in flight keeps its pages"
-    assert [new.token for new in answer(engine, batch)] == [None]
+    assert answer(engine, batch) == [None]
     assert [sequence.finish_reason for sequence in sequences] == ["abort"] * 3
     assert engine.scheduler.abort("s0") is None
     assert engine.scheduler.abort("unknown") is None

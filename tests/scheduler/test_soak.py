@@ -5,12 +5,14 @@ from random import Random
 import pytest
 
 from hetis.core.request import Sequence
-from tests.scheduler.toy_engine import ToyEngine, alone, churn, make_plan, make_sequence
+from tests.scheduler.toy_engine import ToyEngine, alone, at_depths, churn, make_plan, make_sequence
 
 GROUPS = [[8]], [[5, 3]], [[1]], [[3], [3]], [[5, 3], [8]], [[2, 1], [1, 1, 1], [3]]
 
 
-def random_engine(random: Random, groups: list[list[int]], num_workers: int, moves_per_step: float = 0.0) -> ToyEngine:
+def random_engine(
+    random: Random, groups: list[list[int]], num_workers: int, moves_per_step: float, depth: int
+) -> ToyEngine:
     plan = make_plan(groups, num_workers)
     page_size = random.choice([1, 4, 7])
     biggest = max(max(counts) for counts in groups)
@@ -26,6 +28,7 @@ def random_engine(random: Random, groups: list[list[int]], num_workers: int, mov
         random=random,
         moves_per_step=moves_per_step,
         max_transfer_pages=random.choice([1, 2, 50]),
+        depth=depth,
     )
 
 
@@ -36,15 +39,15 @@ def random_sequence(random: Random, arrival: int, context: int) -> Sequence:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-@pytest.mark.parametrize("groups", GROUPS, ids=str)
+@pytest.mark.parametrize(("groups", "depth"), at_depths(GROUPS), ids=str)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("moves_per_step", [0.0, 0.5])
 def test_random_requests_complete_as_if_alone(
-    groups: list[list[int]], num_workers: int, seed: int, moves_per_step: float
+    groups: list[list[int]], num_workers: int, seed: int, moves_per_step: float, depth: int
 ) -> None:
     """Lanes migrate at random, and sequences finish, are aborted or are preempted during their migration."""
     random = Random(f"{groups} {num_workers} {seed}")
-    engine = random_engine(random, groups, num_workers, moves_per_step)
+    engine = random_engine(random, groups, num_workers, moves_per_step, depth)
     context = engine.max_model_len
     assert context is not None
     sequences = [random_sequence(random, arrival, context) for arrival in range(40)]
@@ -60,10 +63,11 @@ def test_random_requests_complete_as_if_alone(
     assert engine.scheduler.num_preemptions == sum(sequence.num_preemptions for sequence in sequences)
 
 
-def test_soak_covers_preemption_and_staging() -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_soak_covers_preemption_and_staging(depth: int) -> None:
     """Sizes like those above are small enough for preemptions, and for lanes on every rank."""
     random = Random(5)
-    engine = ToyEngine(make_plan([[5, 3]], 2), {0: 40, 1: 24, 2: 30, 3: 50}, random=random)
+    engine = ToyEngine(make_plan([[5, 3]], 2), {0: 40, 1: 24, 2: 30, 3: 50}, random=random, depth=depth)
     for arrival in range(40):
         engine.scheduler.add(make_sequence(arrival, random.randint(1, 20), random.randint(1, 31)))
     engine.run()
@@ -73,10 +77,11 @@ def test_soak_covers_preemption_and_staging() -> None:
     assert owners == {0, 1, 2, 3}
 
 
-def test_soak_covers_migrations_of_every_kind() -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_soak_covers_migrations_of_every_kind(depth: int) -> None:
     random = Random(5)
     plan = make_plan([[5, 3]], 2)
-    engine = ToyEngine(plan, {0: 60, 1: 40, 2: 90, 3: 90}, random=random, moves_per_step=0.7)
+    engine = ToyEngine(plan, {0: 60, 1: 40, 2: 90, 3: 90}, random=random, moves_per_step=0.7, depth=depth)
     for arrival in range(60):
         engine.scheduler.add(make_sequence(arrival, random.randint(1, 20), random.randint(1, 31)))
     engine.run()

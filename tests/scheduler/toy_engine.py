@@ -1,7 +1,7 @@
 """An engine without a model: the real scheduler, dispatcher and cache, with the ranks of `toy_ranks.py`."""
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -18,9 +18,7 @@ from hetis.core.spans import spans
 from hetis.cost.memory import largest_context
 from hetis.dispatcher.simple_dispatchers import ProportionalDispatcher
 from hetis.scheduler.scheduler import Scheduler
-from tests.scheduler.toy_ranks import Command, FakeRow, FakeStage
-
-VOCABULARY = 97
+from tests.scheduler.toy_ranks import VOCABULARY, Command, FakeRow, FakeStage, next_token
 
 
 def make_plan(groups: list[list[int]], num_workers: int = 0) -> Plan:
@@ -34,6 +32,11 @@ def make_plan(groups: list[list[int]], num_workers: int = 0) -> Plan:
         stages.append(Stage(layers=(index, index + 1), primaries=tuple(primaries)))
     workers = tuple(AttentionWorker(rank=rank + index, device="cpu") for index in range(num_workers))
     return Plan(stages=tuple(stages), workers=workers)
+
+
+def at_depths(groups: Iterable[list[list[int]]]) -> list[tuple[list[list[int]], int]]:
+    """Parameters (groups of a plan, depth): every plan at depth 0, plans of one stage at depth 1 as well."""
+    return [(each, depth) for each in groups for depth in ((0, 1) if len(each) == 1 else (0,))]
 
 
 def make_sequence(
@@ -52,16 +55,11 @@ def make_sequence(
     )
 
 
-def next_token(token_ids: list[int]) -> int:
-    """The toy model: it depends on the last token and on the position."""
-    return (31 * token_ids[-1] + 7 * len(token_ids) + 3) % VOCABULARY
-
-
 def alone(sequence: Sequence, max_model_len: int) -> list[int]:
     """All tokens that `sequence` ends with if it runs undisturbed. Call it before the sequence runs."""
     tokens = list(sequence.token_ids)
     while len(tokens) < min(sequence.prompt_len + sequence.max_tokens, max_model_len):
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens[-1], len(tokens)))
         if tokens[-1] in sequence.stop_ids:
             break
     return tokens
@@ -82,6 +80,7 @@ class ToyEngine:
     make_relief: Callable[["ToyEngine"], Relief | None] = lambda _: None
     max_transfer_pages: int = 2
     moves_per_step: float = 0.0
+    depth: int = 0  # steps scheduled ahead; of no effect with several stages
 
     def __post_init__(self) -> None:
         num_groups = self.plan.num_groups
@@ -99,7 +98,9 @@ class ToyEngine:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             num_stages=len(self.plan.stages),
+            depth=self.depth,
         )
+        self.depth = self.depth if len(self.plan.stages) == 1 else 0
         self.stages = [
             FakeStage(index, self.plan, num_groups, self.num_pages, self.page_size)
             for index in range(len(self.plan.stages))
@@ -143,11 +144,11 @@ class ToyEngine:
         assert busy, "there is work but nothing runs"
         index = self.random.choice(busy)
         command = self.pipeline[index].popleft()
-        self.stages[index].run(command)
+        tokens = self.stages[index].run(command)
         if index + 1 < len(self.stages):
             self.pipeline[index + 1].append(command)
         else:
-            self._finish(command.batch)
+            self._finish(command.batch, tokens)
         self.cache.check_integrity()
         self._check_pages()
 
@@ -158,11 +159,13 @@ class ToyEngine:
         used: Counter[PoolId] = Counter()
         for sequence in self.scheduler.running:
             pages = pages_for(self.cache.num_tokens(sequence.slot), self.page_size)
+            staged = pages_for(len(sequence.token_ids), self.page_size)
             for index, owners in enumerate(self.cache.owners(sequence.slot)):
                 for group, owner in enumerate(owners):
                     home = self.plan.home_ranks[index][group]
-                    places = {owner, home} if sequence.is_prefilling else {owner}
-                    used.update({PoolId(rank, index): pages for rank in places})
+                    used[PoolId(owner, index)] += pages
+                    if owner != home and sequence.is_prefilling:
+                        used[PoolId(home, index)] += staged
         for pool in self.cache.pools:
             assert self.num_pages[pool.rank] - self.cache.free_pages(pool) == used[pool], f"{pool} holds other pages"
 
@@ -187,30 +190,32 @@ class ToyEngine:
         self._check(batch)
         self.batches.append(batch)
         rows = [
-            FakeRow(row.sequence.slot, row.sequence.arrival, row.start, row.count, row.is_decode) for row in batch.rows
+            FakeRow(s.slot, s.arrival, row.start, row.count, row.is_decode, row.samples, row.token_ids[-1])
+            for row, s in ((row, row.sequence) for row in batch.rows)
         ]
         owners = {sequence.slot: placement.owners for sequence, placement in batch.admitted}
         committed, self.committed = self.committed, []
         pages, transfers = self.cache.take_deltas(), self.migrator.plan({})
         self.pipeline[0].append(Command(rows, owners, pages, batch, committed, transfers))
 
-    def _finish(self, batch: Batch) -> None:
-        tokens = [next_token(row.sequence.token_ids) for row in batch.rows if row.samples]
+    def _finish(self, batch: Batch, tokens: list[int]) -> None:
         self.scheduler.on_tokens(batch, tokens)
-        self.finished += {
-            row.sequence.id: row.sequence for row in batch.rows if row.sequence.finish_reason is not None
-        }.values()
+        ended = {row.sequence.id: row.sequence for row in batch.rows if row.sequence.finish_reason is not None}
+        self.finished += [sequence for sequence in ended.values() if not sequence.in_flight]
 
     def _check(self, batch: Batch) -> None:
         """The rules that every batch keeps."""
         num_stages = len(self.stages)
         in_flight = {row.sequence.id for queue in self.pipeline for command in queue for row in command.batch.rows}
         ids = {row.sequence.id for row in batch.rows}
-        assert ids.isdisjoint(in_flight), "a sequence is in two places at once"
+        assert self.depth or ids.isdisjoint(in_flight), "a sequence is in two places at once"
         for id_ in ids:
             first, *others = sorted((row.start, row.count) for row in batch.rows if row.sequence.id == id_)
             assert [start for start, _ in others] in ([], [sum(first)]), "tokens are computed twice, or left out"
-        assert sum(len(queue) for queue in self.pipeline) < num_stages, "more micro-batches than stages"
+        assert sum(map(len, self.pipeline)) < num_stages + self.depth, "too many steps in flight"
+        ended = [row.sequence.id for row in batch.rows if row.sequence.finish_reason is not None]
+        assert not ended, "tokens are computed of sequences that have ended"
+        assert all(row.start + row.count < row.sequence.prompt_len + row.sequence.max_tokens for row in batch.rows)
         assert batch.num_tokens <= -(-self.max_num_batched_tokens // num_stages), "over the token budget"
         assert sum(row.count for row in batch.rows if row.is_decode) <= self.max_num_seqs, "ranks have no room"
         assert all(row.count > 0 for row in batch.rows)

@@ -3,16 +3,26 @@
 Every stage keeps page tables made of new entries alone and, for each cell of its pools, a tag of the token that was
 stored there last. Before a row is computed, all earlier tokens of all its lanes must be found in the cells that are
 read. So a page freed too early, a stale table entry or a missing staging page shows as a wrong tag.
+
+Tokens are drawn as real ranks draw them: from what the command says, and from the last token drawn for the slot where
+the driver does not know it.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.core.batch import Batch
+from hetis.core.batch import YOURS, Batch
 from hetis.core.messages.step_command import PageEntries, PageTransfer
 from hetis.core.placement import Move, PoolId
 from hetis.core.plan import Plan
+
+VOCABULARY = 97
+
+
+def next_token(last: int, num_tokens: int) -> int:
+    """The toy model: it depends on the last token and on the position."""
+    return (31 * last + 7 * num_tokens + 3) % VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,8 @@ class FakeRow:
     start: int
     count: int
     is_decode: bool
+    samples: bool
+    last_token: int  # of its new tokens
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,10 @@ class FakeStage:
         self.tables: dict[int, dict[tuple[int, int], int]] = {rank: {} for rank in ranks}  # (lane, index) -> page
         self.memory = {rank: np.full((num_pages[rank], page_size), -1, dtype=np.int64) for rank in ranks}
         self.owners: dict[int, tuple[int, ...]] = {}
+        self.drawn: dict[int, int] = {}  # slot -> its last token
 
-    def run(self, command: Command) -> None:
+    def run(self, command: Command) -> list[int]:
+        """The tokens of the rows that sample."""
         for move in command.committed:
             if move.stage == self.index:
                 owners = list(self.owners[move.slot])
@@ -72,6 +86,12 @@ class FakeStage:
                     for rank in (transfer.source, transfer.target)
                 )
                 self.memory[transfer.target][target] = self.memory[transfer.source][source]
+        return [self._draw(row) for row in command.rows if row.samples]
+
+    def _draw(self, row: FakeRow) -> int:
+        last = self.drawn[row.slot] if row.last_token == YOURS else row.last_token
+        self.drawn[row.slot] = next_token(last, row.start + row.count)
+        return self.drawn[row.slot]
 
     def _append(self, row: FakeRow, group: int) -> None:
         owner, home = self.owners[row.slot][group], self.homes[group]

@@ -24,7 +24,7 @@ class EngineStatus(Message):
     num_waiting: int = 0
     num_preemptions: int = 0
     kv_usage: float = 0.0  # pages in use / pages, of all ranks, 0..1
-    in_flight_seconds: float = 0.0  # age of the oldest step in flight; 0: none
+    in_flight_seconds: float = 0.0  # that ranks have been at the oldest step in flight; 0: none
     silent: list[str] = []  # one sentence for each rank that has sent no heartbeat for some seconds
 
 

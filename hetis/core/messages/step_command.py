@@ -5,12 +5,12 @@
 A table is packed column by column into one `bytes`, little-endian int32. Only this module packs and unpacks; a rank
 decodes a command once.
 
-Letters: R rows, T new tokens of all rows, C committed migrations, E entries of a page table, N page transfers, I rows
-that sample a token.
+Letters: R rows, T new tokens of all rows, C committed migrations, E entries of a page table, N page transfers or some
+of the tokens, I rows that sample a token.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis.core.batch import Batch
+from hetis.core.batch import YOURS, Batch
 from hetis.core.messages.base import Message
 from hetis.core.placement import Move, Placement, PoolId
 from hetis.core.request import Sequence as EngineSequence
@@ -121,7 +121,7 @@ class StepCommand(Message):
     pages: list[PoolEntries]
     rows: bytes  # columns slot, start (position of the first new token), count (number of new tokens)
     num_decode_rows: int
-    tokens: bytes  # [T] ids of the new tokens
+    tokens: bytes  # [T] ids of the new tokens; `batch.YOURS` for one that the step before draws
     sampling_rows: bytes  # [I] indices
     transfers: bytes  # Transfers
     prompt_targets: dict[int, bytes] = {}  # by index of a row that scores its prompt: see `Row.prompt_targets`
@@ -149,6 +149,7 @@ class Step:
     slot_T: Int64
     position_T: Int64  # in the sequence
     token_T: Int64  # ids
+    yours_N: Int64  # indices of tokens that the driver does not know: the last ones that the rank has drawn for a slot
     sampling_row_I: Int32
     transfers: Transfers
     prompt_targets: dict[int, Int32]  # by row index: prompt tokens that the logits of the row's first tokens score
@@ -156,6 +157,12 @@ class Step:
     @property
     def num_tokens(self) -> int:
         return len(self.token_T)
+
+    def with_yours(self, token_N: Int64) -> "Step":
+        """The step with the ids of the tokens `yours_N`."""
+        token_T = self.token_T.copy()
+        token_T[self.yours_N] = token_N
+        return replace(self, token_T=_read_only(token_T))
 
 
 # --- the codec --------------------------------------------------------------------------------------------------------
@@ -211,6 +218,7 @@ def decode(command: StepCommand, rank: int) -> Step:
         slot_T=_read_only(np.repeat(slot_R, count_R)),
         position_T=_read_only(position_T),
         token_T=token_T,
+        yours_N=_read_only(np.flatnonzero(token_T == YOURS)),
         sampling_row_I=np.frombuffer(command.sampling_rows, dtype=_INT32),
         transfers=_unpack(Transfers, command.transfers),
         prompt_targets={row: np.frombuffer(targets, dtype=_INT32) for row, targets in command.prompt_targets.items()},
