@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include "operations.h"
+
 namespace hetis {
 
 const AttentionKernels& attention_kernels(Element element) {
@@ -56,6 +58,22 @@ void check_pool(const at::Tensor& pool_2PSD, const at::Tensor& q, int64_t num_qu
                     "; it must be a multiple of 16 up to ", kMaxHeadDim);
   TORCH_CHECK_VALUE(num_queries > 0 && num_queries <= kMaxQueries, num_queries,
                     " query heads per group; the kernel takes 1 to ", kMaxQueries);
+}
+
+int64_t attention_products(const at::Tensor& like, int64_t rounds) {
+  const AttentionKernels& kernels = attention_kernels(element_of(like));
+  std::atomic<int64_t> products{0};
+  std::atomic<bool> finite{true};
+  const int64_t threads = at::get_num_threads();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const ProductRun run = kernels.run_products(rounds);
+      products += run.products;
+      if (!(run.sum < 1e30f)) finite = false;
+    }
+  });
+  TORCH_INTERNAL_ASSERT(finite);
+  return products;
 }
 
 }  // namespace hetis

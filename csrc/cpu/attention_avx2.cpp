@@ -13,6 +13,7 @@ namespace {
 HETIS_TARGET_BEGIN(HETIS_AVX2)
 #include "attention_vector_avx2.h"
 #include "attention_dot.h"
+#include "attention_ahead.h"
 #include "attention_decode_kernel.h"
 #include "attention_prefill_kernel.h"
 

@@ -12,6 +12,7 @@ namespace {
 
 HETIS_TARGET_BEGIN(HETIS_AVX512_BF16)
 #include "attention_vector_avx512.h"
+#include "attention_ahead.h"
 #include "attention_decode_kernel.h"
 #include "attention_prefill_kernel.h"
 
@@ -22,7 +23,7 @@ struct PairDot {
   using Query = Bf16;
   using Weight = Bf16;
   using Packed = Bf16;
-  static constexpr int kStep = 2 * kWidth, kPair = 2, kParts = 1, kValueTokens = 2;
+  static constexpr int kStep = 2 * kWidth, kPair = 2, kParts = 1, kRows = 2, kValueTokens = 2;
 
   static HETIS_INLINE __m256i load_half(const Bf16* x) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
@@ -38,7 +39,21 @@ struct PairDot {
   static HETIS_INLINE Vector load_row(const Bf16* x, int left) {
     return _mm512_castsi512_ps(left >= kStep ? load_pairs(x) : _mm512_zextsi256_si512(load_half(x)));
   }
-  static HETIS_INLINE Vector load_part(const Bf16* x, int left, int /* part */) { return load_row(x, left); }
+  // 16 values of each of two rows.
+  static HETIS_INLINE Vector load_pair(const void* a, const void* b) {
+    const __m256i low = load_half(static_cast<const Bf16*>(a)), high = load_half(static_cast<const Bf16*>(b));
+    return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
+  // The sum of each half: of the first vectors v[0] to v[3], lower halves first, then of v[4] to v[7].
+  static HETIS_INLINE Vector sums_of_halves(const Vector* v) {
+    const Vector a = fold_four(v[0], v[1], v[2], v[3]), b = fold_four(v[4], v[5], v[6], v[7]);
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+
+  static HETIS_INLINE void store_halves(float* low, float* high, Vector v) {
+    _mm256_storeu_ps(low, _mm512_castps512_ps256(v));
+    _mm256_storeu_ps(high, _mm512_extractf32x8_ps(v, 1));
+  }
 
   static HETIS_INLINE void pack_weights(Vector x, Bf16* packed) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), (__m256i)_mm512_cvtneps_pbh(x));

@@ -12,7 +12,7 @@ struct WideDot {
   using Query = float;   // of decode
   using Weight = float;  // of decode
   using Packed = float;  // of prefill
-  static constexpr int kStep = kWidth, kPair = 1, kParts = 1, kValueTokens = 1;
+  static constexpr int kStep = kWidth, kPair = 1, kParts = 1, kRows = 1, kValueTokens = 1;
 
   // Decode: scores
   static HETIS_INLINE void pack_query(const T* x, float* packed) { store(packed, widen(x)); }

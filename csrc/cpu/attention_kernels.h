@@ -25,10 +25,8 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kMaxQueries = 64;
 // A lane is cut into splits of so many tokens, counted from its first visible one: the unit of work and of the softmax.
 constexpr int kSplitTokens = 256;
-// Rows of K and V are fetched at most kTokensAhead tokens before they are used and again at half of that; every
-// kTouchRows-th may be touched kTouchAhead tokens before it is fetched (attention_decode_kernel.h says why).
-constexpr int kTokensAhead = 48, kTouchRows = 8, kTouchAhead = 64;
-constexpr int kRowsAhead = kTokensAhead + kTouchAhead;
+// Rows of K and V are fetched at most so many rows before they are used.
+constexpr int kRowsAhead = 128;
 
 // 2^x on [-0.5, 0.5], relative error below 1e-7; exactly 1 at 0.
 constexpr float kExp2[7] = {1.0f,           0.69314718246f, 0.24022646248f, 0.05550328642f,
@@ -75,9 +73,15 @@ struct PrefillBlock {
   char* scratch;  // prefill_scratch_bytes, aligned to 64
 };
 
+struct ProductRun {
+  int64_t products;  // of two values, each added to a sum
+  float sum;         // keeps the work from being left out
+};
+
 struct AttentionKernels {
   void (*decode_split)(const DecodeSplit&);
   void (*decode_merge)(const DecodeMerge&);
+  ProductRun (*run_products)(int64_t rounds);  // the arithmetic of decode alone, to measure what bounds it
   void (*prefill_block)(const PrefillBlock&);
   int prefill_rows;  // a block has at most so many queries (tokens * M), or one token
   size_t (*prefill_scratch_bytes)(int D);

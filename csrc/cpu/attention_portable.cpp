@@ -9,6 +9,7 @@ namespace {
 
 #include "attention_vector_portable.h"
 #include "attention_dot.h"
+#include "attention_ahead.h"
 #include "attention_decode_kernel.h"
 #include "attention_prefill_kernel.h"
 

@@ -240,6 +240,6 @@ struct Prefill {
 // One entry of the table; decode and prefill may multiply in different ways.
 template <class Dot, class PrefillDot = Dot>
 constexpr AttentionKernels attention_table() {
-  return {decode_split<Dot>, decode_merge<Dot>, Prefill<PrefillDot>::run, kBlockRows,
+  return {decode_split<Dot>, decode_merge<Dot>, run_products<Dot>, Prefill<PrefillDot>::run, kBlockRows,
           Prefill<PrefillDot>::scratch_bytes};
 }

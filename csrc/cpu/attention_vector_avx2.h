@@ -4,8 +4,6 @@ using Vector = __m256;
 constexpr int kWidth = 8;
 // Accumulators of the matrix tile of prefill: they and what they are multiplied by must fit the registers.
 constexpr int kTileRows = 6, kTileColumns = 2;
-// Decode takes as long for its instructions as for memory, so it saves them (attention_decode_kernel.h).
-constexpr bool kShortOfInstructions = true;
 
 HETIS_INLINE Vector zero() { return _mm256_setzero_ps(); }
 HETIS_INLINE Vector set(float x) { return _mm256_set1_ps(x); }

@@ -3,7 +3,6 @@
 using Vector = __m512;
 constexpr int kWidth = 16;
 constexpr int kTileRows = 6, kTileColumns = 4;
-constexpr bool kShortOfInstructions = false;
 
 HETIS_INLINE Vector zero() { return _mm512_setzero_ps(); }
 HETIS_INLINE Vector set(float x) { return _mm512_set1_ps(x); }

@@ -4,7 +4,6 @@
 typedef float Vector __attribute__((vector_size(16)));
 constexpr int kWidth = 4;
 constexpr int kTileRows = 4, kTileColumns = 2;
-constexpr bool kShortOfInstructions = false;
 
 HETIS_INLINE Vector zero() { return Vector{0, 0, 0, 0}; }
 HETIS_INLINE Vector set(float x) { return Vector{x, x, x, x}; }

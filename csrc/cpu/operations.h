@@ -19,6 +19,10 @@ void lane_unpack(const at::Tensor& source_UF, const at::Tensor& qkv_U, const at:
 void page_gather(const at::Tensor& pool_L2PSD, const at::Tensor& page_N, const at::Tensor& out_NL2SD);
 void page_scatter(const at::Tensor& source_NL2SD, const at::Tensor& page_N, const at::Tensor& pool_L2PSD);
 
+// Multiplies and adds in registers as decode attention of `like`'s dtype does, `rounds` times on each of torch's threads;
+// returns the number of products. Used to measure what bounds decode beside memory.
+int64_t attention_products(const at::Tensor& like, int64_t rounds);
+
 // Reads a contiguous tensor with torch's threads and returns the sum of its 64-bit words. Used to measure memory
 // bandwidth.
 int64_t stream_read(const at::Tensor& tensor);

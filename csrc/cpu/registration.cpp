@@ -24,6 +24,7 @@ TORCH_LIBRARY(hetis, m) {
   m.def("lane_unpack(Tensor source_UF, Tensor qkv_U, Tensor(a!) out_NF) -> ()", &hetis::lane_unpack);
   m.def("page_gather(Tensor pool_L2PSD, Tensor page_N, Tensor(a!) out_NL2SD) -> ()", &hetis::page_gather);
   m.def("page_scatter(Tensor source_NL2SD, Tensor page_N, Tensor(a!) pool_L2PSD) -> ()", &hetis::page_scatter);
+  m.def("attention_products(Tensor like, int rounds) -> int", &hetis::attention_products);
   m.def("stream_read(Tensor tensor) -> int", &hetis::stream_read);
   m.def("built_for_torch() -> str", [] { return std::string(TORCH_VERSION); });
 }

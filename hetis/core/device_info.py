@@ -15,6 +15,8 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     address: str  # at which other hosts reach this rank
     pid: int
     num_threads: int
+    cores: tuple[int, ...] = ()  # numbers of the host's cores in the rank's affinity mask
+    usable_cores: float = 0.0  # as many of these, or CPU seconds per second that control groups allow
     total_memory: int  # bytes
     free_memory: int  # bytes
     driver: str = ""  # versions of the GPU driver and of libraries that its speed depends on

@@ -1,7 +1,7 @@
 """Sizes in bytes and counts as text for people."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 
 _UNITS = {
@@ -44,3 +44,14 @@ def format_bytes(size: float, rounding: Callable[[float], int] = round) -> str:
 def plural(number: int, noun: str) -> str:
     """Number and noun, as in "1 prompt" or "2 prompts"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers in ascending order, as in "0-3,8"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -14,9 +14,15 @@ from hetis.core.placement import pages_for
 from hetis.core.plan import Member, Plan, Primary
 from hetis.core.sizes import format_bytes
 from hetis.cost.buffers import buffers_of
+from hetis.cost.cores import cores_of
 from hetis.cost.footprint import activation_bytes, page_bytes_of, weight_bytes
 from hetis.cost.limits import Limits
 from hetis.cost.needs import Needs, does_not_fit, too_few_pages, too_long, usable_share
+
+_COLUMNS = (
+    *("rank", "role", "device", "threads", "cores"),
+    *("free", "weights", "activations", "buffers", "KV", "pages", "tokens"),
+)
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +31,8 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     role: str
     device: str
+    threads: int  # of a CPU rank's operators; 0 on a GPU
+    cores: str  # that they may use: `cost/cores.py`
     free: int  # before anything is loaded; ranks that share a device see the same bytes
     weights: int
     activations: int
@@ -48,10 +56,12 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
         return {rank.rank: rank.pages for rank in self.ranks}
 
     def __str__(self) -> str:
-        lines = [["rank", "role", "device", "free", "weights", "activations", "buffers", "KV", "pages", "tokens"]]
+        lines = [[*_COLUMNS]]
         for rank in self.ranks:
             sizes = [format_bytes(size) for size in (rank.free, rank.weights, rank.activations, rank.buffers, rank.kv)]
-            lines.append([str(rank.rank), rank.role, rank.device, *sizes, str(rank.pages), str(rank.tokens)])
+            threads = [str(rank.threads), rank.cores] if rank.threads else ["-", "-"]
+            who = [str(rank.rank), rank.role, rank.device, *threads]
+            lines.append([*who, *sizes, str(rank.pages), str(rank.tokens)])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(_padded(line, widths)) for line in lines]
         text.append(f"largest context {self.largest_context} tokens; room for {self.total_tokens} tokens in all")
@@ -59,7 +69,7 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _padded(line: Iterable[str], widths: Iterable[int]) -> list[str]:
-    """Rank, role and device to the left, numbers to the right."""
+    """Rank, role and device to the left, what follows to the right."""
     columns = enumerate(zip(line, widths, strict=True))
     return [text.ljust(width) if column < 3 else text.rjust(width) for column, (text, width) in columns]
 
@@ -131,6 +141,8 @@ def _entry(plan: Plan, need: Needs, num_pages: int, block_size: int) -> RankMemo
         rank=need.rank,
         role=plan.role_of(need.rank),
         device=need.info.device,
+        threads=0 if need.info.is_gpu else need.info.num_threads,
+        cores="" if need.info.is_gpu else cores_of(need.info),
         free=need.info.free_memory,
         weights=need.weights,
         activations=need.activations,

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from hetis.core.config import EngineConfig
 from hetis.core.messages import Setup
-from hetis.core.sizes import format_bytes, plural
+from hetis.core.sizes import format_bytes
+from hetis.cost.cores import threads_of
 from hetis.cost.footprint import page_bytes_of
 from hetis.cost.memory import total_tokens
 
@@ -48,7 +49,7 @@ def _members(setup: Setup) -> Iterable[str]:
     for info, member in zip(setup.fleet, setup.plan.members, strict=True):
         page = page_bytes_of(setup.spec, setup.plan, member, setup.block_size, setup.dtype)
         device = info.device.partition(":")[0]
-        name = f"{info.name}, {plural(info.num_threads, 'thread')}" if device == "cpu" else info.name
+        name = f"{info.name}, {threads_of(info)}" if device == "cpu" else info.name
         memory = format_bytes(setup.num_pages[member.rank] * page)
         kinds.append((_Kind(setup.plan.role_of(member.rank), f"{device} ({name})", memory), member.rank))
     for kind, group in groupby(kinds, key=lambda pair: pair[0]):

@@ -11,6 +11,7 @@ from hetis.core.config import DriverArgs
 from hetis.core.device_info import DeviceInfo
 from hetis.core.profile import FleetProfile
 from hetis.core.sizes import plural
+from hetis.cost.cores import crowded_cores
 from hetis.driver.members import Members
 from hetis.driver.observation import starting_snapshot, starting_status
 from hetis.driver.profile_files import cached_profiles, keep_profiles, load
@@ -66,6 +67,8 @@ class Startup:
     def _log_start(self, setup: m.Setup, ledger: str) -> None:
         for line in start_lines(self._config, setup):
             _log.info("%s", line)
+        for sentence in crowded_cores(setup.plan, setup.fleet):
+            _log.warning("%s.", sentence)
         _log.debug("memory:\n%s", ledger)
 
     # --- measuring ----------------------------------------------------------------------------------------------------

@@ -114,6 +114,8 @@ def describe_device(rank: int, device: torch.device, address: str, host: str) ->
         address=address,
         pid=os.getpid(),
         num_threads=torch.get_num_threads(),
+        cores=tuple(sorted(os.sched_getaffinity(0))),
+        usable_cores=usable_cores(),
         total_memory=total,
         free_memory=free,
         driver=driver,

@@ -19,6 +19,7 @@ from tests.processes.look import DEADLINE
 HETIS = [sys.executable, "-m", "hetis"]
 SMALL = ["--device", "cpu", "--kv-cache-memory", "16MiB"]
 QUIET = ["--log-level", "warning", "--no-stats"]
+SILENT = ["--log-level", "error", "--no-stats"]  # ranks of one host compete for cores, which is a warning
 
 
 def run(command: list[str], text: str | None = None, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -92,7 +93,7 @@ def test_a_python_program_sets_the_log_level_of_its_fleet(how: str) -> None:
 
 
 def test_the_same_command_under_torchrun_gives_the_same_text() -> None:
-    arguments = ["generate", "--plan", "1+2", *SMALL, "--max-tokens", "20", "--temperature", "0", *QUIET]
+    arguments = ["generate", "--plan", "1+2", *SMALL, "--max-tokens", "20", "--temperature", "0", *SILENT]
     under = run([*torchrun_command("--standalone", "--nproc-per-node", "3"), *arguments])
     alone = run([*HETIS, *arguments])
     assert under.returncode == alone.returncode == 0, under.stderr + alone.stderr
@@ -228,13 +229,15 @@ def test_ctrl_c_ends_the_command_silently(phase: str) -> None:
                 fleet.wait_for("[0]")
             fleet.hurt("front", signal.SIGINT)
             assert fleet.wait() == 128 + signal.SIGINT
-            assert [line for line in fleet.err if " INFO hetis" not in line] == [], "no process writes a message"
+            told = (" INFO hetis", " compete for ")
+            rest = [line for line in fleet.err if not any(words in line for words in told)]
+            assert rest == [], "no process writes a message"
             assert fleet.leftovers() == []
 
 
 @pytest.mark.process
 def test_a_closed_reader_ends_the_command_silently() -> None:
-    command = " ".join([*HETIS, *LONG, *QUIET, "--prompt", "It"])
+    command = " ".join([*HETIS, *LONG, *SILENT, "--prompt", "It"])
     result = run(["bash", "-c", f"{command} | head -c 9; echo ${{PIPESTATUS[0]}}"])
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.endswith(f"{128 + signal.SIGPIPE}\n")

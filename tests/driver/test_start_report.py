@@ -16,7 +16,7 @@ def setup_of(config: EngineConfig, devices: list[tuple[str, str, int]]) -> Setup
     fleet = [
         DeviceInfo(
             rank=rank, device=device, name=name, host=f"host {rank}", address="", pid=rank, num_threads=threads,
-            total_memory=8 * GIBI, free_memory=8 * GIBI,
+            cores=tuple(range(8)), usable_cores=8.0, total_memory=8 * GIBI, free_memory=8 * GIBI,
         )
         for rank, (device, name, threads) in enumerate(devices)
     ]  # fmt: skip
@@ -30,8 +30,8 @@ def test_consecutive_members_of_one_kind_share_a_line() -> None:
     lines = start_lines(config, setup_of(config, devices))
     assert lines[1:4] == [
         "ranks 0-1: primary on cuda (H100), 32.00 MiB of KV cache each",
-        "ranks 2-3: attention worker on cpu (EPYC, 1 thread), 1.00 MiB of KV cache each",
-        "rank 4: attention worker on cpu (EPYC, 1 thread), 2.00 MiB of KV cache",
+        "ranks 2-3: attention worker on cpu (EPYC, 1 thread on cores 0-7), 1.00 MiB of KV cache each",
+        "rank 4: attention worker on cpu (EPYC, 1 thread on cores 0-7), 2.00 MiB of KV cache",
     ]
     assert all("\n" not in line for line in lines)
 
@@ -42,7 +42,7 @@ def test_a_default_start_shows_model_capacity_and_dispatch() -> None:
     page_tokens = setup.num_pages[0] // setup.spec.num_head_groups * setup.block_size
     assert start_lines(config, setup) == [
         "model in the package: 4 layers, 8 query heads, 4 KV heads, bfloat16",
-        "rank 0: primary on cpu (EPYC, 8 threads), 16.00 MiB of KV cache",
+        "rank 0: primary on cpu (EPYC, 8 threads on cores 0-7), 16.00 MiB of KV cache",
         f"KV cache: {page_tokens} tokens in all, at most 1024 in one sequence",
         "dispatch hetis; up to 64 sequences and 2048 tokens in a step; all else by default",
     ]

@@ -269,3 +269,13 @@ def test_operations_check_what_would_break_memory(make_lanes: Any) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call(**changed)
+
+
+def test_products_are_counted_on_all_threads(isa: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    """The measure of what arithmetic allows (`bench/bench_cpu_attention.py`) does what it says it did."""
+    like = torch.empty(0, dtype=dtype)
+    one = torch.ops.hetis.attention_products(like, 3)
+    assert one > 0
+    assert torch.ops.hetis.attention_products(like, 6) == 2 * one
+    threads(2)
+    assert torch.ops.hetis.attention_products(like, 3) == 2 * one
