@@ -227,3 +227,4 @@ def test_the_variables_of_a_rank_are_set_before_torch_and_the_users_own_values_s
         found = agent.ranks()[0].environ()
         assert (found["CUDA_DEVICE_MAX_CONNECTIONS"], found["THP_MEM_ALLOC_ENABLE"]) == ("32", "1")
         assert found["OMP_WAIT_POLICY"] == "ACTIVE"
+        assert "GOMP_SPINCOUNT" not in found, "it would decide instead of the policy"
