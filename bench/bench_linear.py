@@ -3,7 +3,7 @@
     python bench/bench_linear.py                 # table over tokens for the shapes of Qwen3-0.6B
     python bench/bench_linear.py --step 1 16     # all non-attention work of a decode step, weights of all layers
     python bench/bench_linear.py --step 2048     # a prefill
-    python bench/bench_linear.py --isa avx2      # as on processors without AVX-512
+    python bench/bench_linear.py --isa avx2      # as on processors without AVX-512, hetis alone
 
 Weights are used in rotation, so that each is read from memory. Figures: GB/s of weights, GFLOP/s, and the time relative
 to hetis's kernel (above 1: hetis is faster); then, in the same alternation, a plain sum over the same memory. The lower
@@ -17,7 +17,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in fleets: huge pages for every candidate
@@ -34,23 +34,29 @@ SHAPES = [(QKV, HIDDEN), (HIDDEN, ATTENTION), (2 * COLUMNS, HIDDEN), (HIDDEN, CO
 ROTATED_BYTES = 150e6
 FEW_TOKENS, MANY_TOKENS, GEMM_TOKENS = 16, 256, 1024
 OF_SUM, OF_GEMM, OF_ONEDNN = 0.80, 0.90, 0.95
-HETIS, ONEDNN, SUM = "hetis", "onednn packed", "sum"
+HETIS, TORCH, ONEDNN, SUM = "hetis", "torch", "onednn packed", "sum"
 Layer = Callable[[torch.Tensor], object]
 
 
-def candidates(weight: torch.Tensor, num_tokens: int, has_onednn: bool) -> dict[str, Layer]:
-    """Implementations of one linear layer by name, and the sum over the memory of hetis's weight."""
+def candidates(weight: torch.Tensor, num_tokens: int, peers: Sequence[str]) -> dict[str, Layer]:
+    """Implementations of one linear layer by name, hetis's and `peers`, and the sum over hetis's packed weight."""
     packed = pack_linear(weight)
     ways: dict[str, Layer] = {
         HETIS: lambda x: linear(x, packed),
         SUM: lambda x: torch.ops.hetis.stream_read(packed.weight),
-        "torch": lambda x: functional.linear(x, weight),
     }
-    if has_onednn:
+    if TORCH in peers:
+        ways[TORCH] = lambda x: functional.linear(x, weight)
+    if ONEDNN in peers:
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight, num_tokens)
         pointwise = torch.ops.mkldnn._linear_pointwise.default
         ways[ONEDNN] = lambda x: pointwise(x, reordered, None, "none", [], "")
     return ways
+
+
+def find_peers(dtype: torch.dtype) -> list[str]:
+    is_packed = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return [TORCH, ONEDNN] if is_packed else [TORCH]
 
 
 def alternate(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -85,10 +91,10 @@ def report(
     return reached
 
 
-def measure_shape(weights: list[torch.Tensor], num_tokens: int, rounds: int, has_onednn: bool) -> dict[str, float]:
+def measure_shape(weights: list[torch.Tensor], num_tokens: int, rounds: int, peers: Sequence[str]) -> dict[str, float]:
     """Seconds per layer of each candidate, over different weights of one shape."""
     x = torch.randn(num_tokens, weights[0].shape[1]).to(weights[0].dtype)
-    layers = [candidates(weight, num_tokens, has_onednn) for weight in weights]
+    layers = [candidates(weight, num_tokens, peers) for weight in weights]
 
     def pass_over(name: str) -> None:
         for layer in layers:
@@ -98,36 +104,36 @@ def measure_shape(weights: list[torch.Tensor], num_tokens: int, rounds: int, has
     return {name: s / len(weights) for name, s in alternate(ways, rounds if num_tokens < MANY_TOKENS else 3).items()}
 
 
-def bench_shapes(tokens: list[int], dtype: torch.dtype, rounds: int, with_head: bool, has_onednn: bool) -> bool:
+def bench_shapes(tokens: list[int], dtype: torch.dtype, rounds: int, with_head: bool, peers: Sequence[str]) -> bool:
     """Whether all lines reach their aims."""
     reached = True
     for num_outputs, num_inputs in [*SHAPES, *([(VOCABULARY, HIDDEN)] if with_head else [])]:
         num_bytes, flops = num_outputs * num_inputs * dtype.itemsize, 2.0 * num_outputs * num_inputs
         copies = max(1, int(ROTATED_BYTES / num_bytes))
         weights = [torch.randn(num_outputs, num_inputs).mul_(0.02).to(dtype) for _ in range(copies)]
-        gemm_rate = best_gemm_rate(weights[:2], rounds, has_onednn)
+        gemm_rate = best_gemm_rate(weights[:2], rounds, peers)
         for num_tokens in tokens:
-            seconds = measure_shape(weights, num_tokens, rounds, has_onednn)
+            seconds = measure_shape(weights, num_tokens, rounds, peers)
             label = f"{num_outputs}x{num_inputs} T={num_tokens}"
             reached &= report(label, num_tokens, seconds, num_bytes, flops * num_tokens, gemm_rate)
     return reached
 
 
-def best_gemm_rate(weights: list[torch.Tensor], rounds: int, has_onednn: bool) -> float:
+def best_gemm_rate(weights: list[torch.Tensor], rounds: int, peers: Sequence[str]) -> float:
     """FLOP/s of the fastest candidate for many tokens."""
-    seconds = measure_shape(weights, GEMM_TOKENS, rounds, has_onednn)
+    seconds = measure_shape(weights, GEMM_TOKENS, rounds, peers)
     return 2.0 * weights[0].numel() * GEMM_TOKENS / min(s for name, s in seconds.items() if name != SUM)
 
 
-def bench_step(num_tokens: int, dtype: torch.dtype, rounds: int, has_onednn: bool) -> bool:
+def bench_step(num_tokens: int, dtype: torch.dtype, rounds: int, peers: Sequence[str]) -> bool:
     """All layers and the LM head without attention; in a prefill the LM head gets one token, as in serving.
 
     Returns whether the aim is reached.
     """
     shapes = [shape for _ in range(LAYERS) for shape in SHAPES] + [(VOCABULARY, HIDDEN)]
     weights = [torch.empty(shape, dtype=dtype).normal_(std=0.02) for shape in shapes]
-    gemm_rate = best_gemm_rate([weights[2], weights[6]], rounds, has_onednn)
-    layers = [candidates(weight, num_tokens, has_onednn) for weight in weights]
+    gemm_rate = best_gemm_rate([weights[2], weights[6]], rounds, peers)
+    layers = [candidates(weight, num_tokens, peers) for weight in weights]
     norm = torch.ones(HIDDEN, dtype=dtype)
     head_norm = torch.ones(HEAD_DIM, dtype=dtype)
     table = torch.rand(num_tokens, HEAD_DIM)
@@ -176,18 +182,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     used = torch.ops.hetis.limit_dense_isa(arguments.isa)
-    has_onednn = dtype == torch.bfloat16 and used == "avx512_bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    peers = find_peers(dtype) if arguments.isa == "avx512_bf16" else []  # whose instruction set cannot be limited
     print(f"{used}, {arguments.dtype}, {arguments.threads} threads; lower quartiles of {arguments.rounds} rounds")
     with torch.inference_mode():
         if arguments.step:
             rounds = [arguments.rounds if tokens < MANY_TOKENS else 2 for tokens in arguments.step]
             aims = [
-                bench_step(tokens, dtype, count, has_onednn)
-                for tokens, count in zip(arguments.step, rounds, strict=True)
+                bench_step(tokens, dtype, count, peers) for tokens, count in zip(arguments.step, rounds, strict=True)
             ]
             reached = all(aims)
         else:
-            reached = bench_shapes(arguments.tokens, dtype, arguments.rounds, arguments.head, has_onednn)
+            reached = bench_shapes(arguments.tokens, dtype, arguments.rounds, arguments.head, peers)
     sys.exit(0 if reached else 1)
 
 

@@ -72,8 +72,9 @@ void check(const at::Tensor& x, const at::Tensor& weight, const std::optional<at
            const at::Tensor& out) {
   const int64_t group = weight.scalar_type() == at::kBFloat16 ? kInputs<c10::BFloat16> : 1;
   TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 4 && out.dim() == 2 && out.size(0) == x.size(0) &&
-                        weight.size(0) == num_blocks(out.size(1)) &&
-                        weight.size(1) == (x.size(1) + group - 1) / group && weight.size(2) == kBlockRows && weight.size(3) == group && weight.is_contiguous(),
+                        weight.size(0) == num_blocks(out.size(1)) && weight.size(2) == kBlockRows &&
+                        weight.size(1) == (x.size(1) + group - 1) / group && weight.size(3) == group &&
+                        weight.is_contiguous(),
                     "linear: x is ", x.sizes(), ", the weight ", weight.sizes(), " and the result ", out.sizes(),
                     "; they must be [T, K], packed [N / 32, K / ", group, ", 32, ", group, "] and [T, N]");
   for (const at::Tensor& tensor : {x, weight, out})
@@ -102,7 +103,7 @@ void linear(const LinearProblem<T>& problem) {
   TORCH_CHECK(kernel.multiply != nullptr, "linear: no kernel for this processor");
   LinearProblem<T> slab = problem;
   for (int64_t first = 0; first < problem.tokens && problem.outputs > 0; first += kSlabTokens) {
-    slab.tokens = std::min(kSlabTokens, problem.tokens - first);
+    slab.tokens = std::min<int64_t>(kSlabTokens, problem.tokens - first);
     slab.x = problem.x + first * problem.x_stride;
     slab.out = problem.out + first * problem.out_stride;
     run(slab, kernel);

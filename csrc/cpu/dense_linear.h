@@ -16,7 +16,7 @@
 namespace hetis {
 
 constexpr int kBlockRows = 32;
-constexpr int64_t kSlabTokens = 504;   // whole panels; bounds the packed copy of x
+constexpr int kSlabTokens = 504;  // that a kernel takes at once: whole panels; bounds the packed copy of x
 constexpr int64_t kOneDnnTokens = 32;  // with matrix units (AMX), oneDNN is faster beyond in bfloat16
 
 // Neighbouring inputs of one row in a packed weight.
@@ -47,8 +47,8 @@ void linear(const LinearProblem<T>& problem);
 // out[i] = row index[i] (int64, below num_rows = N) of a packed weight; out [T, K].
 void linear_rows(const at::Tensor& weight, int64_t num_rows, const at::Tensor& index, const at::Tensor& out);
 
-// Kernel of one instruction set: `pack` copies x, panel by panel, into the order in which `multiply` reads it for each
-// block of the weight.
+// Kernel of one instruction set, for at most kSlabTokens tokens: `pack` copies x, panel by panel, into the order in
+// which `multiply` reads it for each block of the weight.
 template <class T>
 struct LinearKernel {
   int64_t (*packed_bytes)(int64_t tokens, int64_t inputs);

@@ -7,8 +7,8 @@
 // depends on its own x only, not on other tokens or on the thread that computes it, and decode at T = 1 equals prefill
 // bit for bit.
 //
-// Traffic: a block is read from memory by the first panel of tokens and from the L2 cache by the others, which prefetch
-// the next block meanwhile.
+// Traffic: a strip of a block is read from memory by the first tile and from caches by the others, which prefetch the
+// next strip meanwhile; strips are short enough for a panel's part of x to stay in the L1 cache.
 
 template <class Lanes>
 struct LinearTile {
@@ -17,22 +17,16 @@ struct LinearTile {
   using Problem = LinearProblem<Element>;
 
   static constexpr int kParts = Lanes::kParts, kWidth = Lanes::kWidth, kVectors = kBlockRows / kWidth;
-  static constexpr int kMaxSums = Lanes::kMaxSums, kMaxTokens = kMaxSums / 2;
+  static constexpr int kMaxTokens = Lanes::kMaxSums / 2;
   static constexpr int kGroup = kBlockRows * kInputs<Element>;  // elements of a block for one step
-  static constexpr int64_t kLineBytes = 64, kStrip = 8;         // steps between prefetches
+  static constexpr int64_t kLineBytes = 64, kFetchSteps = 8;
 
-  // Tokens are divided evenly among the fewest panels, in units of Lanes::kTokenUnit.
+  // Tokens are divided evenly among the fewest panels.
   struct Panels {
-    int64_t tokens, units, count;
+    int64_t tokens, count;
 
-    explicit Panels(int64_t tokens)
-        : tokens(tokens),
-          units((tokens + Lanes::kTokenUnit - 1) / Lanes::kTokenUnit),
-          count((tokens + kMaxTokens - 1) / kMaxTokens) {}
-    int64_t first_token(int64_t panel) const {
-      const int64_t token = units * panel / count * Lanes::kTokenUnit;
-      return token < tokens ? token : tokens;
-    }
+    explicit Panels(int64_t tokens) : tokens(tokens), count((tokens + kMaxTokens - 1) / kMaxTokens) {}
+    int64_t first_token(int64_t panel) const { return tokens * panel / count; }
   };
 
   static int64_t num_units(int64_t inputs) { return num_steps<Element>(inputs) * kParts; }
@@ -81,51 +75,84 @@ struct LinearTile {
   template <int P, int V>
   static HETIS_INLINE void multiply_step(const Element* weight, const float* x, Vector (&sum)[P][V]) {
 #pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kParts; ++part, x += P) {
       Vector w[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) w[v] = Lanes::load(weight, v, part);
 #pragma GCC unroll 12
       for (int p = 0; p < P; ++p) {
-        const Vector token = Lanes::broadcast(x + part * P + p);
+        const Vector token = Lanes::broadcast(x + p);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[p][v] = Lanes::multiply_add(w[v], token, sum[p][v]);
       }
     }
   }
 
-  // Lines of the next block, some of which are prefetched after every strip of a block that several tiles read.
+  // Lines of the next strip, some of which are prefetched after every few steps of a strip that several tiles read. For
+  // one tile alone prefetches gain nothing (8 to 12 tokens) or cost 10 % (1 token).
   struct Ahead {
     const char *next, *end;
-    int64_t per_strip;
+    int64_t at_once;
 
     HETIS_INLINE void fetch() {
-      for (int64_t i = 0; i < per_strip && next < end; ++i, next += kLineBytes) _mm_prefetch(next, _MM_HINT_T1);
+      for (int64_t i = 0; i < at_once && next < end; ++i, next += kLineBytes) _mm_prefetch(next, _MM_HINT_T1);
     }
   };
 
-  // Sums of P tokens and V vectors of a block, from `row` on.
+  static Ahead ahead_of(const Element* weight, int64_t steps, int64_t tiles, const char* range_end) {
+    if (tiles == 1) return {nullptr, nullptr, 0};
+    const int64_t bytes = steps * kGroup * static_cast<int64_t>(sizeof(Element));
+    const char* next = reinterpret_cast<const char*>(weight) + bytes;
+    const int64_t fetches = tiles * (steps < kFetchSteps ? 1 : steps / kFetchSteps);
+    return {next, range_end - next < bytes ? range_end : next + bytes, (bytes / kLineBytes + fetches - 1) / fetches};
+  }
+
+  // Some steps of a block for a panel of tokens. `sums` [token][row of the block] keeps them between its strips.
+  struct Strip {
+    const Element* weight;
+    const float* x;
+    int64_t steps, token, row;
+    float* sums;
+    bool is_first, is_last;
+  };
+
+  // P tokens and V vectors of a strip, from vector `first` on.
   template <int P, int V>
-  static void multiply_tile(const Problem& problem, const Element* weight, const float* x, int64_t token, int64_t row,
-                            Ahead& shared_ahead) {
+  static void multiply_tile(const Problem& problem, const Strip& strip, int first, Ahead& shared_ahead) {
     Ahead ahead = shared_ahead;
+    const Element* weight = strip.weight + first * kWidth * kInputs<Element>;
+    const float* x = strip.x;
+    float* sums = strip.sums + strip.token * kBlockRows + first * kWidth;
     Vector sum[P][V];
 #pragma GCC unroll 12
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[p][v] = Lanes::zero();
-    int64_t left = num_steps<Element>(problem.inputs);
-    for (; left >= kStrip; left -= kStrip) {
+    if (!strip.is_first) {
+#pragma GCC unroll 12
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[p][v] = Lanes::kept(sums + p * kBlockRows + v * kWidth);
+    }
+    int64_t left = strip.steps;
+    for (; left >= kFetchSteps; left -= kFetchSteps) {
       ahead.fetch();
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kStrip; ++i, weight += kGroup, x += kParts * P) multiply_step<P, V>(weight, x, sum);
+      for (int64_t i = 0; i < kFetchSteps; ++i, weight += kGroup, x += kParts * P) multiply_step<P, V>(weight, x, sum);
     }
     for (; left > 0; --left, weight += kGroup, x += kParts * P) multiply_step<P, V>(weight, x, sum);
     shared_ahead = ahead;
+    if (strip.is_last) {
 #pragma GCC unroll 12
-    for (int p = 0; p < P; ++p)
+      for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(problem, sum[p][v], token + p, row + v * kWidth);
+        for (int v = 0; v < V; ++v) store(problem, sum[p][v], strip.token + p, strip.row + (first + v) * kWidth);
+    } else {
+#pragma GCC unroll 12
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) Lanes::keep(sum[p][v], sums + p * kBlockRows + v * kWidth);
+    }
   }
 
   // Adds the bias, rounds, and writes the outputs of one vector that exist.
@@ -144,34 +171,41 @@ struct LinearTile {
   }
 
   // Vectors of a tile of so many tokens: all of a block, or half of them where the registers hold no more sums.
-  static constexpr int tile_vectors(int tokens) { return tokens * kVectors <= kMaxSums ? kVectors : kVectors / 2; }
+  static constexpr int tile_vectors(int64_t tokens) {
+    return tokens * kVectors <= Lanes::kWholeSums ? kVectors : kVectors / 2;
+  }
 
-  // A block times a panel of `width` <= P tokens.
+  // A strip times a panel of `width` <= P tokens.
   template <int P>
-  static void multiply_panel(int64_t width, const Problem& problem, const Element* weight, const float* x,
-                             int64_t token, int64_t row, Ahead& ahead) {
+  static void multiply_panel(int64_t width, const Problem& problem, const Strip& strip, Ahead& ahead) {
     if constexpr (P > 1)
-      if (width < P) return multiply_panel<P - 1>(width, problem, weight, x, token, row, ahead);
+      if (width < P) return multiply_panel<P - 1>(width, problem, strip, ahead);
     constexpr int V = tile_vectors(P);
-    for (int v = 0; v < kVectors; v += V)
-      multiply_tile<P, V>(problem, weight + v * kWidth * kInputs<Element>, x, token, row + v * kWidth, ahead);
+    for (int v = 0; v < kVectors; v += V) multiply_tile<P, V>(problem, strip, v, ahead);
   }
 
   static void multiply(const Problem& problem, const void* packed, int64_t begin, int64_t end) {
+    alignas(64) float sums[kSlabTokens * kBlockRows];
     const Panels panels(problem.tokens);
     const int64_t steps = num_steps<Element>(problem.inputs), units = num_units(problem.inputs);
-    const int64_t lines = steps * kGroup * static_cast<int64_t>(sizeof(Element)) / kLineBytes;
     const int64_t tiles = panels.count * kVectors / tile_vectors(panels.first_token(1));
-    const int64_t per_strip = lines / (tiles * (steps < kStrip ? 1 : steps / kStrip)) + 1;
+    const int64_t strip_steps = tiles > 1 && steps > Lanes::kStripSteps ? Lanes::kStripSteps : steps;
+    const char* range_end = reinterpret_cast<const char*>(problem.weight + end * steps * kGroup);
     for (int64_t block = begin; block < end; ++block) {
-      const Element* weight = problem.weight + block * steps * kGroup;
-      const char* next = reinterpret_cast<const char*>(weight + steps * kGroup);
-      Ahead ahead = {next, tiles > 1 && block + 1 < end ? next + lines * kLineBytes : next, per_strip};
-      for (int64_t panel = 0; panel < panels.count; ++panel) {
-        const int64_t token = panels.first_token(panel), width = panels.first_token(panel + 1) - token;
-        multiply_panel<kMaxTokens>(width, problem, weight, static_cast<const float*>(packed) + token * units, token,
-                                   block * kBlockRows, ahead);
-      }
+      int64_t first = 0;
+      do {
+        const int64_t count = steps - first < strip_steps ? steps - first : strip_steps;
+        const Element* weight = problem.weight + (block * steps + first) * kGroup;
+        Ahead ahead = ahead_of(weight, count, tiles, range_end);
+        for (int64_t panel = 0; panel < panels.count; ++panel) {
+          const int64_t token = panels.first_token(panel), width = panels.first_token(panel + 1) - token;
+          const float* x = static_cast<const float*>(packed) + token * units + first * kParts * width;
+          const bool is_last = first + count == steps;
+          multiply_panel<kMaxTokens>(
+              width, problem, {weight, x, count, token, block * kBlockRows, sums, first == 0, is_last}, ahead);
+        }
+        first += count;
+      } while (first < steps);
     }
   }
 
