@@ -172,7 +172,7 @@ class LayerSegments : public torch::CustomClassHolder {
     const LinearKernel<T> kernel = linear_kernel<T>();
     TORCH_CHECK(kernel.multiply != nullptr, "LayerSegments: no kernel of `linear` for this processor");
     const int64_t longest = std::max({hidden_, columns_, groups_ * queries_ * head_dim_});
-    const auto bytes = static_cast<size_t>(kernel.packed_bytes(std::min(kSlabTokens, tokens_), longest));
+    const auto bytes = static_cast<size_t>(kernel.packed_bytes(std::min<int64_t>(kSlabTokens, tokens_), longest));
     if (packed_.size() * sizeof(CacheLine) < bytes) packed_.resize(bytes / sizeof(CacheLine) + 1);
     // OpenMP keeps its threads only while the number stays the same: all of them, or none for tiny models
     const bool is_tiny = weights_of(begin, end) * (1 + tokens_ / 16) < kTinyWeights;
@@ -258,7 +258,7 @@ class LayerSegments : public torch::CustomClassHolder {
                                      static_cast<T*>(out.data_ptr()) + first * outputs,
                                      inputs,
                                      outputs,
-                                     std::min(kSlabTokens, tokens_ - first),
+                                     std::min<int64_t>(kSlabTokens, tokens_ - first),
                                      outputs,
                                      inputs};
       team(kernel.num_panels(slab.tokens), [&](int64_t begin, int64_t end) { kernel.pack(slab, packed, begin, end); });
