@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from bench_vs_vllm import CONFIG
+from checkpoint import CONFIG
 
 from hetis import LLM, SamplingParams
 from hetis.core.messages import FleetStats

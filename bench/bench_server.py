@@ -33,7 +33,8 @@ from extras import need
 need("httpx", "psutil")
 import httpx  # noqa: E402
 import psutil  # noqa: E402
-from bench_vs_vllm import hetis_options, make_checkpoint  # noqa: E402
+from bench_peers import hetis_options  # noqa: E402
+from checkpoint import make_checkpoint  # noqa: E402
 
 SMALL = ("--device", "cpu", "--kv-cache-memory", "256MiB", "--max-num-seqs", "64")
 STREAMS, TOKENS = 64, 200

@@ -55,7 +55,7 @@ FLEET = (
 STEPS = r"^(?P<case>at rest|moving) +\d+ steps +median +(?P<median_ms>[\d.]+) ms +95 % +(?P<p95_ms>[\d.]+) ms"
 ENGINES = (
     r"^round \d+ +(?P<case>\S.*?) +\{'first_token_s': (?P<first_token_s>[\d.]+), "
-    r"'batch_tok_s': (?P<batch_tokens_per_s>[\d.]+), 'single_tok_s': (?P<single_tokens_per_s>[\d.]+)\}"
+    r"'batch_tok_s': (?P<batch_tokens_per_s>[\d.]+), 'single_tok_s': (?P<single_tokens_per_s>[\d.]+)"
 )
 SERVER = r"^round \d+ +(?P<case>{cases}) +(?P<{metric}>[\d.]+)"
 ONE_ROUND = ("--rounds", "1")
@@ -65,7 +65,7 @@ BENCHMARKS = {
         for scenario in ("small-primary", "slow-worker", "slow-link", "throttled")
     },
     "migration": Benchmark("bench_migration.py", (), (), STEPS),
-    "engine": Benchmark("bench_vs_vllm.py", (), ONE_ROUND, ENGINES),
+    "engine": Benchmark("bench_peers.py", (), ONE_ROUND, ENGINES),
     "server-cost": Benchmark(
         "bench_server.py", ("chunk", "idle"), ONE_ROUND, SERVER.format(cases="chunk|idle", metric="cost")
     ),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_vs_vllm import CONFIG as QWEN3_0_6B
+from checkpoint import CONFIG as QWEN3_0_6B
 
 LLAMA3_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

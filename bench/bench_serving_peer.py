@@ -1,11 +1,10 @@
 """`hetis serve` and vLLM's CPU server on one machine in one run: the same load at four rates.
 
-    python bench/bench_serving_vs_vllm.py --vllm-python /path/to/vllm-env/bin/python
+    python bench/bench_serving_peer.py --vllm-python /path/to/vllm-env/bin/python
 
-vLLM's environment is that of bench_vs_vllm.py, and so is the checkpoint (random weights, Qwen3-0.6B's shape, bfloat16),
-with a tokenizer of made-up words. The servers take turns, `--rounds` times. `hetis bench serve` sends Poisson arrivals
-of 256 tokens in and 64 out, the same ones to both. Medians over the rounds are printed as a table, and rows go to
-bench/results/serving_vs_vllm.jsonl.
+vLLM's environment is that of bench_peers.py, and so is the checkpoint (random weights, Qwen3-0.6B's shape, bfloat16).
+The servers take turns, `--rounds` times. `hetis bench serve` sends Poisson arrivals of 256 tokens in and 64 out, the
+same ones to both. Medians over the rounds are printed as a table, and rows go to bench/results/serving_peer.jsonl.
 """
 
 import argparse
@@ -20,27 +19,16 @@ from statistics import median
 from typing import Any
 
 import records
-from bench_vs_vllm import CONFIG, make_checkpoint
+from checkpoint import make_checkpoint
 from extras import need
 from records import commit, date, machine
 
-need("httpx", "psutil", "tokenizers")
+need("httpx", "psutil")
 from bench_server import free_port, started  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 SHAPE = ("--input-len", "256", "--output-len", "64")
 START_SECONDS = 600
 FIGURES = ("output_throughput", "median_ttft_ms", "p95_ttft_ms", "median_tpot_ms", "p95_tpot_ms")
-
-
-def add_tokenizer(model: Path) -> None:
-    """Gives the checkpoint one word for each id."""
-    words = {f"w{number}": number for number in range(CONFIG["vocab_size"])}  # type: ignore[call-overload]
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(model / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0", "model_max_length": 40960}
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def command_of(engine: str, model: Path, port: int, vllm_python: str) -> list[str]:
@@ -85,7 +73,6 @@ def main() -> None:
         scratch = Path(name)
         (scratch / "model").mkdir()
         model = make_checkpoint(scratch / "model")
-        add_tokenizer(model)
         for number in range(options.rounds):
             for engine in ("vllm", "hetis") if number % 2 == 0 else ("hetis", "vllm"):
                 for result in measure(engine, model, options, scratch):
@@ -101,7 +88,7 @@ def main() -> None:
             "date": date(), "machine": machine(), "commit": commit(), "engine": engine, "rate": rate, "failed": failed,
             "rounds": options.rounds, "figures": figures,
         }  # fmt: skip
-        records.append("serving_vs_vllm.jsonl", json.dumps(row).encode())
+        records.append("serving_peer.jsonl", json.dumps(row).encode())
 
 
 if __name__ == "__main__":
