@@ -86,8 +86,10 @@ class FleetProcess:
 
     @staticmethod
     def _read(stream: IO[str], lines: list[str]) -> None:
+        """Keeps all lines but the warning that depends on how many cores this machine has."""
         for line in stream:
-            lines.append(line.rstrip("\n"))
+            if " compete for " not in line:
+                lines.append(line.rstrip("\n"))
 
     # --- members ------------------------------------------------------------------------------------------------------
 

@@ -153,7 +153,7 @@ def test_it_is_healthy_and_a_signal_ends_it(served: Served) -> None:
     served.process.process.send_signal(signal.SIGTERM)
     assert served.process.wait() == 0, served.process.text()
     assert served.process.leftovers() == []
-    levels = {line["level"] for line in messages(served.process)}
-    assert levels == {"info"}
+    unusual = [line["message"] for line in messages(served.process) if line["level"] != "info"]
+    assert all("compete for" in message for message in unusual), "ranks share the cores of a small machine"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
