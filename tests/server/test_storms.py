@@ -91,8 +91,8 @@ def test_requests_that_are_cut_at_random_leave_nothing(url: str) -> None:
         ends: Counter[str] = Counter()
         async with http_client(url) as client:
             before = await completion(client)
-            for _ in range(25):  # no more at once than run and wait, so that none is refused
-                cuts = [index % 2 == 0 for index in range(20)]
+            for _ in range(50):  # with those just cut no more at once than run and wait, so that none is refused
+                cuts = [index % 2 == 0 for index in range(10)]
                 ends.update(await asyncio.gather(*(one(client, cut, draw.random() < 0.5) for cut in cuts)))
             await until_idle(client)
             assert await completion(client) == before
