@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint import CONFIG
 
 from hetis.comm.rendezvous import LocalRendezvous
 from hetis.core.config import EngineConfig
@@ -37,9 +38,7 @@ from hetis.ranks.primary import PrimaryRank
 from hetis.ranks.rank import build_member
 from hetis_kernels import paged_decode
 
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
+TINY: dict[str, Any] = CONFIG | {
     "hidden_size": 64,
     "intermediate_size": 64,
     "num_attention_heads": 4,
@@ -47,12 +46,8 @@ CONFIG = {
     "head_dim": 16,
     "vocab_size": 512,
     "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 SHOWN = (Activity.DENSE, Activity.APPEND, Activity.ATTENTION)
 
@@ -61,7 +56,7 @@ class Primary:
     """An engine and the only primary of its fleet."""
 
     def __init__(self, directory: Path, num_layers: int) -> None:
-        (directory / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": num_layers}))
+        (directory / "config.json").write_text(json.dumps(TINY | {"num_hidden_layers": num_layers}))
         config = EngineConfig(
             model=str(directory), plan="1+0", device="cpu", load_format="dummy", max_model_len=2048, seed=0
         )

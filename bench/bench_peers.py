@@ -69,11 +69,15 @@ def hetis_options(plan: str) -> dict[str, object]:
     return {"plan": plan, "device": "cpu", "dtype": "bfloat16", "max_num_seqs": 64, "max_model_len": MAX_LEN}
 
 
+def environment() -> dict[str, str]:
+    """Of all engines; vLLM gets the size of its cache and all cores."""
+    cores = f"0-{(os.cpu_count() or 1) - 1}"
+    return os.environ | {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": cores}
+
+
 def result_of(command: list[str]) -> Figures:
     """What a child prints after RESULT."""
-    cores = f"0-{(os.cpu_count() or 1) - 1}"
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": cores}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise RuntimeError(f"{command[0]} gave no result:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

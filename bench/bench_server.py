@@ -33,7 +33,7 @@ from extras import need
 need("httpx", "psutil")
 import httpx  # noqa: E402
 import psutil  # noqa: E402
-from bench_peers import hetis_options  # noqa: E402
+from bench_peers import MAX_LEN, hetis_options  # noqa: E402
 from checkpoint import make_checkpoint  # noqa: E402
 
 SMALL = ("--device", "cpu", "--kv-cache-memory", "256MiB", "--max-num-seqs", "64")
@@ -169,7 +169,7 @@ def throughput(rounds: int) -> list[float]:
             return NUM_PROMPTS * OUTPUT_LEN / (time.perf_counter() - begin)
 
     def by_http(model: str) -> float:
-        options = ("--device", "cpu", "--dtype", "bfloat16", "--max-num-seqs", "64", "--max-model-len", "1024")
+        options = ("--device", "cpu", "--dtype", "bfloat16", "--max-num-seqs", "64", "--max-model-len", str(MAX_LEN))
         with server(model, *options) as served:
             asyncio.run(stream_all(served.url, prompts[:2], 2))
             seconds, _ = asyncio.run(stream_all(served.url, prompts, OUTPUT_LEN))

@@ -9,7 +9,6 @@ same ones to both. Medians over the rounds are printed as a table, and rows go t
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import records
+from bench_peers import environment
 from checkpoint import make_checkpoint
 from extras import need
 from records import commit, date, machine
@@ -45,7 +45,6 @@ def measure(engine: str, model: Path, options: argparse.Namespace, scratch: Path
     """A result of `hetis bench serve` for each rate."""
     port = free_port()
     url, found = f"http://127.0.0.1:{port}", scratch / "found.jsonl"
-    variables = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
     command = command_of(engine, model, port, options.vllm_python)
     load = [sys.executable, "-m", "hetis", "bench", "serve", "--base-url", url, "--no-progress", *SHAPE]
     load += ["--request-rate", options.rates, "--duration", str(options.duration), "--num-warmups", "4"]
@@ -53,7 +52,7 @@ def measure(engine: str, model: Path, options: argparse.Namespace, scratch: Path
     load += ["--result-filename", found.name]
     with (
         (records.folder() / f"serving_{engine}.log").open("wb") as log,
-        started(command, f"{url}/health", START_SECONDS, env=os.environ | variables, stdout=log, stderr=log),
+        started(command, f"{url}/health", START_SECONDS, env=environment(), stdout=log, stderr=log),
     ):
         subprocess.run(load, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     results = [json.loads(line) for line in found.read_text().splitlines()]

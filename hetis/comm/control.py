@@ -32,7 +32,7 @@ _TO: dict[Client, Any] = {
     "health": None,  # nothing is sent
     "board": m.Published,
     "agents": m.Pong | m.End,
-    "front": _TO_FRONT | m.EndRequested | m.EngineDead,
+    "front": _TO_FRONT,
 }
 
 MAX_MESSAGE_BYTES = 1 << 30
