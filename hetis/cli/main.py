@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import NoReturn
@@ -101,11 +102,20 @@ def _run(argv: list[str], is_interruptible: bool) -> int:
     from hetis.frontend.errors import EngineDeadError
 
     if is_interruptible:
+        sys.unraisablehook = _repeat_interrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return options.run(options) or 0
     except EngineDeadError as error:
         return _complain(error)
+
+
+def _repeat_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Sends Ctrl-C again where Python drops it: in a weak reference's callback, of which an import has many."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()  # when the callback has returned
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _begin_under_torchrun(config: EngineConfig) -> None:

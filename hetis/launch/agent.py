@@ -192,9 +192,9 @@ def main() -> NoReturn:
     # a process that the root forked may hold its end of the pipe, so its own end is watched as well
     owners = (sys.stdin.fileno(), begin(root))
     args = msgspec.json.decode((Path(directory) / JOB).read_bytes(), type=DriverArgs)
-    record = failure.FailureRecord(directory).write
+    record = failure.FailureRecord(directory)
     timeout = args.config.step_timeout
-    agent = Agent(directory, owners, timeout, lambda rank: failure.member_name(args.plan, rank), record)
+    agent = Agent(directory, owners, timeout, lambda rank: failure.member_name(args.plan, rank), record.write)
     agent.children.start_driver()
     if torchrun.under_torchrun():
         agent.start_rank(0, os.environ)
@@ -202,8 +202,8 @@ def main() -> NoReturn:
         for rank in args.plan.ranks:
             agent.start_rank(rank, rank_environment(rank, args.plan.world_size))
     code = agent.run()
-    if supervision.has_ended(root):
-        shutil.rmtree(directory, ignore_errors=True)  # else the root reads the failure reason
+    if record.read() is None or supervision.has_ended(root):  # else the root reads the reason, and removes it
+        shutil.rmtree(directory, ignore_errors=True)
     os._exit(code)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hetis import LLM, SamplingParams
-from tests.launch.fleet_process import ROOT, FleetProcess, torchrun_command
+from tests.launch.fleet_process import ENDLESS, ROOT, FleetProcess, torchrun_command
 from tests.processes.look import DEADLINE
 
 HETIS = [sys.executable, "-m", "hetis"]
@@ -210,34 +211,58 @@ def free_port() -> int:
 
 # --- Ctrl-C, and a closed reader --------------------------------------------------------------------------------------
 
-LONG = ["generate", "--plan", "1+1", "--no-profile-cache", *SMALL, "--max-tokens", "900", "--ignore-eos"]
-
 
 @pytest.mark.process
 @pytest.mark.parametrize("phase", ["starting", "loading", "measuring", "generating"])
 def test_ctrl_c_ends_the_command_silently(phase: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="t") as directory:
-        prompts = ["--prompt", "It was", "--prompt", "The"]
-        with FleetProcess([*HETIS, *LONG, *prompts], Path(directory)) as fleet:
-            if phase == "starting":
-                fleet.member("agent")
-            elif phase == "loading":
-                fleet.until(lambda: list(Path(directory).glob("hetis-*/ranks")), "the driver listens")
-            elif phase == "measuring":
-                fleet.until(lambda: any("measuring devices" in line for line in fleet.err), "devices are measured")
-            else:
-                fleet.wait_for("[0]")
-            fleet.hurt("front", signal.SIGINT)
-            assert fleet.wait() == 128 + signal.SIGINT
-            told = (" INFO hetis", " compete for ")
-            rest = [line for line in fleet.err if not any(words in line for words in told)]
-            assert rest == [], "no process writes a message"
-            assert fleet.leftovers() == []
+    command = [*HETIS, *ENDLESS, "--plan", "1+1", "--no-profile-cache"]
+    with tempfile.TemporaryDirectory(prefix="t") as directory, FleetProcess(command, Path(directory)) as fleet:
+        if phase == "starting":
+            fleet.member("agent")
+        elif phase == "loading":
+            fleet.until(lambda: list(Path(directory).glob("hetis-*/ranks")), "the driver listens")
+        elif phase == "measuring":
+            fleet.until(lambda: any("measuring devices" in line for line in fleet.err), "devices are measured")
+        else:
+            fleet.wait_for("[0]")
+        fleet.hurt("front", signal.SIGINT)
+        assert fleet.wait() == 128 + signal.SIGINT
+        told = (" INFO hetis", " compete for ")
+        rest = [line for line in fleet.err if not any(words in line for words in told)]
+        assert rest == [], "no process writes a message"
+        assert fleet.leftovers() == []
+
+
+def test_ctrl_c_in_a_callback_of_the_interpreter_is_not_lost() -> None:
+    """Python drops what is raised in a weak reference's callback; an import runs many."""
+    code = """
+import signal, sys, time, weakref
+from hetis.cli import main
+
+def interrupt(_):
+    signal.raise_signal(signal.SIGINT)
+
+def run(options):
+    subject = lambda: None
+    reference = weakref.ref(subject, interrupt)
+    del subject
+    time.sleep(60)
+
+build_parser = main.build_parser
+def build():
+    parser = build_parser()
+    parser.set_defaults(run=run)
+    return parser
+main.build_parser = build
+main.main([])
+"""
+    result = run([sys.executable, "-c", code])
+    assert (result.returncode, result.stderr) == (130, "")
 
 
 @pytest.mark.process
 def test_a_closed_reader_ends_the_command_silently() -> None:
-    command = " ".join([*HETIS, *LONG, *SILENT, "--prompt", "It"])
+    command = shlex.join([*HETIS, *ENDLESS, "--plan", "1+1", *SILENT])
     result = run(["bash", "-c", f"{command} | head -c 9; echo ${{PIPESTATUS[0]}}"])
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.endswith(f"{128 + signal.SIGPIPE}\n")

@@ -20,6 +20,11 @@ ROOT = Path(__file__).parent.parent.parent
 SHIM = Path(__file__).parent / "shim"
 END_SECONDS = 50.0
 
+# `hetis generate` for many minutes: a test ends it, however fast the engine becomes. "[0]" is printed with the first
+# token; few sequences run at once, so that all of them decode.
+ENDLESS = ("generate", "--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--device", "cpu")
+ENDLESS += ("--max-num-seqs", "2", *("--prompt", "It was", "--prompt", "The") * 1000)
+
 # A front end: prints "ready"; waits for a line when idle or closing, streams for long when busy.
 SCRIPT = """
 import sys

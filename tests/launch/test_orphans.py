@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.fleet_process import SHIM, FleetProcess
+from tests.launch.fleet_process import ENDLESS, SHIM, FleetProcess
 
 pytestmark = pytest.mark.process
 
@@ -71,8 +71,7 @@ def test_the_end_of_the_agent_ends_stopped_processes(directory: Path, victim: st
 
 @pytest.mark.parametrize("victim", ["rank 1", "driver", "agent", "agent 1"])
 def test_the_end_of_torchrun_ends_stopped_processes(directory: Path, victim: str) -> None:
-    options = ("--max-tokens", "900", "--ignore-eos", "--kv-cache-memory", "64MiB", "--dispatch", "even")
-    command = ("generate", "--plan", "1+1", "--device", "cpu", "--step-timeout", "300", *options)
+    command = (*ENDLESS, "--plan", "1+1", "--dispatch", "even", "--step-timeout", "300")
     with FleetProcess.torchrun(directory, 2, *command) as fleet:
         fleet.member("front")
         fleet.wait_for("[0]")
