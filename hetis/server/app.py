@@ -37,11 +37,12 @@ def build_app(llm: "AsyncLLM", options: ServerOptions) -> FastAPI:
 def _wrap(app: FastAPI, server: Server, options: ServerOptions) -> None:
     """Adds the middleware, from the innermost to the outermost.
 
-    A request is counted and logged; then come CORS (whose preflight requests have no key), header limits, the key, the
-    state of the server, and only then the body is read.
+    A request is counted and logged; then come CORS (whose preflight requests have no key), header limits, the key,
+    whether the server can take it, and only then the body is read.
     """
     app.add_middleware(BodyLimits, max_bytes=options.max_body_bytes)
-    app.add_middleware(Gate, admission=server.admission, state=lambda: server.state)
+    generating = (completions.PATH, chat.PATH)
+    app.add_middleware(Gate, admission=server.admission, state=lambda: server.state, generating=generating)
     if options.api_key_digests:
         app.add_middleware(Authentication, digests=options.api_key_digests)
     app.add_middleware(HeaderLimits)
@@ -54,6 +55,6 @@ def _wrap(app: FastAPI, server: Server, options: ServerOptions) -> None:
             expose_headers=("X-Request-Id", "Retry-After"),
         )
     app.add_middleware(RequestLog)
-    app.add_middleware(HttpMetrics, registry=server.metrics.registry)
+    app.add_middleware(HttpMetrics, registry=server.metrics.registry, known=generating)
     if options.root_path:
         app.add_middleware(Prefix, prefix=options.root_path)

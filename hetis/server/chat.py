@@ -35,13 +35,13 @@ from hetis.server.writing import Counts, Envelope, TokenTexts, encode, finite, p
 if TYPE_CHECKING:
     from hetis.server.context import Server
 
-_PATH = "/v1/chat/completions"
+PATH = "/v1/chat/completions"
 _EVENTS = "Events with what is new of each message, then `data: [DONE]`; an event with `error` if the engine fails."
 router = APIRouter()
 
 
 @router.post(
-    _PATH,
+    PATH,
     openapi_extra=takes(ChatRequest),
     responses=POST_ERRORS | answers(ChatResponse, "The next messages.", stream=_EVENTS),
 )
@@ -54,7 +54,7 @@ async def create_chat_completion(request: HttpRequest) -> Response:
     names = _names(body)
     params = params_of(body, server.sampling_defaults, names)
     task = Task(
-        _PATH,
+        PATH,
         params,
         is_stream=bool(body.stream),
         num_prompts=1,

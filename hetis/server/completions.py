@@ -28,13 +28,13 @@ from hetis.server.writing import Counts, Envelope, PromptLogprobs, TokenTexts, e
 if TYPE_CHECKING:
     from hetis.server.context import Server
 
-_PATH = "/v1/completions"
+PATH = "/v1/completions"
 _EVENTS = "Events with what is new of each choice, then `data: [DONE]`; an event with `error` if the engine fails."
 router = APIRouter()
 
 
 @router.post(
-    _PATH,
+    PATH,
     openapi_extra=takes(CompletionRequest),
     responses=POST_ERRORS | answers(CompletionResponse, "The completions.", stream=_EVENTS),
 )
@@ -47,7 +47,7 @@ async def create_completion(request: HttpRequest) -> Response:
     params = params_of(body, server.sampling_defaults)
     prompts = prompts_of(body.prompt)
     task = Task(
-        _PATH,
+        PATH,
         params,
         is_stream=bool(body.stream),
         num_prompts=len(prompts),

@@ -1,10 +1,13 @@
 """Metrics of HTTP: requests and their duration, by the template of their route, so that no client makes labels."""
 
 import asyncio
+from collections.abc import Collection
 from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hetis.server.paths import route_path
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -16,8 +19,9 @@ FAILED = "500"
 class HttpMetrics:
     """ASGI middleware. A request lasts until the last byte of its body; names are those of other servers in Python."""
 
-    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry, known: Collection[str]) -> None:
+        """`known`: paths that keep their name where a request is refused before it is routed."""
+        self._app, self._known = app, known
         labels = ("handler", "method", "status")
         self._requests = Counter("http_requests_total", "Requests by route and status.", labels, registry=registry)
         self._seconds = Histogram(
@@ -45,11 +49,18 @@ class HttpMetrics:
             status = status or FAILED
             raise
         finally:
-            labels = route_of(scope), scope["method"] if scope["method"] in METHODS else "other", status or CLIENT_GONE
+            labels = (
+                self._route_of(scope),
+                scope["method"] if scope["method"] in METHODS else "other",
+                status or CLIENT_GONE,
+            )
             self._requests.labels(*labels).inc()
             self._seconds.labels(*labels).observe(monotonic() - begin)
 
-
-def route_of(scope: Scope) -> str:
-    """The template of the route that the application has found, like "/v1/models/{name}"."""
-    return str(getattr(scope.get("route"), "path", UNKNOWN))
+    def _route_of(self, scope: Scope) -> str:
+        """The template of the route, like "/v1/models/{name}"."""
+        route = scope.get("route")
+        if route is not None:
+            return str(route.path)
+        path = route_path(scope)
+        return path if path in self._known else UNKNOWN

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from starlette.types import Message
 
 from hetis.core.messages import EngineStatus
 from hetis.server.admission import Admission
@@ -100,3 +101,31 @@ def test_a_full_queue_is_not_ready() -> None:
     with server.admission.admit(64):
         assert asyncio.run(status()) == (503, "queue full")
     assert asyncio.run(status()) == (200, "ready")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_full_queue_refuses_before_the_body_is_read(path: str) -> None:
+    """What needs no sequence is still served; the metrics name the route."""
+    _, app, server = frame(max_queued_requests=0)
+    scope = {
+        "type": "http", "method": "POST", "path": path, "query_string": b"", "headers": [(b"content-length", b"9")]
+    }  # fmt: skip
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        raise AssertionError("the body is read")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def check() -> None:
+        await app(scope, receive, send)
+        assert sent[0]["status"] == 503
+        assert (b"retry-after", b"1") in sent[0]["headers"]
+        async with http_client(app) as client:
+            assert (await client.post("/tokenize", json={"prompt": "It"})).status_code != 503
+        labels = {"handler": path, "method": "POST", "status": "503"}
+        assert server.metrics.registry.get_sample_value("http_requests_total", labels) == 1
+
+    with server.admission.admit(64):
+        asyncio.run(check())

@@ -49,8 +49,8 @@ def exported() -> Exported:
     async def nothing(*arguments: object) -> None: ...
 
     async def run() -> bytes:
-        middleware = HttpMetrics(nothing, metrics.registry)
-        await middleware({"type": "http", "method": "GET"}, nothing, nothing)  # type: ignore[arg-type]
+        middleware = HttpMetrics(nothing, metrics.registry, ())
+        await middleware({"type": "http", "method": "GET", "path": "/"}, nothing, nothing)  # type: ignore[arg-type]
         return await metrics.render()
 
     found: Exported = defaultdict(set)
