@@ -21,6 +21,7 @@ namespace hetis {
 namespace {
 
 constexpr int64_t kGrainWeights = 1 << 18;  // weights of about 10 us of work, several times a wake-up
+constexpr int64_t kOwnTokens = 96;          // per thread, from which on threads divide tokens
 constexpr int64_t kGrainPacked = 1 << 15;   // values of x that are worth a second parallel region to pack them
 
 // Memory of the calling thread for packed x, reused by later calls.
@@ -36,9 +37,28 @@ void* scratch(size_t bytes) {
   return memory.get();
 }
 
-// Packs x once for all threads, or, where it is small, once in each: that saves a barrier.
+// Many tokens: each thread packs and multiplies tokens of its own, so that no packed x passes between cores: that took
+// 0.2 ms of 2.5 (256 tokens, K = 2,048), in other minutes 0.55. Every thread reads all weights.
 template <class T>
-void run(const LinearProblem<T>& problem, const LinearKernel<T>& kernel) {
+void run_by_tokens(const LinearProblem<T>& problem, const LinearKernel<T>& kernel, int64_t threads) {
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = problem.tokens * end / threads;
+    LinearProblem<T> slab = problem;
+    for (int64_t first = problem.tokens * begin / threads; first < last; first += slab.tokens) {
+      slab.tokens = std::min<int64_t>(kSlabTokens, last - first);
+      slab.x = problem.x + first * problem.x_stride;
+      slab.out = problem.out + first * problem.out_stride;
+      void* packed = scratch(static_cast<size_t>(kernel.packed_bytes(slab.tokens, slab.inputs)));
+      kernel.pack(slab, packed, 0, kernel.num_panels(slab.tokens));
+      kernel.multiply(slab, packed, 0, num_blocks(slab.outputs));
+    }
+  });
+}
+
+// Fewer tokens: each thread multiplies blocks of its own. x is packed once for all, or, where it is small, once in each
+// thread: that saves a barrier.
+template <class T>
+void run_by_blocks(const LinearProblem<T>& problem, const LinearKernel<T>& kernel) {
   const auto bytes = static_cast<size_t>(kernel.packed_bytes(problem.tokens, problem.inputs));
   const int64_t panels = kernel.num_panels(problem.tokens), values = problem.tokens * problem.inputs;
   void* common = nullptr;
@@ -101,12 +121,15 @@ template <class T>
 void linear(const LinearProblem<T>& problem) {
   const LinearKernel<T> kernel = linear_kernel<T>();
   TORCH_CHECK(kernel.multiply != nullptr, "linear: no kernel for this processor");
+  if (problem.outputs == 0) return;
+  const int64_t threads = at::get_num_threads();
+  if (problem.tokens >= kOwnTokens * threads) return run_by_tokens(problem, kernel, threads);
   LinearProblem<T> slab = problem;
-  for (int64_t first = 0; first < problem.tokens && problem.outputs > 0; first += kSlabTokens) {
+  for (int64_t first = 0; first < problem.tokens; first += kSlabTokens) {
     slab.tokens = std::min<int64_t>(kSlabTokens, problem.tokens - first);
     slab.x = problem.x + first * problem.x_stride;
     slab.out = problem.out + first * problem.out_stride;
-    run(slab, kernel);
+    run_by_blocks(slab, kernel);
   }
 }
 

@@ -16,7 +16,7 @@
 namespace hetis {
 
 constexpr int kBlockRows = 32;
-constexpr int kSlabTokens = 504;  // that a kernel takes at once: whole panels; bounds the packed copy of x
+constexpr int kSlabTokens = 252;  // that a kernel takes at once: whole panels; bounds the packed copy of x
 constexpr int64_t kOneDnnTokens = 32;  // with matrix units (AMX), oneDNN is faster beyond in bfloat16
 
 // Neighbouring inputs of one row in a packed weight.

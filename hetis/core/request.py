@@ -2,6 +2,7 @@
 
 import re
 from collections import abc
+from operator import attrgetter
 
 import msgspec
 
@@ -65,6 +66,9 @@ class Sequence(msgspec.Struct, kw_only=True, eq=False):
     def is_generating(self) -> bool:
         """Whether all tokens that it had at its last step are computed, prompt and output."""
         return self.num_computed >= max(self.prompt_len, len(self.token_ids) - 1)
+
+
+arrival_of = attrgetter("arrival")  # by which sequences are ordered
 
 
 def check_token_ids(name: str, token_ids: abc.Sequence[int], vocab_size: int) -> None:

@@ -32,18 +32,16 @@ sequence may be in both. Ranks obey commands in order, and steps come back in or
   n + 1, which may be sent before step n comes back. A page of its source that step n + 1 reuses has been read by then.
 """
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable
-from operator import attrgetter
 
 from hetis.cache.cache_manager import CacheManager
 from hetis.core.batch import Batch, NewToken
 from hetis.core.placement import Dispatcher, NoRelief, PoolId, Relief
-from hetis.core.request import Sequence
+from hetis.core.request import Sequence, arrival_of
 from hetis.scheduler.batch_builder import BatchBuilder
 from hetis.scheduler.drawn_tokens import accept
-
-_ARRIVAL = attrgetter("arrival")
+from hetis.scheduler.victims import Victims
 
 
 class Scheduler:
@@ -71,6 +69,7 @@ class Scheduler:
         self._token_budget = _share(max_num_batched_tokens, num_stages)
         self._waiting: list[Sequence] = []  # in order of arrival
         self._running: list[Sequence] = []  # in order of arrival
+        self._victims = Victims(cache, dispatcher, self._running)
         self._unfinished: dict[str, Sequence] = {}
         self._free_slots = list(reversed(range(max_num_seqs)))
         self._released: list[int] = []  # slots to report as free with the next batch
@@ -173,8 +172,8 @@ class Scheduler:
     def _admitted_before(self) -> list[Sequence]:
         """Running and preempted sequences in order of arrival. (A waiting one was preempted if a later one runs.)"""
         last = self._running[-1].arrival if self._running else -1
-        preempted = self._waiting[: bisect_left(self._waiting, last, key=_ARRIVAL)]
-        return sorted([*preempted, *self._running], key=_ARRIVAL) if preempted else list(self._running)
+        preempted = self._waiting[: bisect_left(self._waiting, last, key=arrival_of)]
+        return sorted([*preempted, *self._running], key=arrival_of) if preempted else list(self._running)
 
     def _candidates(self, builder: BatchBuilder) -> list[Sequence]:
         """The head of the queue, as far as free slots, this micro-batch's share of sequences and its tokens allow."""
@@ -199,7 +198,7 @@ class Scheduler:
             shortage = self._cache.admit(sequence.slot, placement, len(sequence.token_ids))
             assert shortage is None, f"the dispatcher placed lanes for which there are no pages: {shortage}"
             self._waiting.remove(sequence)
-            insort(self._running, sequence, key=_ARRIVAL)
+            insort(self._running, sequence, key=arrival_of)
             builder.admitted.append((sequence, placement))
             builder.add(sequence)
         if placements and placements[0] is None:
@@ -216,7 +215,7 @@ class Scheduler:
         if builder.reserved and not builder.reserved.isdisjoint(self._cache.pools_to_grow(sequence.slot, num_tokens)):
             return False
         while (shortage := self._cache.allocate(sequence.slot, num_tokens)) is not None:
-            is_freeing = self._is_freeing(shortage.missing)
+            is_freeing = self._victims.are_coming_free(shortage.missing)
             lacking = {} if is_freeing else self._relief.make_room(shortage.missing, self._running)
             if not lacking:  # enough pages are free by now, or come free
                 if self._cache.allocate(sequence.slot, num_tokens) is None:
@@ -229,7 +228,7 @@ class Scheduler:
 
     def _preempt_for(self, sequence: Sequence, pools: Collection[PoolId], builder: BatchBuilder) -> bool:
         """Preempts the sequence that holds pages which `sequence` needs; False if `sequence` cannot be in this step."""
-        victim = self._victim(sequence, pools)
+        victim = self._victims.for_pages(sequence, pools)
         if victim is not None and not victim.in_flight:
             self.preempt(victim)
             return victim is not sequence
@@ -238,34 +237,14 @@ class Scheduler:
             builder.awaited.add(victim.arrival)
         return False
 
-    def _is_freeing(self, pools: Collection[PoolId]) -> bool:
-        """Whether steps in flight give back pages of `pools`, as they end sequences or prompts."""
-        flying = [sequence for sequence in self._running if sequence.in_flight]
-        return any(s.is_complete and self._cache.is_in(s.slot, pools) for s in flying) or any(
-            s.num_scheduled >= s.prompt_len and self._cache.is_staged_in(s.slot, pools) for s in flying
-        )
-
-    def _victim(self, sequence: Sequence, pools: Collection[PoolId]) -> Sequence | None:
-        """The sequence to preempt: the latest arrival after `sequence` that holds pages of `pools`.
-
-        If there is none, `sequence` itself, provided that it can be placed elsewhere, if need be with the pages of all
-        later ones. None: it waits until earlier ones finish, which never wait for it.
-        """
-        later = self._later_than(sequence)
-        holders = [s for s in later if self._cache.is_in(s.slot, pools)]
-        if holders:
-            return holders[0]
-        return sequence if self._can_be_placed(sequence, [sequence, *later]) else None
-
     def _readmit(self, sequence: Sequence, builder: BatchBuilder) -> None:
         """Admits a preempted sequence; preempts the fewest later ones that make room for it, latest first."""
         if builder.reserved:
             return
-        later = self._later_than(sequence)
-        if self._can_be_placed(sequence, later):
-            count = bisect_left(range(len(later)), True, key=lambda n: self._can_be_placed(sequence, later[:n]))
-            awaited = [victim.arrival for victim in later[:count] if victim.in_flight]
-            for victim in later[:count]:
+        victims = self._victims.for_admission(sequence)
+        if victims is not None:
+            awaited = [victim.arrival for victim in victims if victim.in_flight]
+            for victim in victims:
                 if not victim.in_flight:
                     self.preempt(victim)
             if not awaited:
@@ -274,15 +253,6 @@ class Scheduler:
             builder.awaited.update(awaited)
         self.refused = sequence
         builder.reserved.update(self._cache.pools)
-
-    def _later_than(self, sequence: Sequence) -> list[Sequence]:
-        """Running sequences that arrived after `sequence`, latest first."""
-        return self._running[bisect_right(self._running, sequence.arrival, key=_ARRIVAL) :][::-1]
-
-    def _can_be_placed(self, sequence: Sequence, without: Iterable[Sequence]) -> bool:
-        """Whether `sequence` could be admitted if the sequences in `without` were not running."""
-        view = self._cache.view(without={s.slot for s in without})
-        return self._dispatcher.assign([sequence], view)[0] is not None
 
     def preempt(self, sequence: Sequence) -> None:
         """Frees all pages of a running sequence that is not in flight; it waits to be recomputed."""
@@ -295,7 +265,7 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.num_scheduled, sequence.num_computed, sequence.num_tokens = 0, 0, len(sequence.token_ids)
-        insort(self._waiting, sequence, key=_ARRIVAL)
+        insort(self._waiting, sequence, key=arrival_of)
 
     def _release(self, sequence: Sequence) -> None:
         self._cache.release(sequence.slot)

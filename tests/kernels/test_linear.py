@@ -65,16 +65,17 @@ def test_a_token_does_not_see_the_tokens_beside_it(instructions: str, dtype: tor
     assert torch.equal(run_kernel(x, weight, bias)[others], whole[others])
 
 
+@pytest.mark.parametrize("num_tokens", [9, 200])  # of 200, one or two threads divide the tokens, three the outputs
 def test_an_output_does_not_depend_on_the_rank_or_thread_that_computes_it(
-    instructions: str, dtype: torch.dtype
+    instructions: str, dtype: torch.dtype, num_tokens: int
 ) -> None:
-    x, weight = torch.randn(9, 256).to(dtype), torch.randn(3000, 256).to(dtype)
+    x, weight = torch.randn(num_tokens, 256).to(dtype), torch.randn(3000, 256).to(dtype)
     whole = run_kernel(x, weight)
     for first, last in ((0, 1), (1, 1500), (1500, 3000), (2990, 2995)):
         assert torch.equal(run_kernel(x, weight[first:last]), whole[:, first:last])
     threads = torch.get_num_threads()
     try:
-        for count in (1, 3):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
             assert torch.equal(run_kernel(x, weight), whole)
     finally:
