@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
 #include "attention.h"
@@ -37,6 +38,14 @@ void cut_chunks(const at::Tensor& query_start_C1, const at::Tensor& context_C, i
   std::sort(blocks.begin(), blocks.end(), [](const TokenBlock& a, const TokenBlock& b) {
     return a.first_position + a.tokens > b.first_position + b.tokens;
   });
+}
+
+// Queries (tokens * M) of a block: its work of packing keys is shared by all of them, but threads need several blocks
+// each, or one of them waits for the last block of another.
+constexpr int64_t kLeastRows = 96, kBlocksPerThread = 8;
+
+int64_t rows_of_block(int64_t num_rows, int64_t G, int64_t most) {
+  return std::clamp(num_rows * G / (kBlocksPerThread * at::get_num_threads()), kLeastRows, most);
 }
 
 // The work in products of queries and keys, roughly; below it other threads are not worth waking.
@@ -87,7 +96,7 @@ void paged_prefill(const at::Tensor& q_TGMD, const at::Tensor& pool_2PSD, const 
   static thread_local std::vector<TokenBlock> thread_blocks;
   std::vector<TokenBlock>& blocks = thread_blocks;
   cut_chunks(query_start_C1, context_C, q_TGMD.size(0), page_table_BW.size(1) * pool_2PSD.size(2),
-             std::max<int64_t>(1, kernels.prefill_rows / M), blocks);
+             std::max<int64_t>(1, rows_of_block(q_TGMD.size(0) * M, G, kernels.prefill_rows) / M), blocks);
   const auto num_items = static_cast<int64_t>(blocks.size()) * G;
   share(num_items, count_products(blocks, M, G) < kAloneProducts, [&](const auto& claim) {
     static thread_local Workspace scratch;

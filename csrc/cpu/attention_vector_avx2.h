@@ -12,6 +12,9 @@ HETIS_INLINE void store(float* x, Vector v) { _mm256_storeu_ps(x, v); }
 HETIS_INLINE Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
 HETIS_INLINE Vector largest_of(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 
+HETIS_INLINE bool any_above(Vector v, float limit) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, set(limit), _CMP_GT_OQ)) != 0;
+}
 HETIS_INLINE float largest_lane(Vector v) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));

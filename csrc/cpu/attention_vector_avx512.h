@@ -10,6 +10,7 @@ HETIS_INLINE Vector load(const float* x) { return _mm512_loadu_ps(x); }
 HETIS_INLINE void store(float* x, Vector v) { _mm512_storeu_ps(x, v); }
 HETIS_INLINE Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
 HETIS_INLINE Vector largest_of(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+HETIS_INLINE bool any_above(Vector v, float limit) { return _mm512_cmp_ps_mask(v, set(limit), _CMP_GT_OQ) != 0; }
 HETIS_INLINE float largest_lane(Vector v) { return _mm512_reduce_max_ps(v); }
 HETIS_INLINE float sum_of_lanes(Vector v) { return _mm512_reduce_add_ps(v); }
 

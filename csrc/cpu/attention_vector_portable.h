@@ -15,6 +15,9 @@ HETIS_INLINE Vector load(const float* x) {
 HETIS_INLINE void store(float* x, Vector v) { memcpy(x, &v, sizeof v); }
 HETIS_INLINE Vector multiply_add(Vector a, Vector b, Vector sum) { return a * b + sum; }
 HETIS_INLINE Vector largest_of(Vector a, Vector b) { return a > b ? a : b; }
+HETIS_INLINE bool any_above(Vector v, float limit) {
+  return v[0] > limit || v[1] > limit || v[2] > limit || v[3] > limit;
+}
 HETIS_INLINE float largest_lane(Vector v) {
   const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
   return a > b ? a : b;
