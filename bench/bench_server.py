@@ -35,6 +35,7 @@ import httpx  # noqa: E402
 import psutil  # noqa: E402
 from bench_peers import MAX_LEN, hetis_options  # noqa: E402
 from checkpoint import make_checkpoint  # noqa: E402
+from storm import Storm  # noqa: E402
 
 SMALL = ("--device", "cpu", "--kv-cache-memory", "256MiB", "--max-num-seqs", "64")
 STREAMS, TOKENS = 64, 200
@@ -211,39 +212,36 @@ def watcher(url: str) -> Iterator[None]:
 def overload(rounds: int) -> list[float]:
     """Completions/s under ten times too many requests, divided by the peak."""
     from hetis.bench_serve.http_client import HttpClient
-    from hetis.bench_serve.load import LoadGenerator, Outcome, Prepared, allow_many_connections
+    from hetis.bench_serve.load import LoadGenerator, Prepared
 
     body = {"prompt": [5] * 32, "max_tokens": 128, "ignore_eos": True, "stream": True}
 
-    def send(url: str, num_requests: int, rate: float, concurrency: int | None) -> Outcome:
-        async def script() -> Outcome:
-            client = HttpClient(url)
-            data = client.encode("POST", "/v1/completions", body)
-            requests = [Prepared(data, 32, number / rate) for number in range(num_requests)]
-            load = LoadGenerator(client, max_concurrency=concurrency, timeout=120)
-            async with asyncio.TaskGroup() as group:
-                watcher = group.create_task(watch_queue(url))
-                outcome = await load.run(requests)
-                watcher.cancel()
-            return outcome
+    def complete(url: str, num_requests: int, concurrency: int) -> float:
+        """Completions/s of so many clients, each of which sends its next request when one has ended."""
+        client = HttpClient(url)
+        requests = [Prepared(client.encode("POST", "/v1/completions", body), 32, 0.0)] * num_requests
+        outcome = asyncio.run(LoadGenerator(client, max_concurrency=concurrency, timeout=120).run(requests))
+        assert all(answer.failure is None for answer in outcome.answers)
+        return num_requests / outcome.duration
 
-        return asyncio.run(script())
+    async def overwhelm(url: str, rate: float) -> Counter[str]:
+        storm = Storm(url, HttpClient(url).encode("POST", "/v1/completions", body))
+        async with asyncio.TaskGroup() as group:
+            watcher = group.create_task(watch_queue(url))
+            await storm.run(rate, OVERLOAD_SECONDS)
+            watcher.cancel()
+        return storm.ends
 
     found = []
-    allow_many_connections()
     options = ("--max-num-seqs", str(SERVED), "--max-queued-requests", str(QUEUED))
     with server("--device", "cpu", "--kv-cache-memory", "64MiB", *options) as served:
-        send(served.url, SERVED, 1e6, SERVED)
+        complete(served.url, SERVED, SERVED)
         for _ in range(rounds):
-            calm = send(served.url, 25 * SERVED, 1e6, 2 * SERVED)
-            peak = 25 * SERVED / calm.duration
-            storm = send(served.url, int(10 * peak * OVERLOAD_SECONDS), 10 * peak, None)
-            failures = Counter(answer.failure.kind for answer in storm.answers if answer.failure is not None)
-            assert set(failures) == {"HTTP 503"}, failures
-            ended = sum(answer.failure is None and answer.last <= OVERLOAD_SECONDS for answer in storm.answers)
-            refused = failures["HTTP 503"]
-            print(f"    peak {peak:.1f}/s, then {10 * peak:.0f}/s: {ended} complete, {refused} refused", flush=True)
-            found.append(ended / OVERLOAD_SECONDS / peak)
+            peak = complete(served.url, 25 * SERVED, 2 * SERVED)
+            ends = asyncio.run(overwhelm(served.url, 10 * peak))
+            assert set(ends) == {"200", "503"}, ends
+            print(f"    peak {peak:.1f}/s, then {10 * peak:.0f}/s: {dict(ends)}", flush=True)
+            found.append(ends["200"] / OVERLOAD_SECONDS / peak)
     return found
 
 

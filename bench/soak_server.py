@@ -112,7 +112,10 @@ async def client(http: httpx.AsyncClient, until: float, seed: int, ends: Counter
             ends["cut"] += 1
 
 
-async def load(url: str, root: psutil.Process, warm_up: float, seconds: float) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
+async def load(
+    url: str, root: psutil.Process, warm_up: float, seconds: float
+) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
+    """(what `Samples.report` gives, answers by kind) of `seconds` after a warm-up of so many seconds."""
     begin = time.monotonic() + warm_up
     samples, ends = Samples(root), Counter[str]()
     limits = httpx.Limits(max_connections=None)
@@ -148,9 +151,7 @@ def main() -> None:
     command = [sys.executable, "-m", "hetis", "serve", "--plan", options.plan, "--port", str(port)]
     command += ["--dispatch", "even", "--device", "cpu", "--kv-cache-memory", "64MiB", "--log-level", "error"]
     with started(command, f"{url}/readyz", START_SECONDS) as process:
-        report, ends = asyncio.run(
-            load(url, psutil.Process(process.pid), 60 * options.warm_up, 60 * options.minutes)
-        )
+        report, ends = asyncio.run(load(url, psutil.Process(process.pid), 60 * options.warm_up, 60 * options.minutes))
     code = process.returncode
     for name, found in report.items():
         mark = "GROWS" if grows(found) else "flat"

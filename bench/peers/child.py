@@ -81,7 +81,7 @@ def main() -> None:
     generate = ENGINES[asked["kind"]](asked["model"], asked["options"])
     timed(prompts_of(1, input_len), 1)
     found = {"first_token_s": time.time() - asked["began"]}
-    timed(prompts_of(num_prompts, input_len), 2)  # memory is touched for the first time: on virtual machines a second or more
+    timed(prompts_of(num_prompts, input_len), 2)  # touches memory, which on virtual machines takes a second or more
     found["batch_tok_s"] = num_prompts * output_len / timed(prompts_of(num_prompts, input_len), output_len)
     single = prompts_of(2, input_len)
     prompt_seconds = timed(single[:1], 1)
