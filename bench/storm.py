@@ -19,7 +19,7 @@ class Storm:
     def __init__(self, url: str, request: bytes) -> None:
         """`request`: head and body of a streamed completion. The server must answer errors in OpenAI's shape."""
         address = urlsplit(url)
-        self._host, self._port, self.request = address.hostname, address.port, request
+        self._host, self._port, self.request = address.hostname or "", address.port or 80, request
         self.free: list[_Connection] = []
         self.ends: Counter[str] = Counter()
 
