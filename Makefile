@@ -55,7 +55,7 @@ test-process: install
 test-clients: install install-clients
 	$(BIN)/python bench/outside_clients.py
 
-# Twenty minutes of mixed requests: memory, descriptors and pages must stay flat.
+# Twenty minutes of mixed requests after as many of warm-up: memory, descriptors and pages must stay flat.
 soak: install-bench
 	$(BIN)/python bench/soak_server.py
 

@@ -14,9 +14,9 @@ DRIVER = -1  # beside numbers of ranks
 
 _RANK_DEFAULTS = {  # environment of a rank, read when torch is imported or CUDA is first used
     "OMP_WAIT_POLICY": "PASSIVE",  # ranks share cores with each other: without a core for each thread none spins
-    # 2 ms of spinning: from one parallel region to the next, also of the next step, and while another process has the
-    # core of one thread for a moment. With 0.2 ms the small model was 8 % slower, under too many requests 30 %.
-    "GOMP_SPINCOUNT": "100000",
+    # 0.2 ms of spinning, longer than from one parallel region to the next. With 2 ms a quiet machine serves 8 to
+    # 23 % more (bench/LOG.md, overload), but beside two busy processes 3 to 15 times less: libgomp never yields.
+    "GOMP_SPINCOUNT": "10000",
     "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for weights and cache: less time in page walks
     # A hardware queue for each stream (8 by default). If two streams shared one, the work of a stage could queue behind
     # the other's wait for a message that depends on it.

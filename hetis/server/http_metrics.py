@@ -49,11 +49,8 @@ class HttpMetrics:
             status = status or FAILED
             raise
         finally:
-            labels = (
-                self._route_of(scope),
-                scope["method"] if scope["method"] in METHODS else "other",
-                status or CLIENT_GONE,
-            )
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            labels = self._route_of(scope), method, status or CLIENT_GONE
             self._requests.labels(*labels).inc()
             self._seconds.labels(*labels).observe(monotonic() - begin)
 
